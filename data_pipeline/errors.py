@@ -1,0 +1,32 @@
+"""The one exception that stands for a mistake of the user's, in every room of the project.
+
+It lives in ``data_pipeline`` because that is the bottom layer: everything may import it and it imports nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """Something the user can mend: a wrong path, an unknown key, data that does not fit.
+
+    The message says what was wrong, where, and what to do. Command-line programs print it without a traceback and exit
+    with status 2; library callers can catch it.
+    """
+
+
+def run_cli(main: Callable[[Sequence[str] | None], int | None], prog: str, argv: Sequence[str] | None = None) -> int:
+    """Run a command's ``main`` and turn :class:`UserError` and Ctrl-C into a message and an exit status.
+
+    Returns 0 on success, 2 for a :class:`UserError`, 130 for Ctrl-C, or whatever integer ``main`` returns.
+    """
+    try:
+        return int(main(argv) or 0)
+    except UserError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr, flush=True)
+        return 130

@@ -1,0 +1,58 @@
+"""The program ``nystrom``: one name for every room's command line.
+
+Each word is handed, with the rest of the line, to the ``main`` of its room, imported only then: ``nystrom --help`` and
+``nystrom data --help`` answer at once, without importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from data_pipeline.errors import run_cli
+
+COMMANDS = {
+    "data": ("data_pipeline.cli", "text -> tokenizer -> shards: stdlib, tokenizer, prepare, verify, inspect"),
+    "train": ("pretrain.cli", "pretrain on this process, or as one rank of a launcher's"),
+    "launch": ("launch.cli", "start `train` on several processes of this machine through DeepSpeed"),
+    "eval": ("eval.cli", "evaluate a checkpoint: validity, lm, classify, generate"),
+    "report": ("eval.report.cli", "one HTML page with the curves, tables and samples of runs"),
+    "demo": ("launch.demo", "all of the above on a built-in corpus, in minutes"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: nystrom COMMAND ...",
+            "",
+            "Pretrain and evaluate Nyströmformer language models, masked and causal.",
+            "",
+            "commands, in the order in which they are used:",
+            *lines,
+            "",
+            "`nystrom COMMAND --help` explains one. New here? `nystrom demo` runs the whole road.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch ``argv`` (default: the process's) to a room; returns its exit status, 2 for an unknown command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        print(f"nystrom: error: no command '{command}'\n\n{usage()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[command][0])
+    return run_cli(module.main, f"nystrom {command}", rest)
+
+
+def entry() -> None:
+    """Console script."""
+    raise SystemExit(main())

@@ -1,0 +1,75 @@
+"""The typed description of a model: everything about it that is not a weight."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ModelConfig(BaseModel):
+    """A Nyströmformer: a masked encoder (``objective: mlm``) or a causal decoder (``objective: clm``).
+
+    It is saved beside every checkpoint, so whatever changes the function that the weights compute (landmarks, segment
+    length, iterations of the inverse) belongs here and nowhere else.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    objective: Literal["mlm", "clm"] = Field("mlm", description="mlm: masked encoder; clm: causal decoder")
+    attention: Literal["nystrom", "softmax"] = Field(
+        "nystrom", description="nystrom: linear in the length; softmax: exact attention, the baseline"
+    )
+    vocab_size: int | None = Field(None, gt=0, description="left out: taken from the shards' manifest")
+    hidden_size: int = Field(256, gt=0)
+    num_layers: int = Field(4, gt=0)
+    num_heads: int = Field(4, gt=0)
+    intermediate_size: int | None = Field(None, gt=0, description="left out: 4 x hidden_size")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    norm: Literal["pre", "post"] = Field("pre", description="where the layer norm sits; post is the paper's")
+    norm_eps: float = Field(1e-5, gt=0)
+    tie_embeddings: bool = True
+    init_std: float = Field(0.02, gt=0)
+
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    rope_theta: float = Field(10_000.0, gt=0)
+    max_positions: int = Field(512, gt=0, description="rows of the learned position table; only for positions: learned")
+
+    # Bidirectional Nystrom attention (paper, section 3): F · pinv(A) · (B V).
+    num_landmarks: int = Field(64, gt=0, description="m, for objective mlm")
+    inverse_iterations: int = Field(6, gt=0, description="steps of the iterative pseudo-inverse; part of the function")
+    inverse_init: Literal["block", "original"] = Field(
+        "block", description="starting scale per matrix and document, or the published global maximum (for parity only)"
+    )
+
+    # Causal Nystrom attention: exact inside a window of segments, landmarks beyond it.
+    segment_length: int = Field(32, gt=1, description="c, tokens a landmark stands for; for objective clm")
+    window_segments: int = Field(2, gt=0, description="w, segments seen exactly, the token's own included")
+    gamma_init: float = Field(0.75, gt=0.5, le=1.0, description="weight of the identity in the triangular inverse")
+    learn_gamma: bool = True
+
+    conv_kernel: int = Field(65, ge=0, description="width of the depthwise convolution over values; 0 leaves it out")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: choose heads that divide it"
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head width, and hidden_size / num_heads is {self.head_dim}")
+        if self.objective == "mlm" and self.conv_kernel and self.conv_kernel % 2 == 0:
+            raise ValueError(
+                f"conv_kernel {self.conv_kernel} is even: a bidirectional convolution is centred, use {self.conv_kernel + 1}"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, d."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the feed-forward layer."""
+        return self.intermediate_size or 4 * self.hidden_size
