@@ -82,7 +82,16 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
         ),
         Step(
             "Train a byte-level BPE tokenizer",
-            ["data", "tokenizer", "--input", str(corpus / "train.jsonl"), "--vocab-size", "8192", "--out", str(tokenizer)],
+            [
+                "data",
+                "tokenizer",
+                "--input",
+                str(corpus / "train.jsonl"),
+                "--vocab-size",
+                "8192",
+                "--out",
+                str(tokenizer),
+            ],
             exists(tokenizer / "tokenizer.json"),
         ),
     ]
@@ -113,15 +122,50 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
                 f"Evaluate the {word} model: validity, held-out loss, classification, samples",
                 ["eval", "validity", "lm", "classify", "generate", "--checkpoint", str(run)]
                 + ["--train", str(corpus / "classify-train.jsonl"), "--test", str(corpus / "classify-test.jsonl")],
-                lambda run=run: all((run / "eval" / f"{t}.json").exists() for t in ("validity", "lm", "classify", "generate")),
+                lambda run=run: all(
+                    (run / "eval" / f"{t}.json").exists() for t in ("validity", "lm", "classify", "generate")
+                ),
             )
         )
-    results = [runs / f"demo-{o}" / "eval" / f"{t}.json" for o in ("mlm", "clm") for t in ("lm", "classify", "generate")]
+    results = [
+        runs / f"demo-{o}" / "eval" / f"{t}.json" for o in ("mlm", "clm") for t in ("lm", "classify", "generate")
+    ]
     steps.append(
         Step(
             "Write the report",
             ["report", str(runs / "demo-mlm"), str(runs / "demo-clm"), "--out", str(report)],
-            lambda: report.exists() and all(p.exists() and p.stat().st_mtime <= report.stat().st_mtime for p in results),
+            lambda: (
+                report.exists() and all(p.exists() and p.stat().st_mtime <= report.stat().st_mtime for p in results)
+            ),
         )
     )
     return steps
+
+
+def _finished(run: Path) -> bool:
+    """Whether training wrote its last file, the consolidated weights."""
+    return (run / "export" / "export.json").exists()
+
+
+def _summary(folder: Path, timings: list[tuple[str, str]], seconds: float) -> None:
+    """Print what each step took and what the evaluations measured, and last the report's path."""
+    width = max(len(title) for title, _ in timings)
+    print(f"\n{'step'.ljust(width)}  time")
+    for title, took in timings:
+        print(f"{title.ljust(width)}  {took}")
+    print(f"{'in all'.ljust(width)}  {seconds:.0f} s\n")
+    rows = [("model", "task", "measure", "value")]
+    for run in ("demo-mlm", "demo-clm"):
+        for task in ("validity", "lm", "classify", "generate"):
+            path = folder / "runs" / run / "eval" / f"{task}.json"
+            if not path.exists():
+                raise UserError(
+                    f"{path} is missing although its step succeeded: delete {path.parent} and run the demo again"
+                )
+            for name, metric in json.loads(path.read_text(encoding="utf-8"))["metrics"].items():
+                spread = f" ± {metric['std']:.3f}" if metric.get("std") is not None else ""
+                rows.append((run, task, name, f"{metric['value']:.4g}{spread}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+    print(f"\n{folder / 'report.html'}")

@@ -56,3 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """Console script."""
     raise SystemExit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -28,7 +28,9 @@ class MaskingConfig(Strict):
     """What masked language modeling hides (Devlin et al. 2019, section 3.1); read only for ``objective: mlm``."""
 
     rate: float = Field(0.15, gt=0.0, lt=1.0, description="share of ordinary tokens that become targets")
-    mask_share: float = Field(0.8, ge=0.0, le=1.0, description="of the targets, how many are replaced by the mask token")
+    mask_share: float = Field(
+        0.8, ge=0.0, le=1.0, description="of the targets, how many are replaced by the mask token"
+    )
     random_share: float = Field(0.1, ge=0.0, le=1.0, description="of the targets, how many by a random ordinary token")
 
     @model_validator(mode="after")
@@ -53,7 +55,9 @@ class DataConfig(Strict):
 class StageConfig(Strict):
     """One stage of the length curriculum."""
 
-    until_tokens: int = Field(gt=0, description="the stage ends at this many tokens of the run (rounded up, see order.py)")
+    until_tokens: int = Field(
+        gt=0, description="the stage ends at this many tokens of the run (rounded up, see order.py)"
+    )
     seq_len: int = Field(gt=1)
     micro_batch: int = Field(gt=0, description="rows that one process holds in memory at a time")
 
@@ -73,7 +77,9 @@ class ScheduleConfig(Strict):
 
     kind: Literal["wsd", "cosine", "linear", "constant"] = "cosine"
     warmup_tokens: int = Field(0, ge=0)
-    decay_tokens: int | None = Field(None, gt=0, description="wsd only: length of the final decay; left out: 20% of the run")
+    decay_tokens: int | None = Field(
+        None, gt=0, description="wsd only: length of the final decay; left out: 20% of the run"
+    )
     min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="the last learning rate as a share of the peak")
 
 
@@ -98,7 +104,9 @@ class TelemetryConfig(Strict):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     wandb_project: str = "nystrom"
     log_every_steps: int = Field(10, gt=0)
-    peak_flops: float | None = Field(None, gt=0, description="peak FLOP/s of one device, for MFU; left out: known GPUs only")
+    peak_flops: float | None = Field(
+        None, gt=0, description="peak FLOP/s of one device, for MFU; left out: known GPUs only"
+    )
 
 
 class RunConfig(Strict):
@@ -110,7 +118,9 @@ class RunConfig(Strict):
     model: ModelConfig
     data: DataConfig
     curriculum: tuple[StageConfig, ...] = Field(min_length=1)
-    batch_tokens: int = Field(gt=0, description="tokens of one optimizer step, over all processes; the same in every stage")
+    batch_tokens: int = Field(
+        gt=0, description="tokens of one optimizer step, over all processes; the same in every stage"
+    )
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -220,11 +230,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         last = depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise UserError(f"--set {override}: '{'.'.join(parts[:depth])}' is a list of {len(node)}, no item '{part}'")
+                raise UserError(
+                    f"--set {override}: '{'.'.join(parts[:depth])}' is a list of {len(node)}, no item '{part}'"
+                )
             index: Any = int(part)
         elif isinstance(node, dict):
             index = part
-            if not last and not isinstance(node.get(part), (dict, list)):
+            if not last and node.get(part) is None:
                 node[part] = {}
         else:
             raise UserError(f"--set {override}: '{'.'.join(parts[:depth])}' is a single value and has no '{part}'")

@@ -57,7 +57,9 @@ class ModelConfig(BaseModel):
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: choose heads that divide it"
             )
         if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head width, and hidden_size / num_heads is {self.head_dim}")
+            raise ValueError(
+                f"rotary positions need an even head width, and hidden_size / num_heads is {self.head_dim}"
+            )
         if self.objective == "mlm" and self.conv_kernel and self.conv_kernel % 2 == 0:
             raise ValueError(
                 f"conv_kernel {self.conv_kernel} is even: a bidirectional convolution is centred, use {self.conv_kernel + 1}"
