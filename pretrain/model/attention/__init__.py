@@ -1,0 +1,1 @@
+"""Attention: exact, bidirectional Nystrom and causal Nystrom, on any layout of sequences in a batch."""

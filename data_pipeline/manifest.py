@@ -1,0 +1,174 @@
+"""The manifest of a shard folder: the only list of files that a reader trusts, with checksums, also of itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from data_pipeline import __version__
+from data_pipeline.errors import UserError
+from data_pipeline.files import write_atomic
+from data_pipeline.inputs import InputEntry
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "nystrom-shards"
+FORMAT_VERSION = 1
+BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the folder: name, size, XXH3-128 of the whole and XXH3-64 of each 4 MiB block (hex)."""
+
+    name: str
+    bytes: int
+    xxh3_128: str
+    blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A token file and the Arrow file that describes it."""
+
+    unit: int
+    num_tokens: int
+    num_documents: int
+    tokens: FileEntry
+    index: FileEntry
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a reader needs to know about a shard folder. No paths, no times: equal inputs and settings, equal bytes."""
+
+    plan: str  # hash of the inputs and settings that the folder follows from
+    num_tokens: int
+    num_documents: int
+    empty_documents: int  # null or white space only, skipped
+    text_bytes: int  # UTF-8, of the documents that were tokenized
+    dtype: str
+    vocab_size: int
+    tokenizer_hash: str
+    special_ids: dict[str, int]  # bos, pad, eos, unk, mask
+    text_field: str
+    tokenizer: FileEntry
+    shards: tuple[ShardEntry, ...]
+    inputs: tuple[InputEntry, ...]
+    normalizer: str | None = None  # text is tokenized as it came
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    block_bytes: int = BLOCK_BYTES
+    code_version: str = field(default=__version__)
+
+    @property
+    def fingerprint(self) -> str:
+        """XXH3-128 (hex) of the manifest's contents, thereby of every file it lists."""
+        return xxhash.xxh3_128_hexdigest(_dump(asdict(self)))
+
+    def files(self) -> list[FileEntry]:
+        """All files of the folder besides the manifest."""
+        out = [self.tokenizer]
+        for shard in self.shards:
+            out += [shard.tokens, shard.index]
+        return out
+
+    def to_bytes(self) -> bytes:
+        """The file's contents."""
+        return _dump({"fingerprint": self.fingerprint, **asdict(self)})
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` atomically: from then on the folder is complete."""
+        write_atomic(folder / MANIFEST_FILE, self.to_bytes())
+
+
+def _dump(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``folder/manifest.json``; raises :class:`UserError` if missing, damaged or of another version."""
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise UserError(f"shard folder {folder} does not exist; `nystrom data prepare` writes one")
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no {MANIFEST_FILE}: it is not a shard folder, or `nystrom data prepare` has not finished "
+            "there (run the same command again)"
+        )
+    raw = path.read_bytes()
+    try:
+        data = json.loads(raw)
+        if data["format"] != FORMAT:
+            raise UserError(f"{path} is not a manifest of shards (format {data['format']!r})")
+        version = data["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it is not the JSON of a manifest") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this program reads version {FORMAT_VERSION}")
+    try:
+        fingerprint = data.pop("fingerprint")
+        manifest = Manifest(
+            **{
+                **data,
+                "tokenizer": _file(data["tokenizer"]),
+                "shards": tuple(parse_shard(entry) for entry in data["shards"]),
+                "inputs": tuple(InputEntry(**entry) for entry in data["inputs"]),
+            }
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    # Comparing with the canonical spelling finds a change anywhere in the file, white space included.
+    if manifest.fingerprint != fingerprint or manifest.to_bytes() != raw:
+        raise UserError(f"{path} is damaged: its contents do not match its own fingerprint")
+    return manifest
+
+
+def _file(entry: dict[str, Any]) -> FileEntry:
+    return FileEntry(**{**entry, "blocks": tuple(entry["blocks"])})
+
+
+def parse_shard(entry: dict[str, Any]) -> ShardEntry:
+    """Inverse of ``asdict`` for a :class:`ShardEntry`."""
+    return ShardEntry(**{**entry, "tokens": _file(entry["tokens"]), "index": _file(entry["index"])})
+
+
+class BlockHasher:
+    """Hashes a stream of bytes as a whole and by blocks."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._whole = xxhash.xxh3_128()
+        self._block = xxhash.xxh3_64()
+        self._blocks: list[str] = []
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Append ``data`` to the stream."""
+        self._whole.update(data)
+        view = memoryview(data).cast("B")
+        while len(view):
+            part = view[: BLOCK_BYTES - self.bytes % BLOCK_BYTES]
+            self._block.update(part)
+            self.bytes += len(part)
+            view = view[len(part) :]
+            if self.bytes % BLOCK_BYTES == 0:
+                self._blocks.append(self._block.hexdigest())
+                self._block = xxhash.xxh3_64()
+
+    def entry(self, name: str) -> FileEntry:
+        """What the manifest keeps of the stream so far."""
+        blocks = list(self._blocks)
+        if self.bytes % BLOCK_BYTES:
+            blocks.append(self._block.hexdigest())
+        return FileEntry(name, self.bytes, self._whole.hexdigest(), tuple(blocks))
+
+
+def hash_stream(stream: BinaryIO, name: str) -> FileEntry:
+    """Hash an open binary file from where it stands to its end."""
+    hasher = BlockHasher()
+    while data := stream.read(BLOCK_BYTES):
+        hasher.update(data)
+    return hasher.entry(name)

@@ -1,0 +1,170 @@
+"""Reading prepared shards: one long stream of tokens, memory-mapped, gathered by the batch.
+
+A shard folder holds ``manifest.json`` (``manifest.py``), a copy of ``tokenizer.json``, and for each shard a raw
+little-endian token file (uint16, or uint32 for vocabularies above 65,536) and an Arrow IPC file with one row for each
+document: ``end`` (uint64, tokens from the start of the shard to the end of the document, its ``</s>`` included) and
+``source`` (name of the input file). The shards in the order of the manifest, put end to end, are the token stream:
+each document's tokens and then ``</s>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from data_pipeline.errors import UserError
+from data_pipeline.manifest import FileEntry, Manifest, read_manifest
+from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
+
+
+class ShardSet:
+    """An opened shard folder. Use :meth:`open`."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.fingerprint = manifest.fingerprint
+        self.num_tokens = manifest.num_tokens
+        self.num_documents = manifest.num_documents
+        self.vocab_size = manifest.vocab_size
+        self.tokenizer_hash = manifest.tokenizer_hash
+        self.pad_id = manifest.special_ids["pad"]
+        self.eos_id = manifest.special_ids["eos"]
+        self.mask_id = manifest.special_ids["mask"]
+        self.special_ids = tuple(sorted(manifest.special_ids.values()))
+        # offsets[s] is the position in the stream of the first token of shard s, offsets[-1] the length of the stream.
+        self._offsets = np.cumsum([0, *(shard.num_tokens for shard in manifest.shards)], dtype=np.int64)
+        self._tokens = [self._map(shard.tokens, shard.num_tokens) for shard in manifest.shards]
+
+    @classmethod
+    def open(cls, path: str | Path, expect_tokenizer: str | None = None) -> ShardSet:
+        """Open a shard folder; checks the manifest and the size of every file it lists.
+
+        The contents are checked by :func:`data_pipeline.verify.verify_shards`.
+
+        ``expect_tokenizer`` is the hash of the tokenizer that the caller works with. Raises :class:`UserError` that
+        names the file for anything missing, damaged or cut short, and for another tokenizer.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        for entry in manifest.files():
+            check_size(path, entry)
+        if expect_tokenizer is not None and expect_tokenizer != manifest.tokenizer_hash:
+            raise UserError(
+                f"shards in {path} were made with another tokenizer (hash {manifest.tokenizer_hash[:12]}, vocabulary "
+                f"of {manifest.vocab_size}) than the one given (hash {expect_tokenizer[:12]}); prepare the text again "
+                "with that tokenizer, or use the copy of tokenizer.json in the shard folder"
+            )
+        return cls(path, manifest)
+
+    def _map(self, entry: FileEntry, num_tokens: int) -> np.ndarray:
+        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        if entry.bytes != num_tokens * dtype.itemsize:
+            raise UserError(
+                f"{self.path / entry.name}: {entry.bytes} bytes are not {num_tokens} tokens of {dtype.name}"
+            )
+        # As a plain array: np.memmap's own indexing costs about a microsecond more for each access.
+        return np.asarray(np.memmap(self.path / entry.name, dtype=dtype, mode="r", shape=(num_tokens,)))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the shards were made with, from the copy in the folder."""
+        tokenizer = Tokenizer.load(self.path / TOKENIZER_FILE)
+        if tokenizer.hash != self.tokenizer_hash:
+            raise UserError(
+                f"{self.path / TOKENIZER_FILE} is not the tokenizer that the manifest names; it was changed"
+            )
+        return tokenizer
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Gather rows of ``length`` consecutive tokens of the stream; a row may run across shards.
+
+        ``starts`` (B,) int64 positions in the stream. Returns (B, length) int64. Raises ``ValueError`` for a row that
+        leaves the stream and :class:`UserError` naming the shard for a token outside the vocabulary (a damaged file).
+        """
+        starts = np.asarray(starts, dtype=np.int64)
+        if length < 1 or (starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens)):
+            raise ValueError(f"rows of {length} tokens must lie within the stream of {self.num_tokens} tokens")
+        out = np.empty((len(starts), length), dtype=np.int64)
+        first = np.searchsorted(self._offsets, starts, side="right") - 1
+        inside = starts + length <= self._offsets[first + 1]
+        for shard in np.unique(first[inside]):
+            rows = np.flatnonzero(inside & (first == shard))
+            tokens = self._tokens[shard]
+            # Row i of this view is tokens[i : i + length]: the gather is one call of NumPy, a memcpy for each row.
+            windows = as_strided(
+                tokens,
+                shape=(len(tokens) - length + 1, length),
+                strides=(tokens.itemsize, tokens.itemsize),
+                writeable=False,
+            )
+            out[rows] = windows[starts[rows] - self._offsets[shard]]
+        for row in np.flatnonzero(~inside):
+            self._read_across(int(starts[row]), out[row])
+        if out.size and out.max() >= self.vocab_size:
+            self._raise_damaged(starts, out)
+        return out
+
+    def _read_across(self, start: int, row: np.ndarray) -> None:
+        shard = int(np.searchsorted(self._offsets, start, side="right")) - 1
+        filled = 0
+        while filled < len(row):
+            part = self._tokens[shard][start + filled - self._offsets[shard] :][: len(row) - filled]
+            row[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+
+    def _raise_damaged(self, starts: np.ndarray, out: np.ndarray) -> None:
+        row, column = (int(i) for i in np.argwhere(out >= self.vocab_size)[0])
+        position = int(starts[row]) + column
+        shard = self.manifest.shards[int(np.searchsorted(self._offsets, position, side="right")) - 1]
+        raise UserError(
+            f"{self.path / shard.tokens.name} is damaged: token {int(out[row, column])} is outside the vocabulary of "
+            f"{self.vocab_size}; `nystrom data verify {self.path}` says where"
+        )
+
+    def documents(self, limit: int | None = None) -> Iterator[np.ndarray]:
+        """Token ids (n,) int64 of each document in the order of the stream, the closing ``</s>`` left out."""
+        count = 0
+        for shard, tokens in zip(self.manifest.shards, self._tokens, strict=True):
+            start = 0
+            for end in self.document_ends(shard.index):
+                if limit is not None and count >= limit:
+                    return
+                yield tokens[start : int(end) - 1].astype(np.int64)
+                start = int(end)
+                count += 1
+
+    def document_ends(self, index: FileEntry) -> np.ndarray:
+        """The ``end`` column (documents,) uint64 of one shard's Arrow file."""
+        import pyarrow as pa
+
+        file = self.path / index.name
+        try:
+            with pa.memory_map(str(file)) as source:
+                ends = pa.ipc.open_file(source).read_all().column("end").to_numpy()
+        except (pa.ArrowInvalid, KeyError, OSError) as error:
+            raise UserError(f"{file} is damaged: {error}") from None
+        return np.asarray(ends, dtype=np.uint64)
+
+    def chunks(self, size: int = 1 << 20) -> Iterator[np.ndarray]:
+        """The whole stream in order, ``size`` tokens at a time, in the stored dtype."""
+        for tokens in self._tokens:
+            for start in range(0, len(tokens), size):
+                yield tokens[start : start + size]
+
+    def __repr__(self) -> str:
+        return f"ShardSet({str(self.path)!r}, tokens={self.num_tokens}, documents={self.num_documents})"
+
+
+def check_size(folder: Path, entry: FileEntry) -> None:
+    """Raise :class:`UserError` unless the file is there with the size that the manifest says."""
+    file = folder / entry.name
+    try:
+        size = file.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing though the manifest lists it; prepare the folder again") from None
+    if size != entry.bytes:
+        raise UserError(f"{file} has {size} bytes, the manifest says {entry.bytes}: it was cut short or changed")

@@ -1,0 +1,129 @@
+"""Writing the shards of one unit of work: token files and their Arrow companions, hashed while they are written."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.files import TMP_SUFFIX, publish
+from data_pipeline.manifest import BlockHasher, FileEntry, ShardEntry, hash_stream
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The narrowest unsigned type that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+class UnitWriter:
+    """Writes documents to shards ``tokens-UUUUU-SSSSS.bin`` and ``index-UUUUU-SSSSS.arrow`` of unit U.
+
+    A shard ends with the first document that brings it to ``shard_tokens``, so that documents are never divided. Files
+    appear under their names only when whole. Not for reuse after :meth:`finish`.
+    """
+
+    def __init__(self, folder: Path, unit: int, *, dtype: str, shard_tokens: int, eos_id: int) -> None:
+        self._folder, self._unit = folder, unit
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._shard_tokens = shard_tokens
+        self._eos = np.array([eos_id], dtype=self._dtype)
+        self._done: list[ShardEntry] = []
+        self._open: _OpenShard | None = None
+
+    def add(self, ids: list[int], source: str) -> None:
+        """Append a document (its ``</s>`` is added here) that came from the file ``source``."""
+        if self._open is None:
+            name = f"{self._unit:05d}-{len(self._done):05d}"
+            self._open = _OpenShard(self._folder, name)
+        shard = self._open
+        shard.write(np.array(ids, dtype=self._dtype))
+        shard.write(self._eos)
+        shard.ends.append(shard.num_tokens)
+        shard.sources.append(source)
+        if shard.num_tokens >= self._shard_tokens:
+            self._close_shard(shard)
+
+    def finish(self) -> tuple[ShardEntry, ...]:
+        """Close the last shard and return what was written; nothing if there was no document."""
+        if self._open is not None:
+            self._close_shard(self._open)
+        return tuple(self._done)
+
+    def abort(self) -> None:
+        """Close open files after an error; their ``.tmp`` names are cleared by the next run."""
+        if self._open is not None:
+            self._open.file.close()
+
+    def _close_shard(self, shard: _OpenShard) -> None:
+        self._done.append(shard.close(self._unit))
+        self._open = None
+
+
+@dataclass(frozen=True)
+class _Names:
+    tokens: str
+    index: str
+
+
+class _OpenShard:
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self._names = _Names(f"tokens-{name}.bin", f"index-{name}.arrow")
+        self.file = open(folder / (self._names.tokens + TMP_SUFFIX), "wb", buffering=1 << 20)  # noqa: SIM115 - open until the shard is full
+        self._hasher = BlockHasher()
+        self.num_tokens = 0
+        self.ends = array("Q")  # 8 bytes a document: bounded by the size of a shard
+        self.sources: list[str] = []
+
+    def write(self, tokens: np.ndarray) -> None:
+        data = tokens.data.cast("B")
+        self.file.write(data)
+        self._hasher.update(data)
+        self.num_tokens += len(tokens)
+
+    def close(self, unit: int) -> ShardEntry:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        tokens = self._hasher.entry(self._names.tokens)
+        index = self._write_index()
+        publish(self._folder / (tokens.name + TMP_SUFFIX), self._folder / tokens.name)
+        return ShardEntry(unit, self.num_tokens, len(self.ends), tokens, index)
+
+    def _write_index(self) -> FileEntry:
+        import pyarrow as pa
+
+        table = pa.table(
+            {
+                "end": pa.array(np.frombuffer(self.ends, dtype=np.uint64)),
+                "source": pa.array(self.sources, pa.string()).dictionary_encode(),
+            }
+        )
+        tmp = self._folder / (self._names.index + TMP_SUFFIX)
+        with open(tmp, "w+b") as f:
+            with pa.ipc.new_file(f, table.schema) as writer:
+                writer.write_table(table)
+            f.flush()
+            os.fsync(f.fileno())
+            f.seek(0)
+            entry = hash_stream(f, self._names.index)
+        publish(tmp, self._folder / entry.name)
+        return entry
+
+
+def is_shard_file(name: str) -> bool:
+    """Whether a file name is one that this module gives (with or without the suffix of an unfinished one)."""
+    name = name.removesuffix(TMP_SUFFIX)
+    return (name.startswith("tokens-") and name.endswith(".bin")) or (
+        name.startswith("index-") and name.endswith(".arrow")
+    )
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove files that may be there."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)

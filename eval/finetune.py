@@ -1,0 +1,179 @@
+"""Fine-tuning a backbone with a linear head on the mean of its real tokens' hidden states."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pretrain.model.attention.layout import Layout
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW, linear warm-up over the first tenth of the steps, then linear decay to zero."""
+
+    epochs: int = 10
+    batch_size: int = 16
+    lr: float = 5e-4
+    head_lr: float = 5e-3
+    weight_decay: float = 0.01
+    dropout: float = 0.1
+    grad_clip: float = 1.0
+
+
+class Examples:
+    """Tokenized texts and their class numbers."""
+
+    def __init__(self, tokens: Sequence[Sequence[int]], labels: np.ndarray, pad_id: int) -> None:
+        self.tokens = tokens
+        self.labels = labels
+        self.lengths = np.array([len(t) for t in tokens])
+        self.pad_id = pad_id
+
+    def collate(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids (B, N) padded to the longest, lengths (B,), labels (B,)."""
+        lengths = torch.from_numpy(self.lengths[indices])
+        ids = torch.full((len(indices), int(lengths.max())), self.pad_id)
+        for row, index in enumerate(indices):
+            ids[row, : lengths[row]] = torch.tensor(self.tokens[index])
+        return ids, lengths, torch.from_numpy(self.labels[indices])
+
+
+class Classifier(nn.Module):
+    """Backbone, mean over the real tokens, dropout, linear head."""
+
+    def __init__(self, backbone: nn.Module, hidden_size: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden_size, num_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logits (B, classes) in float32 of ids (B, N) of which row b has lengths[b] real tokens."""
+        layout = Layout.from_lengths(lengths, input_ids.shape[1])
+        hidden = self.backbone(input_ids, layout=layout, hidden=True).hidden.float()
+        real = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
+        pooled = (hidden * real[..., None]).sum(1) / lengths[:, None]
+        return self.head(self.dropout(pooled))
+
+
+def length_batches(
+    lengths: np.ndarray, indices: np.ndarray, size: int, rng: np.random.Generator | None
+) -> Iterator[np.ndarray]:
+    """Batches of like lengths. With ``rng``: shuffled, sorted within pools of eight batches, batches shuffled."""
+    if rng is None:
+        order = indices[np.argsort(lengths[indices], kind="stable")]
+        yield from (order[i : i + size] for i in range(0, len(order), size))
+        return
+    order = rng.permutation(indices)
+    pools = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)]
+    order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    for i in rng.permutation(len(batches)):
+        yield batches[i]
+
+
+def fast_precision(device: torch.device) -> str:
+    """bf16 where matrix products in it are faster than in float32 (GPUs, CPUs with AMX), else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return "bf16" if amx is not None and amx() else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Mixed precision by autocast: weights and optimizer stay float32, matrix products run in bf16."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The weights of the best epoch by the development split, and what was seen there."""
+
+    model: Classifier
+    best_epoch: int
+    dev_accuracy: float
+
+
+def fit(
+    model: Classifier,
+    examples: Examples,
+    train: np.ndarray,
+    dev: np.ndarray,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+    precision: str,
+    progress: tqdm,
+) -> Fitted:
+    """Train on the indices ``train``, keep the epoch with the best accuracy on ``dev`` (ties: the lower loss there)."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model.to(device)
+    optimizer = torch.optim.AdamW(_groups(model, recipe), betas=(0.9, 0.98))
+    steps = recipe.epochs * -(-len(train) // recipe.batch_size)
+    warmup = max(steps // 10, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
+    )
+    best: tuple[tuple[float, float], int, dict[str, Tensor]] | None = None
+    for epoch in range(1, recipe.epochs + 1):
+        model.train()
+        for indices in length_batches(examples.lengths, train, recipe.batch_size, rng):
+            ids, lengths, labels = (t.to(device) for t in examples.collate(indices))
+            with autocast(device, precision):
+                logits = model(ids, lengths)
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+            optimizer.step()
+            schedule.step()
+            progress.update(len(indices))
+        logits, labels = predict(model, examples, dev, device=device, precision=precision)
+        accuracy = float((logits.argmax(-1) == labels).float().mean())
+        score = (accuracy, -float(nn.functional.cross_entropy(logits, labels)))
+        if best is None or score > best[0]:
+            best = (score, epoch, copy.deepcopy(model.state_dict()))
+    assert best is not None
+    model.load_state_dict(best[2])
+    return Fitted(model, best[1], best[0][0])
+
+
+@torch.inference_mode()
+def predict(
+    model: Classifier,
+    examples: Examples,
+    indices: np.ndarray,
+    *,
+    device: torch.device,
+    precision: str,
+    batch_size: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """Logits (n, classes) and labels (n,) on the CPU, in an order of its own but the same for both."""
+    model.eval()
+    parts: list[tuple[Tensor, Tensor]] = []
+    for batch in length_batches(examples.lengths, indices, batch_size, None):
+        ids, lengths, labels = examples.collate(batch)
+        with autocast(device, precision):
+            parts.append((model(ids.to(device), lengths.to(device)).float().cpu(), labels))
+    return torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def _groups(model: Classifier, recipe: Recipe) -> list[dict[str, object]]:
+    backbone = [p for p in model.backbone.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in backbone if p.ndim > 1], "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+        {"params": [p for p in backbone if p.ndim <= 1], "lr": recipe.lr, "weight_decay": 0.0},
+        {"params": list(model.head.parameters()), "lr": recipe.head_lr, "weight_decay": 0.0},
+    ]

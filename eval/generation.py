@@ -1,0 +1,215 @@
+"""A look at what the model writes: continuations of prompts (causal) or filled-in masks (masked).
+
+The statistics of the generated text stand beside those of the real continuations of the same prompts: a repetition
+rate or a perplexity means something only against that of real text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.errors import UserError
+from eval.language_modeling import perplexity
+from eval.results import Metric, Outcome, Table
+from eval.subject import Subject
+from pretrain.model.generation import generate
+
+TASK = "generate"
+VERSION = 1
+TABLE = "generated text"
+FILL_TABLE = "filled masks"
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """``prompts``: own texts instead of held-out prefixes; lengths in tokens. ``masks``: tokens hidden in a passage."""
+
+    prompts: tuple[str, ...] = ()
+    num_samples: int = 8
+    prompt_tokens: int = 32
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    top_k: int = 50
+    seed: int = 0
+    masks: int = 3
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for the key."""
+        return asdict(self) | {"prompts": list(self.prompts)}
+
+
+def describe_data(subject: Subject, settings: GenerateSettings) -> dict[str, Any]:
+    """Where the prompts come from."""
+    if settings.prompts:
+        return {"prompts": len(settings.prompts), "hash": hashlib.sha256(repr(settings.prompts).encode()).hexdigest()}
+    shards = subject.held_out()
+    return {"path": str(shards.path), "hash": shards.fingerprint}
+
+
+def run(subject: Subject, settings: GenerateSettings) -> Outcome:
+    """Samples and their statistics; raises :class:`UserError` for impossible settings or too little held-out text."""
+    for option, value in (("--num-samples", settings.num_samples), ("--max-new-tokens", settings.max_new_tokens)):
+        if value < 1:
+            raise UserError(f"{option} {value}: at least 1")
+    if settings.temperature < 0:
+        raise UserError(f"--temperature {settings.temperature}: 0 (the likeliest token) or more")
+    return _continue(subject, settings) if subject.causal else _fill(subject, settings)
+
+
+def distinct(sequences: Sequence[Sequence[int]], n: int) -> float:
+    """Different n-grams as a share of all n-grams, over all sequences (Li et al. 2016); 0 where there are none."""
+    grams = [tuple(s[i : i + n]) for s in sequences for i in range(len(s) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Share of n-grams that occurred before in their own sequence (rep-n, Welleck et al. 2020); 0 without any."""
+    repeated = total = 0
+    for s in sequences:
+        grams = [tuple(s[i : i + n]) for i in range(len(s) - n + 1)]
+        total += len(grams)
+        repeated += len(grams) - len(set(grams))
+    return repeated / total if total else 0.0
+
+
+def continuation_nats(subject: Subject, prompt: Sequence[int], continuation: Sequence[int]) -> float:
+    """Sum of -log p of the continuation's tokens after the prompt, in nats. The prompt must not be empty."""
+    ids = torch.tensor([[*prompt, *continuation]])
+    logits = subject.logits(ids[:, :-1])[0, len(prompt) - 1 :]
+    goal = torch.tensor(continuation, device=logits.device)
+    return float(torch.nn.functional.cross_entropy(logits, goal, reduction="sum"))
+
+
+def _continue(subject: Subject, settings: GenerateSettings) -> Outcome:
+    tokenizer = subject.loaded.tokenizer
+    pairs = _own_prompts(subject, settings) or _held_out_prompts(subject, settings)
+    subject.check_length(
+        max(len(p) for p, _ in pairs) + settings.max_new_tokens, "prompt and --max-new-tokens together,"
+    )
+    written: list[list[int]] = []
+    real: list[list[int]] = []
+    nats = {"model": 0.0, "real": 0.0}
+    samples: list[dict[str, Any]] = []
+    for number, (prompt, truth) in enumerate(pairs):
+        out = generate(
+            subject.model,
+            prompt,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            seed=settings.seed + number,
+            stop_id=tokenizer.eos_id,
+        )
+        sample: dict[str, Any] = {
+            "kind": "continuation",
+            "prompt": tokenizer.decode(prompt),
+            "text": tokenizer.decode(out),
+            "real": tokenizer.decode(truth) if truth else None,
+        }
+        if out:
+            own = continuation_nats(subject, prompt, out)
+            sample["perplexity"] = perplexity(own / len(out))
+            nats["model"] += own
+            written.append(out)
+        if truth:
+            nats["real"] += continuation_nats(subject, prompt, truth)
+            real.append(truth)
+        samples.append(sample)
+    rows = [_statistics("model", written, nats["model"])]
+    if real:
+        rows.append(_statistics("real continuation (control)", real, nats["real"]))
+    columns = ["text", "distinct-1", "distinct-2", "repetition of 4-grams", "perplexity under the model", "tokens"]
+    values = rows[0]
+    metrics = {
+        "distinct_1": Metric(values[1], True, n=len(written)),
+        "distinct_2": Metric(values[2], True, n=len(written)),
+        "repetition_4": Metric(values[3], False, n=len(written)),
+        "own_perplexity": Metric(values[4], False, n=len(written)),
+    }
+    return Outcome(metrics, [Table(TABLE, columns, rows)], samples=samples)
+
+
+def _statistics(name: str, sequences: list[list[int]], nats: float) -> list[Any]:
+    number = sum(map(len, sequences))
+    own = perplexity(nats / number) if number else float("nan")
+    return [name, distinct(sequences, 1), distinct(sequences, 2), repetition(sequences), own, number]
+
+
+def _own_prompts(subject: Subject, settings: GenerateSettings) -> list[tuple[list[int], list[int]]]:
+    tokenizer = subject.loaded.tokenizer
+    return [(tokenizer.encode(text) or [tokenizer.eos_id], []) for text in settings.prompts]
+
+
+def _held_out_prompts(subject: Subject, settings: GenerateSettings) -> list[tuple[list[int], list[int]]]:
+    """Starts of held-out documents with what really follows, evenly spread over the documents that are long enough."""
+    need = settings.prompt_tokens + settings.max_new_tokens
+    starts = [d[:need].tolist() for d in subject.held_out().documents() if len(d) >= need]
+    if not starts:
+        raise UserError(
+            f"no document of {subject.held_out().path} has the {need} tokens of a prompt and its continuation: lower "
+            "--max-new-tokens or give --prompt"
+        )
+    chosen = sorted({int(i) for i in np.linspace(0, len(starts) - 1, settings.num_samples)})
+    return [(starts[i][: settings.prompt_tokens], starts[i][settings.prompt_tokens :]) for i in chosen]
+
+
+def _fill(subject: Subject, settings: GenerateSettings) -> Outcome:
+    """Hide a few ordinary tokens of each held-out passage and list the five likeliest for each."""
+    if settings.prompts:
+        raise UserError(
+            "--prompt is for causal models; a masked model fills in tokens of the held-out text: leave it out"
+        )
+    tokenizer = subject.loaded.tokenizer
+    length = settings.prompt_tokens + settings.max_new_tokens
+    subject.check_length(length, "passage")
+    passages = [d[:length].tolist() for d in subject.held_out().documents() if len(d) >= length]
+    if not passages:
+        raise UserError(
+            f"no document of {subject.held_out().path} has a passage of {length} tokens: lower --max-new-tokens"
+        )
+    chosen = sorted({int(i) for i in np.linspace(0, len(passages) - 1, settings.num_samples)})
+    rng = np.random.default_rng(settings.seed)
+    hits = {1: 0, 5: 0}
+    total = 0
+    samples: list[dict[str, Any]] = []
+    for passage in (passages[i] for i in chosen):
+        places = [
+            i for i, t in enumerate(passage) if tokenizer.decode([t]).strip().isalnum()
+        ]  # words tell more than spaces
+        places = sorted(rng.permutation(places or list(range(length)))[: settings.masks].tolist())
+        hidden = torch.tensor([passage])
+        hidden[0, places] = tokenizer.mask_id
+        probabilities = subject.logits(hidden)[0, places].softmax(-1)
+        top = probabilities.topk(5, dim=-1)
+        answers = []
+        for row, place in enumerate(places):
+            ids = top.indices[row].tolist()
+            total += 1
+            hits[1] += ids[0] == passage[place]
+            hits[5] += passage[place] in ids
+            answers.append(
+                {
+                    "right": tokenizer.decode([passage[place]]),
+                    "rank_in_top_5": ids.index(passage[place]) + 1 if passage[place] in ids else None,
+                    "top": [
+                        [tokenizer.decode([t]), float(p)] for t, p in zip(ids, top.values[row].tolist(), strict=True)
+                    ],
+                }
+            )
+        samples.append({"kind": "fill_mask", "parts": _parts(passage, places, tokenizer.decode), "answers": answers})
+    metrics = {"top_1": Metric(hits[1] / total, True, n=total), "top_5": Metric(hits[5] / total, True, n=total)}
+    columns = ["hidden words", "likeliest is right", "right one in the first five"]
+    return Outcome(metrics, [Table(FILL_TABLE, columns, [[total, hits[1] / total, hits[5] / total]])], samples=samples)
+
+
+def _parts(passage: list[int], places: list[int], decode: Any) -> list[str]:
+    """The text between the masks: one part more than there are masks."""
+    edges = [-1, *places, len(passage)]
+    return [decode(passage[a + 1 : b]) for a, b in pairwise(edges)]

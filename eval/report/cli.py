@@ -1,0 +1,44 @@
+"""``nystrom report``: one HTML page that compares runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``nystrom report``."""
+    parser = argparse.ArgumentParser(
+        prog="nystrom report",
+        description="Write one self-contained HTML page that shows and compares runs: validity, training curves, "
+        "evaluation results, samples, configuration. It loads nothing from anywhere and works as a mail attachment.",
+        epilog="example:\n  nystrom report runs/books-clm runs/books-softmax --out report.html",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, as `nystrom train` writes it")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="the page to write (default: report.html)"
+    )
+    parser.add_argument("--title", help="heading of the page (default: the names of the runs)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the page; raises :class:`UserError` for a folder that is no run or a page that cannot be written."""
+    args = build_parser().parse_args(argv)
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out} is a folder: name the page, for example {args.out / 'report.html'}")
+    from data_pipeline.files import write_atomic
+    from eval.report.page import render
+    from eval.report.runs import read_runs
+
+    text = render(read_runs(args.runs), args.title)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(args.out, text.encode())
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be written: {error}") from None
+    print(f"report written to {args.out.resolve()}")

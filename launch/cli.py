@@ -1,0 +1,57 @@
+"""``nystrom launch``: start a training run on several processes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from data_pipeline.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    from pretrain.cli import add_run_arguments
+
+    parser = argparse.ArgumentParser(
+        prog="nystrom launch",
+        description="Start `nystrom train` on several processes. This slice knows one place: this machine.",
+    )
+    places = parser.add_subparsers(dest="place", required=True, metavar="PLACE")
+    local = places.add_parser(
+        "local",
+        help="processes of this machine, through DeepSpeed's launcher",
+        description="Start `nystrom train` on several processes of this machine through DeepSpeed's launcher, look "
+        "after them, and answer with what became of the run.",
+        epilog="example: nystrom launch local --nproc 2 --config configs/demo-clm.yaml --set optimizer.lr=1e-3\n\n"
+        "SIGTERM or Ctrl-C lets the processes save a checkpoint and end (exit status 75: run the same command to go\n"
+        "on); those still there after --stop-timeout are killed. No process outlives this command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    local.add_argument("--nproc", type=int, default=None, help="processes (default: one for each GPU, or one)")
+    add_run_arguments(local)
+    local.add_argument(
+        "--stop-timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="how long processes may take to save after SIGTERM before they are killed (default: 120)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the run's exit status."""
+    args = build_parser().parse_args(argv)
+    from launch.local import count_gpus, launch_local
+    from pretrain.config import load_config
+
+    nproc = args.nproc if args.nproc is not None else max(1, count_gpus())
+    if nproc < 1:
+        raise UserError(f"--nproc {nproc}: at least one process is needed")
+    if args.stop_timeout <= 0:
+        raise UserError(f"--stop-timeout {args.stop_timeout}: must be above 0 seconds")
+    config = load_config(args.config, args.overrides)  # mistakes are told here, before anything is started
+    words = ["--config", args.config, "--resume", args.resume]
+    words += ["--set", *args.overrides] if args.overrides else []
+    words += ["--verbose"] if args.verbose else []
+    return launch_local(nproc, words, config.run_dir, stop_timeout=args.stop_timeout, verbose=args.verbose)

@@ -1,0 +1,220 @@
+"""DeepSpeed's launcher on this machine, with its gaps closed.
+
+What it does alone (0.19.8): SIGTERM to it ends it at once and orphans the workers, which never hear of it; when its
+middle process dies, it exits 0 with the workers still running. So here it runs in a session of its own, signals go to
+the workers themselves, nothing is over before the last of them is gone, and success is what the run wrote about itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from data_pipeline.errors import UserError
+from pretrain.run import LAUNCH_ID, STATUS
+
+POLL_SECONDS = 0.2
+SHARED_MEMORY = Path("/dev/shm")
+REPOSITORY = Path(__file__).resolve().parent.parent
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def launch_local(nproc: int, words: Sequence[str], run_dir: Path, *, stop_timeout: float, verbose: bool = False) -> int:
+    """Run ``python -m pretrain *words`` on ``nproc`` processes of this machine; returns the run's own exit status.
+
+    On SIGTERM or SIGINT the workers get SIGTERM and ``stop_timeout`` seconds to save; then everything is killed. All
+    processes that this call started are gone when it returns.
+    """
+    launch_id, port = uuid.uuid4().hex, _free_port()
+    command = runner_command(nproc, words, port, verbose)
+    _become_subreaper()
+    request = _StopRequest()
+    try:
+        runner = subprocess.Popen(command, env=_environment(launch_id), start_new_session=True)
+        watch = _Watch(launch_id, runner)
+        deadline: float | None = None
+        while runner.poll() is None or watch.alive():
+            if deadline is None and (request.number is not None or runner.poll() is not None):
+                # Asked to stop, or the launcher is gone and workers are not.
+                deadline = time.monotonic() + stop_timeout
+                watch.signal_workers(signal.SIGTERM)
+            if deadline is not None and time.monotonic() > deadline:
+                print(f"processes still there {stop_timeout:g} s after SIGTERM are killed", file=sys.stderr, flush=True)
+                watch.kill_all()
+            time.sleep(POLL_SECONDS)
+        return _exit_status(runner.wait(), run_dir, launch_id)
+    finally:
+        request.restore()
+        _remove_shared_memory(port)
+
+
+def runner_command(nproc: int, words: Sequence[str], port: int, verbose: bool) -> list[str]:
+    """DeepSpeed's launcher for this machine; an empty host file name keeps it from finding a cluster's."""
+    return [
+        *[sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "", *_placement(nproc)],
+        *["--master_port", str(port), "--log_level", "info" if verbose else "critical"],
+        *["--module", "pretrain", *words],
+    ]
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use, without importing torch: CUDA_VISIBLE_DEVICES, else the device files."""
+    visible = _visible_devices()
+    return len(visible) if visible is not None else len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+class _StopRequest:
+    """Remembers SIGTERM and SIGINT while it is installed."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Watch:
+    """The processes of one launch, recognised by its id in their environment, wherever in the tree they are."""
+
+    def __init__(self, launch_id: str, runner: subprocess.Popen[bytes]) -> None:
+        self._launch_id, self._runner = launch_id, runner
+        self._seen: set[int] = set()
+
+    def alive(self) -> list[psutil.Process]:
+        """All that have not ended; reaps those that were orphaned to us."""
+        self._runner.poll()
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    if process.pid in self._seen and process.ppid() == os.getpid():
+                        os.waitpid(process.pid, os.WNOHANG)
+                elif process.environ().get(LAUNCH_ID) == self._launch_id:
+                    found.append(process)
+                    if process.pid != self._runner.pid:
+                        self._seen.add(process.pid)
+            except (psutil.Error, ChildProcessError):
+                continue
+        return found
+
+    def signal_workers(self, number: int) -> None:
+        """Signal the training processes, and not what they started: a tracker's helper must live to write its files."""
+        for process in self.alive():
+            if _is_rank(process) and not _is_rank(process.parent()):
+                try:
+                    process.send_signal(number)
+                except psutil.Error:
+                    continue
+
+    def kill_all(self) -> None:
+        """SIGKILL to everything."""
+        for process in self.alive():
+            try:
+                process.kill()
+            except psutil.Error:
+                continue
+
+
+def _is_rank(process: psutil.Process | None) -> bool:
+    try:
+        return process is not None and "RANK" in process.environ()
+    except psutil.Error:
+        return False
+
+
+def _exit_status(runner_code: int, run_dir: Path, launch_id: str) -> int:
+    """The status that the run wrote for this launch; else the launcher's, never 0 for a run without a final word."""
+    status = _read_status(run_dir)
+    if status.get("launch_id") == launch_id and isinstance(status.get("code"), int):
+        return int(status["code"])
+    # DeepSpeed exits with -N, modulo 256, for a worker killed by signal N.
+    if runner_code < 0 or runner_code > 128 + 64:
+        number = -runner_code if runner_code < 0 else 256 - runner_code
+        print(
+            f"a process was killed by signal {number} ({_signal_name(number)}); the run is not finished",
+            file=sys.stderr,
+        )
+        return 128 + number
+    if runner_code == 0:
+        print("the launcher ended without an error, but the run did not finish", file=sys.stderr)
+        return 1
+    return runner_code
+
+
+def _read_status(run_dir: Path) -> dict[str, Any]:
+    try:
+        status = json.loads((run_dir / STATUS).read_text())
+        return status if isinstance(status, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def _environment(launch_id: str) -> dict[str, str]:
+    env = dict(os.environ)
+    env[LAUNCH_ID] = launch_id
+    # Children look for ninja and each other's programs beside this Python, also when its environment is not activated.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(REPOSITORY)]))
+    if _visible_devices() is not None:
+        del env["CUDA_VISIBLE_DEVICES"]  # said through --include; DeepSpeed would ignore it with a warning
+    if count_gpus() == 0 and not Path("/dev/kfd").exists():
+        env.setdefault("DS_ACCELERATOR", "cpu")  # else each of its processes warns that it found no GPU
+    return env
+
+
+def _placement(nproc: int) -> list[str]:
+    visible = _visible_devices()
+    if visible is None:
+        return ["--num_accelerators", str(nproc)]
+    if len(visible) < nproc:
+        raise UserError(f"--nproc {nproc}, but CUDA_VISIBLE_DEVICES names {len(visible)} GPU(s): {','.join(visible)}")
+    return ["--include", "localhost:" + ",".join(visible[:nproc])]
+
+
+def _visible_devices() -> list[str] | None:
+    """GPU numbers of CUDA_VISIBLE_DEVICES; None if it is unset, empty, or not a plain list of numbers."""
+    parts = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return parts if all(part.isdigit() for part in parts) else None
+
+
+def _become_subreaper() -> None:
+    """Have orphans of this launch become our children instead of init's, so that none gets away (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _remove_shared_memory(port: int) -> None:
+    """Remove what DeepSpeed's shared-memory operator would leave (named by user and port; 69 MB a process)."""
+    for path in SHARED_MEMORY.glob(f"deepspeed_*_{os.getuid()}_*_{port}*"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,64 @@
+"""Does the configuration fit the data and the processes? All that can be known before the slow imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data_pipeline.errors import UserError
+from data_pipeline.order import Plan
+from data_pipeline.shards import ShardSet
+from pretrain.config import RunConfig
+from pretrain.curriculum import build_plan, check_world_size
+from pretrain.deepspeed_config import build_deepspeed_config
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A configuration with nothing left open, and the data it names, opened."""
+
+    config: RunConfig  # model.vocab_size is set
+    plan: Plan
+    train: ShardSet
+    valid: ShardSet | None
+
+
+def check_inputs(config: RunConfig, world_size: int) -> Inputs:
+    """Open the shards and compare them with the configuration; raises :class:`UserError` for what would fail later."""
+    build_deepspeed_config(config)
+    plan = build_plan(config)
+    check_world_size(plan, world_size)
+    expected = None
+    if config.data.tokenizer is not None:
+        from data_pipeline.tokenizer import Tokenizer
+
+        expected = Tokenizer.load(config.data.tokenizer).hash
+    train = ShardSet.open(config.data.train, expect_tokenizer=expected)
+    vocab_size = config.model.vocab_size or train.vocab_size
+    if vocab_size < train.vocab_size:
+        raise UserError(
+            f"model.vocab_size {vocab_size} does not match the shards in {train.path}, whose tokenizer has "
+            f"{train.vocab_size} tokens: leave model.vocab_size out (it then follows the shards) or use shards made "
+            "with the other tokenizer"
+        )
+    # One token more than the blocks: the last causal target lies behind them.
+    if train.num_tokens - 1 < plan.block_length:
+        raise UserError(
+            f"the shards in {train.path} hold {train.num_tokens} tokens, less than one block of {plan.block_length}: "
+            "prepare more text, or shorten the longest curriculum seq_len (or data.block_length)"
+        )
+    valid = None
+    if config.data.valid is not None:
+        valid = ShardSet.open(config.data.valid)
+        if valid.tokenizer_hash != train.tokenizer_hash:
+            raise UserError(
+                f"the shards in {valid.path} were made with another tokenizer than those in {train.path}: "
+                "prepare both with the same"
+            )
+        longest = max(stage.seq_len for stage in plan.stages)
+        if valid.num_tokens - 1 < longest:
+            raise UserError(
+                f"the held-out shards in {valid.path} hold {valid.num_tokens} tokens, less than one row of {longest}: "
+                "prepare more held-out text, or shorten the longest curriculum seq_len"
+            )
+    resolved = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+    return Inputs(resolved, plan, train, valid)

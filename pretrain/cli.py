@@ -1,0 +1,90 @@
+"""``nystrom train``: pretrain, as a single process or as one of a launcher's."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+
+from data_pipeline.errors import UserError
+
+SPEAKING_SECONDS = 10.0
+"""How long the other processes give the first one to print the error that they share with it."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="nystrom train",
+        description="Pretrain a Nyströmformer on prepared shards, by one YAML file. Run again, the same command goes "
+        "on where the last checkpoint stands.",
+        epilog="example: nystrom train --config configs/demo-clm.yaml --set optimizer.lr=1e-3 zero_stage=1\n"
+        "This is one process; for several: nystrom launch local --nproc 2 --config ..., or\n"
+        "deepspeed --num_accelerators 2 --module pretrain --config ...\n\n"
+        "exit status: 0 done; 2 a mistake in configuration or data; 75 stopped by SIGTERM or Ctrl-C with a checkpoint\n"
+        "saved (run the same command to go on); 76 too many steps in a row with numbers that are not finite.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_run_arguments(parser)
+    # What DeepSpeed's launcher and torchrun add to the command of each process.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which run; ``nystrom launch`` takes the same."""
+    parser.add_argument("--config", required=True, help="YAML file of the run; configs/ has examples")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the file, for example zero_stage=1 model.num_layers=6",
+    )
+    parser.add_argument(
+        "--resume",
+        choices=["auto", "never"],
+        default="auto",
+        help="auto: go on from the newest whole checkpoint if there is one; never: move an existing run folder aside "
+        "to NAME.old-1 and start over (default: auto)",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log too")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status. A :class:`UserError` comes from one process only."""
+    args = build_parser().parse_args(argv)
+    from pretrain.config import load_config
+    from pretrain.distributed import Rank, quiet_libraries, read_rank
+    from pretrain.run import train
+
+    if not args.verbose:
+        quiet_libraries()
+    rank = Rank()
+    try:
+        rank = read_rank(args.local_rank)
+        return train(load_config(args.config, args.overrides), rank, resume=args.resume, verbose=args.verbose)
+    except UserError:
+        if not rank.is_first:
+            # The first process has the same error nearly always, and launchers end the rest as soon as one exits; so
+            # leaving at once could cost the user the message.
+            time.sleep(SPEAKING_SECONDS)
+        raise
+    except Exception as error:
+        return _report_crash(error, rank.rank)
+
+
+def _report_crash(error: Exception, rank: int) -> int:
+    """Print a traceback that says whose it is; for a process that merely lost a peer, one line."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    lost_peer = isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+    if lost_peer:
+        print(f"process {rank}: another process of this run went away; ending", file=sys.stderr, flush=True)
+    else:
+        print(f"process {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    return 1

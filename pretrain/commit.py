@@ -1,0 +1,193 @@
+"""What makes a folder of files a checkpoint: a manifest with checksums, written last.
+
+DeepSpeed's own ``save_checkpoint`` moves its pointer before all processes have written (0.19.8, stages 1 and 2), so
+that a kill in between leaves it on a torn checkpoint. Here the order is: all files, fsynced by the process that wrote
+them; a barrier; ``manifest.json`` with every file's size and XXH3-128 and the training state; then the pointer
+``latest``, by rename. A folder without a manifest that checks out is no checkpoint. This module knows files only;
+``pretrain.checkpoint`` uses it in step with the other processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_pipeline.files import fsync_folder, write_atomic
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+SCHEMA = 1
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands. Everything else follows from the configuration and the weights."""
+
+    step: int = 0  # optimizer steps, skipped ones included
+    tokens: int = 0  # consumed, by all processes
+    bad_steps: int = 0  # skipped because loss or gradient was not finite
+    bad_in_row: int = 0
+    validated_tokens: int = 0  # position of the last complete validation
+    seconds: float = 0.0  # spent in the training loop, over all starts
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The marker of a whole checkpoint."""
+
+    tag: str
+    state: TrainState
+    identity: dict[str, Any]  # what a resume compares: configuration, data fingerprint, number of processes
+    files: dict[str, FileEntry]
+    created: float = field(default_factory=time.time)
+
+    def to_bytes(self) -> bytes:
+        """The file's contents, a checksum of itself included."""
+        body = {"schema": SCHEMA, **asdict(self)}
+        return json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True).encode() + b"\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read ``folder/manifest.json``; raises ``ValueError`` that says what is wrong with it."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ValueError("it has no manifest: the save did not finish")
+        try:
+            body = json.loads(path.read_bytes())
+            checksum = body.pop("checksum")
+            if checksum != _checksum(body) or body.pop("schema") != SCHEMA:
+                raise ValueError("its manifest is damaged")
+            files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
+            return cls(**{**body, "files": files, "state": TrainState(**body["state"])})
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
+            raise ValueError("its manifest is damaged") from None
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+
+
+def tag_name(step: int) -> str:
+    """Folder name of the checkpoint of a step; names sort like steps."""
+    return f"step{step:09d}"
+
+
+def data_files(folder: Path) -> list[str]:
+    """Names of all files of a checkpoint folder except its manifest, relative to it, sorted."""
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in names if not name.startswith(MANIFEST))
+
+
+def owner(name: str, world_size: int) -> int:
+    """Who wrote a file, by its name: DeepSpeed's ``..._pp_rank_N_...``, our ``rng_rank_N.pt``, else the first."""
+    for marker in ("pp_rank_", "rng_rank_"):
+        _, found, rest = name.partition(marker)
+        digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+        if found and digits and int(digits) < world_size:
+            return int(digits)
+    return 0
+
+
+def fsync_files(folder: Path, names: Iterable[str]) -> None:
+    """Make files and the names they have in ``folder`` durable."""
+    for name in names:
+        fd = os.open(folder / name, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    fsync_folder(folder)
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and XXH3-128 of a file."""
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileEntry(size, digest.hexdigest())
+
+
+def problem_with(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
+    """What is wrong with these files of a checkpoint, or None. Reads them whole."""
+    for name in names:
+        try:
+            found = hash_file(folder / name)
+        except OSError as error:
+            return f"{name}: {error.strerror or error}"
+        expected = manifest.files[name]
+        if found.bytes != expected.bytes:
+            return f"{name} has {found.bytes} bytes, the manifest says {expected.bytes}"
+        if found.xxh3_128 != expected.xxh3_128:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def commit(root: Path, manifest: Manifest) -> None:
+    """Declare ``root/tag`` a checkpoint and point ``latest`` at it. Its files must be durable already."""
+    write_atomic(root / manifest.tag / MANIFEST, manifest.to_bytes())
+    write_atomic(root / LATEST, manifest.tag.encode())
+
+
+def candidates(root: Path) -> Iterator[tuple[Path, Manifest | str]]:
+    """Checkpoint folders below ``root`` from the newest to the oldest, each with its manifest or what is wrong with it.
+
+    Only manifests and sizes are looked at, so this is quick; :func:`problem_with` reads the contents.
+    """
+    folders = [p for p in root.glob("step*") if p.is_dir()] if root.is_dir() else []
+    for folder in sorted(folders, reverse=True):
+        try:
+            manifest = Manifest.read(folder)
+            yield folder, _size_problem(folder, manifest) or manifest
+        except ValueError as error:
+            yield folder, str(error)
+
+
+def _size_problem(folder: Path, manifest: Manifest) -> str | None:
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry.bytes:
+            return f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
+    return None
+
+
+def newest(root: Path) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint below ``root`` whose manifest and file sizes are right, or None."""
+    for folder, manifest in candidates(root):
+        if isinstance(manifest, Manifest):
+            return folder, manifest
+    return None
+
+
+def prune(root: Path, keep: int) -> list[str]:
+    """Remove all but the ``keep`` newest whole checkpoints, and torn ones before them; returns what was removed."""
+    whole, removed = 0, []
+    for folder, manifest in list(candidates(root)):
+        if isinstance(manifest, Manifest):
+            whole += 1
+        if whole > keep or (whole and isinstance(manifest, str)):
+            # The marker goes first: a removal cut short must not leave something that looks whole.
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+            removed.append(folder.name)
+    return removed

@@ -1,0 +1,43 @@
+"""From the configuration's stages to the plan of the data and the micro-batches of a process."""
+
+from __future__ import annotations
+
+from data_pipeline.errors import UserError
+from data_pipeline.order import Plan, StageSpec
+from pretrain.config import RunConfig
+
+
+def build_plan(config: RunConfig) -> Plan:
+    """The plan of the run: which tokens each global batch holds. Raises :class:`UserError` for impossible stages."""
+    return Plan(
+        [StageSpec(stage.seq_len, stage.until_tokens) for stage in config.curriculum],
+        block_length=config.block_length,
+        batch_tokens=config.batch_tokens,
+    )
+
+
+def check_world_size(plan: Plan, world_size: int) -> None:
+    """Raise :class:`UserError` unless the rows of every stage's batch can be shared evenly, naming values that do.
+
+    Equal shares matter beyond fairness: ZeRO 2 and 3 communicate in every backward pass, so all processes must make the
+    same number of them.
+    """
+    for i, stage in enumerate(plan.stages):
+        if stage.rows % world_size == 0:
+            continue
+        fits = [n for n in range(1, stage.rows + 1) if all(s.rows % n == 0 for s in plan.stages)]
+        near = sorted(fits, key=lambda n: (abs(n - world_size), -n))[:3]
+        unit = plan.block_length * world_size
+        raise UserError(
+            f"stage {i} has {stage.rows} rows of {stage.seq_len} tokens in a batch, which {world_size} processes "
+            f"cannot share evenly: use {' or '.join(str(n) for n in sorted(near))} processes, or batch_tokens "
+            f"{-(-plan.batch_tokens // unit) * unit}"
+        )
+
+
+def micro_batches(rows: int, micro_batch: int) -> list[slice]:
+    """Slices of a process's ``rows`` rows of at most ``micro_batch`` rows each; the last may be shorter.
+
+    The loss is a sum over targets divided once by the global count, so that unequal slices weigh what they should.
+    """
+    return [slice(start, min(start + micro_batch, rows)) for start in range(0, rows, micro_batch)]

@@ -1,0 +1,90 @@
+"""A run in plain words before it starts, and the machine it ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.order import Plan
+from pretrain.config import RunConfig
+
+if TYPE_CHECKING:
+    from pretrain.distributed import World
+
+
+def state_bytes(parameters: int, config: RunConfig, world_size: int) -> dict[str, int]:
+    """Bytes that weights, gradients and optimizer state take on one process, activations not counted.
+
+    The accounting of Rajbhandari et al. 2020 (ZeRO, section 3): in 16 bits 2 + 2 bytes for a weight and its gradient
+    and 12 for the float32 master copy and AdamW's two moments; in float32 4 + 4 + 8, and 4 more for the copy that ZeRO
+    1 to 3 keep. Stage 1 divides the optimizer's part among the processes, stage 2 the gradients too, stage 3 also the
+    weights.
+    """
+    stage, width = config.zero_stage, 4 if config.precision == "fp32" else 2
+    optimizer = 8 if stage == 0 else 12
+    shared = {"weights": stage >= 3, "gradients": stage >= 2, "optimizer": stage >= 1}
+    sizes = {"weights": width, "gradients": width, "optimizer": optimizer}
+    return {part: parameters * sizes[part] // (world_size if shared[part] else 1) for part in sizes}
+
+
+def describe(config: RunConfig, plan: Plan, train_tokens: int, parameters: int, world: World) -> str:
+    """Several lines for somebody who has not read the configuration."""
+    model = config.model
+    kind = {"mlm": "masked", "clm": "causal"}[model.objective]
+    memory = state_bytes(parameters, config, world.world_size)
+    parts = ", ".join(f"{part} {_bytes(size)}" for part, size in memory.items())
+    stages = "; ".join(
+        f"{stage.num_batches} steps of {stage.rows} x {stage.seq_len}, {stage_config.micro_batch} rows at a time"
+        for stage, stage_config in zip(plan.stages, config.curriculum, strict=True)
+    )
+    epochs = plan.total_tokens / train_tokens
+    return "\n".join(
+        [
+            f"Run {config.run_dir}: a {kind} {model.attention} model of {parameters:,} parameters "
+            f"({model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size:,}).",
+            f"Reads {plan.total_tokens:,} tokens, {epochs:.2f} times the {train_tokens:,} of {config.data.train}, in "
+            f"{plan.num_batches:,} steps of {plan.batch_tokens:,}.",
+            f"Lengths: {stages}.",
+            f"On {world.world_size} {'GPU' if world.device.type == 'cuda' else 'CPU'} process(es), {config.precision}, "
+            f"ZeRO stage {config.zero_stage}; each expects {_bytes(sum(memory.values()))} for its state ({parts}), "
+            "activations on top.",
+        ]
+    )
+
+
+def environment(world: World) -> dict[str, Any]:
+    """What a reader needs to repeat the run: versions, machine, command."""
+    import torch
+
+    packages = ("torch", "deepspeed", "numpy", "tokenizers", "datasets", "pydantic", "wandb")
+    return {
+        "command": sys.argv,
+        "working_directory": os.getcwd(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "threads_per_process": torch.get_num_threads(),
+        "world_size": world.world_size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "cuda": torch.version.cuda,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,199 @@
+"""From a sharded training checkpoint to one file of float32 weights, and from either to a model for evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.files import write_atomic
+from data_pipeline.tokenizer import Tokenizer
+from pretrain import commit
+from pretrain.config import RunConfig, load_config, parse_config
+from pretrain.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+CONFIG, WEIGHTS, INFO, TOKENIZER = "config.yaml", "model.safetensors", "export.json", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be evaluated: float32, evaluation mode, on the CPU."""
+
+    model: nn.Module
+    model_config: ModelConfig
+    run_config: RunConfig
+    tokenizer: Tokenizer
+    weights_hash: str  # SHA-256 over names, shapes and bytes
+    tokens: int  # that it was trained on
+    path: Path  # of what was loaded
+    run_dir: Path | None  # the run it belongs to, if it lies in one
+
+
+def load_model(path: str | Path) -> LoadedModel:
+    """Load a run folder, one of its checkpoints (``checkpoints/stepN``) or an ``export`` folder, in a single process.
+
+    A run folder means its newest whole checkpoint, through ``export/`` if that is of the same step. Raises
+    :class:`UserError` if there is nothing whole to load.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: give a run folder, a checkpoint in it, or an export folder")
+    if (path / INFO).is_file():
+        return _load_export(path)
+    if (path / commit.MANIFEST).is_file():
+        return _load_checkpoint(path)
+    if (path / "checkpoints").is_dir():
+        found = commit.newest(path / "checkpoints")
+        if found is None:
+            raise UserError(f"run {path} has no whole checkpoint yet")
+        folder, manifest = found
+        exported = read_info(path / "export")
+        if exported is not None and exported["step"] == manifest.state.step:
+            return _load_export(path / "export")
+        return _load_checkpoint(folder)
+    raise UserError(f"{path} is neither a run folder, nor a checkpoint, nor an export folder")
+
+
+def export(folder: Path, out: Path) -> str:
+    """Consolidate the checkpoint ``folder`` into ``out`` (replaced if there); returns the weights' hash.
+
+    ``out`` gets ``model.safetensors``, ``config.yaml``, ``tokenizer.json`` and, last, ``export.json``.
+    """
+    from safetensors.torch import save_file
+
+    loaded = _load_checkpoint(folder)
+    manifest = commit.Manifest.read(folder)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    tmp = out / (WEIGHTS + ".tmp")
+    save_file(unique_weights(loaded.model), tmp, metadata={"format": "pt"})
+    commit.fsync_files(out, [tmp.name])
+    os.replace(tmp, out / WEIGHTS)
+    write_atomic(out / CONFIG, loaded.run_config.to_yaml().encode())
+    loaded.tokenizer.save(out)
+    info = {
+        "weights_hash": loaded.weights_hash,
+        "tokens": loaded.tokens,
+        "step": manifest.state.step,
+        "dtype": "float32",
+    }
+    write_atomic(out / INFO, (json.dumps(info, indent=1) + "\n").encode())
+    return loaded.weights_hash
+
+
+def read_info(folder: Path) -> dict[str, Any] | None:
+    """The contents of ``export.json``, or None if the export is not there or not finished."""
+    try:
+        info = json.loads((folder / INFO).read_text())
+        return info if {"weights_hash", "tokens", "step"} <= set(info) else None
+    except (OSError, ValueError):
+        return None
+
+
+def unique_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, float32, on the CPU; a tied weight once, under its first name."""
+    seen: set[int] = set()
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            value = tensor.detach().cpu()
+            out[name] = (value.float() if value.is_floating_point() else value).contiguous()
+    return out
+
+
+def weights_hash(weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 (hex) over the sorted names, shapes, types and bytes: equal weights, equal hash, however stored."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name]
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def consolidate(folder: Path) -> dict[str, torch.Tensor]:
+    """The float32 weights of a checkpoint, whatever its ZeRO stage; the master weights of mixed precision."""
+    import torch
+
+    from pretrain.engine import import_deepspeed
+
+    import_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if any(folder.glob("*_optim_states.pt")):
+        # It prints its progress, for developers; failures are exceptions.
+        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    states = sorted(folder.glob("mp_rank_*_model_states.pt"))
+    if len(states) != 1:
+        raise UserError(f"checkpoint {folder} has no model states that this program can read")
+    # Our own file, named by a manifest that was checked; DeepSpeed's objects in it are beyond weights_only.
+    return torch.load(states[0], map_location="cpu", weights_only=False)["module"]
+
+
+def _load_checkpoint(folder: Path) -> LoadedModel:
+    try:
+        manifest = commit.Manifest.read(folder)
+    except ValueError as error:
+        raise UserError(f"checkpoint {folder} cannot be used: {error}") from None
+    problem = commit.problem_with(folder, manifest, manifest.files)
+    if problem:
+        raise UserError(f"checkpoint {folder} cannot be used: {problem}")
+    run_dir = folder.resolve().parent.parent
+    config = parse_config(manifest.identity["config"], where=str(folder / commit.MANIFEST))
+    return _loaded(consolidate(folder), config, run_dir / "tokenizer", manifest.state.tokens, folder, run_dir)
+
+
+def _load_export(folder: Path) -> LoadedModel:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    info = read_info(folder)
+    if info is None:
+        raise UserError(f"{folder / INFO} is damaged: export the checkpoint again")
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read: {error}") from None
+    parent = folder.resolve().parent
+    run_dir = parent if (parent / "checkpoints").is_dir() else None
+    loaded = _loaded(weights, load_config(folder / CONFIG), folder, info["tokens"], folder, run_dir)
+    if loaded.weights_hash != info["weights_hash"]:
+        raise UserError(f"{folder / WEIGHTS} is not what {INFO} says: it was changed or damaged")
+    return loaded
+
+
+def _loaded(
+    weights: dict[str, torch.Tensor], config: RunConfig, tokenizer: Path, tokens: int, path: Path, run_dir: Path | None
+) -> LoadedModel:
+    from pretrain.model.transformer import build_model
+
+    model = build_model(config.model).float().eval()
+    wanted = unique_weights(model)
+    missing = sorted(set(wanted) - set(weights))
+    if missing:
+        raise UserError(f"{path} lacks the weights {', '.join(missing[:3])}: it belongs to another model or version")
+    extra = sorted(set(weights) - set(model.state_dict()))
+    if extra:
+        raise UserError(
+            f"{path} has weights this model does not know ({', '.join(extra[:3])}): it belongs to another version"
+        )
+    for name, tensor in wanted.items():
+        if tuple(weights[name].shape) != tuple(tensor.shape):
+            raise UserError(
+                f"{path}: {name} has the shape {tuple(weights[name].shape)}, the model's is {tuple(tensor.shape)}"
+            )
+    model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
+    digest = weights_hash(unique_weights(model))
+    return LoadedModel(model, config.model, config, Tokenizer.load(tokenizer), digest, tokens, path, run_dir)

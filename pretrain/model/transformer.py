@@ -1,0 +1,232 @@
+"""The language model: embeddings, blocks, and the masked or causal head, in one class chosen by ``config.objective``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data_pipeline.errors import UserError
+from pretrain.model.attention.layout import Layout
+from pretrain.model.attention.self_attention import AttentionContext, SelfAttention
+from pretrain.model.config import ModelConfig
+from pretrain.model.flops import forward_flops_per_token
+
+IGNORE = -100
+"""Label of a position that is not a target."""
+
+POSITION_OFFSET = 2
+"""Learned positions start at this row, as in transformers' checkpoints."""
+
+LOSS_CHUNK_ELEMENTS = 2**26
+"""Logits held at a time in the loss: 256 MiB in float32. More are computed in chunks and again in the backward pass."""
+
+
+@dataclass(frozen=True)
+class LMOutput:
+    """What a forward pass returns."""
+
+    logits: Tensor | None = None
+    """(B, N, vocabulary); only without labels, and not when only ``hidden`` was asked for."""
+    loss_sum: Tensor | None = None
+    """Scalar, at least float32: SUM of the cross entropy (nats) over targets. The caller divides by the global count."""
+    num_targets: Tensor | None = None
+    """Scalar int64: labels that are not -100."""
+    hidden: Tensor | None = None
+    """(B, N, hidden): what the head reads."""
+
+
+class Embeddings(nn.Module):
+    """Words and, if learned, positions; normalised when the blocks are post-norm."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, config.hidden_size)
+        self.position_embeddings = None
+        if config.positions == "learned":
+            self.position_embeddings = nn.Embedding(config.max_positions + POSITION_OFFSET, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if config.norm == "post" else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, input_ids: Tensor, layout: Layout) -> Tensor:
+        x = self.word_embeddings(input_ids)
+        if self.position_embeddings is not None:
+            available = self.position_embeddings.num_embeddings - POSITION_OFFSET
+            if layout.longest > available:
+                raise UserError(
+                    f"a sequence of {layout.longest} tokens is longer than the model's {available} learned positions: "
+                    "shorten it, or train with a larger model.max_positions or positions: rotary"
+                )
+            x = x + self.position_embeddings(layout.positions(input_ids.device) + POSITION_OFFSET)
+        if self.norm is not None:
+            x = self.norm(x)
+        return self.dropout(x)
+
+
+class FeedForward(nn.Module):
+    """Two layers with GELU (its tanh form, transformers' ``gelu_new``)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.intermediate = nn.Linear(config.hidden_size, config.ffn_size)
+        self.output = nn.Linear(config.ffn_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.gelu(self.intermediate(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with a residual path; the norm before (pre) or after (post, the paper's)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.pre_norm = config.norm == "pre"
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.attention_norm(x), context))
+            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, context)))
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+
+
+class Head(nn.Module):
+    """Hidden states to logits; for masked models through BERT's transform (dense, GELU, norm) and with an output bias."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        masked = config.objective == "mlm"
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if masked else None
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if masked else None
+        self.decoder = nn.Linear(config.hidden_size, vocab_size, bias=masked)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dense is not None and self.norm is not None:
+            x = self.norm(F.gelu(self.dense(x), approximate="tanh"))
+        return self.decoder(x)
+
+
+class NystromformerLM(nn.Module):
+    """Masked encoder or causal decoder. Build it with :func:`build_model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise UserError("model.vocab_size is not set: give it, or take it from the tokenizer or the shards' manifest")
+        self.config = config
+        self.embeddings = Embeddings(config, config.vocab_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if config.norm == "pre" else None
+        self.head = Head(config, config.vocab_size)
+        if config.tie_embeddings:
+            # One Parameter in two modules, each using it in its own forward: what ZeRO-3 asks of a tied weight.
+            self.head.decoder.weight = self.embeddings.word_embeddings.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights of ``init_std``, zero biases; with pre-norm the projections that write to the residual stream are
+        scaled by 1 / sqrt(2 layers), so that its variance at the output does not grow with depth (Radford et al. 2019)."""
+        config = self.config
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.init_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            if isinstance(module, SelfAttention):
+                if module.conv_weight is not None:
+                    nn.init.normal_(module.conv_weight, std=config.init_std)
+                if module.gamma_logit is not None:
+                    share = 2 * config.gamma_init - 1
+                    nn.init.constant_(module.gamma_logit, math.log(share / (1 - share)))
+            if isinstance(module, Block) and config.norm == "pre":
+                residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+                nn.init.normal_(module.attention.output.weight, std=residual_std)
+                nn.init.normal_(module.feed_forward.output.weight, std=residual_std)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, layout: Layout | None = None, hidden: bool = False
+    ) -> LMOutput:
+        """Run the model.
+
+        input_ids: (B, N) int64. labels: (B, N) int64, -100 where there is no target; never shifted here. layout: padding and
+        documents, default full rows. hidden: also return the last hidden states (and, without labels, skip the head).
+
+        With labels the head runs on targets only and ``logits`` is None. A batch without any target gives a loss of 0 that
+        still reaches every parameter, so that ranks of a distributed run stay in step.
+        """
+        batch, length = input_ids.shape
+        layout = layout or Layout.full(batch, length)
+        if (layout.batch, layout.length) != (batch, length):
+            raise ValueError(f"layout is for ({layout.batch}, {layout.length}) tokens, input_ids are ({batch}, {length})")
+        x = self.embeddings(input_ids, layout)
+        context = AttentionContext.build(self.config, layout, x.device, x.dtype)
+        for layer in self.layers:
+            x = layer(x, context)
+        if self.norm is not None:
+            x = self.norm(x)
+        states = x if hidden else None
+        if labels is None:
+            return LMOutput(logits=None if hidden else self.head(x), hidden=states)
+        loss_sum = self._loss_sum(x, labels, layout)
+        return LMOutput(loss_sum=loss_sum, num_targets=(labels != IGNORE).sum(), hidden=states)
+
+    def _loss_sum(self, x: Tensor, labels: Tensor, layout: Layout) -> Tensor:
+        # A causal model's full rows are (nearly) all targets: picking them out would only wait for the device.
+        if self.config.objective == "clm" and layout.is_full:
+            states, targets = x.flatten(0, 1), labels.flatten()
+        else:
+            chosen = labels != IGNORE
+            states, targets = x[chosen], labels[chosen]
+        # From the batch's shape and not from the targets: ZeRO-3 must gather the head equally often on every rank.
+        chunks = -(-labels.numel() * self.head.decoder.out_features // LOSS_CHUNK_ELEMENTS)
+        if chunks <= 1:
+            return self._chunk_loss(states, targets)
+        total = states.new_zeros((), dtype=_loss_dtype(states))
+        for part, target in zip(states.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
+            total = total + checkpoint(self._chunk_loss, part, target, use_reentrant=False)
+        return total
+
+    def _chunk_loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        logits = self.head(states)
+        return F.cross_entropy(logits.to(_loss_dtype(logits)), targets, ignore_index=IGNORE, reduction="sum")
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Weights, a tied one counted once; without word and position tables if ``embeddings`` is False."""
+        total = sum(_numel(p) for p in self.parameters())
+        if embeddings:
+            return total
+        tables = [self.embeddings.word_embeddings.weight]
+        if self.embeddings.position_embeddings is not None:
+            tables.append(self.embeddings.position_embeddings.weight)
+        return total - sum(_numel(p) for p in tables)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward floating-point operations per token at this length; see :func:`pretrain.model.flops.forward_flops_per_token`."""
+        return forward_flops_per_token(self.config, seq_len)
+
+
+def build_model(config: ModelConfig) -> NystromformerLM:
+    """A freshly initialised model in float32 on the CPU, from torch's global random state.
+
+    Raises :class:`UserError` if ``config.vocab_size`` is not set.
+    """
+    return NystromformerLM(config)
+
+
+def _loss_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor and this attribute

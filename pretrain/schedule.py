@@ -1,0 +1,48 @@
+"""The learning rate as a pure function of tokens seen.
+
+Tokens and not steps, so that a change of the batch, of the length or of the number of processes leaves it where it was,
+and so that a resumed run needs no scheduler state.
+"""
+
+from __future__ import annotations
+
+import math
+
+from pretrain.config import ScheduleConfig
+
+DEFAULT_DECAY_SHARE = 0.2
+"""Share of the run that WSD's decay takes when ``decay_tokens`` is left out (Hägele et al. 2024: 10 to 20%)."""
+
+
+def learning_rate(tokens: int, *, total_tokens: int, peak: float, schedule: ScheduleConfig) -> float:
+    """Learning rate of the optimizer step that brings the run to ``tokens`` tokens seen.
+
+    Warm-up is linear from 0 to ``peak`` over ``warmup_tokens``. Then, with ``floor = min_lr_ratio * peak``:
+
+    - ``constant``: ``peak``.
+    - ``linear``, ``cosine`` (Loshchilov & Hutter 2017, eq. 5, one cycle): from ``peak`` down to ``floor`` at the end.
+    - ``wsd``: ``peak`` until the last ``decay_tokens``, then ``1 - sqrt(x)`` down to ``floor``, the shape that Hägele
+      et al. 2024 (section 4) found best. A decay longer than what warm-up leaves starts right after warm-up.
+
+    ``tokens`` includes the step's own batch, so the first step of a run has a learning rate above 0 and the last one
+    has exactly ``floor``; beyond ``total_tokens`` it stays there.
+    """
+    if tokens < schedule.warmup_tokens:
+        return peak * tokens / schedule.warmup_tokens
+    if schedule.kind == "constant":
+        return peak
+    start = schedule.warmup_tokens
+    if schedule.kind == "wsd":
+        decay = schedule.decay_tokens or round(DEFAULT_DECAY_SHARE * total_tokens)
+        start = max(start, total_tokens - decay)
+    if tokens <= start:
+        return peak
+    progress = min(1.0, (tokens - start) / (total_tokens - start)) if total_tokens > start else 1.0
+    if schedule.kind == "linear":
+        share = 1.0 - progress
+    elif schedule.kind == "cosine":
+        share = 0.5 * (1.0 + math.cos(math.pi * progress))
+    else:
+        share = 1.0 - math.sqrt(progress)
+    floor = schedule.min_lr_ratio * peak
+    return floor + (peak - floor) * share

@@ -1,0 +1,37 @@
+"""SIGTERM and SIGINT as a flag that the training loop reads at step edges."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+EXIT_DONE = 0
+EXIT_PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h: a checkpoint was saved; run the same command again to go on."""
+EXIT_BAD_STEPS = 76
+"""Too many steps in a row with a loss or gradient that was not finite."""
+
+
+class StopFlag:
+    """True once this process was asked to stop, or its launcher is gone. The handler sets it and does nothing else.
+
+    It must not print: a launcher that is gone leaves a broken pipe, and writing to it would kill the process before it
+    has saved. A second signal changes nothing; a save is a matter of seconds, SIGKILL is there for the impatient.
+
+    A launcher that is killed leaves its workers running with nobody to look after them; a change of the parent process
+    shows it, and they then save and end by themselves.
+    """
+
+    def __init__(self, launched: bool = False) -> None:
+        """``launched``: the parent process is a launcher, without which there is no going on."""
+        self._set = False
+        self._parent = os.getppid() if launched else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._set = True
+
+    def __call__(self) -> bool:
+        return self._set or (self._parent is not None and os.getppid() != self._parent)

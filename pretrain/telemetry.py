@@ -1,0 +1,205 @@
+"""What a run says while it trains: metrics.jsonl always, a progress bar or plain lines, wandb if it works."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files import write_atomic
+from pretrain.config import RunConfig, TelemetryConfig
+
+METRICS = "metrics.jsonl"
+PLAIN_LINE_SECONDS = 10.0
+"""Without a terminal (a log file, a pipe) progress is a line at most this often."""
+
+# Dense bf16 (fp16 on V100) tensor-core peaks from the vendors' data sheets, FLOP/s; matched within the device's name.
+PEAK_FLOPS = {
+    "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12,
+    "A30": 165e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
+    "4090": 165e12, "3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(config: TelemetryConfig, device_name: str | None) -> float | None:
+    """FLOP/s one device can reach: the configuration's, else a known GPU's, else None (MFU is then null)."""
+    if config.peak_flops is not None:
+        return config.peak_flops
+    if device_name is None:
+        return None
+    return next((value for name, value in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def model_flops_utilization(
+    tokens_per_second: float, forward_flops: float, devices: int, peak: float | None
+) -> float | None:
+    """MFU (Chowdhery et al. 2022, appendix B): tokens/s x 3 x forward FLOPs per token / (devices x peak).
+
+    The backward pass counts twice the forward; recomputation does not count. None without a known peak.
+    """
+    return None if peak is None else tokens_per_second * 3.0 * forward_flops / (devices * peak)
+
+
+def truncate_metrics(path: Path, step: int) -> int:
+    """Cut ``metrics.jsonl`` back to ``step``: later steps, which will be written again, go, and a torn line.
+
+    So a reader sees every step once. Returns the number of lines removed. The file is replaced atomically.
+    """
+    if not path.exists():
+        return 0
+    kept, removed = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            keep = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            keep = False
+        if keep:
+            kept.append(line)
+        else:
+            removed += 1
+    if removed:
+        write_atomic(path, "".join(line + "\n" for line in kept).encode())
+    return removed
+
+
+class Telemetry:
+    """The first process's voice; on the others every method does nothing."""
+
+    def __init__(self, run_dir: Path, config: RunConfig, total_tokens: int, tokens: int, active: bool) -> None:
+        """Open the run's files for appending at ``tokens`` of ``total_tokens``."""
+        self._active = active
+        if not active:
+            return
+        self._metrics = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self._tracker = Tracker(run_dir, config)
+        self._total = total_tokens
+        self._bar = None
+        self._last_line = -math.inf
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_tokens,
+                initial=tokens,
+                unit="tok",
+                unit_scale=True,
+                dynamic_ncols=True,
+                desc=config.name,
+                smoothing=0.1,
+            )
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one line; numbers that are not finite become null, for JSON has none."""
+        if not self._active:
+            return
+        line = {"kind": kind, **{key: _finite(value) for key, value in values.items()}, "time": round(time.time(), 3)}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        self._tracker.log(line)
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the progress bar."""
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def progress(self, tokens: int, values: dict[str, Any]) -> None:
+        """Move the bar to ``tokens`` and show the latest numbers."""
+        if not self._active:
+            return
+        shown = {
+            "loss": f"{values['loss']:.3f}",
+            "lr": f"{values['lr']:.1e}",
+            "tok/s": f"{values['tokens_per_second']:,.0f}",
+            "len": values["seq_len"],
+        }
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(tokens - self._bar.n)
+        elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS or tokens >= self._total:
+            self._last_line = time.monotonic()
+            numbers = "  ".join(f"{key} {value}" for key, value in shown.items())
+            print(f"{tokens / self._total:6.1%}  step {values['step']}  {numbers}", flush=True)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        self._metrics.close()
+        self._tracker.close()
+
+
+class Tracker:
+    """Weights & Biases, in its own folder below the run. Offline unless asked; whatever it does, training goes on."""
+
+    def __init__(self, run_dir: Path, config: RunConfig) -> None:
+        self._run: Any = None
+        mode = config.telemetry.wandb
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+
+            os.environ.setdefault("WANDB_SILENT", "true")
+            folder = run_dir / "wandb"
+            folder.mkdir(exist_ok=True)
+            # One id for the life of the run folder, so that `wandb sync` joins what a resume continued.
+            id_file = folder / "run_id"
+            if not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex[:12])
+            self._run = wandb.init(
+                project=config.telemetry.wandb_project,
+                name=config.name,
+                id=id_file.read_text().strip(),
+                resume="allow" if mode == "online" else None,
+                dir=str(run_dir),
+                mode=mode,
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(console="off", silent=True, init_timeout=30),
+            )
+        except Exception as error:  # a tracker that fails in whatever way must not end a training run
+            self._give_up(error)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Send the numbers of one metrics line."""
+        if self._run is None or line["kind"] == "event":
+            return
+        numbers = {
+            f"{line['kind']}/{k}": v
+            for k, v in line.items()
+            if isinstance(v, (int, float)) and k not in ("step", "time")
+        }
+        try:
+            self._run.log(numbers, step=line["step"])
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Finish the run's files."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        first_line = (str(error).splitlines() or [""])[0]
+        print(f"wandb is left out: {type(error).__name__}: {first_line} (metrics.jsonl has everything)", flush=True)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

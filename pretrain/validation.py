@@ -1,0 +1,112 @@
+"""Held-out loss in the loop, and what a causal model writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data_pipeline.files import write_atomic
+from data_pipeline.loader import validation_batches
+from data_pipeline.shards import ShardSet
+from pretrain import randomness
+from pretrain.config import RunConfig
+from pretrain.distributed import World
+
+if TYPE_CHECKING:
+    from pretrain.engine import TrainingEngine
+
+IGNORE = -100
+SAMPLE_TOKENS = 64
+PROMPT_TOKENS = 16
+
+
+def validate(
+    engine: TrainingEngine,
+    shards: ShardSet,
+    config: RunConfig,
+    world: World,
+    *,
+    seq_len: int,
+    micro_batch: int,
+    stop: Callable[[], bool],
+) -> dict[str, Any] | None:
+    """Mean loss (nats) over the held-out targets, and for masked models the share of targets that are predicted right.
+
+    Rows and noise are the same every time. Returns None on all processes as soon as ``stop`` is true on one. The
+    generators of training are left as they were.
+    """
+    masked = config.model.objective == "mlm"
+    totals = [0.0, 0.0, 0.0]  # loss, targets, right
+    batches = validation_batches(
+        shards,
+        objective=config.model.objective,
+        seq_len=seq_len,
+        rows=micro_batch,
+        max_tokens=config.validation.tokens,
+        seed=config.seed,
+        masking=config.data.masking.model_dump(),
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+    with randomness.preserved():
+        for batch in batches:
+            part = _evaluate(engine, batch.input_ids.to(world.device), batch.labels.to(world.device), masked)
+            *sums, stopped = world.sum([*part, float(stop())])
+            if stopped:
+                return None
+            totals = [total + value for total, value in zip(totals, sums, strict=True)]
+    loss_sum, targets, right = totals
+    loss = loss_sum / max(targets, 1.0)
+    result = {"loss": loss, "perplexity": perplexity(loss), "targets": int(targets), "seq_len": seq_len}
+    return {**result, "accuracy": right / max(targets, 1.0)} if masked else result
+
+
+def _evaluate(engine: TrainingEngine, input_ids: torch.Tensor, labels: torch.Tensor, masked: bool) -> list[float]:
+    """[loss sum, targets, right predictions] of this process's rows."""
+    targets = labels != IGNORE
+    if not masked:
+        loss_sum = engine.evaluate(input_ids, labels).loss_sum
+        assert loss_sum is not None
+        return [float(loss_sum), float(targets.sum()), 0.0]
+    # With labels the model computes no logits; asking for the hidden states and applying the head to the targets gives
+    # loss and predictions from one pass.
+    hidden = engine.evaluate(input_ids, hidden=True).hidden
+    assert hidden is not None
+    with torch.no_grad():
+        logits = engine.model.head(hidden[targets]).float()  # type: ignore[operator]
+        loss = torch.nn.functional.cross_entropy(logits, labels[targets], reduction="sum")
+    return [float(loss), float(targets.sum()), float((logits.argmax(-1) == labels[targets]).sum())]
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def write_samples(
+    engine: TrainingEngine, shards: ShardSet, config: RunConfig, world: World, out: Path, step: int
+) -> list[str]:
+    """Let a causal model continue the beginnings of held-out documents; the first process writes ``out/stepN.txt``.
+
+    Under ZeRO-3 every process generates, for each forward pass gathers the weights from all of them; the generator is
+    seeded alike, and the text cannot end early, so that they stay in step.
+    """
+    from pretrain.model.generation import generate
+
+    if not (world.is_first or engine.zero_stage == 3):
+        return []
+    tokenizer = shards.tokenizer()
+    texts = []
+    with randomness.preserved():
+        for number, document in enumerate(shards.documents(limit=config.validation.samples)):
+            prompt = document[:PROMPT_TOKENS].tolist() or [shards.eos_id]
+            tokens = generate(engine.model, prompt, max_new_tokens=SAMPLE_TOKENS, seed=config.seed + number)  # type: ignore[arg-type]
+            texts.append(f"{tokenizer.decode(prompt)} ⟶ {tokenizer.decode(tokens)}")
+    if world.is_first and texts:
+        out.mkdir(exist_ok=True)
+        write_atomic(out / f"step{step:09d}.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
+    return texts

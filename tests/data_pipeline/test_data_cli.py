@@ -1,0 +1,153 @@
+"""``nystrom data`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.cli import main
+from data_pipeline.errors import UserError, run_cli
+
+TEXTS = [f"the document number {i} is about {'many words ' * (i % 9)}" for i in range(200)]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate([*TEXTS, " "])))
+    return path
+
+
+def nystrom(*words: object) -> None:
+    assert not main([str(word) for word in words])
+
+
+def make_tokenizer(corpus: Path, size: int = 300) -> Path:
+    nystrom("tokenizer", "--input", corpus, "--vocab-size", size, "--out", corpus.parent / "tok")
+    return corpus.parent / "tok"
+
+
+def test_from_text_to_shards(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_tokenizer(corpus)
+    assert "300 tokens" in capsys.readouterr().out
+    out = corpus.parent / "out"
+    prepare = ("prepare", "--input", corpus, "--tokenizer", tokenizer, "--out", out, "--shard-tokens", 1000)
+    nystrom(*prepare)
+    said = capsys.readouterr().out
+    assert "200 documents (1 without text skipped)" in said
+    assert "uint16, " in said
+    assert "MB/s" in said
+    nystrom(*prepare)
+    assert "already complete" in capsys.readouterr().out
+    nystrom("verify", out)
+    assert "all as the manifest says" in capsys.readouterr().out
+    nystrom("inspect", out)
+    said = capsys.readouterr().out
+    for part in ("documents", "bytes per token", "unigram entropy", "nats per token", "'the document number 0 is"):
+        assert part in said
+
+
+def test_several_inputs(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_tokenizer(corpus)
+    (tmp_path / "b.txt").write_text("one more")
+    (tmp_path / "c.txt").write_text("and another")
+    words = ["--input", corpus, tmp_path / "b.txt", "--input", tmp_path / "c.txt"]
+    nystrom("prepare", *words, "--tokenizer", tokenizer, "--out", tmp_path / "out")
+    assert "202 documents" in capsys.readouterr().out
+
+
+def test_a_trained_tokenizer_is_not_trained_again(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_tokenizer(corpus)
+    stamp = (tokenizer / "tokenizer.json").stat().st_mtime_ns
+    capsys.readouterr()
+    make_tokenizer(corpus)
+    assert "already trained on this text" in capsys.readouterr().out
+    assert (tokenizer / "tokenizer.json").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="already holds a tokenizer trained otherwise"):
+        make_tokenizer(corpus, 290)
+    corpus.write_text(corpus.read_text().replace("document number 7 ", "document number 8 "))
+    with pytest.raises(UserError, match="already holds a tokenizer trained otherwise"):
+        make_tokenizer(corpus)
+    nystrom("tokenizer", "--input", corpus, "--vocab-size", 290, "--out", tokenizer, "--overwrite")
+    assert "290 tokens" in capsys.readouterr().out
+
+
+def test_a_vocabulary_that_could_not_be_filled_is_said(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tokenizer(corpus, 5000)
+    said = capsys.readouterr().out
+    assert "5,000 were asked for" in said
+
+
+def test_damage_is_named(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = corpus.parent / "out"
+    nystrom("prepare", "--input", corpus, "--tokenizer", make_tokenizer(corpus), "--out", out)
+    path = out / "tokens-00000-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"1 fault\(s\):\n.*tokens-00000-00000.bin, block 0"):
+        nystrom("verify", out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tokenizer", "--input", "none.jsonl", "--out", "t"], "input none.jsonl does not exist"),
+        (["tokenizer", "--input", "*.parquet", "--out", "t"], r"pattern \*.parquet matches no file"),
+        (["tokenizer", "--input", "a.jsonl", "--vocab-size", "100", "--out", "t"], "vocabulary of 100 is too small"),
+        (["tokenizer", "--input", "a.jsonl", "--text-field", "body", "--out", "t"], "no field 'body'.*: text, id"),
+        (["prepare", "--input", "a.jsonl", "--tokenizer", "none", "--out", "o"], "no tokenizer at none"),
+        (["prepare", "--input", "x.jsonl", "--tokenizer", "tok", "--out", "o"], "input x.jsonl does not exist"),
+        (["prepare", "--input", "a.jsonl", "--tokenizer", "tok", "--out", "."], "holds files that are not shards"),
+        (["prepare", "--input", "a.jsonl", "--tokenizer", "tok", "--out", "a.jsonl"], "is a file, not a folder"),
+        (["verify", "none"], "shard folder none does not exist"),
+        (["inspect", "tok"], "has no manifest.json"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(
+    words: list[str], message: str, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tokenizer(corpus)
+    monkeypatch.chdir(corpus.parent)
+    with pytest.raises(UserError, match=message):
+        main(words)
+    assert run_cli(main, "nystrom data", words) == 2
+    assert capsys.readouterr().err.startswith("nystrom data: error: ")
+
+
+def test_zero_documents_for_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match="no documents to train a tokenizer on"):
+        nystrom("tokenizer", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+def test_help_is_instant_and_has_an_example() -> None:
+    root = Path(__file__).parents[2]
+    script = "import sys; from data_pipeline.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n" + (
+        "heavy = {'torch', 'datasets', 'pyarrow', 'tokenizers', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    for words in (["--help"], ["stdlib", "-h"], ["tokenizer", "-h"], ["prepare", "-h"], ["verify", "-h"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], cwd=root, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "example" in done.stdout
+        assert "nystrom data" in done.stdout
+
+
+def test_it_runs_as_a_module(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "data_pipeline", "verify", str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("nystrom data: error: ")
+    assert "Traceback" not in done.stderr

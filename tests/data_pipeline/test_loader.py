@@ -1,0 +1,281 @@
+"""Batches as a function of the position: any number of processes, any point of resumption, and a thread that ends."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.errors import UserError
+from data_pipeline.loader import Batch, TrainLoader, validation_batches
+from data_pipeline.order import Plan, StageSpec
+from data_pipeline.prepare import plan_preparation, prepare
+from data_pipeline.shards import ShardSet
+from data_pipeline.tokenizer import train_tokenizer
+
+MASKING = {"rate": 0.15, "mask_share": 0.8, "random_share": 0.1}
+# 8-token slices, then halves, then whole blocks of 32: about two epochs of the text below.
+PLAN = Plan([StageSpec(8, 2000), StageSpec(16, 4000), StageSpec(32, 9000)], block_length=32, batch_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    folder = tmp_path_factory.mktemp("loader")
+    texts = [f"row {i} of {i * 7919 % 1000} " * (1 + i % 4) for i in range(220)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = train_tokenizer(texts, 270)
+    opened = prepare(plan_preparation([folder / "a.jsonl"], tokenizer, shard_tokens=600), folder / "shards").shards
+    assert 3000 < opened.num_tokens < 9000
+    return opened
+
+
+def loader(shards: ShardSet, objective: str = "clm", **options: Any) -> TrainLoader:
+    return TrainLoader(shards, PLAN, objective=objective, seed=5, masking=MASKING, **options)  # type: ignore[arg-type]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("input_ids", "labels", "sample_ids"))
+    return tensors and all(getattr(a, n) == getattr(b, n) for n in ("stage", "seq_len", "tokens", "tokens_before"))
+
+
+def test_batches_follow_the_plan(shards: ShardSet) -> None:
+    position = 0
+    for batch in loader(shards):
+        stage = PLAN.stages[batch.stage]
+        assert stage.start_tokens <= position < stage.end_tokens
+        assert (batch.tokens_before, batch.tokens, batch.seq_len) == (position, 256, stage.seq_len)
+        assert batch.input_ids.shape == batch.labels.shape == (256 // stage.seq_len, stage.seq_len)
+        assert batch.input_ids.dtype == batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+        position += batch.tokens
+    assert position == PLAN.total_tokens
+
+
+def test_causal_labels_are_the_next_tokens_of_the_stream(shards: ShardSet) -> None:
+    stream = np.concatenate(list(shards.chunks())).astype(np.int64)
+    places: dict[int, list[int]] = {}
+    for start in range(len(stream) - 8):
+        places.setdefault(hash(stream[start : start + 9].tobytes()), []).append(start)
+    for batch in itertools.islice(loader(shards), 20):
+        for inputs, labels in zip(batch.input_ids.numpy(), batch.labels.numpy(), strict=True):
+            np.testing.assert_array_equal(inputs[1:], labels[:-1])
+            row = np.append(inputs, labels[-1])
+            starts = places[hash(row[:9].tobytes())]
+            assert any(start % 8 == 0 and (stream[start : start + len(row)] == row).all() for start in starts)
+
+
+def test_an_epoch_has_every_causal_target_once(shards: ShardSet) -> None:
+    stream = np.concatenate(list(shards.chunks())).astype(np.int64)
+    num_blocks = (len(stream) - 1) // 32
+    counts = np.zeros(300, dtype=np.int64)
+    seen = 0
+    for batch in loader(shards):
+        rows = batch.labels.numpy()[batch.sample_ids.numpy() < num_blocks * 32]  # the part of the batch in epoch 0
+        counts += np.bincount(rows.ravel(), minlength=300)
+        seen += rows.size
+    assert seen == num_blocks * 32
+    np.testing.assert_array_equal(counts, np.bincount(stream[1 : num_blocks * 32 + 1], minlength=300))
+
+
+def test_masked_batches_hide_the_stream(shards: ShardSet) -> None:
+    for masked, plain in zip(loader(shards, "mlm"), loader(shards, "clm"), strict=True):
+        assert torch.equal(masked.sample_ids, plain.sample_ids)
+        targets = masked.labels != -100
+        restored = torch.where(targets, masked.labels, masked.input_ids)
+        assert torch.equal(restored, plain.input_ids)  # the same rows, before masking
+        assert not torch.isin(masked.labels[targets], torch.tensor(shards.special_ids)).any()
+
+
+def test_masks_differ_from_epoch_to_epoch(shards: ShardSet) -> None:
+    by_row: dict[bytes, list[torch.Tensor]] = {}
+    for masked, plain in zip(loader(shards, "mlm"), loader(shards, "clm"), strict=True):
+        if masked.seq_len == 32:
+            for row, labels in zip(plain.input_ids, masked.labels, strict=True):
+                by_row.setdefault(row.numpy().tobytes(), []).append(labels != -100)
+    repeated = [masks for masks in by_row.values() if len(masks) > 1]
+    assert repeated
+    assert all(not torch.equal(masks[0], masks[1]) for masks in repeated)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_interleave_to_the_same_global_batches(shards: ShardSet, objective: str, world_size: int) -> None:
+    ranks = [loader(shards, objective, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for whole, *parts in zip(loader(shards, objective), *ranks, strict=True):
+        for name in ("input_ids", "labels", "sample_ids"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+        assert all(part.tokens == whole.tokens and part.tokens_before == whole.tokens_before for part in parts)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_resuming_at_any_batch_equals_going_on(shards: ShardSet, objective: str) -> None:
+    whole = list(loader(shards, objective))
+    for i in range(len(whole)):
+        resumed = next(iter(loader(shards, objective, tokens_consumed=whole[i].tokens_before)))
+        assert same(resumed, whole[i])
+    rest = list(loader(shards, objective, tokens_consumed=whole[9].tokens_before))
+    assert len(rest) == len(whole) - 9
+    assert all(same(a, b) for a, b in zip(rest, whole[9:], strict=True))
+    assert list(loader(shards, objective, tokens_consumed=PLAN.total_tokens)) == []
+
+
+def test_iterating_again_starts_again(shards: ShardSet) -> None:
+    again = loader(shards)
+    assert all(same(a, b) for a, b in zip(itertools.islice(again, 5), itertools.islice(again, 5), strict=True))
+
+
+def test_seeds_differ(shards: ShardSet) -> None:
+    a = TrainLoader(shards, PLAN, objective="clm", seed=1).batch_at(0)
+    b = TrainLoader(shards, PLAN, objective="clm", seed=2).batch_at(0)
+    assert not torch.equal(a.input_ids, b.input_ids)
+
+
+def prefetch_threads() -> int:
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_the_thread_ends_with_the_iteration(shards: ShardSet) -> None:
+    assert prefetch_threads() == 0
+    whole = loader(shards)
+    for _ in whole:
+        assert prefetch_threads() == 1
+        break
+    assert prefetch_threads() == 0
+    list(whole)
+    assert prefetch_threads() == 0
+    iterator = iter(whole)
+    next(iterator)
+    assert prefetch_threads() == 1
+    whole.close()
+    assert prefetch_threads() == 0
+    assert list(iterator) == []  # closed under the consumer's hands: it ends, it does not hang
+    whole.close()
+
+
+def test_it_reads_ahead_but_not_far(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    reached = threading.Event()
+    original = TrainLoader.batch_at
+
+    def batch_at(self: TrainLoader, tokens_before: int) -> Batch:
+        made.append(tokens_before)
+        if len(made) == 5:
+            reached.set()
+        return original(self, tokens_before)
+
+    monkeypatch.setattr(TrainLoader, "batch_at", batch_at)
+    iterator = iter(loader(shards, prefetch=3))
+    next(iterator)
+    assert reached.wait(5)  # one taken, three waiting, one in hand
+    assert not threading.Event().wait(0.1)
+    assert len(made) == 5
+    iterator.close()  # type: ignore[attr-defined]
+
+
+def test_an_exception_of_the_thread_is_raised_in_the_consumer(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TrainLoader.batch_at
+
+    def batch_at(self: TrainLoader, tokens_before: int) -> Batch:
+        if tokens_before == 3 * 256:
+            raise UserError("shard 7 is damaged")
+        return original(self, tokens_before)
+
+    monkeypatch.setattr(TrainLoader, "batch_at", batch_at)
+    iterator = iter(loader(shards))
+    assert [next(iterator).tokens_before for _ in range(3)] == [0, 256, 512]  # ready before the error: delivered first
+    with pytest.raises(UserError, match="shard 7 is damaged"):
+        next(iterator)
+    assert prefetch_threads() == 0
+
+
+def test_a_process_that_leaves_it_running_exits(shards: ShardSet) -> None:
+    script = f"""
+from data_pipeline.loader import TrainLoader
+from data_pipeline.order import Plan, StageSpec
+from data_pipeline.shards import ShardSet
+plan = Plan([StageSpec(32, 10**12)], block_length=32, batch_tokens=256)
+iterator = iter(TrainLoader(ShardSet.open({str(shards.path)!r}), plan, objective="clm", seed=1))
+print(tuple(next(iterator).input_ids.shape))
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(8, 32)\n", "")
+
+
+def test_refusals(shards: ShardSet) -> None:
+    with pytest.raises(UserError, match="position 100 is not the edge of a batch of 256 tokens"):
+        loader(shards, tokens_consumed=100)
+    with pytest.raises(UserError, match="outside the run"):
+        loader(shards, tokens_consumed=PLAN.total_tokens + 256)
+    with pytest.raises(UserError, match=r"stage 0: .* 32 rows .* does not divide among 3 processes"):
+        loader(shards, world_size=3)
+    with pytest.raises(UserError, match="stage 2: a global batch of 8 rows"):
+        loader(shards, world_size=16)
+    plan = Plan([StageSpec(65536, 10)], block_length=65536, batch_tokens=65536)
+    with pytest.raises(UserError, match="less than one block of 65536"):
+        TrainLoader(shards, plan, objective="clm", seed=1)
+    with pytest.raises(UserError, match="objective must be 'mlm' or 'clm', got 'both'"):
+        loader(shards, "both")
+    with pytest.raises(UserError, match="mlm needs masking"):
+        TrainLoader(shards, PLAN, objective="mlm", seed=1)
+    with pytest.raises(UserError, match="sum to more than 1"):
+        TrainLoader(shards, PLAN, objective="mlm", seed=1, masking={**MASKING, "mask_share": 0.95})
+    with pytest.raises(ValueError, match="rank 2 outside"):
+        loader(shards, rank=2, world_size=2)
+
+
+def held_out(shards: ShardSet, objective: str, **options: Any) -> list[Batch]:
+    defaults = {"seq_len": 16, "rows": 5, "max_tokens": 1000, "seed": 3, "masking": MASKING}
+    return list(validation_batches(shards, objective=objective, **{**defaults, **options}))  # type: ignore[arg-type]
+
+
+def rows_of(batches: list[Batch]) -> list[tuple[int, bytes, bytes]]:
+    """Real rows (those with targets) by sample id."""
+    rows = []
+    for batch in batches:
+        for sample, inputs, labels in zip(batch.sample_ids.tolist(), batch.input_ids, batch.labels, strict=True):
+            if (labels != -100).any():
+                rows.append((sample, inputs.numpy().tobytes(), labels.numpy().tobytes()))
+    return sorted(rows)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_validation_rows_are_the_same_however_they_are_grouped(shards: ShardSet, objective: str) -> None:
+    expected = rows_of(held_out(shards, objective))
+    assert expected == rows_of(held_out(shards, objective))
+    assert len({sample for sample, *_ in expected}) == len(expected)
+    if objective == "clm":
+        assert len(expected) == 1000 // 16
+    for world_size, rows in ((1, 1), (1, 100), (2, 5), (4, 7)):
+        ranks = [held_out(shards, objective, rows=rows, rank=r, world_size=world_size) for r in range(world_size)]
+        assert rows_of([batch for rank in ranks for batch in rank]) == expected
+        for parts in zip(*ranks, strict=True):  # equally many batches of equal shape on all ranks
+            assert {part.input_ids.shape for part in parts} == {(rows, 16)}
+            assert {part.tokens for part in parts} == {parts[0].tokens}
+        assert sum(batch.tokens for batch in ranks[0]) == 1000 // 16 * 16
+
+
+def test_validation_takes_all_or_an_even_sample(shards: ShardSet) -> None:
+    everything = [sample for sample, *_ in rows_of(held_out(shards, "clm", max_tokens=10**9))]
+    assert everything == list(range(0, (shards.num_tokens - 1) // 16 * 16, 16))
+    few = [sample for sample, *_ in rows_of(held_out(shards, "clm", max_tokens=64))]
+    assert len(few) == 4
+    assert set(few) <= set(everything)
+    assert max(few) > shards.num_tokens // 2
+    assert len(rows_of(held_out(shards, "clm", max_tokens=1))) == 1
+
+
+def test_validation_refuses_shards_shorter_than_a_row(shards: ShardSet) -> None:
+    with pytest.raises(UserError, match="less than one row of 100000"):
+        held_out(shards, "clm", seq_len=100_000)

@@ -1,0 +1,281 @@
+"""Looking after the processes of a launch: with stand-ins for DeepSpeed's launcher, then (slow) with the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launch import local
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretrain"))
+
+from training_case import events, metrics, numbers, settings, write_config, write_corpus
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# The process tree that DeepSpeed makes: runner -> launch -> workers; a worker may have a helper of its own.
+STAND_IN = """
+import json, os, signal, subprocess, sys, time
+role, run, mode = sys.argv[1:4]
+def child(role, **env):
+    return subprocess.Popen([sys.executable, __file__, role, run, mode], env={**os.environ, **env})
+def mark(name):
+    open(f"{run}/{name}", "w").close()
+def status(code):
+    with open(f"{run}/status.tmp", "w") as f:
+        json.dump({"launch_id": os.environ["NYSTROM_LAUNCH_ID"], "code": code}, f)
+    os.replace(f"{run}/status.tmp", f"{run}/status.json")
+if role == "runner":
+    if mode == "forgets":
+        sys.exit(0)
+    code = child("launch").wait()
+    sys.exit(0 if code < 0 else code)  # DeepSpeed's own mistake
+if role == "launch":
+    workers = [child("worker", RANK=str(rank)) for rank in range(2)]
+    if mode == "launch dies":
+        while not os.path.exists(f"{run}/ready1"):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(max(worker.wait() % 256 for worker in workers))
+rank = os.environ.get("RANK")
+if role == "helper":
+    signal.signal(signal.SIGTERM, lambda *_: mark("helper-signalled"))
+    mark("helper-ready")
+    while os.getppid() != 1 and not os.path.exists(f"{run}/saved"):
+        time.sleep(0.02)
+    sys.exit(0)
+if mode == "done":
+    status(0)
+    sys.exit(0)
+if mode == "killed":
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(0)
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: None if mode == "stubborn" else asked.append(1))
+if rank == "0":
+    child("helper")
+    while not os.path.exists(f"{run}/helper-ready"):
+        time.sleep(0.02)
+mark("ready" + rank)
+while not asked:
+    time.sleep(0.02)
+time.sleep(0.3)
+if rank == "0":
+    status(75)
+    mark("saved")
+sys.exit(75)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+
+    def launch(mode: str, stop_timeout: float = 20) -> int:
+        command = [sys.executable, str(script), "runner", str(tmp_path), mode]
+        monkeypatch.setattr(local, "runner_command", lambda *args: command)
+        code = local.launch_local(2, [], tmp_path, stop_timeout=stop_timeout)
+        assert leftovers(str(script)) == []
+        return code
+
+    return launch
+
+
+def leftovers(word: str) -> list[str]:
+    """Command lines of living processes that mention ``word``."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            line = " ".join(process.cmdline())
+            if word in line and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(line)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_the_run_s_own_word_is_the_exit_status(stand_in: Callable[[str], int]) -> None:
+    assert stand_in("done") == 0
+
+
+def test_a_launcher_s_zero_is_not_believed(stand_in: Callable[[str], int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert stand_in("forgets") == 1
+    assert "the run did not finish" in capsys.readouterr().err
+
+
+def test_a_status_of_another_launch_does_not_count(stand_in: Callable[[str], int], tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(json.dumps({"launch_id": "earlier", "code": 0}))
+    assert stand_in("forgets") == 1
+
+
+def test_workers_whose_launcher_died_are_asked_to_save(stand_in: Callable[[str], int], tmp_path: Path) -> None:
+    assert stand_in("launch dies") == 75
+    assert not (tmp_path / "helper-signalled").exists()
+
+
+def test_workers_that_do_not_end_are_killed(
+    stand_in: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pid = os.fork()
+    if pid == 0:  # sends the request to stop, once the workers are up
+        while not (tmp_path / "ready1").exists():
+            time.sleep(0.02)
+        os.kill(os.getppid(), signal.SIGTERM)
+        os._exit(0)
+    code = stand_in("stubborn", stop_timeout=1.0)
+    os.waitpid(pid, 0)
+    assert code != 0
+    assert "are killed" in capsys.readouterr().err
+
+
+def test_sigterm_reaches_the_workers_and_not_their_helpers(stand_in: Callable[[str], int], tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        while not ((tmp_path / "ready1").exists() and (tmp_path / "ready0").exists()):
+            time.sleep(0.02)
+        os.kill(os.getppid(), signal.SIGTERM)
+        os._exit(0)
+    assert stand_in("waits") == 75
+    os.waitpid(pid, 0)
+    assert not (tmp_path / "helper-signalled").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back
+
+
+@pytest.mark.parametrize(("code", "expected"), [(247, 137), (-9, 137), (2, 2), (1, 1), (0, 1)])
+def test_exit_status_without_a_word_from_the_run(tmp_path: Path, code: int, expected: int) -> None:
+    assert local._exit_status(code, tmp_path, "id") == expected
+
+
+def test_visible_gpus_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    assert local.count_gpus() == 3
+    assert local.runner_command(2, [], 1, False)[4:8] == ["", "--include", "localhost:3,5", "--master_port"]
+    with pytest.raises(local.UserError, match="names 3 GPU"):
+        local.runner_command(4, [], 1, False)
+    for value in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert "--num_accelerators" in local.runner_command(2, [], 1, False)
+
+
+def test_shared_memory_of_this_launch_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(local, "SHARED_MEMORY", tmp_path)
+    user = os.getuid()
+    mine, other = (
+        tmp_path / f"deepspeed_allreduce_buffer_{user}_127.0.0.1_1234_0",
+        tmp_path / "deepspeed_x_1_127.0.0.1_99_0",
+    )
+    mine.touch()
+    other.touch()
+    local._remove_shared_memory(1234)
+    assert (mine.exists(), other.exists()) == (False, True)
+
+
+def test_a_mistake_in_the_configuration_is_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_pipeline.errors import run_cli
+    from launch.cli import main
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("something was started"))
+    for argv, words in [
+        (["local", "--config", str(tmp_path / "none.yaml")], "does not exist"),
+        (["local", "--nproc", "0", "--config", "x"], "--nproc 0"),
+        (["local", "--stop-timeout", "0", "--config", "x"], "--stop-timeout"),
+    ]:
+        assert run_cli(main, "nystrom launch", argv) == 2
+        assert words in capsys.readouterr().err
+
+
+# --- with DeepSpeed's launcher ---------------------------------------------------------------------------------------
+
+
+def start(config: str, *words: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "launch", "local", "--nproc", "2", "--config", config, *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and any(row["step"] >= step for row in metrics(run)):
+            return
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(f"the run did not reach step {step}:\n{process.communicate()[0]}")
+
+
+def long_run(folder: Path, **changes: Any) -> dict[str, Any]:
+    curriculum = [
+        {"until_tokens": 25_600, "seq_len": 32, "micro_batch": 4},
+        {"until_tokens": 51_200, "seq_len": 64, "micro_batch": 2},
+    ]
+    model = {"objective": "clm", "dropout": 0.1}
+    return settings(folder, folder, zero_stage=2, precision="bf16", curriculum=curriculum, model=model, **changes)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_resumed_run_equals_plain_deepspeed_s(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    config = write_config(tmp_path / "run.yaml", long_run(tmp_path, checkpoint={"every_tokens": 10_240}))
+    process = start(config)
+    wait_for_step(tmp_path / "run", 50, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert events(tmp_path / "run")[-1] == "preempted"
+    assert leftovers(config) == []
+    process = start(config)
+    output = process.communicate(timeout=180)[0]
+    assert process.returncode == 0, output
+    assert "Goes on from" in output
+
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29731"]
+    subprocess.run(
+        [*deepspeed, "--module", "pretrain", "--config", config, "--set", "name=plain"],
+        check=True,
+        timeout=180,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "plain")
+    assert not list(Path("/dev/shm").glob("deepspeed_*"))
+
+
+@pytest.mark.slow
+def test_kill_9_of_a_worker_ends_everything_in_seconds(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    config = write_config(tmp_path / "run.yaml", long_run(tmp_path))
+    process = start(config)
+    wait_for_step(tmp_path / "run", 3, process)
+    (worker,) = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if child.environ().get("RANK") == "1"
+    ]
+    worker.kill()
+    began = time.monotonic()
+    output = process.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 30
+    assert process.returncode not in (0, 75), output
+    assert leftovers(config) == []
+
+
+@pytest.mark.slow
+def test_a_mistake_found_by_the_workers_is_told_once(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    config = write_config(tmp_path / "run.yaml", settings(tmp_path, tmp_path, model={"vocab_size": 7}))
+    process = start(config)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    assert output.count("does not match the shards") == 1
+    assert "Traceback" not in output

@@ -1,0 +1,139 @@
+"""Bidirectional Nystrom attention: against its formula, its exact limit, and its independence of everything around."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.model import Layout
+from pretrain.model.attention.layout import Rectangle
+from pretrain.model.attention.nystrom import iterative_inverse, nystrom_attention, segment_means
+
+CPU = torch.device("cpu")
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, m: int, iterations: int) -> Tensor:
+    """softmax(s Q K~^T) pinv(softmax(s Q~ K~^T)) softmax(s Q~ K^T) V of one head (n, d), every matrix written out."""
+    n, d = q.shape
+    s = d**-0.5
+    if n <= m:
+        return (s * q @ k.T).softmax(-1) @ v
+    c = -(-n // m)
+    q_mean = torch.stack([part.mean(0) for part in q.split(c)])
+    k_mean = torch.stack([part.mean(0) for part in k.split(c)])
+    f, a, b = ((s * x @ y.T).softmax(-1) for x, y in ((q, k_mean), (q_mean, k_mean), (q_mean, k)))
+    eye = torch.eye(len(a), dtype=a.dtype)
+    z = a.T / (a.sum(0).max() * a.sum(1).max())
+    for _ in range(iterations):
+        az = a @ z
+        z = z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az))) / 4
+    return f @ z @ b @ v
+
+
+def inputs(*shape: int, seed: int = 0, requires_grad: bool = False) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad) for _ in range(3)]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, m: int) -> Tensor:
+    """(B, N, H, d) in and out."""
+    partition = layout.partition(CPU, causal=False, num_landmarks=m)
+    outputs = [nystrom_attention(r.take(q), r.take(k), r.take(v), r, num_landmarks=m) for r in partition.rectangles]
+    return partition.merge(outputs, v)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 16, 37, 64, 100])
+def test_equals_the_formula_at_any_length(n: int) -> None:
+    q, k, v = inputs(2, n, 3, 8)
+    got = attend(q, k, v, Layout.full(2, n), 8)
+    for row in range(2):
+        for head in range(3):
+            expected = formula(q[row, :, head], k[row, :, head], v[row, :, head], 8, 6)
+            torch.testing.assert_close(got[row, :, head], expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout.from_lengths([0, 5, 37, 100], 100),
+        Layout.from_lengths([70, 99, 80, 100], 100),  # one rectangle, no index
+        Layout.from_documents(torch.tensor([[0] * 40 + [1] * 23 + [2] * 28 + [3] * 9, [-1] * 60 + [0] * 40] * 2)),
+    ],
+    ids=["mixed", "similar", "documents"],
+)
+def test_every_sequence_gets_what_it_gets_alone(layout: Layout) -> None:
+    q, k, v = inputs(4, 100, 2, 8)
+    got = attend(q, k, v, layout, 8).flatten(0, 1)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    assert layout.starts is not None and layout.lengths is not None
+    for start, length in zip(layout.starts, layout.lengths, strict=True):
+        of = slice(start, start + length)
+        for head in range(2):
+            expected = formula(q[of, head], k[of, head], v[of, head], 8, 6)
+            torch.testing.assert_close(got[of, head], expected, rtol=0, atol=1e-10)
+
+
+def test_padding_gets_no_gradient_and_gives_none() -> None:
+    layout = Layout.from_lengths([30, 41], 50)
+    q, k, v = inputs(2, 50, 2, 8, requires_grad=True)
+    out = attend(q, k, v, layout, 8)
+    real = torch.arange(50)[None] < torch.tensor([30, 41])[:, None]
+    for grad in torch.autograd.grad(out[real].square().sum(), (q, k, v)):
+        assert (grad[~real] == 0).all()
+        assert (grad[real] != 0).any()
+
+
+def test_one_landmark_for_each_token_is_exact_attention_as_far_as_the_inverse_converges() -> None:
+    q, k, v = inputs(1, 1, 12, 8)
+    eye = torch.eye(12, 8, dtype=torch.float64)
+    q, k = eye + 0.3 * q, 6 * (eye + 0.1 * k)  # a well-conditioned softmax matrix
+    landmarks = (8**-0.5 * q @ k.transpose(-1, -2)).softmax(-1)
+    nystrom = landmarks @ iterative_inverse(landmarks, 30) @ landmarks @ v
+    torch.testing.assert_close(nystrom, F.scaled_dot_product_attention(q, k, v), rtol=0, atol=1e-8)
+
+
+def test_at_most_as_many_tokens_as_landmarks_is_exactly_exact() -> None:
+    q, k, v = inputs(2, 2, 8, 4)
+    got = nystrom_attention(q, k, v, Rectangle(8, 8), num_landmarks=8)
+    assert torch.equal(got, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_inverse_is_an_inverse_and_scales_each_matrix_by_itself() -> None:
+    torch.manual_seed(0)
+    a = (3 * torch.eye(6, dtype=torch.float64) + torch.randn(3, 2, 6, 6, dtype=torch.float64)).softmax(-1)
+    torch.testing.assert_close(iterative_inverse(a, 25) @ a, torch.eye(6, dtype=torch.float64).expand_as(a), rtol=0, atol=1e-9)
+    together, alone = iterative_inverse(a, 4), iterative_inverse(a[1:2], 4)
+    torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-12)
+    published = iterative_inverse(a, 4, "original")
+    assert (published[1:2] - iterative_inverse(a[1:2], 4, "original")).abs().max() > 1e-6  # why it is not the default
+
+
+def test_landmarks_are_means_over_segments_with_a_short_last_one() -> None:
+    x = torch.arange(10.0).view(1, 1, 10, 1)
+    assert segment_means(x, Rectangle(10, 10), 4).flatten().tolist() == [1.0, 4.0, 7.0, 9.0]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_within_two_percent_and_inverts_in_float32(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+
+    def spy(matrix: Tensor, *args: object) -> Tensor:
+        result = iterative_inverse(matrix, *args)  # type: ignore[arg-type]
+        seen.extend([matrix.dtype, result.dtype])
+        return result
+
+    monkeypatch.setattr("pretrain.model.attention.nystrom.iterative_inverse", spy)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 256, 16).cumsum(2) / 8 for _ in range(3))  # smooth along the sequence
+    expected = nystrom_attention(q.double(), k.double(), v.double(), Rectangle(256, 256), num_landmarks=16)
+    seen.clear()
+    low = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        got = nystrom_attention(*low, Rectangle(256, 256), num_landmarks=16)
+    assert got.dtype == torch.bfloat16
+    assert seen == [torch.float32, torch.float32]
+    assert (got.double() - expected).norm() / expected.norm() < 0.02
+    got.float().square().sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in low)

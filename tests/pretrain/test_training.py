@@ -1,0 +1,229 @@
+"""The same mathematics everywhere: processes, micro-batches and ZeRO stages, against a plain PyTorch loop."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ranks import run_ranks, values
+from training_case import metrics, settings, write_config, write_corpus
+
+from data_pipeline.errors import run_cli
+
+LOSS_TOLERANCE = 2e-5  # float32 in another order of summation, over 8 steps of AdamW
+
+
+def train(config: str) -> int:
+    """Runs in the ranks: the command itself."""
+    from pretrain.cli import main
+
+    return run_cli(main, "nystrom train", ["--config", config])
+
+
+def plain_loop(config: str, skip: list[int] | None = None) -> dict[str, Any]:
+    """Runs in a rank: the reference. One process, whole batches, no DeepSpeed, nothing of the trainer."""
+    import torch
+
+    from data_pipeline.loader import TrainLoader
+    from data_pipeline.shards import ShardSet
+    from pretrain.config import load_config
+    from pretrain.curriculum import build_plan
+    from pretrain.model import build_model
+    from pretrain.schedule import learning_rate
+
+    run = load_config(config)
+    shards, plan = ShardSet.open(run.data.train), build_plan(run)
+    torch.manual_seed(run.seed)
+    model = build_model(run.model.model_copy(update={"vocab_size": shards.vocab_size}))
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": run.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=run.optimizer.betas,
+        eps=run.optimizer.eps,
+    )
+    losses, norms = [], []
+    masking = run.data.masking.model_dump()
+    for number, batch in enumerate(
+        TrainLoader(shards, plan, objective=run.model.objective, seed=run.seed, masking=masking), 1
+    ):
+        tokens = batch.tokens_before + batch.tokens
+        lr = learning_rate(tokens, total_tokens=plan.total_tokens, peak=run.optimizer.lr, schedule=run.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        out = model(batch.input_ids, labels=batch.labels)
+        loss = out.loss_sum / out.num_targets
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.grad_clip)))
+        losses.append(float(loss))
+        if number not in (skip or []):
+            optimizer.step()
+    return {"losses": losses, "norms": norms, "weights": {k: v.numpy() for k, v in model.state_dict().items()}}
+
+
+def exported_weights(run: Path) -> dict[str, Any]:
+    from safetensors.numpy import load_file
+
+    return load_file(run / "export" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("reference")
+    out = {}
+    for objective in ("mlm", "clm"):
+        config = write_config(folder / f"{objective}.yaml", settings(corpus, folder, model={"objective": objective}))
+        (out[objective],) = values(run_ranks(plain_loop, 1, config=config))
+    return out
+
+
+def assert_same_run(run: Path, expected: dict[str, Any]) -> None:
+    import numpy as np
+
+    rows = metrics(run)
+    np.testing.assert_allclose([row["loss"] for row in rows], expected["losses"], rtol=LOSS_TOLERANCE)
+    np.testing.assert_allclose([row["grad_norm"] for row in rows], expected["norms"], rtol=2e-4)
+    for name, value in exported_weights(run).items():
+        np.testing.assert_allclose(value, expected["weights"][name], atol=2e-4, err_msg=name)
+
+
+def test_reference_uses_clipping_and_crosses_the_edge(reference: dict[str, dict[str, Any]]) -> None:
+    for objective in ("mlm", "clm"):
+        norms = reference[objective]["norms"]
+        assert len(norms) == 8
+        assert max(norms) > 0.5  # so that a wrong norm would change the weights
+    losses = reference["clm"]["losses"]
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("objective", "zero_stage", "world_size"),
+    [
+        ("mlm", 0, 1),
+        ("mlm", 0, 2),
+        ("mlm", 1, 2),
+        ("mlm", 2, 2),
+        ("mlm", 3, 2),
+        ("clm", 2, 1),
+        ("clm", 3, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("clm", 0, 2), ("clm", 1, 2), ("clm", 2, 2)]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("mlm", 0, 4), ("mlm", 2, 4), ("mlm", 3, 1)]),
+    ],
+)
+def test_equals_a_plain_loop(
+    corpus: Path, reference: dict[str, dict[str, Any]], tmp_path: Path, objective: str, zero_stage: int, world_size: int
+) -> None:
+    config = settings(corpus, tmp_path, model={"objective": objective}, zero_stage=zero_stage)
+    ended = run_ranks(train, world_size, config=write_config(tmp_path / "run.yaml", config))
+    assert values(ended) == [0] * world_size
+    assert_same_run(tmp_path / "run", reference[objective])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 8])
+def test_micro_batches_do_not_matter(
+    corpus: Path, reference: dict[str, dict[str, Any]], tmp_path: Path, micro_batch: int
+) -> None:
+    stages = [{**stage, "micro_batch": micro_batch} for stage in settings(corpus, tmp_path)["curriculum"]]
+    config = settings(corpus, tmp_path, zero_stage=2, curriculum=stages)
+    assert values(run_ranks(train, 2, config=write_config(tmp_path / "run.yaml", config))) == [0, 0]
+    assert_same_run(tmp_path / "run", reference["mlm"])
+
+
+def train_with_a_bad_step(config: str, step: int, kind: str, rank: int = 1, last: int | None = None) -> int:
+    """Runs in the ranks: as :func:`train`, but on one rank loss or gradient goes wrong at a step (to ``last``)."""
+    import math
+    import os
+
+    from pretrain.engine import TrainingEngine
+
+    counter = {"step": 1, "first": True}
+    backward, take_step = TrainingEngine.backward, TrainingEngine.step
+
+    def bad_backward(self: Any, input_ids: Any, labels: Any, scale: float) -> Any:
+        here = step <= counter["step"] <= (last or step) and os.environ["RANK"] == str(rank) and counter["first"]
+        counter["first"] = False
+        if not here:
+            return backward(self, input_ids, labels, scale)
+        if kind == "gradient":
+            return backward(self, input_ids, labels, math.inf)
+        embedding = self.model.embeddings
+        handle = embedding.register_forward_hook(lambda module, inputs, output: output * math.nan)
+        try:
+            return backward(self, input_ids, labels, scale)
+        finally:
+            handle.remove()
+
+    def counting_step(self: Any, lr: float) -> Any:
+        result = take_step(self, lr)
+        counter["step"] += 1
+        counter["first"] = True
+        return result
+
+    TrainingEngine.backward, TrainingEngine.step = bad_backward, counting_step  # type: ignore[method-assign]
+    return train(config)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "kind"),
+    [
+        (0, "gradient"),
+        (2, "loss"),
+        (3, "gradient"),
+        *(pytest.param(stage, "loss", marks=pytest.mark.slow) for stage in (0, 1, 3)),
+        *(pytest.param(stage, "gradient", marks=pytest.mark.slow) for stage in (1, 2)),
+    ],
+)
+def test_a_bad_step_is_skipped_on_all_processes_and_leaves_no_trace(
+    corpus: Path, tmp_path: Path, zero_stage: int, kind: str
+) -> None:
+    import numpy as np
+
+    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=zero_stage))
+    (expected,) = values(run_ranks(plain_loop, 1, config=config, skip=[3]))
+    assert values(run_ranks(train_with_a_bad_step, 2, config=config, step=3, kind=kind)) == [0, 0]
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 4, 5, 6, 7, 8]
+    np.testing.assert_allclose([row["loss"] for row in rows], np.delete(expected["losses"], 2), rtol=LOSS_TOLERANCE)
+    (event,) = [row for row in metrics(tmp_path / "run", "event") if row["event"] == "bad_step"]
+    assert event["step"] == 3
+    assert event["what"] == kind
+    # Rank 1 holds the second half of the batch's 8 rows; for a bad gradient every row is suspect. Batch 3 is the first
+    # of the second window: its rows begin 8 blocks of 64 tokens into the order.
+    everyone = [(8 + row) * 64 for row in range(8)]
+    assert event["samples"] == (everyone[4:] if kind == "loss" else everyone)
+
+
+def test_too_many_bad_steps_stop_the_run(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=2, max_bad_steps=2))
+    ended = run_ranks(train_with_a_bad_step, 2, config=config, step=3, kind="loss", last=8)
+    assert values(ended) == [76, 76]
+    assert "Samples: 768, 832, 896, 960" in ended[0].output
+    assert [row["step"] for row in metrics(tmp_path / "run", "event") if row["event"] == "bad_step"] == [3, 4]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_bf16_stays_near_float32(
+    corpus: Path, reference: dict[str, dict[str, Any]], tmp_path: Path, zero_stage: int
+) -> None:
+    import numpy as np
+
+    config = settings(corpus, tmp_path, zero_stage=zero_stage, precision="bf16")
+    assert values(run_ranks(train, 2, config=write_config(tmp_path / "run.yaml", config))) == [0, 0]
+    losses = [row["loss"] for row in metrics(tmp_path / "run")]
+    np.testing.assert_allclose(losses, reference["mlm"]["losses"], rtol=0.01)
