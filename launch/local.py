@@ -25,6 +25,7 @@ import psutil
 
 from data_pipeline.errors import UserError
 from pretrain.run import LAUNCH_ID, STATUS
+from pretrain.signals import LAUNCHER_PID
 
 POLL_SECONDS = 0.2
 SHARED_MEMORY = Path("/dev/shm")
@@ -176,7 +177,7 @@ def _signal_name(number: int) -> str:
 
 def _environment(launch_id: str) -> dict[str, str]:
     env = dict(os.environ)
-    env[LAUNCH_ID] = launch_id
+    env[LAUNCH_ID], env[LAUNCHER_PID] = launch_id, str(os.getpid())
     # Children look for ninja and each other's programs beside this Python, also when its environment is not activated.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(REPOSITORY)]))

@@ -86,7 +86,10 @@ class TrainingEngine:
                 model=self.model, optimizer=optimizer, config=copy.deepcopy(self.deepspeed_config)
             )
         except (DeepSpeedConfigError, ValidationError) as error:
-            raise UserError(f"DeepSpeed refused the block deepspeed: of the configuration: {error}") from None
+            faults = str(error)
+            if isinstance(error, ValidationError):
+                faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {faults}") from None
         randomness.seed_everything(config.seed + 1 + world.rank)
 
     def backward(self, input_ids: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:

@@ -6,6 +6,9 @@ import os
 import signal
 from types import FrameType
 
+LAUNCHER_PID = "NYSTROM_LAUNCHER_PID"
+"""Environment variable with the process that a launch stands and falls with."""
+
 EXIT_DONE = 0
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: a checkpoint was saved; run the same command again to go on."""
@@ -19,14 +22,15 @@ class StopFlag:
     It must not print: a launcher that is gone leaves a broken pipe, and writing to it would kill the process before it
     has saved. A second signal changes nothing; a save is a matter of seconds, SIGKILL is there for the impatient.
 
-    A launcher that is killed leaves its workers running with nobody to look after them; a change of the parent process
-    shows it, and they then save and end by themselves.
+    A launcher that is killed leaves its workers running with nobody to look after them. The parent process changes then,
+    or the process named by NYSTROM_LAUNCHER_PID is gone; the workers save and end by themselves.
     """
 
     def __init__(self, launched: bool = False) -> None:
         """``launched``: the parent process is a launcher, without which there is no going on."""
         self._set = False
         self._parent = os.getppid() if launched else None
+        self._launcher = int(os.environ[LAUNCHER_PID]) if launched and LAUNCHER_PID in os.environ else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
@@ -34,4 +38,15 @@ class StopFlag:
         self._set = True
 
     def __call__(self) -> bool:
-        return self._set or (self._parent is not None and os.getppid() != self._parent)
+        return self._set or self._is_orphan()
+
+    def _is_orphan(self) -> bool:
+        if self._parent is not None and os.getppid() != self._parent:
+            return True
+        if self._launcher is None:
+            return False
+        try:
+            os.kill(self._launcher, 0)  # asks whether it is there
+        except ProcessLookupError:
+            return True
+        return False

@@ -51,7 +51,7 @@ def loss(runs: Sequence[tuple[int, Run]], title: str) -> Markup | None:
                 y = smooth(y)
             axes.plot(x, y, color=colour(index), linewidth=1.7, linestyle=dash(index))
             x, y = columns(run.valid, "loss")
-            axes.plot(x, y, "o", color=colour(index), markersize=5, markeredgecolor=PAPER, markeredgewidth=1)
+            axes.plot(x, y, "o", color=colour(index), markersize=6.5, markeredgecolor=PAPER, markeredgewidth=1)
             lm = run.results.get("lm")
             if lm is not None and "unigram_entropy" in lm.metrics:
                 floors.append(lm.metrics["unigram_entropy"].value)
@@ -68,7 +68,7 @@ def loss(runs: Sequence[tuple[int, Run]], title: str) -> Markup | None:
 
 
 def over_tokens(
-    runs: Sequence[tuple[int, Run]], key: str, ylabel: str, title: str, *, log: bool = False
+    runs: Sequence[tuple[int, Run]], key: str, ylabel: str, title: str, *, log: bool = False, share: bool = False
 ) -> Markup | None:
     """One quantity of the training records by tokens, for all runs."""
     lines = [(index, *columns(run.train, key)) for index, run in runs]
@@ -76,16 +76,20 @@ def over_tokens(
         return None
 
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import LogLocator, NullLocator
+
         for index, x, y in lines:
             axes.plot(x, y, color=colour(index), linewidth=1.5, linestyle=dash(index))
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+            axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.set_ylim(bottom=0)
         axes.set_ylabel(ylabel)
         stage_bands(axes, runs)
 
-    return picture(draw, title, tokens_axis=True, engineering_y=not log)
+    return picture(draw, title, tokens_axis=True, y_format=percent if share else engineering)
 
 
 def curves(lines: Sequence[tuple[int, Series]], title: str) -> Markup | None:
@@ -162,9 +166,18 @@ def stage_bands(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
     if not high:
         return
     axes.set_xlim(low, high * 1.01)
-    lengths = [[(s.start, s.seq_len) for s in stages] for _, stages in curricula]
-    shared = all(other == lengths[0] for other in lengths)
-    for row, (index, stages) in enumerate(curricula[:1] if shared else curricula):
+    longest = max((stages for _, stages in curricula), key=len)
+    # A run that stopped early still has the same curriculum as far as it goes.
+    shared = all(
+        [(s.start, s.seq_len) for s in stages] == [(s.start, s.seq_len) for s in longest[: len(stages)]]
+        for _, stages in curricula
+    )
+    if shared:
+        furthest = max(
+            (stages for _, stages in curricula if len(stages) == len(longest)), key=lambda stages: stages[-1].end
+        )
+        curricula = [(0, furthest)]
+    for row, (index, stages) in enumerate(curricula):
         top = 1.0 if shared else 1.0 - 0.075 * row
         bottom = 0.0 if shared else top - 0.06
         for number, stage in enumerate(stages):
@@ -176,10 +189,13 @@ def stage_bands(axes: Axes, runs: Sequence[tuple[int, Run]]) -> None:
                     xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="top",
                     color=MUTED if shared else INK, fontsize=10 if shared else 8.5,
                 )  # fmt: skip
-    if not shared:
-        bottom, top = axes.get_ylim()
-        if axes.get_yscale() == "linear":
-            axes.set_ylim(bottom, top + (top - bottom) * 0.09 * len(curricula))
+    # Room for the labels above the curves: a share of the axis, in its own scale.
+    room = 0.09 * len(curricula)
+    bottom, top = axes.get_ylim()
+    if axes.get_yscale() == "log":
+        axes.set_ylim(bottom, top * (top / bottom) ** room)
+    else:
+        axes.set_ylim(bottom, top + (top - bottom) * room)
 
 
 def _band(axes: Axes, stage: Stage, number: int, span: tuple[float, float], shade: str, *, whole: bool) -> None:
@@ -197,13 +213,18 @@ def engineering(value: float, _: Any = None) -> str:
     return f"{value:.3g}"
 
 
+def percent(value: float, _: Any = None) -> str:
+    """0.015 as 1.5%."""
+    return f"{100 * value:.3g}%"
+
+
 def picture(
     draw: Callable[[Axes], None],
     title: str,
     *,
     height: float = HEIGHT,
     tokens_axis: bool = False,
-    engineering_y: bool = False,
+    y_format: Callable[..., str] | None = None,
 ) -> Markup:
     """Draw on fresh axes and return the SVG to be put into the page as it is."""
     import matplotlib as mpl
@@ -241,8 +262,8 @@ def picture(
             axes.set_xlabel("tokens seen")
             axes.xaxis.set_major_locator(MaxNLocator(6))
             axes.xaxis.set_major_formatter(FuncFormatter(engineering))
-        if engineering_y:
-            axes.yaxis.set_major_formatter(FuncFormatter(engineering))
+        if y_format is not None:
+            axes.yaxis.set_major_formatter(FuncFormatter(y_format))
         file = io.StringIO()
         canvas.print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return embed(file.getvalue(), title)

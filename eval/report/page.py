@@ -16,7 +16,7 @@ from eval.classification import MODEL_ROW, SCRATCH_ROW, TABLE
 from eval.language_modeling import POSITION_SERIES
 from eval.report import charts
 from eval.report.runs import Run, flatten
-from eval.results import Result
+from eval.results import Metric, Result
 from eval.validity import CHECKS_TABLE
 
 FOLDER = Path(__file__).parent
@@ -49,6 +49,7 @@ def render(runs: Sequence[Run], title: str | None = None) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = number
+    environment.filters["visible"] = visible
     environment.filters["count"] = charts.engineering
     names = [run.name for run in runs]
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -102,6 +103,12 @@ def number(value: Any) -> str:
     )
 
 
+def visible(text: str) -> str:
+    """A token with its white space made visible; the space that begins most words is left out."""
+    text = text[1:] if text.startswith(" ") and text.strip() else text
+    return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣") or "∅"
+
+
 def banner(run: Run) -> dict[str, Any]:
     """What the validity gate said: state is "passed", "failed" or "unknown"."""
     result = run.results.get("validity")
@@ -143,15 +150,25 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
             else {"text": "–", "std": None, "best": False}
             for m in found
         ]
-        values = [(m.value, i) for i, m in enumerate(found) if m and math.isfinite(m.value)]
         up = next(m.higher_is_better for m in found if m)
-        if len(values) > 1 and metric not in UNRANKED and _comparable([r for r in results if r]):
-            best = (max if up else min)(value for value, _ in values)
-            for value, i in values:
-                cells[i]["best"] = value == best
+        if metric not in UNRANKED and _comparable([r for r in results if r]):
+            winner = best_of(found)
+            if winner is not None:
+                cells[winner]["best"] = True
         arrow = "" if metric in UNRANKED else "higher is better" if up else "lower is better"
         rows.append({"label": label, "hint": arrow, "cells": cells})
     return rows
+
+
+def best_of(metrics: Sequence[Metric | None]) -> int | None:
+    """The place of the best value; None if fewer than two are there or the next is within either's standard deviation."""
+    found = [(m, i) for i, m in enumerate(metrics) if m and math.isfinite(m.value)]
+    if len(found) < 2:
+        return None
+    found.sort(key=lambda pair: pair[0].value, reverse=found[0][0].higher_is_better)
+    (first, place), (second, _) = found[:2]
+    clear = abs(first.value - second.value) > max(first.std or 0.0, second.std or 0.0)
+    return place if clear else None
 
 
 def training_charts(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
@@ -170,6 +187,12 @@ def training_charts(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
         (
             charts.over_tokens(everyone, "grad_norm", "norm before clipping", "Gradient norm", log=True),
             "Gradient norm, before clipping.",
+        )
+    )
+    pictures.append(
+        (
+            charts.over_tokens(everyone, "data_wait", "share of the time", "Waiting for data", share=True),
+            "Time spent waiting for data.",
         )
     )
     return [(picture, caption) for picture, caption in pictures if picture is not None]
@@ -285,7 +308,7 @@ def _of_any(run: Run, name: str) -> str:
 
 
 def _tokens(run: Run) -> float:
-    return max((float(r["tokens"]) for r in [*run.train, *run.valid]), default=0.0)
+    return max((float(r["tokens"]) for r in [*run.train, *run.valid, *run.events] if "tokens" in r), default=0.0)
 
 
 def _last(records: Sequence[dict[str, Any]], key: str) -> Any:

@@ -54,7 +54,8 @@ class ModelConfig(BaseModel):
     def _check(self) -> ModelConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: choose heads that divide it"
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
+                "choose heads that divide it"
             )
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(
@@ -62,8 +63,11 @@ class ModelConfig(BaseModel):
             )
         if self.objective == "mlm" and self.conv_kernel and self.conv_kernel % 2 == 0:
             raise ValueError(
-                f"conv_kernel {self.conv_kernel} is even: a bidirectional convolution is centred, use {self.conv_kernel + 1}"
+                f"conv_kernel {self.conv_kernel} is even: a bidirectional convolution is centred, "
+                f"use {self.conv_kernel + 1}"
             )
+        if self.gamma_init == 1.0 and self.learn_gamma:
+            raise ValueError("gamma_init 1.0 is pooling and cannot be learned away from: set learn_gamma: false")
         return self
 
     @property

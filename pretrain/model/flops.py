@@ -6,7 +6,8 @@ from pretrain.model.config import ModelConfig
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int, target_share: float | None = None) -> float:
-    """Floating-point operations of a forward pass over full rows of ``seq_len`` tokens, per token; training is 3 times that.
+    """Floating-point operations of a forward pass over full rows of ``seq_len`` tokens, per token; training is 3 times
+    that.
 
     A multiply-add counts 2. Norms, activations, softmax and embedding look-ups are left out, as is usual, and so is
     whatever is computed and then masked. With h the hidden size, f the feed-forward's, d the head width, n the length,
@@ -17,23 +18,26 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, target_share: flo
     * k is the convolution's kernel.
     * attention, exact: 4 n h; causal (n + 1) / 2 tokens are seen on average, so 2 (n + 1) h.
     * attention, bidirectional Nystrom with m landmarks and T steps of the inverse: 8 m h for the two rectangular
-      products, and (4 m^2 h + 8 T m^3 h / d) / n for the landmark matrix, its inverse, and the inverse times the values.
-    * attention, causal Nystrom, m landmarks of c tokens: 4 h for every token seen in the window and every landmark seen,
-      on average; and the landmarks' own work over n: 4 h m c for M and P, and unless gamma is fixed at 1, 4 h c
-      m (m + 1) / 2 for B V, and h m^2 each for A and the triangular solve.
+      products, and (4 m^2 h + 8 T m^3 h / d) / n for the landmark matrix, its inverse, and the inverse times the
+      values.
+    * attention, causal Nystrom, m landmarks of c tokens: 4 h for every token seen in the window and every landmark
+      seen, on average; and the landmarks' own work over n: 4 h m c for M and P, and unless gamma is fixed at 1, 4 h c m
+      (m + 1) / 2 for B V, and h m^2 each for A and the triangular solve.
     * head: 2 h V for every position of a causal model. A masked model runs it on targets only: ``target_share``
       (default 0.15 for mlm, 1 for clm) of 2 h^2 + 2 h V.
     """
     h, n = config.hidden_size, seq_len
     masked = config.objective == "mlm"
-    layer = 2.0 * (4 * h * h + 2 * h * config.ffn_size) + 2 * config.conv_kernel * h + attention_flops_per_token(config, n)
+    layer = 2.0 * (4 * h * h + 2 * h * config.ffn_size) + 2 * config.conv_kernel * h
+    layer += attention_flops_per_token(config, n)
     share = target_share if target_share is not None else (0.15 if masked else 1.0)
     head = share * (2 * h * (config.vocab_size or 0) + (2 * h * h if masked else 0))
     return config.num_layers * layer + head
 
 
 def attention_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """One layer's attention proper, without projections and convolution; the terms are in :func:`forward_flops_per_token`."""
+    """One layer's attention proper, without projections and convolution; the terms are in
+    :func:`forward_flops_per_token`."""
     h, n = config.hidden_size, seq_len
     causal = config.objective == "clm"
     if config.attention == "softmax":

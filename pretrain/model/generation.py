@@ -24,11 +24,11 @@ def generate(
 ) -> list[int]:
     """Continue a prompt; returns the new tokens only, at most ``max_new_tokens``, ending before ``stop_id``.
 
-    temperature: 0 takes the most likely token. top_k: sample among that many, None or 0 for all. The same seed gives the same
-    tokens: sampling happens on the CPU with a generator of its own and leaves torch's random state alone.
+    temperature: 0 takes the most likely token. top_k: sample among that many, None or 0 for all. The same seed gives
+    the same tokens: sampling happens on the CPU with a generator of its own and leaves torch's random state alone.
 
-    Every step runs the whole text so far (its prefix's logits would not change, so this is exact): a step costs a forward
-    pass. A model with learned positions sees the last ``max_positions`` tokens only.
+    Every step runs the whole text so far (its prefix's logits would not change, so this is exact): a step costs a
+    forward pass. A model with learned positions sees the last ``max_positions`` tokens only.
 
     Raises :class:`UserError` for a masked model, an empty prompt, tokens outside the vocabulary, or a bad setting.
     """
@@ -37,10 +37,14 @@ def generate(
     if config.objective != "clm":
         raise UserError("only a causal model (objective: clm) can generate; this one is masked (objective: mlm)")
     if not prompt_ids:
-        raise UserError("cannot generate from an empty prompt: give at least one token, for example the end-of-text token")
+        raise UserError(
+            "cannot generate from an empty prompt: give at least one token, for example the end-of-text token"
+        )
     outside = [token for token in prompt_ids if not 0 <= token < vocabulary]
     if outside:
-        raise UserError(f"prompt token {outside[0]} is outside the model's vocabulary of {vocabulary}: wrong tokenizer?")
+        raise UserError(
+            f"prompt token {outside[0]} is outside the model's vocabulary of {vocabulary}: wrong tokenizer?"
+        )
     if max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 0):
         raise UserError(
             f"max_new_tokens {max_new_tokens}, temperature {temperature} and top_k {top_k} must not be negative"

@@ -1,8 +1,9 @@
 """Where a token stands: rotary tables, computed once for each batch and shared by all layers.
 
-What happens when the length grows beyond the training length: ``rotary`` computes any position, but its slow angles have
-never been seen (raise ``rope_theta`` and train on the longer length); ``learned`` has no row for it and raises; ``none`` has
-nothing to extend (a causal decoder still tells positions apart through its masks, an encoder only through the convolution).
+What happens when the length grows beyond the training length: ``rotary`` computes any position, but its slow angles
+have never been seen (raise ``rope_theta`` and train on the longer length); ``learned`` has no row for it and raises;
+``none`` has nothing to extend (a causal decoder still tells positions apart through its masks, an encoder only through
+the convolution).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary position embeddings (Su et al. 2021, arXiv 2104.09864, section 3.2.2).
 
-    positions: (1 or B, N) int64; returns two (1 or B, N, 1, width / 2) of ``dtype``. Angles are formed in float64: a float32
-    product is off by 4e-3 radians at position 65,536.
+    positions: (1 or B, N) int64; returns two (1 or B, N, 1, width / 2) of ``dtype``. Angles are formed in float64: a
+    float32 product is off by 4e-3 radians at position 65,536.
     """
     steps = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
     angles = positions.to(torch.float64)[:, :, None, None] * theta ** (-steps / width)

@@ -1,4 +1,5 @@
-"""The language model: embeddings, blocks, and the masked or causal head, in one class chosen by ``config.objective``."""
+"""The language model: embeddings, blocks, and the masked or causal head, in one class chosen by
+``config.objective``."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class LMOutput:
     logits: Tensor | None = None
     """(B, N, vocabulary); only without labels, and not when only ``hidden`` was asked for."""
     loss_sum: Tensor | None = None
-    """Scalar, at least float32: SUM of the cross entropy (nats) over targets. The caller divides by the global count."""
+    """Scalar, at least float32: SUM of the cross entropy (nats) over targets. The caller divides by the global
+    count."""
     num_targets: Tensor | None = None
     """Scalar int64: labels that are not -100."""
     hidden: Tensor | None = None
@@ -100,7 +102,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Hidden states to logits; for masked models through BERT's transform (dense, GELU, norm) and with an output bias."""
+    """Hidden states to logits; for masked models through BERT's transform (dense, GELU, norm) and with an output
+    bias."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -121,7 +124,9 @@ class NystromformerLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.vocab_size is None:
-            raise UserError("model.vocab_size is not set: give it, or take it from the tokenizer or the shards' manifest")
+            raise UserError(
+                "model.vocab_size is not set: give it, or take it from the tokenizer or the shards' manifest"
+            )
         self.config = config
         self.embeddings = Embeddings(config, config.vocab_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -133,8 +138,9 @@ class NystromformerLM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights of ``init_std``, zero biases; with pre-norm the projections that write to the residual stream are
-        scaled by 1 / sqrt(2 layers), so that its variance at the output does not grow with depth (Radford et al. 2019)."""
+        """Normal weights of ``init_std``, zero biases; with pre-norm the projections that write to the residual stream
+        are scaled by 1 / sqrt(2 layers), so that its variance at the output does not grow with depth (Radford et al.
+        2019)."""
         config = self.config
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -159,16 +165,19 @@ class NystromformerLM(nn.Module):
     ) -> LMOutput:
         """Run the model.
 
-        input_ids: (B, N) int64. labels: (B, N) int64, -100 where there is no target; never shifted here. layout: padding and
-        documents, default full rows. hidden: also return the last hidden states (and, without labels, skip the head).
+        input_ids: (B, N) int64. labels: (B, N) int64, -100 where there is no target; never shifted here. layout:
+        padding and documents, default full rows. hidden: also return the last hidden states (and, without labels, skip
+        the head).
 
-        With labels the head runs on targets only and ``logits`` is None. A batch without any target gives a loss of 0 that
-        still reaches every parameter, so that ranks of a distributed run stay in step.
+        With labels the head runs on targets only and ``logits`` is None. A batch without any target gives a loss of 0
+        that still reaches every parameter, so that ranks of a distributed run stay in step.
         """
         batch, length = input_ids.shape
         layout = layout or Layout.full(batch, length)
         if (layout.batch, layout.length) != (batch, length):
-            raise ValueError(f"layout is for ({layout.batch}, {layout.length}) tokens, input_ids are ({batch}, {length})")
+            raise ValueError(
+                f"layout is for ({layout.batch}, {layout.length}) tokens, input_ids are ({batch}, {length})"
+            )
         x = self.embeddings(input_ids, layout)
         context = AttentionContext.build(self.config, layout, x.device, x.dtype)
         for layer in self.layers:
@@ -206,13 +215,12 @@ class NystromformerLM(nn.Module):
         total = sum(_numel(p) for p in self.parameters())
         if embeddings:
             return total
-        tables = [self.embeddings.word_embeddings.weight]
-        if self.embeddings.position_embeddings is not None:
-            tables.append(self.embeddings.position_embeddings.weight)
-        return total - sum(_numel(p) for p in tables)
+        tables = [self.embeddings.word_embeddings, self.embeddings.position_embeddings]
+        return total - sum(_numel(table.weight) for table in tables if table is not None)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Forward floating-point operations per token at this length; see :func:`pretrain.model.flops.forward_flops_per_token`."""
+        """Forward floating-point operations per token at this length; see
+        :func:`pretrain.model.flops.forward_flops_per_token`."""
         return forward_flops_per_token(self.config, seq_len)
 
 
@@ -228,5 +236,5 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _numel(parameter: nn.Parameter) -> int:
+def _numel(parameter: Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor and this attribute

@@ -1,10 +1,10 @@
 """One softmax over landmarks and a sliding window of tokens, in chunks of segments, linear in memory.
 
-Written with ``matmul`` and ``softmax`` over the whole sequence and left to autograd, the (n, m + w c) weights are kept three
-times over for the backward pass, and the passes over them take most of the time. Here a chunk's weights stay in the cache,
-landmarks that no query of the chunk sees are skipped, and the backward pass computes the weights again, so nothing of that
-size is kept (forward and backward of this read, 4 heads of 64, n = 4096, c = 32, w = 2, one thread: 0.6 of the time of the
-whole-sequence form; the same chunks left to autograd take the same time and keep all weights).
+Written with ``matmul`` and ``softmax`` over the whole sequence and left to autograd, the (n, m + w c) weights are kept
+three times over for the backward pass, and the passes over them take most of the time. Here a chunk's weights stay in
+the cache, landmarks that no query of the chunk sees are skipped, and the backward pass computes the weights again, so
+nothing of that size is kept (forward and backward of this read, 4 heads of 64, n = 4096, c = 32, w = 2, one thread: 0.6
+of the time of the whole-sequence form; the same chunks left to autograd take the same time and keep all weights).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def blockwise_attention(
 ) -> Tensor:
     """Softmax attention, logits scaled by d^-1/2, of every token to its window and to the landmarks before it.
 
-    q, k, v: (B, S * c, d). far_k, far_v: (B, m, d), m = S - w > 0 landmarks, in q's dtype. far_bias: (B, m), added to their
-    logits, in float32 or float64. Returns (B, S * c, d) in q's dtype; logits and softmax are in at least float32.
+    q, k, v: (B, S * c, d). far_k, far_v: (B, m, d), m = S - w > 0 landmarks, in q's dtype. far_bias: (B, m), added to
+    their logits, in float32 or float64. Returns (B, S * c, d) in q's dtype; logits and softmax are in at least float32.
     Differentiable once.
     """
     with torch.autocast(q.device.type, enabled=False):
@@ -74,14 +74,16 @@ class _Blockwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):
-            return (*_backward(grad, *ctx.saved_tensors, ctx.window), None)
+            q, k, v, far_k, far_v, far_bias = ctx.saved_tensors
+            return (*_backward(grad, q, k, v, far_k, far_v, far_bias, ctx.window), None)
 
 
 def _weights(
     q: Tensor, k: Tensor, far_k: Tensor, far_bias: Tensor, window: Window, first: int, last: int
 ) -> tuple[Tensor, int, Tensor]:
-    """For segments [first, last), whose scaled queries are q (B, count * c, d): the softmax weights (B, count, c, visible +
-    w c) of landmarks and window in at least float32, how many landmarks some of them sees, and the windows' keys."""
+    """For segments [first, last), whose scaled queries are q (B, count * c, d): the softmax weights (B, count, c,
+    visible + w c) of landmarks and window in at least float32, how many landmarks some of them sees, and the windows'
+    keys."""
     dtype = far_bias.dtype
     size, back = window.segment_length, (window.segments - 1) * window.segment_length
     count, visible = last - first, max(last - window.segments, 0)
@@ -104,8 +106,8 @@ def _weights(
 
 
 def _windows(x: Tensor, window: Window, first: int, last: int) -> Tensor:
-    """(B, S * c, d) -> (B, count, w * c, d): for each of segments [first, last) the tokens of the w - 1 segments before and
-    then its own; zeros before the sequence's start."""
+    """(B, S * c, d) -> (B, count, w * c, d): for each of segments [first, last) the tokens of the w - 1 segments before
+    and then its own; zeros before the sequence's start."""
     size, back, count = window.segment_length, window.segments - 1, last - first
     part = x[:, max(first - back, 0) * size : last * size]
     if first < back:

@@ -1,9 +1,9 @@
 """Which tokens of a batch belong together: padding, packed documents, and the landmarks of each sequence.
 
-A :class:`Layout` describes the batch; a :class:`Partition` of it, built once and shared by all layers, is what attention
-runs on. Nothing is ever masked across sequences. Instead the sequences of a batch (padded rows, or documents packed in one
-row) are *taken apart* into rectangles of similar length, attention runs on each rectangle as if nothing had been packed,
-and the results are put back. This
+A :class:`Layout` describes the batch; a :class:`Partition` of it, built once and shared by all layers, is what
+attention runs on. Nothing is ever masked across sequences. Instead the sequences of a batch (padded rows, or documents
+packed in one row) are *taken apart* into rectangles of similar length, attention runs on each rectangle as if nothing
+had been packed, and the results are put back. This
 
 * makes "packed equals separate" and "padding changes nothing" true by construction: a sequence's landmarks, inverse,
   softmax and convolution are computed from that sequence alone;
@@ -34,16 +34,19 @@ class Rectangle:
     longest: int
     """Tokens of the longest sequence, at most L."""
     index: Tensor | None = None
-    """(R, L) int64: where each slot's token is in the batch flattened to (B * N); None if the batch is the rectangle."""
+    """(R, L) int64: where each slot's token is in the batch flattened to (B * N); None if the batch is the
+    rectangle."""
     mask: Tensor | None = None
     """(R, 1, 1, L) bool, True on real tokens; None if all are real or no real token can see the padding (causal)."""
     pooling: Tensor | None = None
     """(R, 1, m, L) float, one where token l belongs to landmark j; only with a mask and more than m tokens."""
     landmark_sizes: Tensor | None = None
-    """(R, 1, m, 1) float, tokens of each landmark, zero for the landmarks that a sequence does not have; with pooling."""
+    """(R, 1, m, 1) float, tokens of each landmark, zero for the landmarks that a sequence does not have; with
+    pooling."""
 
     def take(self, x: Tensor) -> Tensor:
-        """(B, N, H, d) -> (R, H, L, d). A padding slot repeats the first token of its own sequence; ``mask`` hides it."""
+        """(B, N, H, d) -> (R, H, L, d). A padding slot repeats the first token of its own sequence; ``mask`` hides
+        it."""
         if self.index is None:
             return x.transpose(1, 2)
         rows, length = self.index.shape
@@ -56,7 +59,8 @@ class Partition:
 
     rectangles: tuple[Rectangle, ...]
     slots: Tensor | None
-    """(B * N,) int64: each token's row in the rectangles' outputs laid end to end, the last row standing for padding."""
+    """(B * N,) int64: each token's row in the rectangles' outputs laid end to end, the last row standing for
+    padding."""
 
     def merge(self, outputs: Sequence[Tensor], like: Tensor) -> Tensor:
         """One (R, H, L, d) per rectangle -> (B, N, H, d), the shape of ``like``.
@@ -74,8 +78,8 @@ class Partition:
 class Layout:
     """Sequences of a (B, N) batch of tokens. Use :meth:`full`, :meth:`from_lengths` or :meth:`from_documents`.
 
-    Immutable; what is derived from it (positions, partitions) is computed on first use and kept, so one object serves every
-    layer, and every micro-batch of the same shape.
+    Immutable; what is derived from it (positions, partitions) is computed on first use and kept, so one object serves
+    every layer, and every micro-batch of the same shape.
     """
 
     batch: int
@@ -108,7 +112,8 @@ class Layout:
 
     @classmethod
     def from_documents(cls, document_ids: Tensor) -> Layout:
-        """Packed rows: ``document_ids`` (B, N) integers; a run of one id along a row is a document, negative is padding.
+        """Packed rows: ``document_ids`` (B, N) integers; a run of one id along a row is a document, negative is
+        padding.
 
         Padding may stand anywhere (left-padded prompts too). Two runs of one id are two documents.
         """
@@ -155,10 +160,10 @@ class Layout:
     def partition(self, device: torch.device, *, causal: bool, num_landmarks: int | None = None) -> Partition:
         """Rectangles for attention.
 
-        causal: no real token sees what is on its right, so no masks are built and right-padded rows need no taking apart.
-        num_landmarks: m of the bidirectional Nystrom form. A sequence of at most m tokens gets exact attention and never
-        shares a rectangle with a longer one; a sequence of n > m tokens has segments of ``ceil(n / m)`` tokens. Both depend
-        on that sequence alone, so it gets the same landmarks packed, padded or by itself.
+        causal: no real token sees what is on its right, so no masks are built and right-padded rows need no taking
+        apart. num_landmarks: m of the bidirectional Nystrom form. A sequence of at most m tokens gets exact attention
+        and never shares a rectangle with a longer one; a sequence of n > m tokens has segments of ``ceil(n / m)``
+        tokens. Both depend on that sequence alone, so it gets the same landmarks packed, padded or by itself.
         """
         if self.starts is None or self.lengths is None:
             return Partition((Rectangle(self.length, self.length),), None)

@@ -32,8 +32,8 @@ def nystrom_attention(
 
     q, k, v: (R, H, L, d); returns (R, H, L, d) in their precision. A sequence of n > m tokens has segments of
     ``ceil(n / m)`` tokens, the last one possibly short; one of n <= m tokens gets exact softmax attention. The landmark
-    matrix and its inverse are computed in float32 (float64 for float64 inputs) whatever the model's precision, also under
-    autocast: in bfloat16 the iteration diverges.
+    matrix and its inverse are computed in float32 (float64 for float64 inputs) whatever the model's precision, also
+    under autocast: in bfloat16 the iteration diverges.
     """
     if rectangle.longest <= num_landmarks:
         return softmax_attention(q, k, v, rectangle, causal=False)
@@ -83,12 +83,12 @@ def segment_means(x: Tensor, rectangle: Rectangle, num_landmarks: int) -> Tensor
 def iterative_inverse(matrix: Tensor, iterations: int, init: Literal["block", "original"] = "block") -> Tensor:
     """Approximate Moore-Penrose inverse of row-stochastic matrices (paper, equation 14; Razavi et al. 2014).
 
-    matrix: (R, H, m, m). init: ``block`` starts from A^T / (largest column sum of that matrix); ``original``, the published
-    code's choice, takes the largest column sum of the whole batch, so that a sequence's result depends on its batch mates.
-    (The largest row sum, the other factor of the starting scale, is 1 for a softmax.)
+    matrix: (R, H, m, m). init: ``block`` starts from A^T / (largest column sum of that matrix); ``original``, the
+    published code's choice, takes the largest column sum of the whole batch, so that a sequence's result depends on its
+    batch mates. (The largest row sum, the other factor of the starting scale, is 1 for a softmax.)
 
-    Six steps are a regulariser, not an approximation to be improved: at 6, 12 and 20 the gradient's norm is 1e3, 5e5 and
-    8e7. A trained network is adapted to its own count.
+    Six steps are a regulariser, not an approximation to be improved: at 6, 12 and 20 the gradient's norm is 1e3, 5e5
+    and 8e7. A trained network is adapted to its own count.
     """
     a = matrix.flatten(0, 1)
     column_sums = a.sum(dim=-2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,13 @@ from pretrain.model.attention.softmax import softmax_attention
 from pretrain.model.config import ModelConfig
 from pretrain.model.conv import skip_convolution
 from pretrain.model.positions import apply_rotary, rotary_table
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def _say_exact(longest: int, limit: int) -> None:
+    log.info("sequences of %d tokens get exact softmax attention: Nystrom begins beyond %d", longest, limit)
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,9 @@ class AttentionContext:
         """Once per batch. dtype: the weights'; tables are float32, or float64 for a float64 model."""
         causal = config.objective == "clm"
         landmarks = config.num_landmarks if config.attention == "nystrom" and not causal else None
+        limit = config.window_segments * config.segment_length if causal else config.num_landmarks
+        if config.attention == "nystrom" and layout.longest <= limit and not torch.compiler.is_compiling():
+            _say_exact(layout.longest, limit)
         rotary = None
         if config.positions == "rotary":
             table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -38,8 +50,8 @@ class AttentionContext:
 class SelfAttention(nn.Module):
     """(B, N, hidden) -> (B, N, hidden), by ``config.attention`` and ``config.objective``.
 
-    The convolution's weight and gamma are parameters of this module, not of submodules: how often the attention function runs
-    depends on the batch's layout, and ZeRO-3 must gather weights equally often on every rank.
+    The convolution's weight and gamma are parameters of this module, not of submodules: how often the attention
+    function runs depends on the batch's layout, and ZeRO-3 must gather weights equally often on every rank.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -58,7 +70,8 @@ class SelfAttention(nn.Module):
             self.gamma_logit = nn.Parameter(torch.empty(config.num_heads))
 
     def gamma(self) -> Tensor | None:
-        """(H,) weights in (1/2, 1) of the identity in the causal form's triangular inverse; None: pooling, or not that form."""
+        """(H,) weights in (1/2, 1) of the identity in the causal form's triangular inverse; None: pooling, or not that
+        form."""
         if self.gamma_logit is not None:
             logit = self.gamma_logit
             return 0.5 + 0.5 * torch.sigmoid(logit if logit.dtype == torch.float64 else logit.float())
@@ -78,8 +91,8 @@ class SelfAttention(nn.Module):
         outputs = [self._attend(r.take(q), r.take(k), r.take(v), gamma, r) for r in partition.rectangles]
         merged = partition.merge(outputs, v) if outputs else 0 * (q + k + v)
         if gamma is not None and all(r.length <= window for r in partition.rectangles):
-            # Nothing reached beyond the window. Every parameter gets a gradient all the same, if zero: ranks whose batches
-            # differ must reduce the same parameters.
+            # Nothing reached beyond the window. Every parameter gets a gradient all the same, if zero: ranks whose
+            # batches differ must reduce the same parameters.
             merged = merged + 0 * gamma.sum().to(merged.dtype)
         return self.output(merged.flatten(2))
 
@@ -89,15 +102,18 @@ class SelfAttention(nn.Module):
         if config.attention == "softmax":
             out = softmax_attention(q, k, v, rectangle, causal=causal)
         elif causal:
-            out = causal_nystrom_attention(
-                q, k, v,
-                segment_length=config.segment_length, window_segments=config.window_segments, gamma=gamma,
-            )  # fmt: skip
+            size, window = config.segment_length, config.window_segments
+            out = causal_nystrom_attention(q, k, v, segment_length=size, window_segments=window, gamma=gamma)
         else:
             out = nystrom_attention(
-                q, k, v, rectangle,
-                num_landmarks=config.num_landmarks, iterations=config.inverse_iterations, init=config.inverse_init,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                rectangle,
+                num_landmarks=config.num_landmarks,
+                iterations=config.inverse_iterations,
+                init=config.inverse_init,
+            )
         if self.conv_weight is not None:
             out = out + skip_convolution(v, self.conv_weight, causal=causal, mask=rectangle.mask)
         return out

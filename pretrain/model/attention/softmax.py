@@ -1,4 +1,5 @@
-"""Softmax attention as PyTorch has it: exact attention, the baseline, and the rectangular pieces of the Nystrom forms."""
+"""Softmax attention as PyTorch has it: exact attention, the baseline, and the rectangular pieces of the Nystrom
+forms."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, *, 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention where the queries or the keys are few; mask broadcasts to (R, H, queries, keys), True = seen.
 
-    On a CPU below float32 the plain product is faster than the fused kernel (forward and backward of the whole attention
-    relative to exact attention, n = 1024: 0.30 against 0.39; n = 4096: 0.07 against 0.08; one thread, torch 2.13);
-    everywhere else the fused kernel is as fast or faster and keeps no (n, m) matrix for the backward pass.
+    On a CPU below float32 the plain product is faster than the fused kernel (forward and backward of the whole
+    attention relative to exact attention, n = 1024: 0.30 against 0.39; n = 4096: 0.07 against 0.08; one thread, torch
+    2.13); everywhere else the fused kernel is as fast or faster and keeps no (n, m) matrix for the backward pass.
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.model.attention import blockwise
+from pretrain.model.attention import blockwise, causal_nystrom
 from pretrain.model.attention.causal_nystrom import causal_nystrom_attention, summarize
 
 LENGTHS = [1, 2, 3, 4, 5, 8, 9, 12, 13, 37, 100]
@@ -56,6 +56,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, c: int = 4, w: int = 2, gamma: float
 @pytest.fixture(params=[2**19, 40], ids=["one-chunk", "small-chunks"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(blockwise._CHUNK_ELEMENTS, "cpu", request.param)
+    monkeypatch.setattr(causal_nystrom, "_SLAB", 128 if request.param > 40 else 3)
 
 
 @pytest.mark.parametrize("w", [1, 2, 3])
@@ -119,7 +120,9 @@ def test_equal_keys_make_landmarks_weigh_what_their_tokens_weigh() -> None:
     k = torch.zeros_like(q) + torch.randn(8, dtype=torch.float64)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(attend(q, k, v, gamma=1.0), expected, rtol=0, atol=1e-12)
-    (mass,) = {round(float(x), 9) for x in summarize(q[0], k[0], v[0], segment_length=4, count=3, gamma=None).mass.flatten()}
+    (mass,) = {
+        round(float(x), 9) for x in summarize(q[0], k[0], v[0], segment_length=4, count=3, gamma=None).mass.flatten()
+    }
     assert mass == round(math.log(4), 9)
 
 

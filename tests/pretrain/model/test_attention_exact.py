@@ -34,7 +34,9 @@ def test_equals_one_masked_call(layout: Layout, causal: bool) -> None:
     mask = (owner[:, :, None] == owner[:, None, :]).unsqueeze(1)
     if causal:
         mask = mask & torch.ones(130, 130, dtype=torch.bool).tril()
-    expected = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(
+        1, 2
+    )
 
     partition = layout.partition(torch.device("cpu"), causal=causal)
     outputs = [softmax_attention(r.take(q), r.take(k), r.take(v), r, causal=causal) for r in partition.rectangles]

@@ -67,7 +67,8 @@ def test_every_sequence_gets_what_it_gets_alone(layout: Layout) -> None:
     q, k, v = inputs(4, 100, 2, 8)
     got = attend(q, k, v, layout, 8).flatten(0, 1)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    assert layout.starts is not None and layout.lengths is not None
+    assert layout.starts is not None
+    assert layout.lengths is not None
     for start, length in zip(layout.starts, layout.lengths, strict=True):
         of = slice(start, start + length)
         for head in range(2):
@@ -103,7 +104,9 @@ def test_at_most_as_many_tokens_as_landmarks_is_exactly_exact() -> None:
 def test_inverse_is_an_inverse_and_scales_each_matrix_by_itself() -> None:
     torch.manual_seed(0)
     a = (3 * torch.eye(6, dtype=torch.float64) + torch.randn(3, 2, 6, 6, dtype=torch.float64)).softmax(-1)
-    torch.testing.assert_close(iterative_inverse(a, 25) @ a, torch.eye(6, dtype=torch.float64).expand_as(a), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        iterative_inverse(a, 25) @ a, torch.eye(6, dtype=torch.float64).expand_as(a), rtol=0, atol=1e-9
+    )
     together, alone = iterative_inverse(a, 4), iterative_inverse(a[1:2], 4)
     torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-12)
     published = iterative_inverse(a, 4, "original")

@@ -23,7 +23,8 @@ def roundtrip(layout: Layout, causal: bool, landmarks: int | None) -> None:
         assert torch.equal(merged, x)
         return
     real = torch.zeros(layout.batch * layout.length, dtype=torch.bool)
-    assert layout.starts is not None and layout.lengths is not None
+    assert layout.starts is not None
+    assert layout.lengths is not None
     for start, length in zip(layout.starts, layout.lengths, strict=True):
         real[start : start + length] = True
     real = real.view(layout.batch, layout.length)
@@ -47,7 +48,8 @@ def test_rows_without_padding_are_recognised_as_full() -> None:
 
 def test_documents_are_runs_of_one_id_and_negative_is_padding() -> None:
     layout = Layout.from_documents(ids_of([(-1, 2), (5, 3), (9, 1), (-1, 1), (5, 2)], [(5, 9)]))
-    assert layout.starts is not None and layout.lengths is not None
+    assert layout.starts is not None
+    assert layout.lengths is not None
     assert layout.starts.tolist() == [2, 5, 7, 9]
     assert layout.lengths.tolist() == [3, 1, 2, 9]
     assert layout.positions(CPU).tolist() == [[0, 0, 0, 1, 2, 0, 0, 0, 1], list(range(9))]
@@ -71,7 +73,8 @@ def test_short_sequences_never_share_a_rectangle_with_longer_ones_than_the_landm
 def test_landmarks_depend_on_the_sequence_alone() -> None:
     (alone,) = Layout.from_lengths([10], 11).partition(CPU, causal=False, num_landmarks=4).rectangles
     (both,) = Layout.from_lengths([10, 15], 16).partition(CPU, causal=False, num_landmarks=4).rectangles
-    assert alone.landmark_sizes is not None and both.landmark_sizes is not None
+    assert alone.landmark_sizes is not None
+    assert both.landmark_sizes is not None
     assert alone.landmark_sizes.flatten().tolist() == [3, 3, 3, 1]  # segments of ceil(10 / 4)
     assert torch.equal(alone.landmark_sizes[0], both.landmark_sizes[0])
 
@@ -79,7 +82,9 @@ def test_landmarks_depend_on_the_sequence_alone() -> None:
 def test_right_padded_causal_rows_need_no_masks_and_are_not_taken_apart() -> None:
     partition = Layout.from_lengths([1, 30, 700], 1000).partition(CPU, causal=True)
     (rectangle,) = partition.rectangles
-    assert partition.slots is None and rectangle.index is None and rectangle.mask is None
+    assert partition.slots is None
+    assert rectangle.index is None
+    assert rectangle.mask is None
 
 
 def test_derived_tensors_are_built_once() -> None:

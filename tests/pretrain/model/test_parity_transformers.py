@@ -10,9 +10,11 @@ from pretrain.model import ModelConfig, build_model
 transformers = pytest.importorskip("transformers")
 
 LAYER = {
-    "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
     "output": "attention.output.dense",
-}  # fmt: skip
+}
 
 
 def renamed(theirs: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
@@ -50,15 +52,32 @@ def test_logits_and_gradients_equal(n: int, m: int, rows: int) -> None:
     torch.manual_seed(0)
     theirs = transformers.NystromformerForMaskedLM(
         transformers.NystromformerConfig(
-            vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-            max_position_embeddings=400, segment_means_seq_len=n, num_landmarks=m, conv_kernel_size=9, initializer_range=0.2,
-        )  # fmt: skip
+            vocab_size=50,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=400,
+            segment_means_seq_len=n,
+            num_landmarks=m,
+            conv_kernel_size=9,
+            initializer_range=0.2,
+        )
     ).eval()
     ours = build_model(
         ModelConfig(
-            vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=64, norm="post", positions="learned",
-            max_positions=400, num_landmarks=m, conv_kernel=9, inverse_init="original",
-        )  # fmt: skip
+            vocab_size=50,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            intermediate_size=64,
+            norm="post",
+            positions="learned",
+            max_positions=400,
+            num_landmarks=m,
+            conv_kernel=9,
+            inverse_init="original",
+        )
     ).eval()
     ours.load_state_dict(renamed(theirs.state_dict(), 2))
     ids = torch.randint(0, 50, (rows, n))

@@ -30,7 +30,9 @@ def test_equals_conv2d_with_its_gradients(rows: int, length: int, taps: int, cau
     ours, theirs = skip_convolution(v, weight, causal=causal), reference(v, weight, causal)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     grad = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, (v, weight), grad), torch.autograd.grad(theirs, (v, weight), grad), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, (v, weight), grad), torch.autograd.grad(theirs, (v, weight), grad), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 

@@ -14,9 +14,15 @@ from pretrain.model.transformer import NystromformerLM
 def decoder(**changes: object) -> NystromformerLM:
     torch.manual_seed(0)
     values: dict[str, object] = {
-        "objective": "clm", "vocab_size": 23, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "segment_length": 4,
-        "conv_kernel": 5, "init_std": 0.5,
-    }  # fmt: skip
+        "objective": "clm",
+        "vocab_size": 23,
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "segment_length": 4,
+        "conv_kernel": 5,
+        "init_std": 0.5,
+    }
     return build_model(ModelConfig.model_validate(values | changes)).double()
 
 
@@ -26,7 +32,8 @@ def test_same_seed_same_text_other_seed_other_text() -> None:
     first = generate(model, [1, 2, 3], max_new_tokens=30, temperature=2.0, seed=1)
     assert generate(model, [1, 2, 3], max_new_tokens=30, temperature=2.0, seed=1) == first
     assert generate(model, [1, 2, 3], max_new_tokens=30, temperature=2.0, seed=2) != first
-    assert len(first) == 30 and all(0 <= token < 23 for token in first)
+    assert len(first) == 30
+    assert all(0 <= token < 23 for token in first)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
