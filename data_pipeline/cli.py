@@ -207,9 +207,11 @@ def _tokenizer(args: argparse.Namespace) -> None:
             progress.document(document)
             yield document.text
         progress.close()
+        if sys.stderr.isatty():
+            print(f"learning {args.vocab_size:,} tokens ...", file=sys.stderr, flush=True)
 
     try:
-        trained = train_tokenizer(texts(), args.vocab_size, progress=sys.stderr.isatty())
+        trained = train_tokenizer(texts(), args.vocab_size)
         trained.save(args.out)
         write_atomic(info, (json.dumps({"key": key, "tokenizer": trained.hash, **facts}, indent=1) + "\n").encode())
     except OSError as error:

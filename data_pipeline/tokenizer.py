@@ -105,7 +105,7 @@ def canonical_json(text: str) -> str:
     return json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, *, progress: bool = False) -> Tokenizer:
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a byte-level BPE vocabulary of ``vocab_size`` tokens, special tokens and the 256 bytes included.
 
     Streams the documents once; memory grows with the number of distinct words, not with the text. The same documents
@@ -126,7 +126,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, *, progress: bool
         min_frequency=2,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=progress,
+        show_progress=False,  # its bar knows no total and draws over the caller's
     )
     counted = _Counted(documents)
     backend.train_from_iterator(iter(counted), trainer)

@@ -36,10 +36,13 @@ MAJORITY_ROW = "majority class"
 
 @dataclass(frozen=True)
 class ClassifySettings:
-    """``max_length``: tokens read of each text, the rest is cut; ``dev_share``: of the training file, to choose on."""
+    """``max_length``: tokens read of each text, the rest is cut; ``scratch_seeds``: of the seeds, how many are also
+    run from random weights (0: none); ``dev_share``: share of the training file on which the epoch is chosen.
+    """
 
     max_length: int
     seeds: int = 3
+    scratch_seeds: int = 3
     dev_share: float = 0.15
     precision: str = "fp32"
     text_field: str = "text"
@@ -99,13 +102,16 @@ def run(subject: Subject, settings: ClassifySettings, data: ClassifyData) -> Out
     config = subject.loaded.model_config
     train, cut_train = _tokenize(subject, data.train, data, settings.max_length)
     test, cut_test = _tokenize(subject, data.test, data, settings.max_length)
-    scores: dict[str, list[Score]] = {MODEL_ROW: [], SCRATCH_ROW: []}
+    scores: dict[str, list[Score]] = {MODEL_ROW: []}
+    scratch_seeds = min(settings.scratch_seeds, settings.seeds)
     seed_rows: list[list[Any]] = []
-    total = 2 * settings.seeds * settings.recipe.epochs * len(carve(train.labels, settings.dev_share, 0)[0])
+    total = (
+        (settings.seeds + scratch_seeds) * settings.recipe.epochs * len(carve(train.labels, settings.dev_share, 0)[0])
+    )
     with tqdm(total=total, desc="classify", unit="doc", disable=None) as bar:
         for seed in range(settings.seeds):
             rest, dev = carve(train.labels, settings.dev_share, seed)
-            for row in scores:
+            for row in (MODEL_ROW, SCRATCH_ROW) if seed < scratch_seeds else (MODEL_ROW,):
                 torch.manual_seed(seed)
                 backbone = copy.deepcopy(subject.model) if row == MODEL_ROW else build_model(config)
                 backbone.requires_grad_(True)
@@ -119,7 +125,7 @@ def run(subject: Subject, settings: ClassifySettings, data: ClassifyData) -> Out
                     fitted.model, test, np.arange(len(test.labels)), device=subject.device, precision=settings.precision
                 )
                 score = _score(labels.numpy(), logits.argmax(-1).numpy())
-                scores[row].append(score)
+                scores.setdefault(row, []).append(score)
                 seed_rows.append([row, seed, fitted.best_epoch, fitted.dev_accuracy, score.accuracy, score.macro_f1])
     for name, score in _baselines(subject, data, train, test, max(cut_train, cut_test)).items():
         scores[name] = [score]
@@ -143,6 +149,7 @@ def _outcome(scores: dict[str, list[Score]], seed_rows: list[list[Any]], tested:
             ("majority_", MAJORITY_ROW),
         )
         for name, column in (("accuracy", 1), ("macro_f1", 3))
+        if row in by_name
     }
     metrics["share_of_texts_cut"] = Metric(cut, False, n=tested)
     return Outcome(

@@ -69,6 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     classify.add_argument("--label-field", default="label", metavar="NAME", help="field or column with the label")
     classify.add_argument("--max-length", type=int, metavar="N", help="tokens read of each text (default: as --length)")
     classify.add_argument("--seeds", type=int, default=3, metavar="N", help="fine-tunings from different random seeds")
+    classify.add_argument(
+        "--scratch-seeds", type=int, metavar="N", help="of the seeds, how many also from random weights (default: all)"
+    )
     classify.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the training file, at most")
     classify.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts of one step")
     classify.add_argument(
@@ -237,6 +240,7 @@ def _classify(subject: Subject, args: argparse.Namespace, path: Path, info: Any)
     settings = classification.ClassifySettings(
         max_length=args.max_length or args.length or subject.trained_length,
         seeds=args.seeds,
+        scratch_seeds=args.seeds if args.scratch_seeds is None else max(args.scratch_seeds, 0),
         precision=fast_precision(subject.device) if args.precision == "auto" else args.precision,
         text_field=args.text_field,
         label_field=args.label_field,

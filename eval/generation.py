@@ -148,16 +148,20 @@ def _own_prompts(subject: Subject, settings: GenerateSettings) -> list[tuple[lis
 
 
 def _held_out_prompts(subject: Subject, settings: GenerateSettings) -> list[tuple[list[int], list[int]]]:
-    """Starts of held-out documents with what really follows, evenly spread over the documents that are long enough."""
+    """Passages of held-out documents with what really follows."""
+    passages = _passages(subject, settings, "lower --max-new-tokens or give --prompt")
+    return [(p[: settings.prompt_tokens], p[settings.prompt_tokens :]) for p in passages]
+
+
+def _passages(subject: Subject, settings: GenerateSettings, advice: str) -> list[list[int]]:
+    """The middles of held-out documents (beginnings are often boilerplate), spread over those that are long enough."""
     need = settings.prompt_tokens + settings.max_new_tokens
-    starts = [d[:need].tolist() for d in subject.held_out().documents() if len(d) >= need]
-    if not starts:
-        raise UserError(
-            f"no document of {subject.held_out().path} has the {need} tokens of a prompt and its continuation: lower "
-            "--max-new-tokens or give --prompt"
-        )
-    chosen = sorted({int(i) for i in np.linspace(0, len(starts) - 1, settings.num_samples)})
-    return [(starts[i][: settings.prompt_tokens], starts[i][settings.prompt_tokens :]) for i in chosen]
+    documents = [d for d in subject.held_out().documents() if len(d) >= need]
+    if not documents:
+        raise UserError(f"no document of {subject.held_out().path} has a passage of {need} tokens: {advice}")
+    chosen = sorted({int(i) for i in np.linspace(0, len(documents) - 1, settings.num_samples)})
+    middles = [(len(documents[i]) - need) // 2 for i in chosen]
+    return [documents[i][m : m + need].tolist() for i, m in zip(chosen, middles, strict=True)]
 
 
 def _fill(subject: Subject, settings: GenerateSettings) -> Outcome:
@@ -169,21 +173,12 @@ def _fill(subject: Subject, settings: GenerateSettings) -> Outcome:
     tokenizer = subject.loaded.tokenizer
     length = settings.prompt_tokens + settings.max_new_tokens
     subject.check_length(length, "passage")
-    passages = [d[:length].tolist() for d in subject.held_out().documents() if len(d) >= length]
-    if not passages:
-        raise UserError(
-            f"no document of {subject.held_out().path} has a passage of {length} tokens: lower --max-new-tokens"
-        )
-    chosen = sorted({int(i) for i in np.linspace(0, len(passages) - 1, settings.num_samples)})
     rng = np.random.default_rng(settings.seed)
     hits = {1: 0, 5: 0}
     total = 0
     samples: list[dict[str, Any]] = []
-    for passage in (passages[i] for i in chosen):
-        places = [
-            i for i, t in enumerate(passage) if tokenizer.decode([t]).strip().isalnum()
-        ]  # words tell more than spaces
-        places = sorted(rng.permutation(places or list(range(length)))[: settings.masks].tolist())
+    for passage in _passages(subject, settings, "lower --max-new-tokens"):
+        places = sorted(rng.permutation(_words(passage, tokenizer.decode))[: settings.masks].tolist())
         hidden = torch.tensor([passage])
         hidden[0, places] = tokenizer.mask_id
         probabilities = subject.logits(hidden)[0, places].softmax(-1)
@@ -207,6 +202,13 @@ def _fill(subject: Subject, settings: GenerateSettings) -> Outcome:
     metrics = {"top_1": Metric(hits[1] / total, True, n=total), "top_5": Metric(hits[5] / total, True, n=total)}
     columns = ["hidden words", "likeliest is right", "right one in the first five"]
     return Outcome(metrics, [Table(FILL_TABLE, columns, [[total, hits[1] / total, hits[5] / total]])], samples=samples)
+
+
+def _words(passage: list[int], decode: Any) -> list[int]:
+    """Places of tokens that begin a word of letters, else of any letters or digits, else all: a space tells little."""
+    texts = [decode([token]) for token in passage]
+    words = [i for i, t in enumerate(texts) if t.startswith(" ") and len(t) > 3 and t[1:].isalpha()]
+    return words or [i for i, t in enumerate(texts) if t.strip().isalnum()] or list(range(len(passage)))
 
 
 def _parts(passage: list[int], places: list[int], decode: Any) -> list[str]:

@@ -67,7 +67,7 @@ def build_deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.grad_clip if stage else 0.0,
         "zero_optimization": {
             "stage": stage,
-            # The default, 5e8 elements, reserves 1 to 2 GB a buffer; 5e7 is past the size where bandwidth is lost.
+            # The default, 5e8 elements, would reserve 1 to 2 GB a buffer.
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
         },

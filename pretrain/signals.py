@@ -22,8 +22,8 @@ class StopFlag:
     It must not print: a launcher that is gone leaves a broken pipe, and writing to it would kill the process before it
     has saved. A second signal changes nothing; a save is a matter of seconds, SIGKILL is there for the impatient.
 
-    A launcher that is killed leaves its workers running with nobody to look after them. The parent process changes then,
-    or the process named by NYSTROM_LAUNCHER_PID is gone; the workers save and end by themselves.
+    A launcher that is killed leaves its workers running with nobody to look after them. The parent process changes
+    then, or the process named by NYSTROM_LAUNCHER_PID is gone; the workers save and end by themselves.
     """
 
     def __init__(self, launched: bool = False) -> None:

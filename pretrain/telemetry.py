@@ -111,23 +111,23 @@ class Telemetry:
         else:
             print(text, flush=True)
 
+    def advance(self, tokens: int) -> None:
+        """Move the bar to ``tokens``."""
+        if self._active and self._bar is not None:
+            self._bar.update(tokens - self._bar.n)
+
     def progress(self, tokens: int, values: dict[str, Any]) -> None:
-        """Move the bar to ``tokens`` and show the latest numbers."""
+        """Show the latest numbers."""
         if not self._active:
             return
-        shown = {
-            "loss": f"{values['loss']:.3f}",
-            "lr": f"{values['lr']:.1e}",
-            "tok/s": f"{values['tokens_per_second']:,.0f}",
-            "len": values["seq_len"],
-        }
+        shown = {"loss": f"{values['loss']:.3f}", "lr": f"{values['lr']:.1e}", "len": values["seq_len"]}
         if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(tokens - self._bar.n)
+            self._bar.set_postfix(shown)
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS or tokens >= self._total:
             self._last_line = time.monotonic()
             numbers = "  ".join(f"{key} {value}" for key, value in shown.items())
-            print(f"{tokens / self._total:6.1%}  step {values['step']}  {numbers}", flush=True)
+            speed = f"{values['tokens_per_second']:,.0f} tok/s"
+            print(f"{tokens / self._total:6.1%}  step {values['step']}  {numbers}  {speed}", flush=True)
 
     def close(self) -> None:
         """Flush and close everything."""

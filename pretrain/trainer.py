@@ -124,6 +124,7 @@ class Trainer:
             seconds=time.monotonic() - self._started,
         )
         self._window.add(batch.tokens, time.monotonic() - began, waited)
+        self.telemetry.advance(tokens)
         if bad:
             self._report_bad_step(batch, loss, float(loss_sum))
         elif not math.isnan(loss):

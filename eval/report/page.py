@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,6 +107,7 @@ def number(value: Any) -> str:
 def visible(text: str) -> str:
     """A token with its white space made visible; the space that begins most words is left out."""
     text = text[1:] if text.startswith(" ") and text.strip() else text
+    text = re.sub(" {4,}", lambda run: f"␣×{len(run[0])}", text)
     return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣") or "∅"
 
 
@@ -133,7 +135,7 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Rows of the first table: a label and a cell for each run, the best marked where the figures can be compared."""
     rows: list[dict[str, Any]] = [
         _facts("Objective", [OBJECTIVES.get(run.objective, "–") for run in runs]),
-        _facts("Attention", [str((run.config.get("model") or {}).get("attention", "–")) for run in runs]),
+        _facts("Attention", [str(run.setting("model", "attention") or "–") for run in runs]),
         _facts("Parameters", [_of_any(run, "parameters") for run in runs]),
         _facts("Tokens seen", [charts.engineering(_tokens(run)) for run in runs]),
         _facts("Training time", [_duration(run) for run in runs]),
@@ -161,7 +163,7 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def best_of(metrics: Sequence[Metric | None]) -> int | None:
-    """The place of the best value; None if fewer than two are there or the next is within either's standard deviation."""
+    """Place of the best value; None with fewer than two, or where the next is within either's standard deviation."""
     found = [(m, i) for i, m in enumerate(metrics) if m and math.isfinite(m.value)]
     if len(found) < 2:
         return None
@@ -191,7 +193,7 @@ def training_charts(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
     )
     pictures.append(
         (
-            charts.over_tokens(everyone, "data_wait", "share of the time", "Waiting for data", share=True),
+            charts.over_tokens(everyone, "data_wait", "share of time", "Waiting for data", share=True),
             "Time spent waiting for data.",
         )
     )
@@ -308,7 +310,10 @@ def _of_any(run: Run, name: str) -> str:
 
 
 def _tokens(run: Run) -> float:
-    return max((float(r["tokens"]) for r in [*run.train, *run.valid, *run.events] if "tokens" in r), default=0.0)
+    return max(
+        (float(r["tokens"]) for r in [*run.train, *run.valid, *run.events] if isinstance(r.get("tokens"), int | float)),
+        default=0.0,
+    )
 
 
 def _last(records: Sequence[dict[str, Any]], key: str) -> Any:

@@ -39,18 +39,28 @@ class Run:
     @property
     def objective(self) -> str:
         """ "mlm", "clm", or "" where the configuration does not say."""
-        return str(_get(self.config, "model", "objective") or "")
+        return str(self.setting("model", "objective") or "")
+
+    def setting(self, *keys: str) -> Any:
+        """The configuration's value under these keys, or None."""
+        node: Any = self.config
+        for key in keys:
+            node = node.get(key) if isinstance(node, dict) else None
+        return node
 
     def stages(self) -> list[Stage]:
         """The curriculum, cut where the run has got to."""
         reached = max((r["tokens"] for r in [*self.train, *self.valid]), default=0)
         stages: list[Stage] = []
         start = 0.0
-        for raw in _get(self.config, "curriculum") or []:
-            end = float(raw.get("until_tokens", 0))
+        curriculum = self.setting("curriculum")
+        for raw in curriculum if isinstance(curriculum, list) else []:
+            end, seq_len = (raw.get(key) if isinstance(raw, dict) else None for key in ("until_tokens", "seq_len"))
+            if not isinstance(end, int | float) or not isinstance(seq_len, int):
+                return []
             if start < reached:
-                stages.append(Stage(start, end, int(raw.get("seq_len", 0))))
-            start = end
+                stages.append(Stage(start, float(end), seq_len))
+            start = float(end)
         if stages:  # the last stage is rounded up to a whole window, or the run ended early
             stages[-1] = Stage(stages[-1].start, float(reached), stages[-1].seq_len)
         return stages
@@ -99,13 +109,6 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, item in items:
         result |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
     return result
-
-
-def _get(config: dict[str, Any], *keys: str) -> Any:
-    node: Any = config
-    for key in keys:
-        node = node.get(key) if isinstance(node, dict) else None
-    return node
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -47,15 +47,18 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def test_batches_follow_the_plan(shards: ShardSet) -> None:
-    position = 0
+    position, samples = 0, []
     for batch in loader(shards):
         stage = PLAN.stages[batch.stage]
         assert stage.start_tokens <= position < stage.end_tokens
         assert (batch.tokens_before, batch.tokens, batch.seq_len) == (position, 256, stage.seq_len)
         assert batch.input_ids.shape == batch.labels.shape == (256 // stage.seq_len, stage.seq_len)
         assert batch.input_ids.dtype == batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+        samples += [(sample, sample + batch.seq_len) for sample in batch.sample_ids.tolist()]
         position += batch.tokens
     assert position == PLAN.total_tokens
+    samples.sort()  # places in the training order: no gap and no overlap
+    assert [end for _, end in samples] == [start for start, _ in samples[1:]] + [PLAN.total_tokens]
 
 
 def test_causal_labels_are_the_next_tokens_of_the_stream(shards: ShardSet) -> None:

@@ -324,6 +324,15 @@ def test_empty_documents_and_empty_files_are_counted_and_left_out(tokenizer: Tok
     assert [shards.tokenizer().decode(ids) for ids in shards.documents()] == ["x", "y"]
 
 
+def test_a_finished_unit_whose_input_changed_is_done_again(inputs: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    crash_after(200, inputs, tokenizer, tmp_path / "out")
+    first = inputs / "0.jsonl"
+    first.write_text(first.read_text().replace("document 3 ", "document 4 "))  # the same name and size
+    prepare(plan(inputs, tokenizer), tmp_path / "out")
+    prepare(plan(inputs, tokenizer), tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
 @pytest.mark.parametrize("at", [0, 3, 5])
 def test_bad_input_stops_and_the_mended_run_goes_on(
     inputs: Path, tokenizer: Tokenizer, tmp_path: Path, at: int

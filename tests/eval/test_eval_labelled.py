@@ -1,0 +1,117 @@
+"""Reading labelled text, and the split that is carved from it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipeline.errors import UserError
+from eval.labelled import Labelled, carve, class_names, read_labelled
+
+TEXTS = ['a, "quoted"\nline', "b\tüber", "c" * 200_000]  # the last is longer than csv's own limit for a field
+LABELS = ["pos", "neg", "pos"]
+
+
+def write(folder: Path, kind: str) -> Path:
+    path = folder / f"data.{kind}"
+    records = [{"text": t, "label": y} for t, y in zip(TEXTS, LABELS, strict=True)]
+    lines = "".join(json.dumps(r) + "\n" for r in records)
+    if kind == "jsonl":
+        path.write_text(lines + "\n")
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif kind in ("csv", "tsv"):
+        import csv
+
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["label", "text"], delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(records)
+    else:
+        pq.write_table(pa.Table.from_pylist(records), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "tsv", "parquet"])
+def test_every_format_reads_the_same(tmp_path: Path, kind: str) -> None:
+    data = read_labelled(write(tmp_path, kind))
+    assert data.texts == TEXTS
+    assert data.labels == LABELS
+    assert data.hash == read_labelled(write(tmp_path, "jsonl")).hash
+
+
+def test_integer_labels_sort_as_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": "t", "label": i}) + "\n" for i in (10, 9, 2, 10)))
+    data = read_labelled(path)
+    assert class_names(data, data) == ["2", "9", "10"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "a.jsonl",
+            '{"body": "x", "label": 1}',
+            "no field 'text'; fields there: body, label. Choose with --text-field",
+        ),
+        ("a.jsonl", '{"text": "x", "sentiment": 1}', "--label-field"),
+        ("a.jsonl", '{"text": 3, "label": 1}', "line 1: field 'text' is int"),
+        ("a.jsonl", '{"text": "x", "label": [1]}', "not a label"),
+        ("a.jsonl", '{"text": "x", "label": 0.5}', "not a label"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{oops', "line 2: not JSON"),
+        ("a.jsonl", "[1]", "list where an object"),
+        ("a.jsonl", "", "holds no record"),
+        ("a.csv", "text,label\n", "holds no record"),
+        ("a.csv", "txt,label\nx,1\n", "no field 'text'"),
+        ("a.parquet", "not parquet", "not a Parquet file"),
+        ("a.jsonl.gz", "not gzip", "cannot be read"),
+        ("a.xlsx", "x", "format not known"),
+    ],
+)
+def test_rejections_name_file_and_place(tmp_path: Path, name: str, content: str, words: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_labelled(path)
+    assert words in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_missing_file_and_bad_bytes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_labelled(tmp_path / "none.jsonl")
+    (tmp_path / "latin.csv").write_bytes("text,label\nf\xfcr,1\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_labelled(tmp_path / "latin.csv")
+
+
+def labelled(labels: list[str]) -> Labelled:
+    return Labelled(["t"] * len(labels), labels, "file", "hash")
+
+
+def test_labels_must_fit() -> None:
+    with pytest.raises(UserError, match=r"'c' \(2x\)"):
+        class_names(labelled(["a", "b"]), labelled(["a", "c", "c"]))
+    with pytest.raises(UserError, match="one label only"):
+        class_names(labelled(["a", "a"]), labelled(["a"]))
+    with pytest.raises(UserError, match="right one"):
+        class_names(labelled([str(i) for i in range(1500)]), labelled(["1"]))
+
+
+def test_carved_split_is_by_class_and_leaves_every_class_in_training() -> None:
+    labels = np.repeat([0, 1, 2, 3], [60, 20, 2, 1])
+    rest, held = carve(labels, 0.15, seed=0)
+    assert sorted([*rest, *held]) == list(range(len(labels)))
+    assert np.bincount(labels[held], minlength=4).tolist() == [9, 3, 1, 0]
+    again = carve(labels, 0.15, seed=0)
+    assert np.array_equal(again[1], held)
+    assert not np.array_equal(carve(labels, 0.15, seed=1)[1], held)
+    with pytest.raises(UserError, match="none can be held out"):
+        carve(np.array([0, 1, 2]), 0.15, seed=0)

@@ -1,0 +1,36 @@
+"""The memory that is told before a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pretrain.config import RunConfig
+from pretrain.describe import state_bytes
+
+
+def config(**changes: Any) -> RunConfig:
+    base: dict[str, Any] = {
+        "name": "x",
+        "model": {"vocab_size": 100},
+        "data": {"train": "x"},
+        "curriculum": [{"until_tokens": 1000, "seq_len": 16, "micro_batch": 4}],
+        "batch_tokens": 64,
+    }
+    return RunConfig.model_validate({**base, **changes})
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "expected"),
+    [  # bytes of one parameter on each of 4 processes: (weights, gradients, optimizer)
+        ("bf16", 1, (2, 2, 3)),
+        ("bf16", 2, (2, 0.5, 3)),
+        ("bf16", 3, (0.5, 0.5, 3)),
+        ("fp32", 0, (4, 4, 8)),
+        ("fp32", 2, (4, 1, 3)),
+    ],
+)
+def test_state_bytes(precision: str, stage: int, expected: tuple[float, float, float]) -> None:
+    sizes = state_bytes(1000, config(precision=precision, zero_stage=stage), world_size=4)
+    assert tuple(sizes[part] / 1000 for part in ("weights", "gradients", "optimizer")) == expected
