@@ -75,7 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
     classify.add_argument("--epochs", type=int, default=10, metavar="N", help="passes over the training file, at most")
     classify.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts of one step")
     classify.add_argument(
-        "--lr", type=float, default=5e-4, metavar="X", help="peak learning rate of the pretrained weights"
+        "--lr",
+        type=float,
+        metavar="X",
+        help="peak learning rate of the pretrained weights (default: 0.1 / hidden_size)",
     )
     classify.add_argument(
         "--precision",
@@ -120,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if "classify" in args.suites and not (args.train and args.test):
         raise UserError("classify needs labelled text: --train FILE --test FILE (JSONL, CSV, TSV or Parquet)")
+    if args.lr is not None and args.lr <= 0:
+        raise UserError(f"--lr {args.lr}: must be positive")
     if args.name and not all(c.isalnum() or c in "-_." for c in args.name):
         raise UserError(f"--name {args.name}: letters, digits, '-', '_' and '.' only, it becomes part of a file name")
     if not Path(args.checkpoint).exists():
@@ -234,7 +239,7 @@ def _lm(subject: Subject, args: argparse.Namespace, path: Path, info: Any) -> tu
 
 def _classify(subject: Subject, args: argparse.Namespace, path: Path, info: Any) -> tuple[Result, bool]:
     from eval import classification
-    from eval.finetune import Recipe, fast_precision
+    from eval.finetune import Recipe, default_lr, fast_precision
 
     data = classification.ClassifyData.read(args.train, args.test, args.text_field, args.label_field)
     settings = classification.ClassifySettings(
@@ -244,7 +249,12 @@ def _classify(subject: Subject, args: argparse.Namespace, path: Path, info: Any)
         precision=fast_precision(subject.device) if args.precision == "auto" else args.precision,
         text_field=args.text_field,
         label_field=args.label_field,
-        recipe=replace(Recipe(), epochs=args.epochs, batch_size=args.batch_size, lr=args.lr),
+        recipe=replace(
+            Recipe(),
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            lr=args.lr or default_lr(subject.loaded.model_config.hidden_size),
+        ),
     )
     return _run(
         path, classification.TASK, classification.VERSION, info, settings.as_dict(), data.describe(), args.rerun,

@@ -20,6 +20,8 @@ from data_pipeline.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PROGRAM = [sys.executable, "-m", "launch.program"]
+TASKS = ("validity", "lm", "classify", "generate")
+VOCAB_SIZE = 8192
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         print(f"      $ nystrom {shlex.join(step.command)}", flush=True)
         began = time.monotonic()
-        status = subprocess.run([*PROGRAM, *step.command], check=False).returncode
+        status = _run(step.command)
         if status:
             print(
-                f"\nnystrom demo: step {number} ended with status {status}; what was done stays, the same command goes on there",
+                f"\nnystrom demo: step {number} ended with status {status}; what was done stays, and the same command "
+                "goes on there",
                 file=sys.stderr,
             )
             return status
@@ -66,85 +69,97 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _run(command: list[str]) -> int:
+    """Run ``nystrom`` with these words; returns its status. On Ctrl-C the command, which hears it too, ends by itself:
+    training saves first, which ``subprocess.run`` would not wait for."""
+    process = subprocess.Popen([*PROGRAM, *command])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
 def demo_steps(folder: Path, nproc: int) -> list[Step]:
     """The commands of the demo in their order, writing below ``folder``."""
-    corpus, tokenizer, runs = folder / "corpus", folder / "tokenizer", folder / "runs"
-    report = folder / "report.html"
-
-    def exists(path: Path) -> Callable[[], bool]:
-        return path.exists
+    corpus, tokenizer, runs, report = folder / "corpus", folder / "tokenizer", folder / "runs", folder / "report.html"
+    train, valid = folder / "shards" / "train", folder / "shards" / "valid"
+    labelled = corpus / "classify-train.jsonl", corpus / "classify-test.jsonl"
+    models = (("masked", runs / "demo-mlm"), ("causal", runs / "demo-clm"))
 
     steps = [
         Step(
             "Collect the corpus: the standard library's source and documentation",
-            ["data", "stdlib", "--out", str(corpus)],
-            exists(corpus / "classify-test.jsonl"),
+            _words("data", "stdlib", "--out", corpus),
+            (corpus / "classify-test.jsonl").exists,
         ),
         Step(
             "Train a byte-level BPE tokenizer",
-            [
-                "data",
-                "tokenizer",
-                "--input",
-                str(corpus / "train.jsonl"),
-                "--vocab-size",
-                "8192",
-                "--out",
-                str(tokenizer),
-            ],
-            exists(tokenizer / "tokenizer.json"),
+            _words(
+                *("data", "tokenizer", "--input", corpus / "train.jsonl"),
+                *("--vocab-size", VOCAB_SIZE, "--out", tokenizer),
+            ),
+            (tokenizer / "tokenizer.json").exists,
         ),
     ]
-    for split in ("train", "valid"):
-        shards = folder / "shards" / split
+    for shards in (train, valid):
+        text = corpus / f"{shards.name}.jsonl"
         steps.append(
             Step(
-                f"Tokenize the {split} split into shards",
-                ["data", "prepare", "--input", str(corpus / f"{split}.jsonl")]
-                + ["--tokenizer", str(tokenizer), "--out", str(shards)],
-                exists(shards / "manifest.json"),
+                f"Tokenize the {shards.name} split into shards",
+                _words("data", "prepare", "--input", text, "--tokenizer", tokenizer, "--out", shards),
+                (shards / "manifest.json").exists,
             )
         )
-    for objective, word in (("mlm", "masked"), ("clm", "causal")):
+    for word, run in models:
         steps.append(
             Step(
                 f"Pretrain a small {word} Nyströmformer: {nproc} processes, ZeRO-2, bf16, three lengths",
-                ["launch", "local", "--nproc", str(nproc), "--config", str(CONFIGS / f"demo-{objective}.yaml")]
-                + ["--set", f"output_dir={runs}", f"data.train={folder / 'shards/train'}"]
-                + [f"data.valid={folder / 'shards/valid'}"],
-                lambda run=runs / f"demo-{objective}": _finished(run),
+                _words(
+                    *("launch", "local", "--nproc", nproc, "--config", CONFIGS / f"{run.name}.yaml"),
+                    *("--set", f"output_dir={runs}", f"data.train={train}", f"data.valid={valid}"),
+                ),
+                (run / "export" / "export.json").exists,  # the last file that training writes
             )
         )
-    for objective, word in (("mlm", "masked"), ("clm", "causal")):
-        run = runs / f"demo-{objective}"
+    for word, run in models:
         steps.append(
             Step(
                 f"Evaluate the {word} model: validity, held-out loss, classification, samples",
-                ["eval", "validity", "lm", "classify", "generate", "--checkpoint", str(run)]
-                + ["--train", str(corpus / "classify-train.jsonl"), "--test", str(corpus / "classify-test.jsonl")],
-                lambda run=run: all(
-                    (run / "eval" / f"{t}.json").exists() for t in ("validity", "lm", "classify", "generate")
+                _words(
+                    *("eval", *TASKS, "--checkpoint", run),
+                    *("--train", labelled[0], "--test", labelled[1], "--max-length", 128),
                 ),
+                _All([run / "eval" / f"{task}.json" for task in TASKS]),
             )
         )
-    results = [
-        runs / f"demo-{o}" / "eval" / f"{t}.json" for o in ("mlm", "clm") for t in ("lm", "classify", "generate")
-    ]
+    results = [run / "eval" / f"{task}.json" for _, run in models for task in TASKS]
     steps.append(
         Step(
             "Write the report",
-            ["report", str(runs / "demo-mlm"), str(runs / "demo-clm"), "--out", str(report)],
-            lambda: (
-                report.exists() and all(p.exists() and p.stat().st_mtime <= report.stat().st_mtime for p in results)
-            ),
+            _words("report", *(run for _, run in models), "--out", report),
+            _All([report], newer_than=results),
         )
     )
     return steps
 
 
-def _finished(run: Path) -> bool:
-    """Whether training wrote its last file, the consolidated weights."""
-    return (run / "export" / "export.json").exists()
+def _words(*words: object) -> list[str]:
+    return [str(word) for word in words]
+
+
+@dataclass(frozen=True)
+class _All:
+    """Whether all files are there, none of them older than one of ``newer_than``."""
+
+    files: Sequence[Path]
+    newer_than: Sequence[Path] = ()
+
+    def __call__(self) -> bool:
+        if not all(path.exists() for path in (*self.files, *self.newer_than)):
+            return False
+        oldest = min(path.stat().st_mtime for path in self.files)
+        return all(path.stat().st_mtime <= oldest for path in self.newer_than)
 
 
 def _summary(folder: Path, timings: list[tuple[str, str]], seconds: float) -> None:
@@ -156,7 +171,7 @@ def _summary(folder: Path, timings: list[tuple[str, str]], seconds: float) -> No
     print(f"{'in all'.ljust(width)}  {seconds:.0f} s\n")
     rows = [("model", "task", "measure", "value")]
     for run in ("demo-mlm", "demo-clm"):
-        for task in ("validity", "lm", "classify", "generate"):
+        for task in TASKS:
             path = folder / "runs" / run / "eval" / f"{task}.json"
             if not path.exists():
                 raise UserError(

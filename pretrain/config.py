@@ -140,7 +140,7 @@ class RunConfig(Strict):
         for i, stage in enumerate(self.curriculum):
             if stage.seq_len > block:
                 raise ValueError(
-                    f"curriculum.{i}.seq_len {stage.seq_len} is longer than data.block_length {block}: raise block_length "
+                    f"curriculum.{i}.seq_len {stage.seq_len} is longer than data.block_length {block}: raise it "
                     "(or leave it out, it then follows the longest stage) or shorten the stage"
                 )
             if block % stage.seq_len:

@@ -329,4 +329,6 @@ def _duration(run: Run) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return "–" if value is None else str(value)

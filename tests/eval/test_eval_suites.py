@@ -166,6 +166,13 @@ def test_dependence_on_batch_mates_is_caught(masked: Path, shards: ShardSet, mon
     assert not checks_of(subject_of(masked, shards))["batch mates"]
 
 
+def test_published_starting_scale_of_the_inverse_is_caught(export: Callable[..., Path], shards: ShardSet) -> None:
+    """It is one maximum over the whole batch, so a row's result moves with its mates."""
+    assert not checks_of(subject_of(export("original", objective="mlm", inverse_init="original"), shards))[
+        "batch mates"
+    ]
+
+
 def test_dependence_on_padding_is_caught(masked: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     from pretrain.model.attention.layout import Layout
 
