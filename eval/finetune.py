@@ -52,7 +52,14 @@ class Examples:
 
 
 class Classifier(nn.Module):
-    """Backbone, mean over the real tokens, dropout, linear head."""
+    """Backbone, mean over the real tokens, standardised, dropout, linear head.
+
+    The mean over tokens of a pretrained backbone is mostly one direction that all texts share, and a new head learns
+    slowly against it. :meth:`standardise` takes it out once, before fine-tuning, as a linear probe would.
+    """
+
+    centre: Tensor
+    spread: Tensor
 
     def __init__(self, backbone: nn.Module, hidden_size: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -61,14 +68,28 @@ class Classifier(nn.Module):
         self.head = nn.Linear(hidden_size, num_classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.register_buffer("centre", torch.zeros(hidden_size))
+        self.register_buffer("spread", torch.ones(hidden_size))
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Logits (B, classes) in float32 of ids (B, N) of which row b has lengths[b] real tokens."""
+        pooled = (self.pool(input_ids, lengths) - self.centre) / self.spread
+        return self.head(self.dropout(pooled))
+
+    def pool(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Mean hidden states (B, hidden_size) over the real tokens, float32."""
         layout = Layout.from_lengths(lengths, input_ids.shape[1])
         hidden = self.backbone(input_ids, layout=layout, hidden=True).hidden.float()
         real = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
-        pooled = (hidden * real[..., None]).sum(1) / lengths[:, None]
-        return self.head(self.dropout(pooled))
+        return (hidden * real[..., None]).sum(1) / lengths[:, None]
+
+    @torch.no_grad()
+    def standardise(self, pooled: Tensor) -> None:
+        """Set the centre and spread from the pooled states (n, hidden_size) of the training texts."""
+        self.centre.copy_(pooled.mean(0))
+        # The root mean square over features too: one nearly constant feature must not become noise of size one.
+        deviation = pooled.std(0, correction=0)
+        self.spread.copy_(deviation.clamp_min(0.1 * float(deviation.square().mean().sqrt())).clamp_min(1e-6))
 
 
 def length_batches(
@@ -131,6 +152,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
     )
+    model.standardise(_pooled(model, examples, train, device=device, precision=precision))
     best: tuple[tuple[float, float], int, dict[str, Tensor]] | None = None
     for epoch in range(1, recipe.epochs + 1):
         model.train()
@@ -173,6 +195,20 @@ def predict(
         with autocast(device, precision):
             parts.append((model(ids.to(device), lengths.to(device)).float().cpu(), labels))
     return torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+@torch.inference_mode()
+def _pooled(
+    model: Classifier, examples: Examples, indices: np.ndarray, *, device: torch.device, precision: str
+) -> Tensor:
+    """Pooled states (n, hidden_size) of some examples before fine-tuning, on the device."""
+    model.eval()
+    parts = []
+    for batch in length_batches(examples.lengths, indices, 32, None):
+        ids, lengths, _ = examples.collate(batch)
+        with autocast(device, precision):
+            parts.append(model.pool(ids.to(device), lengths.to(device)))
+    return torch.cat(parts)
 
 
 def _groups(model: Classifier, recipe: Recipe) -> list[dict[str, object]]:

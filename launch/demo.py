@@ -21,7 +21,7 @@ from data_pipeline.errors import UserError
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PROGRAM = [sys.executable, "-m", "launch.program"]
 TASKS = ("validity", "lm", "classify", "generate")
-VOCAB_SIZE = 8192
+VOCAB_SIZE = 4096
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
                 f"Evaluate the {word} model: validity, held-out loss, classification, samples",
                 _words(
                     *("eval", *TASKS, "--checkpoint", run),
-                    *("--train", labelled[0], "--test", labelled[1], "--max-length", 128),
+                    *("--train", labelled[0], "--test", labelled[1], "--max-tokens", 200_000),
+                    *("--max-length", 128, "--epochs", 4, "--batch-size", 8, "--lr", 1e-3, "--scratch-seeds", 1),
                 ),
                 _All([run / "eval" / f"{task}.json" for task in TASKS]),
             )

@@ -43,7 +43,12 @@ class LMOutput:
 
 
 class Embeddings(nn.Module):
-    """Words and, if learned, positions; normalised when the blocks are post-norm."""
+    """Words and, if learned, positions, normalised.
+
+    Also before pre-norm blocks: without it the stream starts at ``init_std`` (0.02), the first block's output of size one
+    drowns the tokens, and a small masked model's states collapse to a few directions (effective rank 4 of 128 after
+    1.8M tokens, 15.9 against 0.09 in root mean square).
+    """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -51,7 +56,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = None
         if config.positions == "learned":
             self.position_embeddings = nn.Embedding(config.max_positions + POSITION_OFFSET, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if config.norm == "post" else None
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, layout: Layout) -> Tensor:
@@ -64,9 +69,7 @@ class Embeddings(nn.Module):
                     "shorten it, or train with a larger model.max_positions or positions: rotary"
                 )
             x = x + self.position_embeddings(layout.positions(input_ids.device) + POSITION_OFFSET)
-        if self.norm is not None:
-            x = self.norm(x)
-        return self.dropout(x)
+        return self.dropout(self.norm(x))
 
 
 class FeedForward(nn.Module):
