@@ -129,7 +129,7 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
                 _words(
                     *("eval", *TASKS, "--checkpoint", run),
                     *("--train", labelled[0], "--test", labelled[1], "--max-tokens", 200_000),
-                    *("--max-length", 128, "--epochs", 4, "--batch-size", 8, "--lr", 1e-3, "--scratch-seeds", 1),
+                    *("--max-length", 128, "--epochs", 4, "--batch-size", 8, "--lr", 2e-3, "--scratch-seeds", 1),
                 ),
                 _All([run / "eval" / f"{task}.json" for task in TASKS]),
             )

@@ -150,8 +150,8 @@ class RunConfig(Strict):
                 )
             if self.model.positions == "learned" and stage.seq_len > self.model.max_positions:
                 raise ValueError(
-                    f"curriculum.{i}.seq_len {stage.seq_len} is longer than model.max_positions {self.model.max_positions}: "
-                    "raise max_positions or use positions: rotary"
+                    f"curriculum.{i}.seq_len {stage.seq_len} is longer than model.max_positions "
+                    f"{self.model.max_positions}: raise max_positions or use positions: rotary"
                 )
         if self.batch_tokens % block:
             raise ValueError(
@@ -160,12 +160,13 @@ class RunConfig(Strict):
             )
         if self.zero_stage == 0 and self.precision != "fp32":
             raise ValueError(
-                f"zero_stage 0 with {self.precision} is refused: DeepSpeed 0.19.8 takes a phantom optimizer step there and "
-                "trains wrongly; use zero_stage 1 or more, or precision fp32"
+                f"zero_stage 0 with {self.precision} is refused: DeepSpeed 0.19.8 takes a phantom optimizer step there "
+                "and trains wrongly; use zero_stage 1 or more, or precision fp32"
             )
         if self.schedule.warmup_tokens >= self.total_tokens:
             raise ValueError(
-                f"schedule.warmup_tokens {self.schedule.warmup_tokens} leaves nothing of the run's {self.total_tokens} tokens"
+                f"schedule.warmup_tokens {self.schedule.warmup_tokens} leaves nothing of the run's "
+                f"{self.total_tokens} tokens"
             )
         return self
 
@@ -190,7 +191,7 @@ class RunConfig(Strict):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML run configuration and apply ``key.sub=value`` overrides (list items by index: ``curriculum.0.seq_len=256``).
+    """Read a YAML run configuration and apply ``key.sub=value`` overrides (``curriculum.0.seq_len=256`` in a list).
 
     Raises :class:`UserError` with the file and the key for a missing file, bad YAML, an unknown key or a bad value.
     """
