@@ -14,12 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+from training_case import events, metrics, numbers, settings, write_config, write_corpus
 
 from launch import local
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretrain"))
-
-from training_case import events, metrics, numbers, settings, write_config, write_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from ranks import run_ranks, values
 from training_case import STAGES, events, metrics, numbers, settings, weights_hash, write_config, write_corpus
 
