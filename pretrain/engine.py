@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 
 from data_pipeline.errors import UserError
 from pretrain import randomness
@@ -25,7 +24,7 @@ from pretrain.distributed import World
 from pretrain.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
 
 if TYPE_CHECKING:
-    from pretrain.model.transformer import LMOutput
+    from pretrain.model.transformer import LMOutput, NystromformerLM
 
 
 class StepResult(NamedTuple):
@@ -77,7 +76,7 @@ class TrainingEngine:
         self.zero_stage = config.zero_stage
         self.deepspeed_config = build_deepspeed_config(config)
         randomness.seed_everything(config.seed)
-        self.model: nn.Module = build_model(config.model)
+        self.model: NystromformerLM = build_model(config.model)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         optimizer = build_optimizer(self.model, config.optimizer)
         self._guard = StepGuard(optimizer, config.optimizer) if self.zero_stage == 0 else None

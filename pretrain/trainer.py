@@ -136,7 +136,7 @@ class Trainer:
 
     def _log(self, batch: Batch, loss: float, lr: float, result: StepResult) -> None:
         tokens_per_second, data_wait = self._window.take()
-        forward = self.engine.model.flops_per_token(batch.seq_len)  # type: ignore[operator]
+        forward = self.engine.model.flops_per_token(batch.seq_len)
         values = {
             "step": self.state.step,
             "tokens": self.state.tokens,

@@ -77,7 +77,7 @@ def _evaluate(engine: TrainingEngine, input_ids: torch.Tensor, labels: torch.Ten
     hidden = engine.evaluate(input_ids, hidden=True).hidden
     assert hidden is not None
     with torch.no_grad():
-        logits = engine.model.head(hidden[targets]).float()  # type: ignore[operator]
+        logits = engine.model.head(hidden[targets]).float()
         loss = torch.nn.functional.cross_entropy(logits, labels[targets], reduction="sum")
     return [float(loss), float(targets.sum()), float((logits.argmax(-1) == labels[targets]).sum())]
 
@@ -104,7 +104,7 @@ def write_samples(
     with randomness.preserved():
         for number, document in enumerate(shards.documents(limit=config.validation.samples)):
             prompt = document[:PROMPT_TOKENS].tolist() or [shards.eos_id]
-            tokens = generate(engine.model, prompt, max_new_tokens=SAMPLE_TOKENS, seed=config.seed + number)  # type: ignore[arg-type]
+            tokens = generate(engine.model, prompt, max_new_tokens=SAMPLE_TOKENS, seed=config.seed + number)
             texts.append(f"{tokenizer.decode(prompt)} ⟶ {tokenizer.decode(tokens)}")
     if world.is_first and texts:
         out.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The suites on tiny models: the gate catches leaks, numbers equal a naive float64 computation, the command line."""
+"""The suites on tiny models: numbers equal a naive float64 computation, and the command line."""
 
 from __future__ import annotations
 
@@ -12,185 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
+from suites_case import WORDS, no_mask, subject_of
 
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.prepare import plan_preparation, prepare
 from data_pipeline.shards import ShardSet
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from eval import classification, cli, generation, language_modeling, validity
+from eval import classification, cli, generation, language_modeling
 from eval.classification import SCRATCH_ROW
 from eval.finetune import Recipe, length_batches
 from eval.results import read_result
-from eval.subject import Subject
-from pretrain.config import RunConfig
-from pretrain.export import load_model, unique_weights, weights_hash
-from pretrain.model import ModelConfig, build_model
+from pretrain.export import unique_weights, weights_hash
+from pretrain.model import build_model
 from pretrain.model.attention import self_attention
-
-WORDS = ["river", "stone", "cloud", "münster", "lamp", "orange", "quiet", "seven", "window", "paper", "ghost", "violin"]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("eval")
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(WORDS, size=int(n))) + ".\n" for n in rng.integers(30, 120, size=30)]
-
-
-@pytest.fixture(scope="module")
-def shards(root: Path, texts: list[str]) -> ShardSet:
-    source = root / "held-out.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    tokenizer = train_tokenizer(texts, 300)
-    return prepare(plan_preparation([str(source)], tokenizer), root / "shards").shards
-
-
-@pytest.fixture(scope="module")
-def export(root: Path, shards: ShardSet) -> Callable[..., Path]:
-    """Writes an export folder of a freshly initialised model."""
-
-    def write(name: str, **model: Any) -> Path:
-        torch.manual_seed(0)
-        settings = {
-            "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_landmarks": 8, "segment_length": 8,
-            "conv_kernel": 5, "init_std": 0.3,
-        }  # fmt: skip
-        config = ModelConfig(vocab_size=shards.vocab_size, **(settings | model))
-        run = RunConfig.model_validate(
-            {
-                "name": name,
-                "model": config.model_dump(),
-                "data": {"train": str(shards.path), "valid": str(shards.path)},
-                "curriculum": [{"until_tokens": 1024, "seq_len": 64, "micro_batch": 2}],
-                "batch_tokens": 128,
-            }
-        )
-        folder = root / name
-        folder.mkdir()
-        weights = unique_weights(build_model(config))
-        save_file(weights, folder / "model.safetensors")
-        (folder / "config.yaml").write_text(run.to_yaml())
-        shards.tokenizer().save(folder)
-        info = {"weights_hash": weights_hash(weights), "tokens": 1024, "step": 8}
-        (folder / "export.json").write_text(json.dumps(info))
-        return folder
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def causal(export: Callable[..., Path]) -> Path:
-    return export("causal", objective="clm")
-
-
-@pytest.fixture(scope="module")
-def masked(export: Callable[..., Path]) -> Path:
-    return export("masked", objective="mlm")
-
-
-def subject_of(path: Path, shards: ShardSet | None) -> Subject:
-    return Subject(load_model(path), shards)
-
-
-def checks_of(subject: Subject) -> dict[str, bool]:
-    outcome = validity.run(subject, validity.ValiditySettings(positions=16))
-    return {row[0]: row[3] for row in outcome.tables[0].rows}
-
-
-# --- the gate
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"objective": "clm"},
-        {"objective": "clm", "attention": "softmax"},
-        {"objective": "mlm"},
-        {"objective": "mlm", "attention": "softmax", "positions": "learned", "max_positions": 72},
-    ],
-)
-@pytest.mark.parametrize("with_text", [True, False])
-def test_sound_models_pass(
-    export: Callable[..., Path], shards: ShardSet, model: dict[str, Any], with_text: bool
-) -> None:
-    name = "-".join(["sound", *map(str, model.values()), str(with_text)])
-    checks = checks_of(subject_of(export(name, **model), shards if with_text else None))
-    assert all(checks.values()), checks
-    assert any(name.startswith("causality") for name in checks) == (model["objective"] == "clm")
-
-
-def no_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def segment_mean_leak(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
-    """Causal softmax, and a hundredth of the mean of the token's own segment of 8, which holds its future."""
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    pad = -v.shape[2] % 8
-    means = F.pad(v, (0, 0, 0, pad)).unflatten(2, (-1, 8)).mean(3).repeat_interleave(8, 2)[:, :, : v.shape[2]]
-    return out + 0.01 * means
-
-
-@pytest.mark.parametrize("leak", [no_mask, segment_mean_leak])
-def test_leaking_causal_model_is_caught(
-    causal: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch, leak: Callable[..., torch.Tensor]
-) -> None:
-    monkeypatch.setattr(self_attention, "causal_nystrom_attention", leak)
-    checks = checks_of(subject_of(causal, shards))
-    assert not checks["causality: later tokens changed"]
-    assert not checks["causality: full against prefix-only likelihood"]
-    assert checks["save and load: logits"]
-
-
-def test_model_that_ignores_its_input_is_not_called_causal(causal: Path, shards: ShardSet) -> None:
-    subject = subject_of(causal, shards)
-    with torch.no_grad():
-        subject.model.norm.weight.zero_()
-    checks = checks_of(subject)
-    assert not checks["control: the change is seen after t"]
-
-
-def test_dependence_on_batch_mates_is_caught(masked: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = self_attention.nystrom_attention
-
-    def leaky(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return real(q, k, v, *args, **kwargs) + 0.01 * v.mean(0)
-
-    monkeypatch.setattr(self_attention, "nystrom_attention", leaky)
-    assert not checks_of(subject_of(masked, shards))["batch mates"]
-
-
-def test_published_starting_scale_of_the_inverse_is_caught(export: Callable[..., Path], shards: ShardSet) -> None:
-    """It is one maximum over the whole batch, so a row's result moves with its mates."""
-    assert not checks_of(subject_of(export("original", objective="mlm", inverse_init="original"), shards))[
-        "batch mates"
-    ]
-
-
-def test_dependence_on_padding_is_caught(masked: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pretrain.model.attention.layout import Layout
-
-    monkeypatch.setattr(Layout, "from_lengths", lambda lengths, length: Layout.full(len(lengths), length))
-    checks = checks_of(subject_of(masked, shards))
-    assert not checks["padding: amount"]
-    assert not checks["padding: content"]
-    assert checks["batch mates"]
-
-
-def test_positions_reach_both_sides_of_segment_edges(causal: Path) -> None:
-    subject = subject_of(causal, None)
-    length = validity.check_length(subject)
-    positions = validity.check_positions(subject, length, validity.ValiditySettings(positions=500))
-    assert {7, 8, 15, 16, 0, length - 2} <= set(positions)
-    assert max(positions) == length - 2
-    assert length > 8 * 2 + 8  # landmarks take part only beyond the window
-
 
 # --- language modelling
 
