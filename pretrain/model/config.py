@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,8 +17,9 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     objective: Literal["mlm", "clm"] = Field("mlm", description="mlm: masked encoder; clm: causal decoder")
-    attention: Literal["nystrom", "softmax"] = Field(
-        "nystrom", description="nystrom: linear in the length; softmax: exact attention, the baseline"
+    attention: Literal["nystrom", "window", "softmax"] = Field(
+        "nystrom",
+        description="nystrom: landmarks, linear in the length; window: near tokens only; softmax: exact attention",
     )
     vocab_size: int | None = Field(None, gt=0, description="left out: taken from the shards' manifest")
     hidden_size: int = Field(256, gt=0)
@@ -35,6 +36,9 @@ class ModelConfig(BaseModel):
     rope_theta: float = Field(10_000.0, gt=0)
     max_positions: int = Field(512, gt=0, description="rows of the learned position table; only for positions: learned")
 
+    # Landmarks' values: through the (pseudo-)inverse of the landmark matrix, as in the paper, or pooled.
+    landmark_inverse: bool = Field(description="left out: true for mlm, false for clm, as measured (docs/attention.md)")
+
     # Bidirectional Nystrom attention (paper, section 3): F · pinv(A) · (B V).
     num_landmarks: int = Field(64, gt=0, description="m, for objective mlm")
     inverse_iterations: int = Field(6, gt=0, description="steps of the iterative pseudo-inverse; part of the function")
@@ -42,13 +46,27 @@ class ModelConfig(BaseModel):
         "block", description="starting scale per matrix and document, or the published global maximum (for parity only)"
     )
 
-    # Causal Nystrom attention: exact inside a window of segments, landmarks beyond it.
-    segment_length: int = Field(32, gt=1, description="c, tokens a landmark stands for; for objective clm")
+    # Causal Nystrom attention: exact inside a window of segments, landmarks beyond it. (attention: window has the same
+    # windows; for objective mlm a token sees w - 1 segments on both sides of its own.)
+    segment_length: int = Field(64, gt=1, description="c, tokens a landmark stands for; for objective clm")
     window_segments: int = Field(2, gt=0, description="w, segments seen exactly, the token's own included")
-    gamma_init: float = Field(0.75, gt=0.5, le=1.0, description="weight of the identity in the triangular inverse")
+    landmark_keys: Literal["weighted", "mean"] = Field(
+        "weighted", description="weighted: the tangent of the segment's softmax; mean: plain means"
+    )
+    learn_landmark_query: bool = Field(True, description="a learned offset to the landmarks' queries, per head")
+    gamma_init: float = Field(
+        0.75, gt=0.5, lt=1.0, description="weight of the identity in the triangular inverse; with landmark_inverse"
+    )
     learn_gamma: bool = True
 
     conv_kernel: int = Field(65, ge=0, description="width of the depthwise convolution over values; 0 leaves it out")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_by_objective(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("landmark_inverse") is None:
+            return {**values, "landmark_inverse": values.get("objective", "mlm") == "mlm"}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -66,14 +84,22 @@ class ModelConfig(BaseModel):
                 f"conv_kernel {self.conv_kernel} is even: a bidirectional convolution is centred, "
                 f"use {self.conv_kernel + 1}"
             )
-        if self.gamma_init == 1.0 and self.learn_gamma:
-            raise ValueError("gamma_init 1.0 is pooling and cannot be learned away from: set learn_gamma: false")
         return self
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head, d."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def has_gamma(self) -> bool:
+        """Causal landmarks' values go through the triangular inverse."""
+        return self.objective == "clm" and self.attention == "nystrom" and self.landmark_inverse
+
+    @property
+    def has_landmark_query(self) -> bool:
+        """Causal landmarks' queries have a learned offset."""
+        return self.objective == "clm" and self.attention == "nystrom" and self.learn_landmark_query
 
     @property
     def ffn_size(self) -> int:

@@ -11,8 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+RotaryTable = tuple[Tensor, Tensor]
+"""Cosines and sines, each (1 or B, N, 1, width / 2)."""
 
-def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+
+def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> RotaryTable:
     """Cosines and sines of rotary position embeddings (Su et al. 2021, arXiv 2104.09864, section 3.2.2).
 
     positions: (1 or B, N) int64; returns two (1 or B, N, 1, width / 2) of ``dtype``. Angles are formed in float64: a
@@ -23,7 +26,13 @@ def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def segment_means(table: RotaryTable, segment_length: int) -> RotaryTable:
+    """Means over the positions of each segment: (1, S * c, 1, width / 2) -> (1, S, 1, width / 2)."""
+    cos, sin = (x.unflatten(1, (-1, segment_length)).mean(dim=2) for x in table)
+    return cos, sin
+
+
+def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate the halves of x (B, N, H, d) by the table's angles, in the table's precision; returns x's own."""
     cos, sin = table
     first, second = x.chunk(2, dim=-1)

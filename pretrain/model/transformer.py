@@ -153,11 +153,7 @@ class NystromformerLM(nn.Module):
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             if isinstance(module, SelfAttention):
-                if module.conv_weight is not None:
-                    nn.init.normal_(module.conv_weight, std=config.init_std)
-                if module.gamma_logit is not None:
-                    share = 2 * config.gamma_init - 1
-                    nn.init.constant_(module.gamma_logit, math.log(share / (1 - share)))
+                module.reset_parameters()
             if isinstance(module, Block) and config.norm == "pre":
                 residual_std = config.init_std / math.sqrt(2 * config.num_layers)
                 nn.init.normal_(module.attention.output.weight, std=residual_std)

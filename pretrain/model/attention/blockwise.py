@@ -1,14 +1,22 @@
-"""One softmax over landmarks and a sliding window of tokens, in chunks of segments, linear in memory.
+"""One softmax over landmarks and a sliding window of tokens, in tiles of segments, linear in memory.
 
-Written with ``matmul`` and ``softmax`` over the whole sequence and left to autograd, the (n, m + w c) weights are kept
-three times over for the backward pass, and the passes over them take most of the time. Here a chunk's weights stay in
-the cache, landmarks that no query of the chunk sees are skipped, and the backward pass computes the weights again, so
-nothing of that size is kept (forward and backward of this read, 4 heads of 64, n = 4096, c = 32, w = 2, one thread: 0.6
-of the time of the whole-sequence form; the same chunks left to autograd take the same time and keep all weights).
+A tile is some segments of some heads. For each of its segments the keys of its window and of the landmarks before it
+are laid side by side, so that logits, softmax and output are one batched product, one softmax and one more product,
+all contiguous; the backward pass computes a tile's weights again, so nothing of that size is kept. What makes it fast
+on a CPU (``python -m benchmarks.attention`` measures the whole):
+
+* every large intermediate lives in a workspace that all tiles of a call share. Fresh memory has to be mapped page by
+  page, which took longer than the arithmetic;
+* the number of landmarks a tile looks at is rounded up to 32: a bfloat16 softmax over 190 columns takes 2.2 times as
+  long for each element as one over 192;
+* a tile's weights fit the second-level cache.
+
+This function is the seam for a fused kernel: nothing outside this file knows how the read is done.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,25 +39,64 @@ def blockwise_attention(
 ) -> Tensor:
     """Softmax attention, logits scaled by d^-1/2, of every token to its window and to the landmarks before it.
 
-    q, k, v: (B, S * c, d). far_k, far_v: (B, m, d), m = S - w > 0 landmarks, in q's dtype. far_bias: (B, m), added to
-    their logits, in float32 or float64. Returns (B, S * c, d) in q's dtype; logits and softmax are in at least float32.
-    Differentiable once.
+    q, k, v: (B, S * c, d). far_k, far_v: (B, m, d) in q's dtype with m = S - w landmarks, or m = 0 for the window
+    alone. far_bias: (B, m), added to their logits. Returns (B, S * c, d) in q's dtype. Logits and weights have q's
+    precision, sums inside the softmax and gradients of the landmarks at least float32. Differentiable once.
     """
     with torch.autocast(q.device.type, enabled=False):
         return _Blockwise.apply(q, k, v, far_k, far_v, far_bias, window)
 
 
-# Weights of a chunk, in elements: a CPU wants them in its second-level cache, a GPU wants few launches.
-_CHUNK_ELEMENTS = {"cpu": 2**19}
-_CHUNK_ELEMENTS_GPU = 2**26
+# Bytes of a tile's weights: a CPU wants them in its second-level cache, a GPU wants few launches.
+_TILE_BYTES = {"cpu": 2**20}
+_TILE_BYTES_GPU = 2**27
+_ALIGN = 32
+_PARTS = 8
+"""Unless tiles get too small, one spans at most one part in so many of the sequence: the first of its segments looks in
+vain at the landmarks that only the last one sees."""
 
 
-def _chunks(q: Tensor, far_k: Tensor, window: Window) -> list[tuple[int, int]]:
-    size, back = window
-    segments, columns = q.shape[1] // size, far_k.shape[1] + back * size
-    limit = _CHUNK_ELEMENTS.get(q.device.type, _CHUNK_ELEMENTS_GPU)
-    step = min(segments, max(1, limit // (q.shape[0] * size * columns)))
-    return [(first, min(first + step, segments)) for first in range(0, segments, step)]
+class _Tile(NamedTuple):
+    heads: slice
+    first: int
+    last: int
+    visible: int
+    """Landmark columns, rounded up: some are hidden from some of the tile's segments."""
+
+
+def _tiles(q: Tensor, landmarks: int, window: Window) -> Iterator[_Tile]:
+    """q: (B, S, c, d). Later segments come later for every head: the backward pass relies on it."""
+    heads, segments, size, _ = q.shape
+    columns = landmarks + window.segments * size
+    limit = _TILE_BYTES.get(q.device.type, _TILE_BYTES_GPU) // q.element_size()
+    most = max(1, limit // (size * columns))  # segments of one head that fill a tile
+    step = min(segments, most, max(-(-segments // _PARTS), most // heads))
+    group = max(1, most // step)
+    for first in range(0, segments, step):
+        last = min(first + step, segments)
+        visible = min(_round_up(last - window.segments), landmarks)
+        for head in range(0, heads, group):
+            yield _Tile(slice(head, min(head + group, heads)), first, last, visible)
+
+
+def _round_up(count: int) -> int:
+    return max(0, -(-count // _ALIGN) * _ALIGN)
+
+
+class _Workspace:
+    """Buffers by name, as large as the largest tensor asked for so far."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        size = 1
+        for extent in shape:
+            size *= extent
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = self.like.new_empty(size)
+        return self.buffers[name][:size].view(shape)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -57,104 +104,137 @@ class _Blockwise(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, far_bias: Tensor, window: Window
     ) -> Tensor:
+        ctx.landmarks, ctx.window = far_k.shape[1], window
+        extra = _round_up(ctx.landmarks) - ctx.landmarks
+        if extra:
+            far_k, far_v = F.pad(far_k, (0, 0, 0, extra)), F.pad(far_v, (0, 0, 0, extra))
+            far_bias = F.pad(far_bias, (0, extra))
+        q, k, v = (x.unflatten(1, (-1, window.segment_length)) for x in (q * q.shape[2] ** -0.5, k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for first, last in _chunks(q, far_k, window):
-            rows = slice(first * window.segment_length, last * window.segment_length)
-            weights, visible, _ = _weights(q[:, rows] * q.shape[2] ** -0.5, k, far_k, far_bias, window, first, last)
-            weights = weights.to(q.dtype)
-            part = (weights[..., visible:] @ _windows(v, window, first, last)).flatten(1, 2)
-            if visible:
-                part += weights[..., :visible].flatten(1, 2) @ far_v[:, :visible]
-            out[:, rows] = part
+        read = _Read(q, k, v, far_k, far_v, far_bias, window)
+        for tile in _tiles(q, far_k.shape[1], window):
+            at = (tile.heads, slice(tile.first, tile.last))
+            weights = read.weights(tile, read.columns(k, far_k, tile, "columns"))
+            rows = read.space("rows", *weights.shape[:2], q.shape[3])
+            torch.bmm(weights, read.columns(v, far_v, tile, "columns"), out=rows)
+            out[at] = rows.view(out[at].shape)
         ctx.save_for_backward(q, k, v, far_k, far_v, far_bias)
-        ctx.window = window
-        return out
+        return out.flatten(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):
             q, k, v, far_k, far_v, far_bias = ctx.saved_tensors
-            return (*_backward(grad, q, k, v, far_k, far_v, far_bias, ctx.window), None)
+            read = _Read(q, k, v, far_k, far_v, far_bias, ctx.window)
+            grad = grad.to(q.dtype).unflatten(1, (-1, ctx.window.segment_length))
+            d_q, d_k, d_v, d_far_k, d_far_v, d_bias = _backward(grad, read)
+            m = ctx.landmarks
+            return (
+                d_q.flatten(1, 2),
+                d_k.flatten(1, 2),
+                d_v.flatten(1, 2),
+                d_far_k[:, :m],
+                d_far_v[:, :m],
+                d_bias[:, :m],
+                None,
+            )
 
 
-def _weights(
-    q: Tensor, k: Tensor, far_k: Tensor, far_bias: Tensor, window: Window, first: int, last: int
-) -> tuple[Tensor, int, Tensor]:
-    """For segments [first, last), whose scaled queries are q (B, count * c, d): the softmax weights (B, count, c,
-    visible + w c) of landmarks and window in at least float32, how many landmarks some of them sees, and the windows'
-    keys."""
-    dtype = far_bias.dtype
-    size, back = window.segment_length, (window.segments - 1) * window.segment_length
-    count, visible = last - first, max(last - window.segments, 0)
-    segment = torch.arange(first, last, device=q.device)
+class _Read:
+    """The parts that forward and backward share. q (scaled), k, v: (B, S, c, d)."""
 
-    keys = _windows(k, window, first, last)
-    near = (q.view(-1, count, size, q.shape[2]) @ keys.transpose(2, 3)).to(dtype)
-    column = torch.arange(back + size, device=q.device)
-    hidden = column > torch.arange(size, device=q.device)[:, None] + back
-    if first < window.segments - 1:
-        hidden = hidden | (column + segment[:, None, None] * size - back < 0)  # before the sequence's start
-    near += torch.zeros(hidden.shape, dtype=dtype, device=q.device).masked_fill_(hidden, -torch.inf)
-    if not visible:
-        return near.softmax(dim=3), visible, keys
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, far_bias: Tensor, window: Window
+    ) -> None:
+        self.q, self.k, self.v, self.far_k, self.far_v, self.far_bias = q, k, v, far_k, far_v, far_bias
+        self.window = window
+        self.back = window.segments - 1
+        self.space = _Workspace(q)
+        size = window.segment_length
+        self.triangle = _minus_infinity_above(0, size, size, q)
+        most = max(tile.last - tile.first for tile in _tiles(q, far_k.shape[1], window))
+        self.staircase = _minus_infinity_above(-1, most, most + window.segments + _ALIGN, q)[:, None]
 
-    far = (q @ far_k[:, :visible].transpose(1, 2)).to(dtype).view(-1, count, size, visible)
-    hidden = torch.arange(visible, device=q.device) > segment[:, None] - window.segments
-    far += far_bias[:, None, :visible].masked_fill(hidden, -torch.inf).unsqueeze(2)
-    return torch.cat([far, near], dim=3).softmax(dim=3), visible, keys
+    def columns(self, x: Tensor, far: Tensor, tile: _Tile, name: str) -> Tensor:
+        """Keys or values of a tile: (B' * count, w c + visible, d), a segment's window and then the landmarks."""
+        size, count, near = self.window.segment_length, tile.last - tile.first, self.window.segments * x.shape[2]
+        heads = tile.heads.stop - tile.heads.start
+        out = self.space(name, heads, count, near + tile.visible, x.shape[3])
+        for i, (skip, source) in enumerate(self.windows(x, tile)):
+            out[:, :skip, i * size : (i + 1) * size] = 0  # before the sequence's start
+            out[:, skip:, i * size : (i + 1) * size] = source
+        if tile.visible:
+            out[:, :, near:] = far[tile.heads, None, : tile.visible]
+        return out.flatten(0, 1)
+
+    def windows(self, x: Tensor, tile: _Tile) -> Iterator[tuple[int, Tensor]]:
+        """For each of the w segments of a window, oldest first: how many of the tile's segments do not have it, and
+        the view of x (B, S, c, d) that the others have."""
+        for i in range(self.window.segments):
+            first, last = tile.first - self.back + i, tile.last - self.back + i
+            skip = min(max(-first, 0), tile.last - tile.first)
+            yield skip, x[tile.heads, max(first + skip, 0) : max(last, 0)]
+
+    def weights(self, tile: _Tile, keys: Tensor) -> Tensor:
+        """(B' * count, c, w c + visible) softmax weights, in the workspace."""
+        size, count = self.window.segment_length, tile.last - tile.first
+        near, own = self.window.segments * size, self.back * size
+        q = self.q[tile.heads, tile.first : tile.last].flatten(0, 1)
+        logits = torch.bmm(q, keys.transpose(1, 2), out=self.space("logits", q.shape[0], size, keys.shape[1]))
+        logits[..., own:near] += self.triangle
+        by_segment = logits.view(-1, count, size, keys.shape[1])
+        for segment in range(tile.first, min(tile.last, self.back)):
+            by_segment[:, segment - tile.first, :, : (self.back - segment) * size] = -torch.inf
+        if tile.visible:
+            far = by_segment[..., near:]
+            far += self.far_bias[tile.heads, None, None, : tile.visible].to(q.dtype)
+            # The tile's first segment sees first - back landmarks, or none, and each next one sees one more.
+            seen, short = max(tile.first - self.back, 0), max(self.back - tile.first, 0)
+            far[..., seen:] += self.staircase[:count, :, short : short + tile.visible - seen]
+        return torch.softmax(logits, 2, out=self.space("weights", *logits.shape))
 
 
-def _windows(x: Tensor, window: Window, first: int, last: int) -> Tensor:
-    """(B, S * c, d) -> (B, count, w * c, d): for each of segments [first, last) the tokens of the w - 1 segments before
-    and then its own; zeros before the sequence's start."""
-    size, back, count = window.segment_length, window.segments - 1, last - first
-    part = x[:, max(first - back, 0) * size : last * size]
-    if first < back:
-        part = F.pad(part, (0, 0, (back - first) * size, 0))
-    part = part.unflatten(1, (count + back, size))
-    return torch.cat([part[:, i : i + count] for i in range(window.segments)], dim=2)
+def _backward(grad: Tensor, read: _Read) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v (B, S, c, d), far_k, far_v and far_bias; landmarks' sums over tiles in at least float32."""
+    q, space, size = read.q, read.space, read.window.segment_length
+    near = read.window.segments * size
+    d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, read.k, read.v))
+    d_bias = torch.zeros_like(read.far_bias)
+    d_far_k, d_far_v = (torch.zeros_like(x, dtype=d_bias.dtype) for x in (read.far_k, read.far_v))
+
+    for tile in _tiles(q, read.far_k.shape[1], read.window):
+        at = (tile.heads, slice(tile.first, tile.last))
+        part, d_out = q[at].flatten(0, 1), grad[at].flatten(0, 1)
+        keys = read.columns(read.k, read.far_k, tile, "columns")
+        weights = read.weights(tile, keys)
+
+        def scatter(d_columns: Tensor, d_x: Tensor, d_far: Tensor, tile: _Tile = tile) -> None:
+            d_columns = d_columns.view(tile.heads.stop - tile.heads.start, -1, *d_columns.shape[1:])
+            # A segment's own tile comes first and writes, tiles that see it as an earlier segment come later and add.
+            windows = list(enumerate(read.windows(d_x, tile)))
+            for i, (skip, target) in reversed(windows):
+                source = d_columns[:, skip:, i * size : (i + 1) * size]
+                target.copy_(source) if i == read.back else target.add_(source)
+            if tile.visible:
+                d_far[tile.heads, : tile.visible] += d_columns[:, :, near:].sum(1, dtype=d_far.dtype)
+
+        d_columns = space("d_columns", *keys.shape)
+        scatter(torch.bmm(weights.transpose(1, 2), d_out, out=d_columns), d_v, d_far_v)
+        values = read.columns(read.v, read.far_v, tile, "values")
+        d_weights = torch.bmm(d_out, values.transpose(1, 2), out=space("logits", *weights.shape))
+        d_logits = torch._softmax_backward_data(
+            d_weights, weights, 2, weights.dtype, grad_input=space("d_logits", *weights.shape)
+        )
+        rows = torch.bmm(d_logits, keys, out=space("rows", *part.shape))
+        torch.mul(rows.view(d_q[at].shape), q.shape[3] ** -0.5, out=d_q[at])
+        scatter(torch.bmm(d_logits.transpose(1, 2), part, out=d_columns), d_k, d_far_k)
+        if tile.visible:
+            by_segment = d_logits.view(tile.heads.stop - tile.heads.start, -1, *d_logits.shape[1:])
+            d_bias[tile.heads, : tile.visible] += by_segment[..., near:].sum((1, 2), dtype=d_bias.dtype)
+    return d_q, d_k, d_v, d_far_k.to(read.far_k.dtype), d_far_v.to(read.far_v.dtype), d_bias
 
 
-def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, far_bias: Tensor, window: Window
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, far_k, far_v, far_bias; sums over chunks are kept in at least float32."""
-    size, back, scale = window.segment_length, window.segments - 1, q.shape[2] ** -0.5
-    d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    padded = (k.shape[0], k.shape[1] // size + back, size, k.shape[2])  # room for what falls before the start
-    d_k, d_v = k.new_zeros(padded), v.new_zeros(padded)
-    d_bias = torch.zeros_like(far_bias)
-    d_far_k, d_far_v = (torch.zeros(x.shape, dtype=far_bias.dtype, device=x.device) for x in (far_k, far_v))
-
-    for first, last in _chunks(q, far_k, window):
-        rows = slice(first * size, last * size)
-        part, d_out = q[:, rows] * scale, grad[:, rows].contiguous()
-        weights, visible, keys = _weights(part, k, far_k, far_bias, window, first, last)
-        by_segment = (-1, last - first, size, q.shape[2])
-
-        d_weights = d_out.view(by_segment) @ _windows(v, window, first, last).transpose(2, 3)
-        if visible:
-            d_far = (d_out @ far_v[:, :visible].transpose(1, 2)).view_as(weights[..., :visible])
-            d_weights = torch.cat([d_far, d_weights], dim=3)
-        d_weights = d_weights.to(weights.dtype)
-        d_logits = weights * (d_weights - (weights * d_weights).sum(dim=3, keepdim=True))
-        low, d_low = weights.to(q.dtype), d_logits.to(q.dtype)
-
-        near, d_near = low[..., visible:], d_low[..., visible:]
-        d_part = (d_near @ keys).flatten(1, 2)
-        d_keys, d_values = d_near.transpose(2, 3) @ part.view(by_segment), near.transpose(2, 3) @ d_out.view(by_segment)
-        for i in range(window.segments):
-            to, of = slice(first + i, last + i), slice(i * size, (i + 1) * size)
-            d_k[:, to] += d_keys[:, :, of]
-            d_v[:, to] += d_values[:, :, of]
-        if visible:
-            far, d_far = low[..., :visible].flatten(1, 2), d_low[..., :visible].flatten(1, 2)
-            d_part += d_far @ far_k[:, :visible]
-            d_far_k[:, :visible] += d_far.transpose(1, 2) @ part
-            d_far_v[:, :visible] += far.transpose(1, 2) @ d_out
-            d_bias[:, :visible] += d_logits[..., :visible].sum(dim=(1, 2))
-        d_q[:, rows] = d_part * scale
-
-    d_k, d_v = (x[:, back:].flatten(1, 2) for x in (d_k, d_v))
-    return d_q, d_k, d_v, d_far_k.to(far_k.dtype), d_far_v.to(far_v.dtype), d_bias
+def _minus_infinity_above(diagonal: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """0 where column <= row + diagonal, minus infinity elsewhere."""
+    return like.new_full((rows, columns), -torch.inf).triu_(diagonal + 1)

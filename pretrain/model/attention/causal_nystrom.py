@@ -5,23 +5,33 @@ segment's future. Here the sequence is cut into segments of a fixed c tokens, an
 
 * a token sees exactly the tokens of its own segment up to itself and of the w - 1 segments before;
 * it sees every completed segment j farther back through one key k~_j, with logit ``s q.k~_j + M_j`` and value W_j, in
-  the same softmax. k~_j and q~_j are the segment's means;
-* M_j = logsumexp_(t in j)(s q~_j.k_t) - s q~_j.k~_j is the segment's mass as its own landmark query sees it (log c if
-  its keys are alike), so that a landmark weighs what its tokens weigh;
-* W is the Nystrom core at landmark level, where causality is triangular:
+  the same softmax.
 
-      A[i,j] = softmax over j <= i of (s q~_i.k~_j + M_j)
-      (B V)[i] = softmax over the tokens of segments <= i of (s q~_i.k) V
-      P[i]     = softmax over the tokens of segment i of (s q~_i.k) V
-      W = (g I + (1 - g) A)^-1 (g P + (1 - g) B V)
+Where the landmark comes from. To a query q, segment j weighs ``L_j(q) = logsumexp_(t in j)(s q.k_t)``, a convex
+function. Its tangent at a landmark query q~_j (the mean of the segment's queries, plus a learned offset per head) is,
+with p the softmax of s q~_j.k_t over the segment,
 
-  The inverse of a lower triangular matrix is lower triangular: W_j depends on segments <= j only. g = 0 is plain
-  Nystrom and explodes (relative error 377 on smooth inputs, against 0.12); for g > 1/2 the inverse is bounded by 1 / (2
-  g - 1) in the maximum norm, whatever the data. g = 1 is pooling, W = P.
+    L_j(q) >= s q.k~_j + M_j,    k~_j = sum_t p_t k_t,    M_j = -sum_t p_t log p_t
+
+so the key is the mean weighted by p, and the segment's mass M_j is the entropy of p: log c if the landmark stands for
+c tokens that are alike, 0 if it stands for one. The tangent is exact at q~_j and never more than the truth: a
+landmark gets no more attention than its tokens would. ``weighted=False`` takes the plain mean for k~_j, and for M_j
+what makes the logit exact at q~_j; it is no tangent, and was worse in every comparison.
+
+Values. Without ``gamma``, W_j = P_j = sum_t p_t v_t. With it, W comes from the Nystrom core at landmark level, where
+causality is triangular:
+
+    A[i,j] = softmax over j <= i of (s q~_i.k~_j + M_j)
+    (B V)[i] = softmax over the tokens of segments <= i of (s q~_i.k) V
+    W = (g I + (1 - g) A)^-1 (g P + (1 - g) B V)
+
+The inverse of a lower triangular matrix is lower triangular: W_j depends on segments <= j only. g = 0 is plain Nystrom
+and explodes (relative error 377 on smooth inputs, against 0.12 at 0.75); for g > 1/2 the inverse is bounded by 1 / (2 g
+- 1) in the maximum norm, whatever the data. It costs m n more logits and, in decoding, all keys and values.
 
 The segment length is a number of the model and never derived from the row, so a prefix's outputs are the whole's.
-Padding on the right is in every real token's future and needs no mask. :func:`summarize` and the read in
-:func:`causal_nystrom_attention` are separate so that decoding can keep landmarks and append to them.
+Padding on the right is in every real token's future and needs no mask. docs/attention.md has the derivation and the
+comparison that chose the defaults.
 """
 
 from __future__ import annotations
@@ -40,71 +50,109 @@ _SLAB = 128
 
 
 class Landmarks(NamedTuple):
-    """What stands for m completed segments, for each of B heads of all rows."""
+    """What stands for m completed segments, for each of B heads of all rows; in float32 or more."""
 
     keys: Tensor
-    """(B, m, d), k~, in float32 or more."""
+    """(B, m, d), k~."""
     mass: Tensor
-    """(B, m), M, in float32 or more."""
+    """(B, m), M."""
     values: Tensor
-    """(B, m, d), W, in float32 or more."""
+    """(B, m, d), W."""
 
 
 def causal_nystrom_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, segment_length: int, window_segments: int, gamma: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: Window,
+    offset: Tensor | None = None,
+    gamma: Tensor | None = None,
+    weighted: bool = True,
 ) -> Tensor:
     """Attention of every token to those before it. q, k, v: (R, H, n, d) for any n; returns (R, H, n, d).
 
-    gamma: (H,) in (1/2, 1], or None for 1. A sequence of up to ``window_segments`` segments gets exact causal
-    attention.
+    offset: (H, S, d) or (H, 1, d), added to the mean query of each segment, S at least n / c. gamma: (H,) in (1/2, 1),
+    or None for pooled values. weighted: landmark keys weighted as the values are, or plain means. A sequence of up to
+    ``window.segments`` segments gets exact causal attention.
     """
     rows, heads, length, _ = q.shape
-    if length <= window_segments * segment_length:
+    size = window.segment_length
+    if length <= window.segments * size:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    segments = -(-length // segment_length)
-    if segments * segment_length > length:  # zeros in the last segment: no landmark, and in the future of all
-        q, k, v = (F.pad(x, (0, 0, 0, segments * segment_length - length)) for x in (q, k, v))
+    segments = -(-length // size)
+    if segments * size > length:  # zeros in the last segment: no landmark, and in the future of all
+        q, k, v = (F.pad(x, (0, 0, 0, segments * size - length)) for x in (q, k, v))
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    gamma = None if gamma is None else gamma.repeat(rows)
-    far = summarize(q, k, v, segment_length=segment_length, count=segments - window_segments, gamma=gamma)
-    window = Window(segment_length, window_segments)
+    count = segments - window.segments
+    queries = segment_queries(q, size, None if offset is None else offset.repeat(rows, 1, 1))
+    far = summarize(queries, k, v, None if gamma is None else gamma.repeat(rows), count=count, weighted=weighted)
     out = blockwise_attention(q, k, v, far.keys.to(q.dtype), far.values.to(v.dtype), far.mass, window)
     return out.unflatten(0, (rows, heads))[:, :, :length]
 
 
-def summarize(q: Tensor, k: Tensor, v: Tensor, *, segment_length: int, count: int, gamma: Tensor | None) -> Landmarks:
-    """Landmarks of the first m = ``count`` segments. q, k, v: (B, S * c, d); gamma: (B,) or None for 1.
+def causal_window_attention(q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
+    """The window alone, nothing beyond it: what landmarks are to be compared with. All (R, H, n, d)."""
+    rows, heads, length, width = q.shape
+    if length <= window.segments * window.segment_length:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    missing = -length % window.segment_length
+    q, k, v = (F.pad(x, (0, 0, 0, missing)).flatten(0, 1) for x in (q, k, v))
+    none = k.new_empty(rows * heads, 0, width)
+    out = blockwise_attention(q, k, v, none, none, none[:, :, 0].to(at_least_float32(q)), window)
+    return out.unflatten(0, (rows, heads))[:, :, :length]
 
-    See the module's formulas for M, P, A, B and W. Means, M, A and the triangular solve are in float32 (float64 for
-    float64 inputs) whatever the model's precision; what is big, (m, n), has the precision of its inputs and a float32
-    softmax.
+
+def at_least_float32(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def segment_queries(q: Tensor, segment_length: int, offset: Tensor | None) -> Tensor:
+    """q~: (B, S * c, d) -> (B, S, d), means and offset (B or 1, S or more or 1, d), in at least float32."""
+    means = q.unflatten(1, (-1, segment_length)).mean(dim=2, dtype=at_least_float32(q))
+    return means if offset is None else means + offset[:, : means.shape[1]]
+
+
+def pool(query: Tensor, k: Tensor, v: Tensor, *, weighted: bool) -> Landmarks:
+    """k~, M and P of segments, each from its own tokens alone. query: (B, m, d); k, v: (B, m, c, d)."""
+    dtype, scale = query.dtype, query.shape[-1] ** -0.5
+    own = scale * (k @ query.to(k.dtype).unsqueeze(-1)).squeeze(-1).to(dtype)  # (B, m, c)
+    log_p = own.log_softmax(dim=-1)
+    p = log_p.exp()
+    low = p.to(k.dtype).unsqueeze(-2)
+    values = (low @ v).squeeze(-2).to(dtype)
+    if weighted:
+        return Landmarks((low @ k).squeeze(-2).to(dtype), -(p * log_p).sum(dim=-1), values)
+    keys = k.mean(dim=-2, dtype=dtype)
+    return Landmarks(keys, own.logsumexp(dim=-1) - scale * (query * keys).sum(dim=-1), values)
+
+
+def summarize(
+    queries: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, *, count: int, weighted: bool = True
+) -> Landmarks:
+    """Landmarks of the first m = ``count`` of S segments. queries: (B, S, d), q~; k, v: (B, S * c, d); gamma: (B,).
+
+    Softmaxes, M, A and the triangular solve are in float32 (float64 for float64 inputs) whatever the model's precision;
+    products with tokens have the precision of the tokens.
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scale = q.shape[2] ** -0.5
-    with torch.autocast(q.device.type, enabled=False):
-        # All segments and then the first m: slices of (B, S * c, d) would cost a zero-filled gradient each.
-        k_segments, v_segments = k.unflatten(1, (-1, segment_length)), v.unflatten(1, (-1, segment_length))
-        q_mean = q.unflatten(1, (-1, segment_length)).mean(dim=2, dtype=dtype)
-        k_mean = k_segments.mean(dim=2, dtype=dtype)
-        query = q_mean.to(q.dtype)
-
-        own = scale * (k_segments @ query.unsqueeze(3)).squeeze(3).to(dtype)  # (B, S, c)
-        mass = (own.logsumexp(dim=2) - scale * (q_mean * k_mean).sum(dim=2))[:, :count]
-        pooled = (own.softmax(dim=2).to(v.dtype).unsqueeze(2) @ v_segments).squeeze(2).to(dtype)[:, :count]
-        k_mean = k_mean[:, :count]
+    size, scale = k.shape[1] // queries.shape[1], k.shape[2] ** -0.5
+    with torch.autocast(k.device.type, enabled=False):
+        # All segments and then the first m: slices of k and v would cost a zero-filled gradient each.
+        pooled = pool(queries, k.unflatten(1, (-1, size)), v.unflatten(1, (-1, size)), weighted=weighted)
+        landmarks = Landmarks(*(x[:, :count] for x in pooled))
         if gamma is None:
-            return Landmarks(k_mean, mass, pooled)
-
-        q_mean, query = q_mean[:, :count], query[:, :count]
-        gathered = _gather(query, k, v, segment_length).to(dtype)
-        future = torch.ones(count, count, dtype=torch.bool, device=q.device).triu(1)
-        core = scale * q_mean @ k_mean.transpose(1, 2) + mass.unsqueeze(1)
-        core = core.masked_fill(future, float("-inf")).softmax(dim=2)
-        g = gamma.to(dtype)[:, None, None]
-        system = g * torch.eye(count, dtype=dtype, device=q.device) + (1 - g) * core
-        values = torch.linalg.solve_triangular(system, g * pooled + (1 - g) * gathered, upper=False)
-    return Landmarks(k_mean, mass, values)
+            return landmarks
+        queries = queries[:, :count]
+        gathered = _gather(queries.to(k.dtype), k, v, size).to(queries.dtype)
+        future = torch.ones(count, count, dtype=torch.bool, device=k.device).triu(1)
+        core = scale * queries @ landmarks.keys.transpose(1, 2) + landmarks.mass.unsqueeze(1)
+        core = core.masked_fill(future, -torch.inf).softmax(dim=2)
+        g = gamma.to(queries.dtype)[:, None, None]
+        system = g * torch.eye(count, dtype=g.dtype, device=g.device) + (1 - g) * core
+        right = g * landmarks.values + (1 - g) * gathered
+        return landmarks._replace(values=torch.linalg.solve_triangular(system, right, upper=False))
 
 
 def _gather(query: Tensor, k: Tensor, v: Tensor, segment_length: int) -> Tensor:

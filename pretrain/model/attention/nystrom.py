@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.model.attention.layout import Rectangle
@@ -61,6 +62,24 @@ def nystrom_attention(
     with torch.autocast(q.device.type, enabled=False):
         values = (inverse @ gathered.to(inverse.dtype)).to(v.dtype)
     return attend(q, k_landmarks.to(q.dtype), values, present)
+
+
+def pooled_attention(q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, *, num_landmarks: int) -> Tensor:
+    """Softmax attention of every token to the mean key and value of each segment, no inverse: the ablation.
+
+    A landmark weighs what its tokens weigh: the logarithm of their number is added to its logit. Shapes as
+    :func:`nystrom_attention`.
+    """
+    if rectangle.longest <= num_landmarks:
+        return softmax_attention(q, k, v, rectangle, causal=False)
+    keys, values = (segment_means(x, rectangle, num_landmarks).to(q.dtype) for x in (k, v))
+    if rectangle.landmark_sizes is not None:
+        sizes = rectangle.landmark_sizes.transpose(-1, -2)  # (R, 1, 1, m), 0 for absent landmarks
+    else:
+        segment = -(-q.shape[2] // num_landmarks)
+        sizes = torch.full((1, keys.shape[2]), float(segment), device=q.device)
+        sizes[0, -1] = q.shape[2] - (keys.shape[2] - 1) * segment
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=sizes.log().to(q.dtype))
 
 
 def segment_means(x: Tensor, rectangle: Rectangle, num_landmarks: int) -> Tensor:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.model.attention.causal_nystrom import causal_nystrom_attention
+from pretrain.model.attention.blockwise import Window
+from pretrain.model.attention.causal_nystrom import (
+    at_least_float32,
+    causal_nystrom_attention,
+    causal_window_attention,
+)
 from pretrain.model.attention.layout import Layout, Partition, Rectangle
-from pretrain.model.attention.nystrom import nystrom_attention
-from pretrain.model.attention.softmax import softmax_attention
+from pretrain.model.attention.nystrom import nystrom_attention, pooled_attention
+from pretrain.model.attention.softmax import softmax_attention, window_attention
 from pretrain.model.config import ModelConfig
 from pretrain.model.conv import skip_convolution
-from pretrain.model.positions import apply_rotary, rotary_table
+from pretrain.model.positions import RotaryTable, apply_rotary, rotary_table, segment_means
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +33,12 @@ def _say_exact(longest: int, limit: int) -> None:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all layers share for one batch: who attends to whom, and the rotary table."""
+    """What all layers share for one batch: who attends to whom, and the rotary tables."""
 
     partition: Partition
-    rotary: tuple[Tensor, Tensor] | None
+    rotary: RotaryTable | None
+    landmark_rotary: RotaryTable | None = None
+    """The mean over each segment's positions, (1, S, 1, d / 2): what a constant added to every query amounts to."""
 
     @classmethod
     def build(cls, config: ModelConfig, layout: Layout, device: torch.device, dtype: torch.dtype) -> AttentionContext:
@@ -40,18 +48,28 @@ class AttentionContext:
         limit = config.window_segments * config.segment_length if causal else config.num_landmarks
         if config.attention == "nystrom" and layout.longest <= limit and not torch.compiler.is_compiling():
             _say_exact(layout.longest, limit)
-        rotary = None
+        rotary = far = None
         if config.positions == "rotary":
             table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
             rotary = rotary_table(layout.positions(device), config.head_dim, config.rope_theta, table_dtype)
-        return cls(layout.partition(device, causal=causal, num_landmarks=landmarks), rotary)
+            size = config.segment_length
+            segments = -(-layout.length // size)
+            if config.has_landmark_query and segments > config.window_segments:
+                table = rotary
+                if not (layout.is_full and layout.length == segments * size):
+                    # Every sequence starts at position 0, so one table serves all.
+                    every = torch.arange(segments * size, device=device).unsqueeze(0)
+                    table = rotary_table(every, config.head_dim, config.rope_theta, table_dtype)
+                far = segment_means(table, size)
+        return cls(layout.partition(device, causal=causal, num_landmarks=landmarks), rotary, far)
 
 
 class SelfAttention(nn.Module):
     """(B, N, hidden) -> (B, N, hidden), by ``config.attention`` and ``config.objective``.
 
-    The convolution's weight and gamma are parameters of this module, not of submodules: how often the attention
-    function runs depends on the batch's layout, and ZeRO-3 must gather weights equally often on every rank.
+    The convolution's weight, the landmark query and gamma are parameters of this module, not of submodules: how often
+    the attention function runs depends on the batch's layout, and ZeRO-3 must gather weights equally often on every
+    rank.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -65,46 +83,82 @@ class SelfAttention(nn.Module):
         self.conv_weight: nn.Parameter | None = None
         if config.conv_kernel:
             self.conv_weight = nn.Parameter(torch.empty(config.num_heads, 1, config.conv_kernel, 1))
+        self.landmark_query: nn.Parameter | None = None
+        if config.has_landmark_query:
+            self.landmark_query = nn.Parameter(torch.empty(config.num_heads, config.head_dim))
         self.gamma_logit: nn.Parameter | None = None
-        if config.objective == "clm" and config.attention == "nystrom" and config.learn_gamma:
+        if config.has_gamma and config.learn_gamma:
             self.gamma_logit = nn.Parameter(torch.empty(config.num_heads))
 
-    def gamma(self) -> Tensor | None:
-        """(H,) weights in (1/2, 1) of the identity in the causal form's triangular inverse; None: pooling, or not that
-        form."""
-        if self.gamma_logit is not None:
-            logit = self.gamma_logit
-            return 0.5 + 0.5 * torch.sigmoid(logit if logit.dtype == torch.float64 else logit.float())
+    def reset_parameters(self) -> None:
+        """Initial values of what is no ``nn.Linear``: the offset starts at 0, gamma at ``gamma_init``."""
         config = self.config
-        if config.objective != "clm" or config.attention != "nystrom" or config.gamma_init == 1.0:
+        if self.conv_weight is not None:
+            nn.init.normal_(self.conv_weight, std=config.init_std)
+        if self.landmark_query is not None:
+            nn.init.zeros_(self.landmark_query)
+        if self.gamma_logit is not None:
+            share = 2 * config.gamma_init - 1
+            nn.init.constant_(self.gamma_logit, math.log(share / (1 - share)))
+
+    def gamma(self) -> Tensor | None:
+        """(H,) weights in (1/2, 1) of the identity in the causal form's triangular inverse; None without it."""
+        if self.gamma_logit is not None:
+            return 0.5 + 0.5 * torch.sigmoid(self.gamma_logit.to(at_least_float32(self.gamma_logit)))
+        if not self.config.has_gamma:
             return None
         return torch.full((self.config.num_heads,), self.config.gamma_init, device=self.query.weight.device)
 
+    def landmark_offset(self, context: AttentionContext) -> Tensor | None:
+        """(H, S, d) or (H, 1, d): what is added to the mean query of each segment; None without it.
+
+        With rotary positions it is turned as the queries are: it is the mean over the segment of one vector added to
+        each query before the rotation, so that what a landmark gets depends on relative positions only.
+        """
+        if self.landmark_query is None:
+            return None
+        offset = self.landmark_query.to(at_least_float32(self.landmark_query))[None, None]
+        if context.landmark_rotary is not None:
+            offset = apply_rotary(offset, context.landmark_rotary)
+        return offset[0].transpose(0, 1)
+
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        q, k, v = self.project(x, context)
+        partition = context.partition
+        gamma, offset = self.gamma(), self.landmark_offset(context)
+        outputs = [self._attend(r.take(q), r.take(k), r.take(v), gamma, offset, r) for r in partition.rectangles]
+        merged = partition.merge(outputs, v) if outputs else 0 * (q + k + v)
+        window = self.config.window_segments * self.config.segment_length
+        if all(r.length <= window for r in partition.rectangles):
+            # Nothing reached beyond the window. Every parameter gets a gradient all the same, if zero: ranks whose
+            # batches differ must reduce the same parameters.
+            for parameter in (self.gamma_logit, self.landmark_query):
+                if parameter is not None:
+                    merged = merged + 0 * parameter.sum().to(merged.dtype)
+        return self.output(merged.flatten(2))
+
+    def project(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, N, H, d), positions applied."""
         heads = (*x.shape[:2], self.config.num_heads, self.config.head_dim)
         q, k, v = self.query(x).view(heads), self.key(x).view(heads), self.value(x).view(heads)
         if context.rotary is not None:
             q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
-        partition = context.partition
-        gamma = self.gamma()
-        window = self.config.window_segments * self.config.segment_length
-        outputs = [self._attend(r.take(q), r.take(k), r.take(v), gamma, r) for r in partition.rectangles]
-        merged = partition.merge(outputs, v) if outputs else 0 * (q + k + v)
-        if gamma is not None and all(r.length <= window for r in partition.rectangles):
-            # Nothing reached beyond the window. Every parameter gets a gradient all the same, if zero: ranks whose
-            # batches differ must reduce the same parameters.
-            merged = merged + 0 * gamma.sum().to(merged.dtype)
-        return self.output(merged.flatten(2))
+        return q, k, v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, rectangle: Rectangle) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, offset: Tensor | None, rectangle: Rectangle
+    ) -> Tensor:
         config = self.config
         causal = config.objective == "clm"
+        window = Window(config.segment_length, config.window_segments)
         if config.attention == "softmax":
             out = softmax_attention(q, k, v, rectangle, causal=causal)
+        elif config.attention == "window":
+            out = causal_window_attention(q, k, v, window) if causal else window_attention(q, k, v, rectangle, window)
         elif causal:
-            size, window = config.segment_length, config.window_segments
-            out = causal_nystrom_attention(q, k, v, segment_length=size, window_segments=window, gamma=gamma)
-        else:
+            weighted = config.landmark_keys == "weighted"
+            out = causal_nystrom_attention(q, k, v, window=window, offset=offset, gamma=gamma, weighted=weighted)
+        elif config.landmark_inverse:
             out = nystrom_attention(
                 q,
                 k,
@@ -114,6 +168,8 @@ class SelfAttention(nn.Module):
                 iterations=config.inverse_iterations,
                 init=config.inverse_init,
             )
+        else:
+            out = pooled_attention(q, k, v, rectangle, num_landmarks=config.num_landmarks)
         if self.conv_weight is not None:
             out = out + skip_convolution(v, self.conv_weight, causal=causal, mask=rectangle.mask)
         return out

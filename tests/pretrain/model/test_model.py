@@ -52,21 +52,32 @@ def logits(model: NystromformerLM, ids: Tensor, layout: Layout | None = None) ->
     return out.detach()
 
 
-VARIANTS = [
+VARIANTS: list[dict[str, object]] = [
     {"objective": objective, "attention": attention, "positions": positions, "norm": norm}
     for objective in ("mlm", "clm")
     for attention, positions, norm in [
         ("nystrom", "rotary", "pre"),
         ("nystrom", "learned", "post"),
+        ("window", "rotary", "pre"),
         ("softmax", "none", "pre"),
     ]
+] + [
+    {"objective": "mlm", "attention": "nystrom", "positions": "none", "norm": "pre", "landmark_inverse": False},
+    {"objective": "clm", "attention": "nystrom", "positions": "rotary", "norm": "pre", "landmark_inverse": True},
+    {"objective": "clm", "attention": "nystrom", "positions": "none", "norm": "pre", "landmark_keys": "mean"},
 ]
-variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+
+
+def name_of(variant: dict[str, object]) -> str:
+    return "-".join(map(str, variant.values()))
+
+
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 
 
 @variants
 @pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 37, 100])
-def test_any_length_runs_and_reaches_every_parameter(variant: dict[str, str], length: int) -> None:
+def test_any_length_runs_and_reaches_every_parameter(variant: dict[str, object], length: int) -> None:
     model = model_of(**variant)
     ids = tokens(2, length)
     out: LMOutput = model(ids, labels=ids)
@@ -79,7 +90,7 @@ def test_any_length_runs_and_reaches_every_parameter(variant: dict[str, str], le
 
 
 @variants
-def test_batch_mates_do_not_matter(variant: dict[str, str]) -> None:
+def test_batch_mates_do_not_matter(variant: dict[str, object]) -> None:
     model, ids = model_of(**variant), tokens(3, 41)
     together = logits(model, ids)
     for row in range(3):
@@ -87,7 +98,7 @@ def test_batch_mates_do_not_matter(variant: dict[str, str]) -> None:
 
 
 @variants
-def test_amount_and_content_of_padding_do_not_matter(variant: dict[str, str]) -> None:
+def test_amount_and_content_of_padding_do_not_matter(variant: dict[str, object]) -> None:
     model, ids = model_of(**variant), tokens(4, 41)
     lengths = [41, 0, 5, 23]
     for width, seed in ((41, 1), (44, 2), (90, 3)):
@@ -102,7 +113,7 @@ def test_amount_and_content_of_padding_do_not_matter(variant: dict[str, str]) ->
 
 
 @variants
-def test_packed_equals_separate(variant: dict[str, str]) -> None:
+def test_packed_equals_separate(variant: dict[str, object]) -> None:
     model = model_of(**variant)
     rows = [[40, 23, 64, 9, -13], [-7, 1, 6, 7, 128]]  # negative: padding
     ids = tokens(2, 149)
@@ -123,7 +134,7 @@ def test_packed_equals_separate(variant: dict[str, str]) -> None:
 
 
 @variants
-def test_gradients_packed_equal_those_of_the_documents_separate(variant: dict[str, str]) -> None:
+def test_gradients_packed_equal_those_of_the_documents_separate(variant: dict[str, object]) -> None:
     model, ids = model_of(**variant), tokens(1, 60)
     documents = torch.tensor([[0] * 33 + [1] * 20 + [-1] * 7])
     labels = torch.where(documents >= 0, ids, -100)
@@ -139,9 +150,9 @@ def test_gradients_packed_equal_those_of_the_documents_separate(variant: dict[st
 CAUSAL = [v for v in VARIANTS if v["objective"] == "clm"]
 
 
-@pytest.mark.parametrize("variant", CAUSAL, ids=lambda v: v["attention"] + "-" + v["positions"])
+@pytest.mark.parametrize("variant", CAUSAL, ids=name_of)
 @pytest.mark.parametrize("kind", ["full", "padded", "documents"])
-def test_causal_model_has_no_gradient_from_the_future(variant: dict[str, str], kind: str) -> None:
+def test_causal_model_has_no_gradient_from_the_future(variant: dict[str, object], kind: str) -> None:
     model, ids = model_of(**variant), tokens(1, 22)
     documents = torch.tensor([{"full": [0] * 22, "padded": [0] * 19 + [-1] * 3, "documents": [0] * 14 + [1] * 8}[kind]])
     embedded: list[Tensor] = []
@@ -159,11 +170,13 @@ def test_causal_model_has_no_gradient_from_the_future(variant: dict[str, str], k
         (grad,) = torch.autograd.grad(out[0, t].sum(), embedded[0], retain_graph=True)
         visible = (documents[0] == documents[0, t]) & (torch.arange(22) <= t)
         assert (grad[0, ~visible] == 0).all(), f"logits at {t} depend on what they must not see"
+        if variant["attention"] == "window":  # in two layers: the window before each token of the window
+            visible &= torch.arange(22) > t - 8
         assert (grad[0, visible].abs().sum(-1) > 0).all(), f"logits at {t} do not see all of their past"
 
 
-@pytest.mark.parametrize("variant", CAUSAL, ids=lambda v: v["attention"] + "-" + v["positions"])
-def test_changing_the_future_changes_nothing_and_prefixes_agree(variant: dict[str, str]) -> None:
+@pytest.mark.parametrize("variant", CAUSAL, ids=name_of)
+def test_changing_the_future_changes_nothing_and_prefixes_agree(variant: dict[str, object]) -> None:
     model, ids = model_of(**variant), tokens(1, 50)
     whole = logits(model, ids)
     for t in (1, 4, 8, 9, 12, 31, 49):
@@ -183,7 +196,7 @@ def test_masked_model_sees_both_sides() -> None:
 
 @variants
 @pytest.mark.parametrize("kind", ["full", "padded"])
-def test_loss_is_the_sum_over_targets(variant: dict[str, str], kind: str) -> None:
+def test_loss_is_the_sum_over_targets(variant: dict[str, object], kind: str) -> None:
     model, ids = model_of(**variant), tokens(3, 40)
     labels = tokens(3, 40, seed=9)
     labels[torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.7] = -100
@@ -205,7 +218,7 @@ def test_loss_is_the_sum_over_targets(variant: dict[str, str], kind: str) -> Non
 
 
 @variants
-def test_a_batch_without_targets_gives_zero_and_zero_gradients(variant: dict[str, str]) -> None:
+def test_a_batch_without_targets_gives_zero_and_zero_gradients(variant: dict[str, object]) -> None:
     model, ids = model_of(**variant), tokens(2, 40)
     for layout in (None, Layout.from_lengths([3, 40], 40)):
         model.zero_grad()
@@ -234,7 +247,7 @@ def test_loss_in_chunks_equals_loss_at_once(objective: str, monkeypatch: pytest.
 
 
 @variants
-def test_a_new_model_is_at_chance(variant: dict[str, str]) -> None:
+def test_a_new_model_is_at_chance(variant: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = build_model(config(**variant, init_std=0.02, vocab_size=1000, hidden_size=32))
     ids = torch.randint(0, 1000, (8, 64))
@@ -245,7 +258,7 @@ def test_a_new_model_is_at_chance(variant: dict[str, str]) -> None:
 
 @variants
 @pytest.mark.parametrize("kind", ["full", "documents"])
-def test_the_whole_model_works_in_bfloat16(variant: dict[str, str], kind: str) -> None:
+def test_the_whole_model_works_in_bfloat16(variant: dict[str, object], kind: str) -> None:
     torch.manual_seed(0)
     model = build_model(config(**variant, init_std=0.05, hidden_size=32)).eval()
     ids = tokens(2, 100)
@@ -266,7 +279,7 @@ def test_the_whole_model_works_in_bfloat16(variant: dict[str, str], kind: str) -
 
 
 def test_gamma_stays_above_a_half_starts_where_asked_and_learns() -> None:
-    model = build_model(config(objective="clm", gamma_init=0.6))
+    model = build_model(config(objective="clm", landmark_inverse=True, gamma_init=0.6))
     attention = model.layers[0].attention
     torch.testing.assert_close(attention.gamma(), torch.full((2,), 0.6))
     model.double()
@@ -276,8 +289,9 @@ def test_gamma_stays_above_a_half_starts_where_asked_and_learns() -> None:
     ids = tokens(2, 40)
     model(ids, labels=ids).loss_sum.backward()
     assert (model.layers[1].attention.gamma_logit.grad != 0).all()
-    fixed = build_model(config(objective="clm", gamma_init=1.0, learn_gamma=False))
-    assert fixed.layers[0].attention.gamma() is None
+    fixed = build_model(config(objective="clm", landmark_inverse=True, gamma_init=0.6, learn_gamma=False))
+    torch.testing.assert_close(fixed.layers[0].attention.gamma(), torch.full((2,), 0.6))
+    assert build_model(config(objective="clm")).layers[0].attention.gamma() is None
     assert not any("gamma" in name for name, _ in fixed.named_parameters())
 
 
@@ -313,6 +327,8 @@ def test_flops_by_hand_and_linear_in_the_length() -> None:
     attention = 8 * m * 16 + (4 * m * m * 16 + 8 * 6 * m**3 * 2) / n
     head = 0.15 * (2 * 16 * 16 + 2 * 16 * VOCAB)
     assert encoder.flops_per_token(n) == pytest.approx(2 * (dense + attention + 2 * 5 * 16) + head)
+    pooled = build_model(config(conv_kernel=5, landmark_inverse=False))
+    assert pooled.flops_per_token(n) == pytest.approx(2 * (dense + 4 * m * 16 + 2 * 5 * 16) + head)
     assert encoder.flops_per_token(6000) < encoder.flops_per_token(600)
     decoder = build_model(config(objective="clm"))
     assert (
@@ -327,8 +343,14 @@ def test_flops_of_the_causal_form_count_what_is_seen() -> None:
     seen = sum(t + 1 - max(t // c - w + 1, 0) * c + max(t // c - w + 1, 0) for t in range(n))
     m = -(-n // c) - w
     gathered = sum((i + 1) * c for i in range(m))
-    by_hand = (4 * h * (seen + m * c + gathered) + 2 * h * m * m) / n
-    assert attention_flops_per_token(config(objective="clm"), n) == pytest.approx(by_hand)
+    pooled = (4 * h * seen + 6 * h * m * c) / n
+    assert attention_flops_per_token(config(objective="clm"), n) == pytest.approx(pooled)
+    inverse = pooled + (4 * h * gathered + 2 * h * m * m) / n
+    assert attention_flops_per_token(config(objective="clm", landmark_inverse=True), n) == pytest.approx(inverse)
+    near = sum(t + 1 - max(t // c - w + 1, 0) * c for t in range(n))
+    assert attention_flops_per_token(config(objective="clm", attention="window"), n) == pytest.approx(4 * h * near / n)
+    both = sum(min((t // c + w) * c, n) - max(t // c - w + 1, 0) * c for t in range(n))
+    assert attention_flops_per_token(config(attention="window"), n) == pytest.approx(4 * h * both / n)
 
 
 def test_falling_back_to_exact_attention_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -344,7 +366,7 @@ def test_falling_back_to_exact_attention_is_logged_once(caplog: pytest.LogCaptur
 def test_user_errors() -> None:
     with pytest.raises(UserError, match="vocab_size"):
         build_model(ModelConfig())
-    with pytest.raises(ValueError, match="learn_gamma: false"):
+    with pytest.raises(ValueError, match="gamma_init\n  Input should be less than 1"):
         config(gamma_init=1.0)
     model = build_model(config(positions="learned", max_positions=8))
     with pytest.raises(UserError, match="9 tokens is longer than the model's 8"):
