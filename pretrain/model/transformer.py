@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.errors import UserError
+from pretrain.model.attention.cache import LayerCache
 from pretrain.model.attention.layout import Layout
 from pretrain.model.attention.self_attention import AttentionContext, SelfAttention
 from pretrain.model.config import ModelConfig
+from pretrain.model.decoding import DecodingCache
 from pretrain.model.flops import forward_flops_per_token
 
 IGNORE = -100
@@ -96,11 +98,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.pre_norm = config.norm == "pre"
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.attention_norm(x), context))
+            x = x + self.dropout(self.attention(self.attention_norm(x), context, cache))
             return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, context)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, context, cache)))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
@@ -160,13 +162,18 @@ class NystromformerLM(nn.Module):
                 nn.init.normal_(module.feed_forward.output.weight, std=residual_std)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, layout: Layout | None = None, hidden: bool = False
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        layout: Layout | None = None,
+        hidden: bool = False,
+        cache: DecodingCache | None = None,
     ) -> LMOutput:
         """Run the model.
 
         input_ids: (B, N) int64. labels: (B, N) int64, -100 where there is no target; never shifted here. layout:
         padding and documents, default full rows. hidden: also return the last hidden states (and, without labels, skip
-        the head).
+        the head). cache: what the layers keep for decoding; see :mod:`pretrain.model.decoding`, which gives it.
 
         With labels the head runs on targets only and ``logits`` is None. A batch without any target gives a loss of 0
         that still reaches every parameter, so that ranks of a distributed run stay in step.
@@ -178,9 +185,9 @@ class NystromformerLM(nn.Module):
                 f"layout is for ({layout.batch}, {layout.length}) tokens, input_ids are ({batch}, {length})"
             )
         x = self.embeddings(input_ids, layout)
-        context = AttentionContext.build(self.config, layout, x.device, x.dtype)
-        for layer in self.layers:
-            x = layer(x, context)
+        context = AttentionContext.build(self.config, layout, x.device, x.dtype, None if cache is None else cache.plan)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, context, None if cache is None else cache.layers[number])
         if self.norm is not None:
             x = self.norm(x)
         states = x if hidden else None

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.model.attention.blockwise import Window, blockwise_attention
-from pretrain.model.attention.softmax import attend
+from pretrain.model.attention.softmax import at_least_float32, attend, segment_mean
 
 _SLAB = 128
 """Landmarks that gather at a time: enough to keep a fused kernel busy."""
@@ -84,9 +84,9 @@ def causal_nystrom_attention(
     segments = -(-length // size)
     if segments * size > length:  # zeros in the last segment: no landmark, and in the future of all
         q, k, v = (F.pad(x, (0, 0, 0, segments * size - length)) for x in (q, k, v))
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     count = segments - window.segments
-    queries = segment_queries(q, size, None if offset is None else offset.repeat(rows, 1, 1))
+    queries = segment_queries(q, size, offset).flatten(0, 1)
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     far = summarize(queries, k, v, None if gamma is None else gamma.repeat(rows), count=count, weighted=weighted)
     out = blockwise_attention(q, k, v, far.keys.to(q.dtype), far.values.to(v.dtype), far.mass, window)
     return out.unflatten(0, (rows, heads))[:, :, :length]
@@ -104,15 +104,11 @@ def causal_window_attention(q: Tensor, k: Tensor, v: Tensor, window: Window) -> 
     return out.unflatten(0, (rows, heads))[:, :, :length]
 
 
-def at_least_float32(x: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def segment_queries(q: Tensor, segment_length: int, offset: Tensor | None) -> Tensor:
-    """q~: (B, S * c, d) -> (B, S, d), means and offset (B or 1, S or more or 1, d), in at least float32."""
-    means = q.unflatten(1, (-1, segment_length)).mean(dim=2, dtype=at_least_float32(q))
-    return means if offset is None else means + offset[:, : means.shape[1]]
+    """q~: (R, H, S * c, d) -> (R, H, S, d), means and offset (H, S or more or 1, d), in at least float32."""
+    with torch.autocast(q.device.type, enabled=False):
+        means = segment_mean(q, segment_length)
+    return means if offset is None else means + offset[:, : means.shape[2]]
 
 
 def pool(query: Tensor, k: Tensor, v: Tensor, *, weighted: bool) -> Landmarks:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.model.attention.layout import Rectangle
-from pretrain.model.attention.softmax import attend, softmax_attention
+from pretrain.model.attention.softmax import at_least_float32, attend, segment_mean, softmax_attention
 
 
 def nystrom_attention(
@@ -84,19 +84,18 @@ def pooled_attention(q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, *, n
 
 def segment_means(x: Tensor, rectangle: Rectangle, num_landmarks: int) -> Tensor:
     """(R, H, L, d) -> (R, H, m, d) means over each sequence's segments, in at least float32."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if rectangle.pooling is not None and rectangle.landmark_sizes is not None:
-        with torch.autocast(x.device.type, enabled=False):
-            sums = (rectangle.pooling.to(x.dtype) @ x).to(dtype)
-        return sums / rectangle.landmark_sizes.to(dtype).clamp(min=1)
+    with torch.autocast(x.device.type, enabled=False):
+        if rectangle.pooling is not None and rectangle.landmark_sizes is not None:
+            sums = (rectangle.pooling.to(x.dtype) @ x).to(at_least_float32(x))
+            return sums / rectangle.landmark_sizes.to(sums.dtype).clamp(min=1)
 
-    length = x.shape[2]
-    segment = -(-length // num_landmarks)
-    whole = length // segment
-    means = x[:, :, : whole * segment].unflatten(2, (whole, segment)).mean(dim=3, dtype=dtype)
-    if whole * segment == length:
-        return means
-    return torch.cat([means, x[:, :, whole * segment :].mean(dim=2, keepdim=True, dtype=dtype)], dim=2)
+        length = x.shape[2]
+        segment = -(-length // num_landmarks)
+        whole = length // segment * segment
+        means = segment_mean(x[:, :, :whole], segment)
+        if whole == length:
+            return means
+        return torch.cat([means, segment_mean(x[:, :, whole:], length - whole)], dim=2)
 
 
 def iterative_inverse(matrix: Tensor, iterations: int, init: Literal["block", "original"] = "block") -> Tensor:

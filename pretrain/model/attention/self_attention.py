@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.model.attention.blockwise import Window
-from pretrain.model.attention.causal_nystrom import (
-    at_least_float32,
-    causal_nystrom_attention,
-    causal_window_attention,
-)
+from pretrain.model.attention.cache import LayerCache
+from pretrain.model.attention.cache_plan import Prompts, Step
+from pretrain.model.attention.causal_nystrom import causal_nystrom_attention, causal_window_attention
 from pretrain.model.attention.layout import Layout, Partition, Rectangle
 from pretrain.model.attention.nystrom import nystrom_attention, pooled_attention
-from pretrain.model.attention.softmax import softmax_attention, window_attention
+from pretrain.model.attention.softmax import at_least_float32, softmax_attention, window_attention
 from pretrain.model.config import ModelConfig
 from pretrain.model.conv import skip_convolution
 from pretrain.model.positions import RotaryTable, apply_rotary, rotary_table, segment_means
@@ -39,10 +37,21 @@ class AttentionContext:
     rotary: RotaryTable | None
     landmark_rotary: RotaryTable | None = None
     """The mean over each segment's positions, (1, S, 1, d / 2): what a constant added to every query amounts to."""
+    plan: Prompts | Step | None = None
+    """What a decoding cache, if there is one, is to keep of the batch."""
 
     @classmethod
-    def build(cls, config: ModelConfig, layout: Layout, device: torch.device, dtype: torch.dtype) -> AttentionContext:
+    def build(
+        cls,
+        config: ModelConfig,
+        layout: Layout,
+        device: torch.device,
+        dtype: torch.dtype,
+        plan: Prompts | Step | None = None,
+    ) -> AttentionContext:
         """Once per batch. dtype: the weights'; tables are float32, or float64 for a float64 model."""
+        if isinstance(plan, Step):
+            return cls._of_step(config, plan, device, dtype)
         causal = config.objective == "clm"
         landmarks = config.num_landmarks if config.attention == "nystrom" and not causal else None
         limit = config.window_segments * config.segment_length if causal else config.num_landmarks
@@ -54,14 +63,27 @@ class AttentionContext:
             rotary = rotary_table(layout.positions(device), config.head_dim, config.rope_theta, table_dtype)
             size = config.segment_length
             segments = -(-layout.length // size)
-            if config.has_landmark_query and segments > config.window_segments:
+            if config.has_landmark_query and (segments > config.window_segments or plan is not None):
                 table = rotary
                 if not (layout.is_full and layout.length == segments * size):
                     # Every sequence starts at position 0, so one table serves all.
                     every = torch.arange(segments * size, device=device).unsqueeze(0)
                     table = rotary_table(every, config.head_dim, config.rope_theta, table_dtype)
                 far = segment_means(table, size)
-        return cls(layout.partition(device, causal=causal, num_landmarks=landmarks), rotary, far)
+        return cls(layout.partition(device, causal=causal, num_landmarks=landmarks), rotary, far, plan)
+
+    @classmethod
+    def _of_step(cls, config: ModelConfig, step: Step, device: torch.device, dtype: torch.dtype) -> AttentionContext:
+        """The landmarks are those that the step makes."""
+        rotary = far = None
+        if config.positions == "rotary":
+            table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            rotary = rotary_table(step.positions(device), config.head_dim, config.rope_theta, table_dtype)
+            if config.has_landmark_query and step.completed is not None:
+                tokens = step.completed.positions.flatten().unsqueeze(0)
+                table = rotary_table(tokens, config.head_dim, config.rope_theta, table_dtype)
+                far = segment_means(table, config.segment_length)
+        return cls(Partition((), None), rotary, far, step)
 
 
 class SelfAttention(nn.Module):
@@ -122,10 +144,16 @@ class SelfAttention(nn.Module):
             offset = apply_rotary(offset, context.landmark_rotary)
         return offset[0].transpose(0, 1)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+        """With a cache (causal models, no gradients): keep the batch in it, or read and extend it by a token."""
         q, k, v = self.project(x, context)
         partition = context.partition
         gamma, offset = self.gamma(), self.landmark_offset(context)
+        if cache is not None and isinstance(context.plan, Step):
+            out = cache.extend(q, k, v, context.plan, offset=offset, gamma=gamma, conv_weight=self.conv_weight)
+            return self.output(out.flatten(2))
+        if cache is not None and isinstance(context.plan, Prompts):
+            cache.fill(q, k, v, context.plan, offset=offset, gamma=gamma)
         outputs = [self._attend(r.take(q), r.take(k), r.take(v), gamma, offset, r) for r in partition.rectangles]
         merged = partition.merge(outputs, v) if outputs else 0 * (q + k + v)
         window = self.config.window_segments * self.config.segment_length

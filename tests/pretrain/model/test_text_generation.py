@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -63,10 +65,60 @@ def test_stops_before_the_stop_token_and_restores_training_mode() -> None:
     assert generate(model, [1], max_new_tokens=20, temperature=3.0, stop_id=stop) == whole[: whole.index(stop)]
     assert model.training
     assert generate(model, [1], max_new_tokens=0) == []
+    several = generate(model, [1], max_new_tokens=20, temperature=3.0, stop_id=[stop, whole[3]])
+    assert several == whole[: min(whole.index(stop), whole.index(whole[3]))]
+
+
+PROMPTS = [[1], [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [2, 3, 3], [20] * 6]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0},
+        {"temperature": 2.0},
+        {"temperature": 2.0, "stop_id": [0, 1, 5]},
+        {"temperature": 1.5, "top_k": None, "top_p": 0.9, "repetition_penalty": 1.3},
+    ],
+)
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_rows_text_does_not_depend_on_its_batch(settings: dict[str, Any], positions: str) -> None:
+    """Also where rows have ended, and where rows outgrow the learned positions one after another."""
+    model = decoder(positions=positions, max_positions=16)
+    together = generate(model, PROMPTS, max_new_tokens=20, seed=3, **settings)
+    assert together == [generate(model, p, max_new_tokens=20, seed=3 + i, **settings) for i, p in enumerate(PROMPTS)]
+    if "stop_id" in settings:
+        assert len({len(text) for text in together}) > 1
+    back = generate(model, PROMPTS[::-1], max_new_tokens=20, seed=[6, 5, 4, 3], **settings)
+    assert back[::-1] == together
+
+
+def test_repetition_penalty_counts_prompt_and_new_tokens() -> None:
+    model = decoder().eval()
+    text = [4, 5]
+    for token in generate(model, text, max_new_tokens=15, temperature=0, repetition_penalty=1.4):
+        logits = model(torch.tensor([text])).logits[0, -1].tolist()
+        for seen in set(text):
+            logits[seen] = logits[seen] / 1.4 if logits[seen] > 0 else logits[seen] * 1.4
+        assert token == max(range(23), key=logits.__getitem__)
+        text.append(token)
+    assert text[2:] != generate(model, [4, 5], max_new_tokens=15, temperature=0)
+
+
+def test_tiny_nucleus_is_greedy() -> None:
+    model = decoder()
+    greedy = generate(model, [4, 5], max_new_tokens=12, temperature=0)
+    assert generate(model, [4, 5], max_new_tokens=12, temperature=3.0, top_p=1e-9) == greedy
 
 
 def test_learned_positions_slide() -> None:
-    assert len(generate(decoder(positions="learned", max_positions=8), [1, 2], max_new_tokens=15)) == 15
+    """Beyond the positions each token follows from the last ``max_positions`` alone."""
+    model = decoder(positions="learned", max_positions=8).eval()
+    for prompt in ([1, 2], list(range(11))):
+        new = generate(model, prompt, max_new_tokens=15, temperature=0)
+        text = prompt + new
+        for t in range(len(prompt), len(text)):
+            assert text[t] == model(torch.tensor([text[max(t - 8, 0) : t]])).logits[0, -1].argmax()
 
 
 def test_mistakes_are_named() -> None:
@@ -78,3 +130,11 @@ def test_mistakes_are_named() -> None:
         generate(decoder(), [1, 23], max_new_tokens=1)
     with pytest.raises(UserError, match="must not be negative"):
         generate(decoder(), [1], max_new_tokens=1, temperature=-1.0)
+    with pytest.raises(UserError, match="must not be negative"):
+        generate(decoder(), [1], max_new_tokens=-1)
+    with pytest.raises(UserError, match="prompt 1 of 2"):
+        generate(decoder(), [[1], []], max_new_tokens=1)
+    with pytest.raises(UserError, match="stop token 23"):
+        generate(decoder(), [1], max_new_tokens=1, stop_id=[2, 23])
+    with pytest.raises(UserError, match="1 seeds for 2 prompts"):
+        generate(decoder(), [[1], [2]], max_new_tokens=1, seed=[7])
