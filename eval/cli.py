@@ -98,6 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest continuation")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest token")
     generate.add_argument("--top-k", type=int, default=50, metavar="N", help="draw among the N likeliest tokens")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="draw among the likeliest tokens that reach probability X"
+    )
+    generate.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: what was written gets less likely"
+    )
     return parser
 
 
@@ -271,6 +277,8 @@ def _generate(subject: Subject, args: argparse.Namespace, path: Path, info: Any)
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
     )
     data = generation.describe_data(subject, settings)
     return _run(

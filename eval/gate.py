@@ -40,7 +40,7 @@ def check(subject: Subject, path: Path, *, asked: bool = False, rerun: bool = Fa
     settings = validity.ValiditySettings()
     shards = subject.shards
     data = {"path": str(shards.path), "hash": shards.fingerprint} if shards else {"path": None, "hash": "random tokens"}
-    print("validity: checking causality, batch and padding, saving and loading", flush=True)
+    print("validity: checking causality, decoding, batch and padding, saving and loading", flush=True)
     result, fresh = run_task(
         path,
         task=validity.TASK,

@@ -22,7 +22,7 @@ from eval.subject import Subject
 from pretrain.model.generation import generate
 
 TASK = "generate"
-VERSION = 1
+VERSION = 2
 TABLE = "generated text"
 FILL_TABLE = "filled masks"
 
@@ -37,6 +37,8 @@ class GenerateSettings:
     max_new_tokens: int = 64
     temperature: float = 0.8
     top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
     seed: int = 0
     masks: int = 3
 
@@ -97,16 +99,18 @@ def _continue(subject: Subject, settings: GenerateSettings) -> Outcome:
     real: list[list[int]] = []
     nats = {"model": 0.0, "real": 0.0}
     samples: list[dict[str, Any]] = []
-    for number, (prompt, truth) in enumerate(pairs):
-        out = generate(
-            subject.model,
-            prompt,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            seed=settings.seed + number,
-            stop_id=tokenizer.eos_id,
-        )
+    continuations = generate(
+        subject.model,
+        [prompt for prompt, _ in pairs],
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        seed=settings.seed,
+        stop_id=tokenizer.eos_id,
+    )
+    for (prompt, truth), out in zip(pairs, continuations, strict=True):
         sample: dict[str, Any] = {
             "kind": "continuation",
             "prompt": tokenizer.decode(prompt),

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from eval.results import Metric, ModelInfo, Outcome, Table, read_result_or_none
+from eval.results import Metric, ModelInfo, Outcome, Table, read_result_or_none, result_key
 from eval.subject import Subject
 from pretrain.model.attention.layout import Layout
+from pretrain.model.decoding import decode, prefill
 from pretrain.model.transformer import build_model
 
 TASK = "validity"
-VERSION = 1
+VERSION = 2
 CHECKS_TABLE = "checks"
 
 # Bounds, as shares of the largest absolute logit unless said otherwise.
@@ -68,6 +69,7 @@ def run(subject: Subject, settings: ValiditySettings) -> Outcome:
     if subject.causal:
         checks += perturbation(subject, tokens, positions, settings.seed)
         checks += prefix_likelihood(subject, tokens, positions)
+        checks += decoding(subject, tokens)
     checks += batch_and_padding(subject, tokens, settings.seed)
     checks += save_and_load(subject, tokens)
     rows: list[list[Any]] = [[c.name, c.measured, f"{c.sense} {c.bound:g}", c.passed, c.detail] for c in checks]
@@ -79,9 +81,12 @@ def run(subject: Subject, settings: ValiditySettings) -> Outcome:
 
 
 def stands(path: Path, model: ModelInfo) -> bool | None:
-    """Whether the result at ``path`` passed for these weights; None where it is of other weights or not there."""
+    """Whether the result at ``path`` passed for these weights; None where it is of other weights, of an earlier version
+    of the checks, or not there."""
     result = read_result_or_none(path)
-    if result is None or result.task != TASK or result.model.weights_hash != model.weights_hash:
+    if result is None or result.task != TASK:
+        return None
+    if result.key != result_key(TASK, VERSION, model.weights_hash, result.settings, result.data["hash"]):
         return None
     return result.metrics["passed"].value == 1.0
 
@@ -165,6 +170,18 @@ def prefix_likelihood(subject: Subject, tokens: Tensor, positions: list[int]) ->
         f"{-float(alone.mean()):.4f} from the prefix alone, over {len(positions)} tokens"
     )
     return [Check("causality: full against prefix-only likelihood", float(gap), LIKELIHOOD_BOUND, detail=detail)]
+
+
+def decoding(subject: Subject, tokens: Tensor) -> list[Check]:
+    """What generation computes, token by token with a cache, against one full forward."""
+    start = len(tokens) // 3
+    ids = tokens[None].to(subject.device)
+    logits, cache = prefill(subject.model, ids[:, :start], max_length=len(tokens))
+    steps = [logits] + [decode(subject.model, ids[:, t], cache) for t in range(start, len(tokens))]
+    full = subject.logits(tokens[None])[0]
+    gap = (torch.cat(steps).float() - full[start - 1 :]).abs().max() / full.abs().max().clamp_min(TINY)
+    detail = f"tokens {start} to {len(tokens)} one at a time with a cache, against one forward"
+    return [Check("decoding: token by token", float(gap), LOGIT_BOUND, detail=detail)]
 
 
 def batch_and_padding(subject: Subject, tokens: Tensor, seed: int) -> list[Check]:

@@ -100,12 +100,13 @@ def write_samples(
     if not (world.is_first or engine.zero_stage == 3):
         return []
     tokenizer = shards.tokenizer()
-    texts = []
+    documents = shards.documents(limit=config.validation.samples)
+    prompts = [document[:PROMPT_TOKENS].tolist() or [shards.eos_id] for document in documents]
+    if not prompts:
+        return []
     with randomness.preserved():
-        for number, document in enumerate(shards.documents(limit=config.validation.samples)):
-            prompt = document[:PROMPT_TOKENS].tolist() or [shards.eos_id]
-            tokens = generate(engine.model, prompt, max_new_tokens=SAMPLE_TOKENS, seed=config.seed + number)
-            texts.append(f"{tokenizer.decode(prompt)} ⟶ {tokenizer.decode(tokens)}")
+        written = generate(engine.model, prompts, max_new_tokens=SAMPLE_TOKENS, seed=config.seed)
+    texts = [f"{tokenizer.decode(p)} ⟶ {tokenizer.decode(t)}" for p, t in zip(prompts, written, strict=True)]
     if world.is_first and texts:
         out.mkdir(exist_ok=True)
         write_atomic(out / f"step{step:09d}.txt", ("\n\n---\n\n".join(texts) + "\n").encode())

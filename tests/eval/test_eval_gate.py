@@ -15,6 +15,7 @@ from data_pipeline.shards import ShardSet
 from eval import validity
 from eval.subject import Subject
 from pretrain.model.attention import self_attention
+from pretrain.model.attention.cache import LayerCache
 
 
 def checks_of(subject: Subject) -> dict[str, bool]:
@@ -39,6 +40,7 @@ def test_sound_models_pass(
     checks = checks_of(subject_of(export(name, **model), shards if with_text else None))
     assert all(checks.values()), checks
     assert any(name.startswith("causality") for name in checks) == (model["objective"] == "clm")
+    assert ("decoding: token by token" in checks) == (model["objective"] == "clm")
 
 
 def segment_mean_leak(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -57,7 +59,16 @@ def test_leaking_causal_model_is_caught(
     checks = checks_of(subject_of(causal, shards))
     assert not checks["causality: later tokens changed"]
     assert not checks["causality: full against prefix-only likelihood"]
+    assert not checks["decoding: token by token"]
     assert checks["save and load: logits"]
+
+
+def test_cache_that_forgets_is_caught(causal: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A landmark that is not kept: nothing but generation itself would show it."""
+    monkeypatch.setattr(LayerCache, "_add_landmarks", lambda *_: None)
+    assert [name for name, passed in checks_of(subject_of(causal, shards)).items() if not passed] == [
+        "decoding: token by token"
+    ]
 
 
 def test_model_that_ignores_its_input_is_not_called_causal(causal: Path, shards: ShardSet) -> None:

@@ -1,0 +1,432 @@
+"""The ablation compares what it says: the tasks' answers, equal beginnings, every form, no run twice, the table."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.attention_ablation import cli, study
+from benchmarks.attention_ablation.books import Books
+from benchmarks.attention_ablation.forms import FORMS, configure, select, window_tokens
+from benchmarks.attention_ablation.measure import interleaved, memory
+from benchmarks.attention_ablation.mqar import FILLER, MultiQueryRecall
+from benchmarks.attention_ablation.passkey import DIGITS, FIRST_DIGIT, MARKER, MASK, Passkey
+from benchmarks.attention_ablation.report import report
+from benchmarks.attention_ablation.results import Record, Results
+from benchmarks.attention_ablation.tasks import DistanceBins, Shape, Task, generator
+from benchmarks.attention_ablation.training import Recipe, TrainStep, evaluate, initial_model, train
+from data_pipeline.errors import UserError, run_cli
+from data_pipeline.loader import TrainLoader
+from data_pipeline.masking import IGNORE
+from data_pipeline.order import Plan, StageSpec
+from data_pipeline.prepare import plan_preparation, prepare
+from data_pipeline.shards import ShardSet
+from data_pipeline.tokenizer import train_tokenizer
+from pretrain.model.config import ModelConfig
+
+TINY: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "segment_length": 4,
+    "num_landmarks": 8,
+    "conv_kernel": 9,
+}
+RECIPE = Recipe(tokens=256, batch_tokens=128, seq_len=32, lr=1e-2, bf16=False, device="cpu")
+SHAPE = Shape(seq_len=32, batch_tokens=128, held_out_tokens=256)
+SMALL = ["--tokens", "256", "--batch-tokens", "128", "--seq-len", "32", "--held-out-tokens", "256", "--device", "cpu"]
+SMALL += ["--pairs", "3", "--gap", "9", "--timing-rounds", "1"]
+SETS = [f"--set={name}={value}" for name, value in TINY.items()]
+
+
+def base(objective: str = "clm", **changes: Any) -> ModelConfig:
+    return configure(TINY | {"objective": objective} | changes, "test")
+
+
+def recall(pairs: int = 3, gap: int = 9, shape: Shape = SHAPE) -> MultiQueryRecall:
+    return MultiQueryRecall(shape, vocab_size=48, pairs=pairs, gap=gap, window=8)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ablation")
+    texts = [f"row {i} of {i * 7919 % 1000} " * (1 + i % 4) for i in range(120)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(plan_preparation([folder / "a.jsonl"], train_tokenizer(texts, 270)), folder / "shards")
+    return folder / "shards"
+
+
+# --- tasks
+
+
+def test_every_query_finds_its_value_among_the_pairs() -> None:
+    task = recall(pairs=5, gap=20, shape=Shape(64, 256, 256))
+    rows = task.rows(generator(7), 200)
+    pairs, first = task.pairs, 2 * task.pairs + task.gap
+    for inputs, labels, distance in zip(*rows, strict=True):
+        keys, values = inputs[0 : 2 * pairs : 2], inputs[1 : 2 * pairs : 2]
+        assert len(set(keys)) == len(set(values)) == pairs
+        assert keys.min() >= FILLER
+        assert keys.max() < FILLER + task.half <= values.min()
+        queries = np.flatnonzero(labels != IGNORE)
+        assert queries.min() >= first
+        assert set(inputs[queries]) == set(keys)  # each key once
+        for at in queries:
+            pair = int(np.flatnonzero(keys == inputs[at])[0])
+            assert labels[at] == values[pair]
+            assert distance[at] == at - 2 * pair
+        filler = np.ones(64, dtype=bool)
+        filler[: 2 * pairs] = filler[queries] = False
+        assert inputs[filler].max() < FILLER
+        assert not distance[labels == IGNORE].any()
+    # The power law: the places of queries are mostly early ones, and all of them are used.
+    slot = (np.nonzero(rows.labels != IGNORE)[1] - first) // 2
+    assert np.median(slot) < 0.75 * np.median(np.arange(task.slots))
+    assert set(slot) == set(range(task.slots))
+
+
+def test_queries_are_drawn_as_by_numpys_weighted_choice_without_replacement() -> None:
+    task = recall(pairs=2, gap=0, shape=Shape(16, 16, 16))
+    rows = task.rows(generator(3), 20_000)
+    slots = ((np.nonzero(rows.labels != IGNORE)[1] - 4) // 2).reshape(-1, 2)
+    weights = np.arange(1.0, task.slots + 1) ** (0.01 - 1)
+    weights /= weights.sum()
+    expected = np.zeros(task.slots)  # probability that a place is among the two drawn
+    for i, j in itertools.permutations(range(task.slots), 2):
+        expected[[i, j]] += weights[i] * weights[j] / (1 - weights[i])
+    assert np.bincount(slots.reshape(-1), minlength=task.slots) / 20_000 == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_the_key_stands_behind_the_first_marker(objective: Any) -> None:
+    task = Passkey(SHAPE, objective, vocab_size=48, digits=3, window=8)
+    rows = task.rows(generator(1), 300)
+    question = 29 if objective == "clm" else 28
+    for inputs, labels, start in zip(*rows, strict=True):
+        assert list(np.flatnonzero(inputs == MARKER)) == [start, question]
+        targets = np.flatnonzero(labels != IGNORE)
+        key = inputs[start + 1 : start + 4]
+        assert list(labels[targets]) == list(key)
+        assert [(token - FIRST_DIGIT) // DIGITS for token in key] == [0, 1, 2]
+        if objective == "clm":  # targets are the next tokens
+            assert list(targets) == [29, 30, 31]
+            assert list(inputs[30:]) == list(key[:2])
+        else:  # nothing of the key is left at the end
+            assert list(targets) == [29, 30, 31]
+            assert set(inputs[29:]) == {MASK}
+    assert set(rows.start) == set(range(question - 3))  # every depth that leaves room
+
+
+def test_passkey_bins_are_the_distance_and_the_depth() -> None:
+    task = Passkey(Shape(64, 256, 64 * 200), "clm", vocab_size=48, digits=2, window=8)
+    labels = task.groupings["distance in windows"]
+    assert task.far is not None
+    far = [labels[i] for i in task.far.bins]
+    assert (labels, far) == (("0-1", "1-2", "2-4", "4-8"), ["4-8"])
+    for batch in task.held_out():
+        starts = (batch.input_ids == MARKER).int().argmax(1).numpy()
+        targets = (batch.labels != IGNORE).numpy()
+        for row, start in enumerate(starts):
+            distance = set(batch.groups["distance in windows"][row][targets[row]])
+            depth = set(batch.groups["depth"][row][targets[row]])
+            low, high = (int(edge) for edge in labels[distance.pop()].split("-"))
+            assert 8 * low <= 62 - start < 8 * high
+            assert depth == {5 * start // task.places}
+            assert not distance
+
+
+def test_distance_bins() -> None:
+    bins = DistanceBins(window=10, longest=45)
+    assert bins.labels == ("0-1", "1-2", "2-4", "4-8")
+    assert bins(np.array([0, 9, 10, 19, 20, 39, 40, 45])).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert bins.beyond(2) == (2, 3)
+
+
+@pytest.mark.parametrize("make", [recall, lambda: Passkey(SHAPE, "mlm", vocab_size=48, digits=2, window=8)])
+def test_rows_are_a_function_of_the_seed(make: Callable[[], Task]) -> None:
+    def rows(task: Task, seed: int) -> torch.Tensor:
+        return torch.cat([batch.input_ids for batch in itertools.islice(task.train_batches(seed), 4)])
+
+    held_out = [torch.cat([batch.input_ids for batch in make().held_out()]) for _ in range(2)]
+    assert torch.equal(rows(make(), 3), rows(make(), 3))
+    assert torch.equal(*held_out)
+    assert held_out[0].shape == (8, 32)
+    every = torch.cat([rows(make(), 0), rows(make(), 1), held_out[0]])
+    assert len(every.unique(dim=0)) == len(every)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_books_are_the_rows_of_pretraining(shards: Path, objective: Any) -> None:
+    task = Books.open(shards, shards, objective, SHAPE, 1024)
+    batches = list(task.train_batches(5))
+    plan = Plan([StageSpec(32, 1024)], block_length=32, batch_tokens=128)
+    masking = {"rate": 0.15, "mask_share": 0.8, "random_share": 0.1}
+    loader = TrainLoader(ShardSet.open(shards), plan, objective=objective, seed=5, masking=masking)
+    assert len(batches) == 8
+    for ours, theirs in zip(batches, loader, strict=True):
+        assert torch.equal(ours.input_ids, theirs.input_ids)
+        assert torch.equal(ours.labels, theirs.labels)
+    if objective == "clm":
+        assert task.far is not None
+        assert task.groupings["position"] == ("0-3", "4-7", "8-11", "12-15", "16-19", "20-23", "24-27", "28-31")
+        assert [task.groupings["position"][i] for i in task.far.bins] == ["24-27", "28-31"]
+
+
+# --- forms
+
+
+def test_a_form_changes_its_keys_and_nothing_else() -> None:
+    for objective, forms in FORMS.items():
+        origin = base(objective)
+        for variant in select([form.name for form in forms], origin):
+            changed = {k for k, v in variant.config.model_dump().items() if v != origin.model_dump()[k]}
+            assert changed <= set(variant.changes), variant.name
+    found = {variant.name: variant for variant in select(None, base())}
+    assert window_tokens(found["segment-half"].config) == window_tokens(found["segment-double"].config) == 8
+    assert window_tokens(found["window-double"].config) == 16
+    assert (found["segment-half"].config.segment_length, found["segment-double"].config.segment_length) == (2, 8)
+    assert (found["gamma-0.55"].config.gamma_init, found["gamma-0.55"].config.has_gamma) == (0.55, True)
+    assert found["window"].describe() == "attention window"
+
+
+def test_all_forms_are_all_different_and_named_ones_as_named() -> None:
+    for objective, same in (("clm", "pooled"), ("mlm", "inverse")):
+        every = select(None, base(objective))
+        assert same not in [variant.name for variant in every]  # the default already
+        assert len({variant.config for variant in every}) == len(every)
+        assert [variant.name for variant in select([same, "nystrom", same], base(objective))] == [same, "nystrom"]
+    both = select(["softmax+conv-none"], base())[0]
+    assert (both.config.attention, both.config.conv_kernel) == ("softmax", 0)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_forms_start_from_the_same_weights(objective: str) -> None:
+    origin = base(objective)
+    names = [form.name for form in FORMS[objective]] + ["softmax+conv-none", "softmax+conv-5"]
+    models = [initial_model(variant.config, origin, 4) for variant in select(names, origin)]
+    weights = [dict(model.named_parameters()) for model in models]
+    for one, other in itertools.combinations(weights, 2):
+        for name in one.keys() & other.keys():
+            if one[name].shape == other[name].shape:
+                assert torch.equal(one[name], other[name]), name
+    assert len({len(w) for w in weights}) > 1  # they do not all have the same parameters
+    again = dict(initial_model(origin, origin, 5).named_parameters())
+    assert not torch.equal(again["layers.0.attention.query.weight"], weights[0]["layers.0.attention.query.weight"])
+
+
+# --- training and measuring
+
+
+@torch.no_grad()
+def test_scores_are_those_of_the_models_own_loss() -> None:
+    task = recall()
+    step = TrainStep(initial_model(base(), base(), 0), RECIPE)
+    scores = evaluate(step.model, task, RECIPE)
+    outs = [step.model(batch.input_ids, batch.labels) for batch in task.held_out()]
+    targets = sum(int(out.num_targets) for out in outs)
+    assert scores.overall.targets == targets == 24
+    assert scores.overall.loss == pytest.approx(sum(float(out.loss_sum) for out in outs) / targets, rel=1e-5)
+    right = sum(int((step.model(batch.input_ids).logits.argmax(-1) == batch.labels).sum()) for batch in task.held_out())
+    assert scores.overall.accuracy == right / targets
+    bins = [part for part in scores.groups["distance in windows"] if part.targets]
+    assert sum(part.targets for part in bins) == targets
+    assert sum(part.loss * part.targets for part in bins) == pytest.approx(scores.overall.loss * targets)
+
+
+def test_training_is_a_function_of_the_seed_and_learns() -> None:
+    task = Passkey(Shape(16, 512, 512), "clm", vocab_size=24, digits=1, window=8)
+    recipe = Recipe(tokens=40 * 512, batch_tokens=512, seq_len=16, lr=2e-2, bf16=False, device="cpu")
+    origin = base(vocab_size=24, init_std=0.2)
+    curves = [train(TrainStep(initial_model(origin, origin, 1), recipe), task.train_batches(1)).curve for _ in range(2)]
+    assert curves[0] == curves[1]
+    assert [step for step, _ in curves[0]] == list(range(1, 41))
+    assert curves[0][-1][1] < 0.8 * math.log(10) < curves[0][0][1]
+
+
+def test_learning_rate_rises_and_falls_to_zero() -> None:
+    recipe = Recipe(tokens=2000, batch_tokens=100, seq_len=50, lr=1.0, bf16=False, device="cpu")
+    rates = [recipe.lr_at(step) for step in range(recipe.steps)]
+    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0 - 1 / 18])
+    assert rates[-1] == 0.0
+    assert len(rates) == 20
+
+
+def test_memory_and_time_of_a_step() -> None:
+    task = recall()
+    variants = select(["softmax", "nystrom"], base())
+    steps = {v.name: TrainStep(initial_model(v.config, base(), 0), RECIPE) for v in variants}
+    batch = next(task.train_batches(0))
+    half = batch._replace(input_ids=batch.input_ids[:2], labels=batch.labels[:2])
+    kept = [memory(steps["nystrom"], part).bytes for part in (half, batch)]
+    assert 1.5 < kept[1] / kept[0] < 2.0  # by rows, but for what they share
+    assert kept[1] > batch.input_ids.numel() * 2 * 4 * 16 * 4  # more than q, k, v and one state of each layer
+
+    before = [parameter.clone() for parameter in steps["nystrom"].model.parameters()]
+    times = interleaved(steps, batch, "softmax", 3)
+    assert times["softmax"].ratio == 1.0
+    assert all(step.seconds > 0 and step.ratio > 0 for step in times.values())
+    after = steps["nystrom"].model.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# --- the command
+
+
+@pytest.mark.parametrize(("task", "objective"), [("mqar", "clm"), ("mqar", "mlm"), ("passkey", "mlm")])
+def test_every_form_trains_and_is_in_the_table(
+    task: str, objective: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "results.json"
+    assert cli.main(["--task", task, "--objective", objective, "--out", str(out), *SMALL, *SETS]) == 0
+    content, printed = json.loads(out.read_text()), capsys.readouterr().out
+    names = {variant.name for variant in select(None, base(objective))}
+    runs, (timing,) = content["runs"].values(), content["timings"].values()
+    assert {run["form"] for run in runs} == set(timing["forms"]) == names
+    for run in runs:
+        assert len(run["training"]["curve"]) == 2
+        assert run["memory"]["bytes"] > 0
+        assert run["model"]["objective"] == run["base"]["objective"] == objective
+        assert run["recipe"]["tokens"] == 256
+        assert {"command", "date", "commit", "torch", "cpu", "gpu", "threads"} <= run["provenance"].keys()
+        (line,) = [x for x in printed.splitlines() if x.startswith(f"| {run['form']} |") and "MiB" not in x][:1]
+        assert f"{100 * run['score']['accuracy']:.1f}" in line
+        assert f"{run['score']['loss']:.4f}" in line
+        assert f"| {timing['forms'][run['form']]['ratio']:.2f} |" in line
+    assert "chance" in printed
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_books(objective: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--task", "books", "--objective", objective, "--train", str(shards), "--valid", str(shards), *SMALL]
+    arguments += [part for part in SETS if "vocab_size" not in part] + ["--forms", "softmax,nystrom", "--bf16"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "r.json")]) == 0
+    printed = capsys.readouterr().out
+    runs = {run["form"]: run for run in json.loads((tmp_path / "r.json").read_text())["runs"].values()}
+    losses = {form: run["score"]["loss"] for form, run in runs.items()}
+    assert f"| {losses['nystrom']:.4f} | {100 * (losses['nystrom'] / losses['softmax'] - 1):+.2f}% |" in printed
+    assert "Without recall: unigram entropy" in printed
+    if objective == "clm":
+        parts = runs["nystrom"]["groups"]["position"]
+        assert sum(part["loss"] for part in parts) / 8 == pytest.approx(losses["nystrom"])
+        assert f"| {(parts[6]['loss'] + parts[7]['loss']) / 2:.4f} |" in printed
+
+
+def test_what_is_there_is_not_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--task", "mqar", "--out", str(tmp_path / "r.json"), *SMALL, *SETS]
+    trained: list[str] = []
+
+    def counted(step: TrainStep, batches: Any) -> Any:
+        trained.append(step.model.config.attention)
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return train(step, batches)
+
+    monkeypatch.setattr(study, "train", counted)
+    cli.main([*arguments, "--forms", "softmax,window"])
+    first = capsys.readouterr().out.split("\n\n", 1)[1]
+    assert trained == ["softmax", "window"]
+    cli.main([*arguments, "--forms", "softmax,window"])
+    again = capsys.readouterr().out
+    assert len(trained) == 2
+    assert again.split("\n\n", 1)[1] == first  # the times too
+    assert again.count("already there") == 2
+
+    with pytest.raises(KeyboardInterrupt):  # the third run is kept, the fourth is not
+        cli.main([*arguments, "--forms", "softmax,window", "--seeds", "0,1"])
+    cli.main([*arguments, "--forms", "softmax,window", "--seeds", "0,1"])
+    assert trained[2:] == ["softmax", "window", "window"]
+    cli.main([*arguments, "--forms", "softmax", "--lr", "0.5"])  # other settings: another result
+    cli.main([*arguments, "--forms", "softmax", "--pairs", "2"])
+    assert len(trained) == 7
+    assert len(json.loads((tmp_path / "r.json").read_text())["runs"]) == 6
+
+
+def test_the_table_has_means_spreads_and_paired_differences() -> None:
+    task, variants = recall(), select(["softmax", "nystrom"], base())
+
+    def record(accuracy: float, loss: float | None) -> Record:
+        part = {"loss": loss, "accuracy": accuracy, "targets": 10}
+        groups = {"distance in windows": [{"loss": None, "accuracy": None, "targets": 0}, part, part]}
+        rest = {"parameters": 1234, "memory": {"bytes": 2**20, "kind": "kept"}, "training": {"mean_loss": 2.5}}
+        return {"score": part, "groups": groups, **rest}
+
+    runs = {
+        "softmax": {0: record(0.50, 1.0), 1: record(0.80, 2.0)},
+        "nystrom": {0: record(0.40, 1.5), 1: record(0.80, None)},
+    }
+    timing = {"rounds": 3, "forms": {"softmax": {"seconds": 0.1, "ratio": 1.0}}}
+    lines = report(task, variants, runs, timing).splitlines()
+    softmax = "| softmax | attention softmax | 65.0 (30.0) | +0.00% (0.00%) | 1.5000 (1.0000) | 2.5000 (0.0000) |"
+    nystrom = "| nystrom | - | 60.0 (40.0) | -10.00% (20.00%) | not finite | 2.5000 (0.0000) |"
+    assert lines[2:4] == [softmax + " 1,234 | 1.0 | 100.0 | 1.00 |", nystrom + " 1,234 | 1.0 | - | - |"]
+    assert "| accuracy, % by distance in windows | 1-2 | 2-4 |" in lines  # the bin without targets is left out
+    assert "| chance: one of the row's values | 33.3 | 33.3 |" in lines
+    assert "| held-out targets | 10 | 10 |" in lines
+    assert any("seeds 0, 1, in brackets largest minus smallest" in line for line in lines)
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
+    results = Results(tmp_path / "r.json")
+    results.add_run("a", {"score": {"loss": math.nan}, "curve": [(1, math.inf)]})
+    assert Results(tmp_path / "r.json").runs == {"a": {"score": {"loss": None}, "curve": [[1, None]]}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--forms", "softmax,reformer"], "no form 'reformer' for objective clm; there are softmax, window"),
+        (["--forms", "landmarks-half"], "no form 'landmarks-half' for objective clm"),
+        (["--forms", ","], "names no form"),
+        (["--forms", "segment-double", "--set", "window_segments=3"], "window_segments 3 does not halve"),
+        (["--forms", "segment-half", "--set", "segment_length=2"], "form segment-half: segment_length"),
+        (["--pairs", "17", "--seq-len", "128"], "--set vocab_size=50 or more"),
+        (["--pairs", "8"], "no room for 8 queries"),
+        (["--gap", "-1"], "no negative gap"),
+        (["--seq-len", "8"], "all attention would be exact"),
+        (["--set", "hiden_size=32"], "did you mean 'hidden_size'?"),
+        (["--set", "num_heads=3"], "not divisible by num_heads"),
+        (["--set", "num_heads"], "write it as key=value"),
+        (["--set", "attention=window"], "choose with --forms"),
+        (["--seeds", "a"], "write whole numbers"),
+        (["--lr", "0"], "must be positive"),
+        (["--tokens", "0"], "must be at least 1"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--task", "passkey", "--set", "vocab_size=20"], "has no filler"),
+        (["--task", "passkey", "--digits", "16", "--set", "vocab_size=200"], "no room for a needle"),
+        (["--task", "books"], "vocab_size: task books takes it from the shards"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every = ["--task", "mqar", "--out", str(tmp_path / "r.json"), *SMALL, *SETS, *arguments]
+    assert run_cli(cli.main, "ablation", every) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_refusals_of_files(tmp_path: Path, shards: Path) -> None:
+    books = ["--task", "books", "--out", str(tmp_path / "r.json"), "--seq-len", "256"]
+    with pytest.raises(UserError, match="--train SHARDS --valid SHARDS"):
+        cli.main(books)
+    with pytest.raises(UserError, match="nowhere"):
+        cli.main([*books, "--train", str(tmp_path / "nowhere"), "--valid", str(shards)])
+    with pytest.raises(UserError, match="less than one"):
+        cli.main([*books, "--train", str(shards), "--valid", str(shards), "--seq-len", "8192"])
+    with pytest.raises(UserError, match="not a multiple of --seq-len"):
+        cli.main([*books, "--train", str(shards), "--valid", str(shards), "--batch-tokens", "1000"])
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no results of this benchmark"):
+        cli.main(["--task", "passkey", "--out", str(tmp_path / "r.json")])
+    (tmp_path / "r.json").write_text("{")
+    with pytest.raises(UserError, match="not a readable file of results"):
+        cli.main(["--task", "passkey", "--out", str(tmp_path / "r.json")])
