@@ -24,7 +24,7 @@ from data_pipeline.errors import UserError, run_cli
 
 CPU = torch.device("cpu")
 TINY = ["--heads", "2", "--head-dim", "8", "--landmarks", "8", "--segment-length", "4", "--conv-kernel", "5"]
-OURS = ("nystrom", "nystrom+conv", "causal-nystrom", "causal-nystrom+conv", "causal-pooled", "causal-pooled+conv")
+OURS = ("nystrom", "nystrom+conv", "causal-inverse", "causal-inverse+conv", "causal-nystrom", "causal-nystrom+conv")
 INSTALLED = {"transformers": "transformers", "lucidrains": "nystrom_attention"}
 
 
@@ -93,22 +93,22 @@ def test_exact_forms_are_softmax_attention(name: str, seen: Callable[[Setting], 
     torch.testing.assert_close(output(name, where).double(), softmax_attention(where, seen(where)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["nystrom", "packed-nystrom", "causal-nystrom", "causal-pooled"])
+@pytest.mark.parametrize("name", ["nystrom", "packed-nystrom", "causal-inverse", "causal-nystrom"])
 def test_ours_with_landmarks_or_window_over_everything_is_exact(name: str) -> None:
     where = setting(37, landmarks=37, window_segments=10)
     seen = {"nystrom": None, "packed-nystrom": same_document(where)}.get(name, lower(37))
     torch.testing.assert_close(output(name, where).double(), softmax_attention(where, seen), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["nystrom", "causal-nystrom", "causal-pooled"])
+@pytest.mark.parametrize("name", ["nystrom", "causal-inverse", "causal-nystrom"])
 def test_beyond_it_ours_is_not_exact_and_the_forms_differ(name: str) -> None:
     where = setting(64)
     seen = None if name == "nystrom" else lower(64)
     assert (output(name, where) - softmax_attention(where, seen)).abs().max() > 1e-3
-    assert (output("causal-nystrom", where) - output("causal-pooled", where)).abs().max() > 1e-3
+    assert (output("causal-inverse", where) - output("causal-nystrom", where)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["nystrom", "causal-nystrom", "causal-pooled"])
+@pytest.mark.parametrize("name", ["nystrom", "causal-inverse", "causal-nystrom"])
 def test_the_convolution_is_conv2d_on_top(name: str) -> None:
     where = setting(40)
     expected = output(name, where) + convolution(where, causal=name != "nystrom")
@@ -212,7 +212,7 @@ def test_flop_ratios_are_the_formulas() -> None:
     assert ratio["nystrom+conv"] == ratio["transformers"] == pytest.approx(by_hand + 2 * 5 * h / (4 * n * h))
     documents = sum(size**2 for size in document_lengths(256, 0)) / 256**2
     assert ratio["packed-sdpa"] == pytest.approx(documents)
-    assert ratio["causal-pooled"] < ratio["causal-nystrom"] < ratio["causal-nystrom+conv"] < 1
+    assert ratio["causal-nystrom"] < ratio["causal-inverse"] < ratio["causal-inverse+conv"] < 1
     assert ratio["sdpa"] == ratio["causal-sdpa"] == 1
 
 
@@ -339,7 +339,7 @@ def test_an_error_of_ours_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("benchmarks.attention.forms.causal_nystrom_attention", broken)
     with pytest.raises(RuntimeError, match="broken"):
-        run.measure([run.FORMS["causal-nystrom"]], setting(16), run.Effort(1, 0, None), 1e9)
+        run.measure([run.FORMS["causal-inverse"]], setting(16), run.Effort(1, 0, None), 1e9)
     with pytest.raises(UserError, match="no 'x'"):
         cli.main(["--forms", "x"])
 

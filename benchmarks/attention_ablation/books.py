@@ -1,0 +1,130 @@
+"""Text: held-out loss of a language model on prepared shards, causal or masked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.attention_ablation.forms import Objective
+from benchmarks.attention_ablation.tasks import Examples, Far, Shape
+from data_pipeline.errors import UserError
+from data_pipeline.loader import TrainLoader, validation_batches
+from data_pipeline.masking import IGNORE
+from data_pipeline.order import Plan, StageSpec
+from data_pipeline.shards import ShardSet
+from pretrain.config import MaskingConfig
+
+POSITION_BINS = 8
+HELD_OUT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Books:
+    """Rows of ``nystrom data prepare``'s shards in the order and with the masking of pretraining.
+
+    Causal: the loss is given for eighths of the row, as a form that loses what is far back shows it late in the row;
+    masked: one figure.
+    """
+
+    train: ShardSet
+    valid: ShardSet
+    objective: Objective
+    shape: Shape
+    tokens: int
+    name: str = "books"
+    main: str = "loss"
+
+    @classmethod
+    def open(
+        cls, train: str | Path | None, valid: str | Path | None, objective: Objective, shape: Shape, tokens: int
+    ) -> Books:
+        """Raises :class:`UserError` for shards that are missing, damaged, too short or of two tokenizers."""
+        if not train or not valid:
+            raise UserError(
+                "task books reads shards: --train SHARDS --valid SHARDS (`nystrom data prepare` makes them)"
+            )
+        if shape.batch_tokens % shape.seq_len:
+            raise UserError(f"--batch-tokens {shape.batch_tokens} is not a multiple of --seq-len {shape.seq_len}")
+        opened = ShardSet.open(train)
+        task = cls(opened, ShardSet.open(valid, expect_tokenizer=opened.tokenizer_hash), objective, shape, tokens)
+        task._loader(0)
+        next(task.held_out())
+        return task
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer."""
+        return self.train.vocab_size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "objective": self.objective,
+            "train": self.train.fingerprint,
+            "valid": self.valid.fingerprint,
+            "held_out_tokens": self.shape.held_out_tokens,
+        }
+
+    @property
+    def groupings(self) -> dict[str, tuple[str, ...]]:
+        if self.objective == "mlm":
+            return {}
+        bins = self._bins()
+        return {
+            "position": tuple(
+                f"{np.flatnonzero(bins == i).min()}-{np.flatnonzero(bins == i).max()}" for i in np.unique(bins)
+            )
+        }
+
+    @property
+    def far(self) -> Far | None:
+        if self.objective == "mlm":
+            return None
+        count = len(self.groupings["position"])
+        return Far("last quarter", "position", tuple(range(count - max(1, count // 4), count)))
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """The loss of knowing only how frequent each held-out token is."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for batch in self.held_out():
+            targets = batch.labels[batch.labels != IGNORE].numpy()
+            counts += np.bincount(targets, minlength=len(counts))
+        share = counts[counts > 0] / counts.sum()
+        return {"unigram entropy": float(-(share * np.log(share)).sum())}
+
+    def train_batches(self, seed: int) -> Iterator[Examples]:
+        loader = self._loader(seed)
+        try:
+            for batch in loader:
+                yield Examples(batch.input_ids, batch.labels)
+        finally:
+            loader.close()
+
+    def held_out(self) -> Iterator[Examples]:
+        batches = validation_batches(
+            self.valid,
+            objective=self.objective,
+            seq_len=self.shape.seq_len,
+            rows=self.shape.rows,
+            max_tokens=self.shape.held_out_tokens,
+            seed=HELD_OUT_SEED,
+            masking=MaskingConfig().model_dump(),
+        )
+        for batch in batches:
+            bins = np.broadcast_to(self._bins(), tuple(batch.labels.shape))
+            yield Examples(batch.input_ids, batch.labels, {"position": bins} if self.objective == "clm" else {})
+
+    def _bins(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        length = self.shape.seq_len
+        count = min(POSITION_BINS, length)
+        return np.arange(length, dtype=np.int64) * count // length
+
+    def _loader(self, seed: int) -> TrainLoader:
+        length = self.shape.seq_len
+        plan = Plan([StageSpec(length, self.tokens)], block_length=length, batch_tokens=self.shape.batch_tokens)
+        return TrainLoader(self.train, plan, objective=self.objective, seed=seed, masking=MaskingConfig().model_dump())

@@ -1,0 +1,155 @@
+"""Multi-query associative recall: key-value pairs, and far behind them the keys again (Arora et al. 2023, "Zoology",
+arXiv 2312.04927, sections 3 and 4).
+
+What is generated, for a row of N tokens with P pairs and a gap of g:
+
+* P pairs ``key value key value ...`` from position 0. Keys are drawn without replacement, values too, from disjoint
+  halves of the vocabulary (what is left of it beyond the filler's ids).
+* g filler tokens. Zoology has none; here no query finds a pair in its window, so that what is measured is recall from
+  far back. The default is the distance over which the local parts of the base model can hand something on through all
+  its layers, layers * max(window, convolution's kernel).
+* From position 2 P + g to the end each key once more, its *query*, at one of the even offsets 2 j from there. The j are
+  drawn without replacement with probability in proportion to (j + 1)^(a - 1), a = 0.01, the first draw for the first
+  pair, as in Zoology's generator: most queries come early, some anywhere.
+* Filler everywhere else, uniform over ids of its own. Zoology draws it from the whole vocabulary; ids of its own leave
+  no chance pairs.
+
+The target of a query is its value, at the query's own position (also for a causal model: the value is not in the input
+again). Nothing else is a target. ``mlm`` reads the same rows bidirectionally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.attention_ablation.tasks import (
+    HELD_OUT,
+    TRAIN,
+    DistanceBins,
+    Examples,
+    Far,
+    Ints,
+    Shape,
+    examples,
+    generator,
+    no_labels,
+    slices,
+)
+from data_pipeline.errors import UserError
+
+POWER = 0.01
+FILLER = 16
+"""Ids 0 to 15."""
+
+
+class Recall(NamedTuple):
+    """Rows of the task."""
+
+    inputs: Ints
+    """(B, N)."""
+    labels: Ints
+    """(B, N)."""
+    distance: Ints
+    """(B, N), tokens from a query back to its key's first place; 0 elsewhere."""
+
+
+@dataclass(frozen=True)
+class MultiQueryRecall:
+    """The task. ``window``: tokens, the unit of distances."""
+
+    shape: Shape
+    vocab_size: int
+    pairs: int
+    gap: int
+    window: int
+    name: str = "mqar"
+    main: str = "accuracy"
+    far: Far | None = None
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1 or self.gap < 0:
+            raise UserError(f"--pairs {self.pairs} and --gap {self.gap}: at least one pair and no negative gap")
+        if self.half < self.pairs:
+            raise UserError(
+                f"a vocabulary of {self.vocab_size} has {max(self.half, 0)} keys ({FILLER} ids are filler, the rest is "
+                f"halved), {self.pairs} pairs need as many: --set vocab_size={FILLER + 2 * self.pairs} or more, or "
+                "fewer --pairs"
+            )
+        if self.slots < self.pairs:
+            raise UserError(
+                f"rows of {self.shape.seq_len} tokens have no room for {self.pairs} queries behind {self.pairs} pairs "
+                f"and a gap of {self.gap}: --seq-len {4 * self.pairs + self.gap} or more, fewer --pairs or a smaller "
+                "--gap"
+            )
+
+    @property
+    def half(self) -> int:
+        """Keys, and values, to choose from."""
+        return (self.vocab_size - FILLER) // 2
+
+    @property
+    def slots(self) -> int:
+        """Places for queries."""
+        return (self.shape.seq_len - 2 * self.pairs - self.gap) // 2
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self.vocab_size,
+            "pairs": self.pairs,
+            "gap": self.gap,
+            "window": self.window,
+            "held_out_tokens": self.shape.held_out_tokens,
+        }
+
+    @property
+    def groupings(self) -> dict[str, tuple[str, ...]]:
+        return {"distance in windows": self._bins.labels}
+
+    @property
+    def chance(self) -> dict[str, float]:
+        return {"one of the row's values": 1 / self.pairs, "one of all values": 1 / self.half}
+
+    def train_batches(self, seed: int) -> Iterator[Examples]:
+        index = 0
+        while True:
+            rows = self.rows(generator(TRAIN, seed, index), self.shape.rows)
+            yield examples(rows.inputs, rows.labels)
+            index += 1
+
+    def held_out(self) -> Iterator[Examples]:
+        rows = self.rows(generator(HELD_OUT), self.shape.held_out_rows)
+        groups = {"distance in windows": self._bins(rows.distance)}
+        return slices(examples(rows.inputs, rows.labels, groups), self.shape.rows)
+
+    def rows(self, rng: np.random.Generator, count: int) -> Recall:
+        """``count`` rows as the module describes them."""
+        pairs, first = self.pairs, 2 * self.pairs + self.gap
+        keys = FILLER + _choices(rng, count, self.half, pairs)
+        values = FILLER + self.half + _choices(rng, count, self.half, pairs)
+        inputs = rng.integers(0, FILLER, (count, self.shape.seq_len))
+        inputs[:, 0 : 2 * pairs : 2] = keys
+        inputs[:, 1 : 2 * pairs : 2] = values
+        # The order of exponential arrival times with rates p is a draw without replacement with weights p (Efraimidis
+        # and Spirakis 2006).
+        rates = np.arange(1, self.slots + 1) ** (POWER - 1)
+        slot = np.argsort(rng.exponential(size=(count, self.slots)) / rates, axis=1)[:, :pairs]
+        at = first + 2 * slot
+        np.put_along_axis(inputs, at, keys, axis=1)
+        labels, distance = no_labels(inputs.shape), np.zeros_like(inputs)
+        np.put_along_axis(labels, at, values, axis=1)
+        np.put_along_axis(distance, at, at - 2 * np.arange(pairs), axis=1)
+        return Recall(inputs, labels, distance)
+
+    @property
+    def _bins(self) -> DistanceBins:
+        return DistanceBins(self.window, self.shape.seq_len - 1)
+
+
+def _choices(rng: np.random.Generator, count: int, size: int, chosen: int) -> Ints:
+    """(count, chosen): numbers below ``size``, no row with the same one twice."""
+    return rng.permuted(np.tile(np.arange(size, dtype=np.int64), (count, 1)), axis=1)[:, :chosen]

@@ -1,0 +1,129 @@
+"""The results as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+
+from benchmarks.attention_ablation.forms import BASELINE, Variant
+from benchmarks.attention_ablation.results import Record
+from benchmarks.attention_ablation.tasks import Task
+from benchmarks.presentation import markdown
+
+Runs = Mapping[str, Mapping[int, Record]]
+"""By form and seed."""
+Value = Callable[[Record], float | None]
+
+NOTHING = "-"
+DIVERGED = "not finite"
+
+
+def report(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record | None) -> str:
+    """The table of forms, one table for each grouping of targets, and what the figures mean."""
+    parts = [_forms(task, variants, runs, timing), _explain(task, runs, timing)]
+    for grouping, labels in task.groupings.items():
+        parts.append(_grouped(task, grouping, labels, variants, runs))
+    return "\n\n".join(parts)
+
+
+def _forms(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record | None) -> str:
+    other = "accuracy" if task.main == "loss" else "loss"
+    far = task.far
+    head = ["form", "changes", _title(task.main), f"against {BASELINE}"]
+    head += [f"{_title(task.main)}: {far.label}", f"against {BASELINE}"] if far else []
+    head += [_title(other), "training loss, mean", "weights", "memory, MiB"]
+    head += ["ms a step", f"time / {BASELINE}"] if timing else []
+    lines = []
+    for variant in variants:
+        own, baseline = runs.get(variant.name, {}), runs.get(BASELINE, {})
+        some = next(iter(own.values()), None)
+        cells = [variant.name, variant.describe(), *_compared(own, baseline, task.main, _overall(task.main))]
+        if far:
+            cells += _compared(own, baseline, task.main, _pooled(task.main, far.grouping, far.bins))
+        cells += [
+            _mean(own, other, _overall(other)),
+            _mean(own, "loss", lambda record: record["training"]["mean_loss"]),
+        ]
+        cells += [f"{some['parameters']:,}", f"{some['memory']['bytes'] / 2**20:.1f}"] if some else [NOTHING] * 2
+        if timing:
+            step = timing["forms"].get(variant.name)
+            cells += [f"{1000 * step['seconds']:.1f}", f"{step['ratio']:.2f}"] if step else [NOTHING] * 2
+        lines.append(cells)
+    return markdown(head, lines)
+
+
+def _grouped(task: Task, grouping: str, labels: Sequence[str], variants: Sequence[Variant], runs: Runs) -> str:
+    records = [record for own in runs.values() for record in own.values()]
+    bins = [i for i in range(len(labels)) if any(record["groups"][grouping][i]["targets"] for record in records)]
+    head = [f"{_title(task.main)} by {grouping}", *(labels[i] for i in bins)]
+    lines = [
+        [
+            variant.name,
+            *(_mean(runs.get(variant.name, {}), task.main, _pooled(task.main, grouping, (i,))) for i in bins),
+        ]
+        for variant in variants
+    ]
+    if task.main == "accuracy":
+        for name, chance in task.chance.items():
+            lines.append([f"chance: {name}", *[_format(task.main, chance)] * len(bins)])
+    targets = [str(records[0]["groups"][grouping][i]["targets"]) for i in bins] if records else [""] * len(bins)
+    return markdown(head, [*lines, ["held-out targets", *targets]])
+
+
+def _explain(task: Task, runs: Runs, timing: Record | None) -> str:
+    records = [record for own in runs.values() for record in own.values()]
+    lines = [f"Without recall: {name} {_format(task.main, value)}." for name, value in task.chance.items()]
+    seeds = sorted({seed for own in runs.values() for seed in own})
+    if len(seeds) > 1:
+        lines.append(f"Means over seeds {', '.join(map(str, seeds))}, in brackets largest minus smallest.")
+    lines.append(f"'against {BASELINE}' is relative, seed by seed: same initial weights, same batches.")
+    lines.append("The training loss is the mean over all steps: lower is learned sooner.")
+    if records:
+        lines.append(f"Memory: {records[0]['memory']['kind']}.")
+    if timing:
+        lines.append(f"Times: medians of {timing['rounds']} interleaved rounds of one training step each.")
+    return " ".join(lines)
+
+
+def _overall(metric: str) -> Value:
+    return lambda record: record["score"][metric]
+
+
+def _pooled(metric: str, grouping: str, bins: Sequence[int]) -> Value:
+    """Mean over the targets of several bins."""
+
+    def value(record: Record) -> float | None:
+        chosen = [record["groups"][grouping][i] for i in bins if record["groups"][grouping][i]["targets"]]
+        if not chosen or any(part[metric] is None for part in chosen):
+            return None
+        return sum(part[metric] * part["targets"] for part in chosen) / sum(part["targets"] for part in chosen)
+
+    return value
+
+
+def _compared(own: Mapping[int, Record], baseline: Mapping[int, Record], metric: str, value: Value) -> list[str]:
+    pairs = [(value(own[seed]), value(baseline[seed])) for seed in sorted(own) if seed in baseline]
+    differences = [100 * (a / b - 1) for a, b in pairs if a is not None and b]
+    return [_mean(own, metric, value), _spread(differences, "{:+.2f}%") if differences else NOTHING]
+
+
+def _mean(own: Mapping[int, Record], metric: str, value: Value) -> str:
+    values = [value(own[seed]) for seed in sorted(own)]
+    found = [x for x in values if x is not None]
+    if len(found) < len(values):
+        return DIVERGED
+    scale = 100 if metric == "accuracy" else 1
+    return _spread([scale * x for x in found], "{:.1f}" if metric == "accuracy" else "{:.4f}") if found else NOTHING
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    text = form.format(fmean(values))
+    return f"{text} ({form.replace('+', '').format(max(values) - min(values))})" if len(values) > 1 else text
+
+
+def _format(metric: str, value: float) -> str:
+    return f"{100 * value:.1f}" if metric == "accuracy" else f"{value:.4f}"
+
+
+def _title(metric: str) -> str:
+    return "accuracy, %" if metric == "accuracy" else "loss, nats"

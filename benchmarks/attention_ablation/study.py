@@ -1,0 +1,89 @@
+"""A study: forms trained alike on one task, and what is finished kept in the file of results."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.attention_ablation.forms import BASELINE, Variant, select
+from benchmarks.attention_ablation.measure import interleaved, memory
+from benchmarks.attention_ablation.results import Record, Results, key
+from benchmarks.attention_ablation.tasks import Task
+from benchmarks.attention_ablation.training import Recipe, TrainStep, evaluate, initial_model, train
+from pretrain.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Study:
+    """Forms, trained alike, on one task."""
+
+    base: ModelConfig
+    task: Task
+    recipe: Recipe
+    variants: list[Variant]
+    results: Results
+    provenance: dict[str, Any]
+
+    def run(self, variant: Variant, seed: int) -> Record:
+        """Train and score a form, unless its result is there."""
+        settings = self._settings() | {"model": variant.config.model_dump(), "seed": seed}
+        name = key(kind="run", **settings)
+        if name in self.results.runs:
+            print(f"{variant.name}, seed {seed}: already there", flush=True)
+            return self.results.runs[name]
+        began = time.perf_counter()
+        step = TrainStep(initial_model(variant.config, self.base, seed), self.recipe)
+        held = memory(step, next(self.task.train_batches(seed)))
+        torch.manual_seed(seed)  # of dropout
+        training = train(step, self.task.train_batches(seed))
+        scores = evaluate(step.model, self.task, self.recipe)
+        record = settings | {
+            "form": variant.name,
+            "changes": variant.changes,
+            "parameters": step.model.num_parameters(),
+            "score": asdict(scores.overall),
+            "groups": {grouping: [asdict(part) for part in parts] for grouping, parts in scores.groups.items()},
+            "groupings": self.task.groupings,
+            "chance": self.task.chance,
+            "training": asdict(training),
+            "memory": asdict(held),
+            "seconds": time.perf_counter() - began,
+            "provenance": self.provenance,
+        }
+        self.results.add_run(name, record)
+        print(
+            f"{variant.name}, seed {seed}: loss {scores.overall.loss:.4f}, accuracy {scores.overall.accuracy:.1%}, "
+            f"{training.tokens_per_second:,.0f} tokens/s, {record['seconds']:.0f} s",
+            flush=True,
+        )
+        return self.results.runs[name]
+
+    def time(self, rounds: int) -> Record:
+        """Interleaved steps of all forms and the baseline, unless they are there for the same forms and threads."""
+        variants = list(self.variants)
+        if all(variant.name != BASELINE for variant in variants):
+            variants += select([BASELINE], self.base)
+        settings = self._settings() | {
+            "models": {variant.name: variant.config.model_dump() for variant in variants},
+            "rounds": rounds,
+            "threads": torch.get_num_threads(),
+        }
+        name = key(kind="timing", **settings)
+        if name not in self.results.timings:
+            steps = {v.name: TrainStep(initial_model(v.config, self.base, 0), self.recipe) for v in variants}
+            times = interleaved(steps, next(self.task.train_batches(0)), BASELINE, rounds)
+            measured = {"forms": {form: asdict(step) for form, step in times.items()}, "provenance": self.provenance}
+            self.results.add_timing(name, settings | measured)
+        return self.results.timings[name]
+
+    def _settings(self) -> dict[str, Any]:
+        """What determines every result of this study. The device's kind and not its number."""
+        recipe = replace(self.recipe, device=torch.device(self.recipe.device).type)
+        return {
+            "task": {"name": self.task.name, **self.task.settings},
+            "recipe": asdict(recipe),
+            "base": self.base.model_dump(),
+        }
