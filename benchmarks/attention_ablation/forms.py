@@ -87,6 +87,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         Form("gamma-0.75", _fixed(landmark_inverse=True, learn_gamma=False, gamma_init=0.75)),
         Form("keys-mean", _fixed(landmark_keys="mean")),
         Form("query-mean", _fixed(learn_landmark_query=False)),
+        Form("query-learned", _fixed(learn_landmark_query=True)),
         Form("segment-half", _segment_half),
         Form("segment-double", _segment_double),
         Form("window-double", lambda config: {"window_segments": 2 * config.window_segments}),

@@ -53,7 +53,7 @@ class ModelConfig(BaseModel):
     landmark_keys: Literal["weighted", "mean"] = Field(
         "weighted", description="weighted: the tangent of the segment's softmax; mean: plain means"
     )
-    learn_landmark_query: bool = Field(True, description="a learned offset to the landmarks' queries, per head")
+    learn_landmark_query: bool = Field(False, description="a learned offset to the landmarks' queries, per head")
     gamma_init: float = Field(
         0.75, gt=0.5, lt=1.0, description="weight of the identity in the triangular inverse; with landmark_inverse"
     )

@@ -65,6 +65,8 @@ VARIANTS: list[dict[str, object]] = [
     {"objective": "mlm", "attention": "nystrom", "positions": "none", "norm": "pre", "landmark_inverse": False},
     {"objective": "clm", "attention": "nystrom", "positions": "rotary", "norm": "pre", "landmark_inverse": True},
     {"objective": "clm", "attention": "nystrom", "positions": "none", "norm": "pre", "landmark_keys": "mean"},
+    {"objective": "clm", "attention": "nystrom", "positions": "rotary", "norm": "post", "learn_landmark_query": True},
+    {"objective": "clm", "attention": "nystrom", "positions": "none", "norm": "pre", "learn_landmark_query": True},
 ]
 
 
