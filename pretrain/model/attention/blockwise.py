@@ -2,11 +2,11 @@
 
 A tile is some segments of some heads. For each of its segments the keys of its window and of the landmarks before it
 are laid side by side, so that logits, softmax and output are one batched product, one softmax and one more product,
-all contiguous; the backward pass computes a tile's weights again, so nothing of that size is kept. What makes it fast
-on a CPU (``python -m benchmarks.attention`` measures the whole):
+all contiguous; the backward pass computes a tile's weights again, so nothing of that size is kept. For speed on a CPU
+(``python -m benchmarks.attention`` measures the whole):
 
-* every large intermediate lives in a workspace that all tiles of a call share. Fresh memory has to be mapped page by
-  page, which took longer than the arithmetic;
+* every large intermediate lives in a workspace that all tiles of a call share: fresh memory has to be mapped page by
+  page;
 * the number of landmarks a tile looks at is rounded up to 32: a bfloat16 softmax over 190 columns takes 2.2 times as
   long for each element as one over 192;
 * a tile's weights fit the second-level cache.

@@ -7,7 +7,8 @@ For each row, with H heads of width d, segments of c tokens, a window of w segme
 * behind the ring, in the same tensors, so that a step reads both with one product: the keys k~ and values W of
   m = ceil(L / c) - w landmarks, as many as the last token can see; and their masses M;
 * the sum of the queries of the segment that is not complete yet, from which its landmark's query will come;
-* with ``landmark_inverse``, the keys and values of those m segments: B V of a new landmark looks at all of them.
+* with ``landmark_inverse``, the keys and values of those m segments: B V of a new landmark looks at all of them. Such
+  a cache is a little larger than that of exact attention.
 
 Keys and values have the dtype of the model, for that is what the forward pass reads with. M and the sums have at least
 float32: a sum over a segment in bfloat16 would lose its last queries. The triangular solve goes on from landmarks in

@@ -16,7 +16,7 @@ with p the softmax of s q~_j.k_t over the segment,
 so the key is the mean weighted by p, and the segment's mass M_j is the entropy of p: log c if the landmark stands for
 c tokens that are alike, 0 if it stands for one. The tangent is exact at q~_j and never more than the truth: a
 landmark gets no more attention than its tokens would. ``weighted=False`` takes the plain mean for k~_j, and for M_j
-what makes the logit exact at q~_j; it is no tangent, and was worse in every comparison.
+what makes the logit exact at q~_j: no tangent, and no bound.
 
 Values. Without ``gamma``, W_j = P_j = sum_t p_t v_t. With it, W comes from the Nystrom core at landmark level, where
 causality is triangular:
@@ -26,7 +26,7 @@ causality is triangular:
     W = (g I + (1 - g) A)^-1 (g P + (1 - g) B V)
 
 The inverse of a lower triangular matrix is lower triangular: W_j depends on segments <= j only. g = 0 is plain Nystrom
-and explodes (relative error 377 on smooth inputs, against 0.12 at 0.75); for g > 1/2 the inverse is bounded by 1 / (2 g
+and explodes (relative error 377 on smooth inputs in a prototype, against 0.12 at 0.75); for g > 1/2 the inverse is bounded by 1 / (2 g
 - 1) in the maximum norm, whatever the data. It costs m n more logits and, in decoding, all keys and values.
 
 The segment length is a number of the model and never derived from the row, so a prefix's outputs are the whole's.

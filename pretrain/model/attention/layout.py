@@ -8,7 +8,8 @@ had been packed, and the results are put back. This
 * makes "packed equals separate" and "padding changes nothing" true by construction: a sequence's landmarks, inverse,
   softmax and convolution are computed from that sequence alone;
 * costs what the sequences cost. A mask over packed rows costs (tokens of the row) x (landmarks of all its documents);
-  rectangles of one octave of lengths waste at most half their slots, whatever the mix;
+  rectangles of one octave of lengths waste at most half their slots, whatever the mix (but for the shortest, those of
+  at most m tokens, which share one);
 * needs no mask at all for causal attention, where padding lies in every real token's future.
 
 Rows that are full and hold one sequence each take the fast path: no index, no mask, only Python integers, so that the

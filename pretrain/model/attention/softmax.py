@@ -25,10 +25,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, *, 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention where the queries or the keys are few; mask broadcasts to (R, H, queries, keys), True = seen.
 
-    Which form runs where, as ``python -m benchmarks.attention`` compares them in one run: on a GPU the fused kernel. On
-    a CPU the fused kernel in float32 and the plain product below it; but where the queries are the few ones, a loop
-    over heads whose weights stay in the cache (n = 4096, 12 heads, 64 queries, one thread, forward and backward: 45
-    against 52 ms for the fused kernel in float32, 28 against 42 and 53 for the plain product in bfloat16).
+    Which form runs where: on a GPU the fused kernel. On a CPU the fused kernel in float32 and the plain product below
+    it; but where the queries are the few ones, a loop over heads whose weights stay in the cache (n = 4096, 12 heads,
+    64 queries, one thread, forward and backward in one interleaved run: 45 ms against 52 for the fused kernel in
+    float32; in bfloat16 28 against 42, and 53 for the plain product).
     """
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         if mask is None and k.shape[2] >= 4 * q.shape[2]:
