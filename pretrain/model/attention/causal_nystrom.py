@@ -26,8 +26,9 @@ causality is triangular:
     W = (g I + (1 - g) A)^-1 (g P + (1 - g) B V)
 
 The inverse of a lower triangular matrix is lower triangular: W_j depends on segments <= j only. g = 0 is plain Nystrom
-and explodes (relative error 377 on smooth inputs in a prototype, against 0.12 at 0.75); for g > 1/2 the inverse is bounded by 1 / (2 g
-- 1) in the maximum norm, whatever the data. It costs m n more logits and, in decoding, all keys and values.
+and explodes (relative error 377 on smooth inputs in a prototype, against 0.12 at 0.75); for g > 1/2 the inverse is
+bounded by 1 / (2 g - 1) in the maximum norm, whatever the data. It costs m n more logits and, in decoding, all keys and
+values.
 
 The segment length is a number of the model and never derived from the row, so a prefix's outputs are the whole's.
 Padding on the right is in every real token's future and needs no mask. docs/attention.md has the derivation and the
