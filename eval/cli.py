@@ -180,7 +180,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> Subject:
     import torch
 
-    from data_pipeline.shards import ShardSet
+    from data_pipeline.shards.shardset import ShardSet
     from eval.subject import Subject
     from pretrain.checkpoint import load_model
 

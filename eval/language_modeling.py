@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from data_pipeline.batches.loader import validation_batches
 from data_pipeline.errors import UserError
-from data_pipeline.loader import validation_batches
-from data_pipeline.shards import ShardSet
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.results import Metric, Outcome, Series, Table
 from eval.subject import Subject, batches
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from data_pipeline.shards import ShardSet
+from data_pipeline.shards.shardset import ShardSet
 from eval.results import ModelInfo
 
 if TYPE_CHECKING:

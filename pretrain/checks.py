@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data_pipeline.batches.order import Plan
 from data_pipeline.errors import UserError
-from data_pipeline.order import Plan
-from data_pipeline.shards import ShardSet
+from data_pipeline.shards.shardset import ShardSet
 from pretrain.config import RunConfig
 from pretrain.curriculum import build_plan, check_world_size
 from pretrain.deepspeed_config import build_deepspeed_config
@@ -29,7 +29,7 @@ def check_inputs(config: RunConfig, world_size: int) -> Inputs:
     check_world_size(plan, world_size)
     expected = None
     if config.data.tokenizer is not None:
-        from data_pipeline.tokenizer import Tokenizer
+        from data_pipeline.tokenization.tokenizer import Tokenizer
 
         expected = Tokenizer.load(config.data.tokenizer).hash
     train = ShardSet.open(config.data.train, expect_tokenizer=expected)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from data_pipeline.batches.order import Plan, StageSpec
 from data_pipeline.errors import UserError
-from data_pipeline.order import Plan, StageSpec
 from pretrain.config import RunConfig
 
 

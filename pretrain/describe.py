@@ -8,7 +8,7 @@ import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.order import Plan
+from data_pipeline.batches.order import Plan
 from pretrain.config import RunConfig
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain import commit
 from pretrain.config import RunConfig, load_config, parse_config
 from pretrain.model.config import ModelConfig

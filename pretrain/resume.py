@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from data_pipeline.batches.order import Plan
 from data_pipeline.errors import UserError
-from data_pipeline.order import Plan
 from pretrain.commit import Manifest
 from pretrain.config import RunConfig, parse_config
 from pretrain.curriculum import build_plan

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.loader import Batch, TrainLoader
+from data_pipeline.batches.loader import Batch, TrainLoader
 from pretrain.checkpoint import Checkpoints
 from pretrain.checks import Inputs
 from pretrain.commit import TrainState

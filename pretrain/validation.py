@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from data_pipeline.batches.loader import validation_batches
 from data_pipeline.files import write_atomic
-from data_pipeline.loader import validation_batches
-from data_pipeline.shards import ShardSet
+from data_pipeline.shards.shardset import ShardSet
 from pretrain import randomness
 from pretrain.config import RunConfig
 from pretrain.distributed import World

@@ -11,11 +11,11 @@ import numpy as np
 
 from benchmarks.attention_ablation.forms import Objective
 from benchmarks.attention_ablation.tasks import Examples, Far, Shape
+from data_pipeline.batches.loader import TrainLoader, validation_batches
+from data_pipeline.batches.masking import IGNORE
+from data_pipeline.batches.order import Plan, StageSpec
 from data_pipeline.errors import UserError
-from data_pipeline.loader import TrainLoader, validation_batches
-from data_pipeline.masking import IGNORE
-from data_pipeline.order import Plan, StageSpec
-from data_pipeline.shards import ShardSet
+from data_pipeline.shards.shardset import ShardSet
 from pretrain.config import MaskingConfig
 
 POSITION_BINS = 8

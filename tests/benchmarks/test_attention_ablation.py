@@ -23,13 +23,13 @@ from benchmarks.attention_ablation.report import report
 from benchmarks.attention_ablation.results import Record, Results
 from benchmarks.attention_ablation.tasks import DistanceBins, Shape, Task, generator
 from benchmarks.attention_ablation.training import Recipe, TrainStep, evaluate, initial_model, train
+from data_pipeline.batches.loader import TrainLoader
+from data_pipeline.batches.masking import IGNORE
+from data_pipeline.batches.order import Plan, StageSpec
 from data_pipeline.errors import UserError, run_cli
-from data_pipeline.loader import TrainLoader
-from data_pipeline.masking import IGNORE
-from data_pipeline.order import Plan, StageSpec
-from data_pipeline.prepare import plan_preparation, prepare
-from data_pipeline.shards import ShardSet
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.prepare.run import plan_preparation, prepare
+from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.tokenization.tokenizer import train_tokenizer
 from pretrain.model.config import ModelConfig
 
 TINY: dict[str, Any] = {

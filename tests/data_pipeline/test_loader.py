@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.batches.loader import Batch, TrainLoader, validation_batches
+from data_pipeline.batches.order import Plan, StageSpec
 from data_pipeline.errors import UserError
-from data_pipeline.loader import Batch, TrainLoader, validation_batches
-from data_pipeline.order import Plan, StageSpec
-from data_pipeline.prepare import plan_preparation, prepare
-from data_pipeline.shards import ShardSet
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.prepare.run import plan_preparation, prepare
+from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.tokenization.tokenizer import train_tokenizer
 
 MASKING = {"rate": 0.15, "mask_share": 0.8, "random_share": 0.1}
 # 8-token slices, then halves, then whole blocks of 32: about two epochs of the text below.
@@ -202,9 +202,9 @@ def test_an_exception_of_the_thread_is_raised_in_the_consumer(
 
 def test_a_process_that_leaves_it_running_exits(shards: ShardSet) -> None:
     script = f"""
-from data_pipeline.loader import TrainLoader
-from data_pipeline.order import Plan, StageSpec
-from data_pipeline.shards import ShardSet
+from data_pipeline.batches.loader import TrainLoader
+from data_pipeline.batches.order import Plan, StageSpec
+from data_pipeline.shards.shardset import ShardSet
 plan = Plan([StageSpec(32, 10**12)], block_length=32, batch_tokens=256)
 iterator = iter(TrainLoader(ShardSet.open({str(shards.path)!r}), plan, objective="clm", seed=1))
 print(tuple(next(iterator).input_ids.shape))

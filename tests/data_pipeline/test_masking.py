@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.batches.masking import IGNORE, mask_tokens
 from data_pipeline.errors import UserError
-from data_pipeline.masking import IGNORE, mask_tokens
 
 VOCABULARY = 1000
 SPECIAL = (0, 1, 2, 3, 4)

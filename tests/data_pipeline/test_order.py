@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from data_pipeline.batches.order import BlockOrder, Permutation, Plan, StageSpec
 from data_pipeline.errors import UserError
-from data_pipeline.order import BlockOrder, Permutation, Plan, StageSpec
 
 SIZES = [*range(1, 70), 100, 127, 128, 129, 255, 256, 257, 1000, 4095, 4096, 4097, 65_537, 100_003]
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.manifest import read_manifest
-from data_pipeline.prepare import Preparation, UnitResult, plan_preparation, prepare
-from data_pipeline.sources import Document
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from data_pipeline.verify import verify_shards
+from data_pipeline.prepare.run import Preparation, UnitResult, plan_preparation, prepare
+from data_pipeline.shards.manifest import read_manifest
+from data_pipeline.shards.verify import verify_shards
+from data_pipeline.sources.documents import Document
+from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = [f"document {i} says {'word ' * (i % 23)}and {i * i}" for i in range(240)]
 
@@ -41,7 +41,7 @@ def inputs(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units of two of the files above, instead of 64 MB."""
-    monkeypatch.setattr("data_pipeline.prepare.UNIT_BYTES", 9000)
+    monkeypatch.setattr("data_pipeline.prepare.run.UNIT_BYTES", 9000)
 
 
 def plan(inputs: Path, tokenizer: Tokenizer) -> Preparation:
@@ -82,8 +82,8 @@ KILLER = """
 import os, signal, sys, traceback
 from pathlib import Path
 import datasets, pyarrow
-import data_pipeline.prepare as p, data_pipeline.files as files
-from data_pipeline.tokenizer import Tokenizer
+import data_pipeline.prepare.run as p, data_pipeline.files as files
+from data_pipeline.tokenization.tokenizer import Tokenizer
 
 p.UNIT_BYTES = 9000
 inputs, tokenizer, out, points = sys.argv[1], Tokenizer.load(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
@@ -165,8 +165,8 @@ def test_killed_from_outside_at_random_moments(inputs: Path, tokenizer: Tokenize
     script = textwrap.dedent(
         """
         import sys, time
-        import data_pipeline.prepare as p
-        from data_pipeline.tokenizer import Tokenizer
+        import data_pipeline.prepare.run as p
+        from data_pipeline.tokenization.tokenizer import Tokenizer
         p.UNIT_BYTES = 9000
         plan = p.plan_preparation([sys.argv[1]], Tokenizer.load(sys.argv[2]), shard_tokens=500)
         print("started", flush=True)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.manifest import BLOCK_BYTES, BlockHasher, read_manifest
-from data_pipeline.prepare import Outcome, plan_preparation, prepare
-from data_pipeline.shards import ShardSet
-from data_pipeline.summary import entropy, summarise
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from data_pipeline.verify import verify_shards
-from data_pipeline.writer import token_dtype
+from data_pipeline.prepare.run import Outcome, plan_preparation, prepare
+from data_pipeline.shards.manifest import BLOCK_BYTES, BlockHasher, read_manifest
+from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.shards.summary import entropy, summarise
+from data_pipeline.shards.verify import verify_shards
+from data_pipeline.shards.writer import token_dtype
+from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "<mask>", "</s>", "été", "\n"]
 TEXTS = [" ".join(WORDS[(i * k) % 9] for k in range(1 + (i * 37) % 50)) for i in range(200)]
@@ -126,7 +126,7 @@ def test_large_vocabularies_take_four_bytes(tokenizer: Tokenizer) -> None:
 def test_uint32_shards_are_read_alike(
     inputs: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: ShardSet
 ) -> None:
-    monkeypatch.setattr("data_pipeline.prepare.token_dtype", lambda vocab_size: "uint32")
+    monkeypatch.setattr("data_pipeline.prepare.run.token_dtype", lambda vocab_size: "uint32")
     wide = prepare(plan_preparation([inputs], tokenizer, shard_tokens=900), tmp_path / "wide").shards
     assert wide.manifest.dtype == "uint32"
     starts = np.arange(0, shards.num_tokens - 50, 17)

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.inputs import relative_names
-from data_pipeline.sources import Counts, expand_inputs, iter_documents
+from data_pipeline.sources.documents import Counts, expand_inputs, iter_documents
+from data_pipeline.sources.inputs import relative_names
 
 TEXTS = ["plain", "Zeilen\nund\r\nmehr", "2020-01-01", "42", "null", "\u2028\x0c\x85 odd breaks", "é 😀 \x00 <mask>"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from data_pipeline.tokenization.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
 WORDS = [
     "the",

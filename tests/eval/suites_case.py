@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.shards import ShardSet
+from data_pipeline.shards.shardset import ShardSet
 from eval.subject import Subject
 from pretrain.export import load_model
 

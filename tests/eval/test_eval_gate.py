@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from suites_case import no_mask, subject_of
 
-from data_pipeline.shards import ShardSet
+from data_pipeline.shards.shardset import ShardSet
 from eval import validity
 from eval.subject import Subject
 from pretrain.model.attention import self_attention

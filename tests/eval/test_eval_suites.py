@@ -15,9 +15,9 @@ import torch
 from suites_case import WORDS, no_mask, subject_of
 
 from data_pipeline.errors import UserError, run_cli
-from data_pipeline.prepare import plan_preparation, prepare
-from data_pipeline.shards import ShardSet
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.prepare.run import plan_preparation, prepare
+from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 from eval import classification, cli, generation, language_modeling
 from eval.classification import SCRATCH_ROW
 from eval.finetune import Recipe, length_batches
@@ -90,7 +90,7 @@ def test_bytes_of_the_whole_stream_are_those_of_the_text(causal: Path, shards: S
 
 
 def test_masked_numbers_equal_a_naive_float64_computation(masked: Path, shards: ShardSet) -> None:
-    from data_pipeline.loader import validation_batches
+    from data_pipeline.batches.loader import validation_batches
 
     subject = subject_of(masked, shards)
     settings = language_modeling.LMSettings(seq_len=64, seed=3)

@@ -25,8 +25,8 @@ def plain_loop(config: str, skip: list[int] | None = None) -> dict[str, Any]:
     """Runs in a rank: the reference. One process, whole batches, no DeepSpeed, nothing of the trainer."""
     import torch
 
-    from data_pipeline.loader import TrainLoader
-    from data_pipeline.shards import ShardSet
+    from data_pipeline.batches.loader import TrainLoader
+    from data_pipeline.shards.shardset import ShardSet
     from pretrain.config import load_config
     from pretrain.curriculum import build_plan
     from pretrain.model import build_model

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import TMP_SUFFIX, fsync_folder, write_atomic
-from data_pipeline.inputs import InputEntry, expand_inputs, identify_inputs
-from data_pipeline.manifest import (
+from data_pipeline.shards.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     Manifest,
@@ -29,10 +28,11 @@ from data_pipeline.manifest import (
     parse_shard,
     read_manifest,
 )
-from data_pipeline.shards import ShardSet, check_size
-from data_pipeline.sources import Counts, Document, iter_documents
-from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
-from data_pipeline.writer import UnitWriter, is_shard_file, remove_files, token_dtype
+from data_pipeline.shards.shardset import ShardSet, check_size
+from data_pipeline.shards.writer import UnitWriter, is_shard_file, remove_files, token_dtype
+from data_pipeline.sources.documents import Counts, Document, iter_documents
+from data_pipeline.sources.inputs import InputEntry, expand_inputs, identify_inputs
+from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 
 DEFAULT_SHARD_TOKENS = 1 << 27  # 256 MB as uint16
 UNIT_BYTES = 64 << 20  # about 15 s of tokenizing, the most that a crash costs unless a single file is larger

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from data_pipeline.batches.masking import IGNORE, check_shares, mask_tokens
+from data_pipeline.batches.order import BlockOrder, Plan
 from data_pipeline.errors import UserError
-from data_pipeline.masking import IGNORE, check_shares, mask_tokens
-from data_pipeline.order import BlockOrder, Plan
-from data_pipeline.shards import ShardSet
+from data_pipeline.shards.shardset import ShardSet
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ class TrainLoader:
     global batch of n rows, so that any number of processes sees the same global batches. One thread prepares up to
     ``prefetch`` batches ahead; its exceptions are raised in the consumer. Each ``iter()`` starts anew at
     ``tokens_consumed``. ``masking`` holds the values ``rate``, ``mask_share`` and ``random_share`` of
-    :func:`data_pipeline.masking.mask_tokens` (objective ``mlm`` only).
+    :func:`data_pipeline.batches.masking.mask_tokens` (objective ``mlm`` only).
 
     Raises :class:`UserError` for a position that is not a batch's edge, rows that do not divide among the processes,
     and shards shorter than one block.

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.manifest import FileEntry, hash_stream, read_manifest
-from data_pipeline.shards import ShardSet, check_size
+from data_pipeline.shards.manifest import FileEntry, hash_stream, read_manifest
+from data_pipeline.shards.shardset import ShardSet, check_size
 
 
 def verify_shards(folder: str | Path, on_file: Callable[[FileEntry], None] = lambda entry: None) -> list[str]:

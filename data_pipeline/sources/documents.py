@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from data_pipeline.errors import UserError
-from data_pipeline.inputs import expand_inputs, kind_of, unsupported
+from data_pipeline.sources.inputs import expand_inputs, kind_of, unsupported
 
 if TYPE_CHECKING:
     import pyarrow as pa

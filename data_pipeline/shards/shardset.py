@@ -16,8 +16,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from data_pipeline.errors import UserError
-from data_pipeline.manifest import FileEntry, Manifest, read_manifest
-from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
+from data_pipeline.shards.manifest import FileEntry, Manifest, read_manifest
+from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
 class ShardSet:
@@ -43,7 +43,7 @@ class ShardSet:
     def open(cls, path: str | Path, expect_tokenizer: str | None = None) -> ShardSet:
         """Open a shard folder; checks the manifest and the size of every file it lists.
 
-        The contents are checked by :func:`data_pipeline.verify.verify_shards`.
+        The contents are checked by :func:`data_pipeline.shards.verify.verify_shards`.
 
         ``expect_tokenizer`` is the hash of the tokenizer that the caller works with. Raises :class:`UserError` that
         names the file for anything missing, damaged or cut short, and for another tokenizer.

@@ -12,7 +12,7 @@ import xxhash
 from data_pipeline import __version__
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
-from data_pipeline.inputs import InputEntry
+from data_pipeline.sources.inputs import InputEntry
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "nystrom-shards"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.shards import ShardSet
+from data_pipeline.shards.shardset import ShardSet
 
 
 @dataclass(frozen=True)

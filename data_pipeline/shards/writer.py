@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.files import TMP_SUFFIX, publish
-from data_pipeline.manifest import BlockHasher, FileEntry, ShardEntry, hash_stream
+from data_pipeline.shards.manifest import BlockHasher, FileEntry, ShardEntry, hash_stream
 
 
 def token_dtype(vocab_size: int) -> str:

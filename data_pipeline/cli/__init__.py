@@ -1,0 +1,55 @@
+"""``nystrom data``: from text to shards. One module is one command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from data_pipeline.cli import inspect, prepare, stdlib, tokenizer, verify
+from data_pipeline.cli.common import HelpFormatter
+
+DESCRIPTION = """Turn text into what training reads: collect documents, train a tokenizer, write checksummed shards of
+tokens.
+
+Text comes from JSONL (.jsonl, .jsonl.gz: one record a line), Parquet (.parquet) and plain text (.txt: a file is a
+document)."""
+EXAMPLE = """example, from nothing to shards:
+  nystrom data stdlib    --out corpus
+  nystrom data tokenizer --input corpus/train.jsonl --vocab-size 8192 --out tokenizer
+  nystrom data prepare   --input corpus/train.jsonl --tokenizer tokenizer --out shards/train
+  nystrom data inspect   shards/train
+
+`nystrom data COMMAND --help` explains one command."""
+
+COMMANDS = {
+    "stdlib": stdlib,
+    "tokenizer": tokenizer,
+    "prepare": prepare,
+    "verify": verify,
+    "inspect": inspect,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``nystrom data``."""
+    parser = argparse.ArgumentParser(
+        prog="nystrom data", description=DESCRIPTION, epilog=EXAMPLE, formatter_class=HelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.SUMMARY,
+            epilog=f"example:\n  {module.EXAMPLE}",
+            formatter_class=HelpFormatter,
+        )
+        module.add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Run one command; raises :class:`UserError` for the user's mistakes."""
+    args = build_parser().parse_args(argv)
+    status: int | None = COMMANDS[args.command].run(args)
+    return status

@@ -1,0 +1,26 @@
+"""``nystrom data stdlib``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "collect this Python's own standard library (source and documentation) as a small corpus, without a download"
+EXAMPLE = "nystrom data stdlib --out corpus"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSONL files")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from data_pipeline.builtin import write_stdlib_corpus
+
+    corpus = write_stdlib_corpus(args.out)
+    print(f"{corpus.folder}: " + ("written" if corpus.changed else "already there, unchanged"))
+    for name, documents in corpus.documents.items():
+        print(f"  {name:<20} {documents:>6,} documents  {corpus.bytes[name] / 1e6:>7.2f} MB")
+    classes = ", ".join(f"{label} ({count})" for label, count in corpus.labels.items())
+    print(f"  classes of classify-*.jsonl, with their modules: {classes}")

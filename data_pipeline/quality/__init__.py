@@ -1,0 +1,1 @@
+"""Which documents are worth training on: filters, duplicates, overlap with evaluation text."""
