@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 TMP_SUFFIX = ".tmp"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path.tmp``, fsync, rename: a reader sees the old file or the new one, never half of one."""
-    tmp = path.with_name(path.name + TMP_SUFFIX)
+def write_atomic(path: Path, data: bytes, *, shared: bool = False) -> None:
+    """Write ``data`` to ``path.tmp``, fsync, rename: a reader sees the old file or the new one, never half of one.
+
+    ``shared``: several processes may be writing this file at once; each then writes to a temporary name of its own.
+    """
+    tmp = path.with_name(path.name + (f".{secrets.token_hex(4)}" if shared else "") + TMP_SUFFIX)
     with open(tmp, "wb") as f:
         f.write(data)
         f.flush()

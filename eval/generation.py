@@ -175,6 +175,8 @@ def _fill(subject: Subject, settings: GenerateSettings) -> Outcome:
             "--prompt is for causal models; a masked model fills in tokens of the held-out text: leave it out"
         )
     tokenizer = subject.loaded.tokenizer
+    mask_id = tokenizer.mask_id
+    assert mask_id is not None  # without one a masked model is not loaded
     length = settings.prompt_tokens + settings.max_new_tokens
     subject.check_length(length, "passage")
     rng = np.random.default_rng(settings.seed)
@@ -184,7 +186,7 @@ def _fill(subject: Subject, settings: GenerateSettings) -> Outcome:
     for passage in _passages(subject, settings, "lower --max-new-tokens"):
         places = sorted(rng.permutation(_words(passage, tokenizer.decode))[: settings.masks].tolist())
         hidden = torch.tensor([passage])
-        hidden[0, places] = tokenizer.mask_id
+        hidden[0, places] = mask_id
         probabilities = subject.logits(hidden)[0, places].softmax(-1)
         top = probabilities.topk(5, dim=-1)
         answers = []

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipeline.batches.loader import validation_batches
+from data_pipeline.batches.masking import Masking
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.tokenizer import Tokenizer
@@ -201,10 +202,11 @@ def _masked(subject: Subject, shards: ShardSet, settings: LMSettings) -> Outcome
     length = settings.seq_len
     max_tokens = min(settings.max_tokens or shards.num_tokens, shards.num_tokens)
     mask_id = subject.loaded.tokenizer.mask_id
+    assert mask_id is not None  # without one a masked model is not loaded
     kinds = ("masked", "random", "kept")
     loss, hits, number = np.zeros(3), np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64)
     unigrams = np.zeros(shards.vocab_size, dtype=np.int64)
-    masking = {"rate": settings.mask_rate, "mask_share": settings.mask_share, "random_share": settings.random_share}
+    masking = Masking(settings.mask_rate, settings.mask_share, settings.random_share)
     with tqdm(total=max_tokens, desc="lm (masked)", unit="tok", unit_scale=True, disable=None) as bar:
         for batch in validation_batches(
             shards,

@@ -273,22 +273,26 @@ def _tokens(subject: Subject, settings: ValiditySettings) -> Tensor:
     return _random_ids(subject, length, settings.seed)
 
 
-def _ordinary(subject: Subject) -> tuple[int, int]:
-    vocab = subject.loaded.model_config.vocab_size
-    first = max(subject.loaded.tokenizer.special_ids) + 1  # specials are the first ids
-    if vocab is None or vocab - first < 2:
+def _ordinary(subject: Subject) -> Tensor:
+    """Ids of the model's vocabulary that are no special tokens, ascending. (N,) int64."""
+    vocab = subject.loaded.model_config.vocab_size or 0
+    special = [i for i in subject.loaded.tokenizer.special_ids if i < vocab]
+    kept = torch.ones(vocab, dtype=torch.bool)
+    kept[special] = False
+    ordinary = kept.nonzero()[:, 0]
+    if len(ordinary) < 2:
         raise UserError(f"a vocabulary of {vocab} has no two ordinary tokens to check the model with")
-    return first, vocab
+    return ordinary
 
 
 def _random_ids(subject: Subject, length: int, seed: int) -> Tensor:
-    first, vocab = _ordinary(subject)
-    return torch.randint(first, vocab, (length,), generator=torch.Generator().manual_seed(seed))
+    ordinary = _ordinary(subject)
+    return ordinary[torch.randint(len(ordinary), (length,), generator=torch.Generator().manual_seed(seed))]
 
 
 def _different(tokens: Tensor, subject: Subject, seed: int) -> Tensor:
     """As many ordinary tokens, each another than the one in its place."""
-    first, vocab = _ordinary(subject)
-    count = vocab - first
+    ordinary = _ordinary(subject)
+    count = len(ordinary)
     shift = torch.randint(1, count, tokens.shape, generator=torch.Generator().manual_seed(seed))
-    return first + (tokens.clamp_min(first) - first + shift) % count
+    return ordinary[(torch.searchsorted(ordinary, tokens) + shift) % count]

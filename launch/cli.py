@@ -1,4 +1,4 @@
-"""``nystrom launch``: start a training run on several processes."""
+"""``nystrom launch``: training on several processes, preparation as a job array."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from data_pipeline.errors import UserError
+from launch import array
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -14,7 +15,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="nystrom launch",
-        description="Start `nystrom train` on several processes. This slice knows one place: this machine.",
+        description="Start `nystrom train` on several processes of this machine, or write the job array that prepares "
+        "text on a Slurm cluster.",
     )
     places = parser.add_subparsers(dest="place", required=True, metavar="PLACE")
     local = places.add_parser(
@@ -36,12 +38,28 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long processes may take to save after SIGTERM before they are killed (default: 120)",
     )
+    prepare = places.add_parser(
+        "array",
+        help="`nystrom data prepare` as a Slurm job array",
+        description="Write the files of a Slurm job array whose tasks share the work of `nystrom data prepare`, and a "
+        "script that submits it.",
+        epilog="example:\n  nystrom launch array --num-shards 16 --out jobs --time 4:00:00 --cpus 16 --mem 32G \\\n"
+        "    --setup 'source venv/bin/activate' \\\n"
+        "    -- data prepare --input 'text/*.jsonl' --tokenizer tokenizer --out shards/train\n"
+        "  bash jobs/submit.sh\n\n"
+        "The shard folder must be on a file system that all nodes see. Relative paths are relative to the folder in\n"
+        "which this command is given. With --dedup the array is submitted twice, the first time to sign documents.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    array.add_arguments(prepare)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the run's exit status."""
     args = build_parser().parse_args(argv)
+    if args.place == "array":
+        return array.run(args)
     from launch.local import count_gpus, launch_local
     from pretrain.config import load_config
 

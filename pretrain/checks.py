@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data_pipeline.batches.loader import check_mask_token
+from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from pretrain.config import RunConfig
 from pretrain.curriculum import build_plan, check_world_size
 from pretrain.deepspeed_config import build_deepspeed_config
+from pretrain.sources import fingerprint, open_sources
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Inputs:
 
     config: RunConfig  # model.vocab_size is set
     plan: Plan
-    train: ShardSet
+    train: TrainingData
+    fingerprint: str  # of the training data
     valid: ShardSet | None
 
 
@@ -32,26 +36,23 @@ def check_inputs(config: RunConfig, world_size: int) -> Inputs:
         from data_pipeline.tokenization.tokenizer import Tokenizer
 
         expected = Tokenizer.load(config.data.tokenizer).hash
-    train = ShardSet.open(config.data.train, expect_tokenizer=expected)
-    vocab_size = config.model.vocab_size or train.vocab_size
-    if vocab_size < train.vocab_size:
+    train = open_sources(config, plan, expected)
+    shards = train.shards
+    if config.model.objective == "mlm":
+        check_mask_token(shards)
+    vocab_size = config.model.vocab_size or shards.vocab_size
+    if vocab_size < shards.vocab_size:
         raise UserError(
-            f"model.vocab_size {vocab_size} does not match the shards in {train.path}, whose tokenizer has "
-            f"{train.vocab_size} tokens: leave model.vocab_size out (it then follows the shards) or use shards made "
+            f"model.vocab_size {vocab_size} does not match the shards in {shards.path}, whose tokenizer has "
+            f"{shards.vocab_size} tokens: leave model.vocab_size out (it then follows the shards) or use shards made "
             "with the other tokenizer"
-        )
-    # One token more than the blocks: the last causal target lies behind them.
-    if train.num_tokens - 1 < plan.block_length:
-        raise UserError(
-            f"the shards in {train.path} hold {train.num_tokens} tokens, less than one block of {plan.block_length}: "
-            "prepare more text, or shorten the longest curriculum seq_len (or data.block_length)"
         )
     valid = None
     if config.data.valid is not None:
         valid = ShardSet.open(config.data.valid)
-        if valid.tokenizer_hash != train.tokenizer_hash:
+        if valid.tokenizer_hash != shards.tokenizer_hash:
             raise UserError(
-                f"the shards in {valid.path} were made with another tokenizer than those in {train.path}: "
+                f"the shards in {valid.path} were made with another tokenizer than those in {shards.path}: "
                 "prepare both with the same"
             )
         longest = max(stage.seq_len for stage in plan.stages)
@@ -61,4 +62,4 @@ def check_inputs(config: RunConfig, world_size: int) -> Inputs:
                 "prepare more held-out text, or shorten the longest curriculum seq_len"
             )
     resolved = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
-    return Inputs(resolved, plan, train, valid)
+    return Inputs(resolved, plan, train, fingerprint(config, plan, train), valid)

@@ -7,13 +7,14 @@ from there. The DeepSpeed JSON is generated from it (``pretrain/deepspeed_config
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from data_pipeline.batches.masking import Masking
 from data_pipeline.errors import UserError
 from pretrain.model.config import ModelConfig
 
@@ -25,13 +26,18 @@ class Strict(BaseModel):
 
 
 class MaskingConfig(Strict):
-    """What masked language modeling hides (Devlin et al. 2019, section 3.1); read only for ``objective: mlm``."""
+    """What masked language modeling hides (``data_pipeline/batches/masking.py``); read only for ``objective: mlm``."""
 
     rate: float = Field(0.15, gt=0.0, lt=1.0, description="share of ordinary tokens that become targets")
     mask_share: float = Field(
         0.8, ge=0.0, le=1.0, description="of the targets, how many are replaced by the mask token"
     )
     random_share: float = Field(0.1, ge=0.0, le=1.0, description="of the targets, how many by a random ordinary token")
+    unit: Literal["token", "word", "span"] = Field(
+        "token", description="what becomes a target as a whole: a token, a word, or a span of words (SpanBERT)"
+    )
+    span_p: float = Field(0.2, gt=0.0, le=1.0, description="span: parameter of the geometric length in words")
+    span_max: int = Field(10, ge=1, le=255, description="span: the most words")
 
     @model_validator(mode="after")
     def _check(self) -> MaskingConfig:
@@ -39,17 +45,66 @@ class MaskingConfig(Strict):
             raise ValueError(f"mask_share {self.mask_share} + random_share {self.random_share} is more than 1")
         return self
 
+    def build(self) -> Masking:
+        """The same values as the data pipeline takes them."""
+        return Masking(**self.model_dump())
+
+
+class SourceConfig(Strict):
+    """One of several sources of training text."""
+
+    path: str = Field(description="folder of shards written by `nystrom data prepare`")
+    weight: float = Field(
+        ge=0.0, allow_inf_nan=False, description="share of the tokens; any scale, 0 leaves the source out"
+    )
+    name: str = Field("", description="what stages and metrics call it; left out: the folder's name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and not raw.get("name") and isinstance(raw.get("path"), str):
+            return {**raw, "name": Path(raw["path"]).name or "train"}
+        return raw
+
+
+_TRAIN_TAGS = ("folder", "sources")
+
 
 class DataConfig(Strict):
-    """Where the tokens are. Paths are relative to the working directory."""
+    """Where the tokens are and how they become rows. Paths are relative to the working directory."""
 
-    train: str = Field(description="folder of shards written by `nystrom data prepare`")
+    train: Annotated[
+        Annotated[str, Tag(_TRAIN_TAGS[0])]
+        | Annotated[tuple[SourceConfig, ...], Field(min_length=1), Tag(_TRAIN_TAGS[1])],
+        Discriminator(lambda value: _TRAIN_TAGS[isinstance(value, (list, tuple))]),
+    ] = Field(description="folder of shards written by `nystrom data prepare`, or a list of sources")
     valid: str | None = Field(None, description="held-out shards; without them there is no validation in the loop")
     tokenizer: str | None = Field(None, description="tokenizer folder to check the shards against; normally left out")
     block_length: int | None = Field(
         None, gt=0, description="tokens of the unit that is shuffled; left out: the longest seq_len of the curriculum"
     )
+    packing: Literal["stream", "documents"] = Field(
+        "stream",
+        description="stream: rows are cut from the documents laid end to end; documents: whole documents are packed "
+        "into rows, and none attends to another",
+    )
+    max_padding: float = Field(0.02, ge=0.0, lt=1.0, description="packing documents: share of padding at most")
     masking: MaskingConfig = MaskingConfig()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> DataConfig:
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"train: two sources are called '{name}': give them names of their own (name: ...)")
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources by name, so that the order of the list in the file does not matter."""
+        if isinstance(self.train, str):
+            return (SourceConfig(path=self.train, weight=1.0),)
+        return tuple(sorted(self.train, key=lambda source: source.name))
 
 
 class StageConfig(Strict):
@@ -60,6 +115,9 @@ class StageConfig(Strict):
     )
     seq_len: int = Field(gt=1)
     micro_batch: int = Field(gt=0, description="rows that one process holds in memory at a time")
+    weights: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] | None = Field(
+        None, description="of the sources by name, all of them; left out: those of data.train"
+    )
 
 
 class OptimizerConfig(Strict):
@@ -153,6 +211,8 @@ class RunConfig(Strict):
                     f"curriculum.{i}.seq_len {stage.seq_len} is longer than model.max_positions "
                     f"{self.model.max_positions}: raise max_positions or use positions: rotary"
                 )
+            if stage.weights is not None:
+                self._check_weights(i, stage.weights)
         if self.batch_tokens % block:
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is not a multiple of the longest length, {block}: "
@@ -169,6 +229,24 @@ class RunConfig(Strict):
                 f"{self.total_tokens} tokens"
             )
         return self
+
+    def _check_weights(self, stage: int, weights: dict[str, float]) -> None:
+        names = [source.name for source in self.data.sources]
+        for name in weights:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"the sources are {', '.join(names)}"
+                raise ValueError(f"curriculum.{stage}.weights: there is no source '{name}': {hint}")
+        missing = [name for name in names if name not in weights]
+        if missing:
+            raise ValueError(
+                f"curriculum.{stage}.weights leaves out {', '.join(missing)}: give every source a weight (0 for none)"
+            )
+
+    def stage_weights(self, stage: int) -> dict[str, float]:
+        """The weight of each source, by name, in one stage of the curriculum."""
+        own = self.curriculum[stage].weights
+        return {s.name: s.weight if own is None else own[s.name] for s in self.data.sources}
 
     @property
     def block_length(self) -> int:
@@ -258,10 +336,13 @@ def _yaml_scalar(text: str) -> Any:
 
 
 def _describe(error: Any) -> str:
-    loc = ".".join(str(part) for part in error["loc"])
+    parts = tuple(error["loc"])
+    if parts[:2] == ("data", "train") and parts[2:3] and parts[2] in _TRAIN_TAGS:  # which of two forms it was taken for
+        parts = (*parts[:2], *parts[3:])
+    loc = ".".join(str(part) for part in parts)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
-        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        known = _known_keys(parts[:-1])
+        close = difflib.get_close_matches(str(parts[-1]), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key '{loc}': {hint}"
     if error["type"] == "missing":
@@ -277,9 +358,15 @@ def _known_keys(loc: Iterable[str | int]) -> list[str]:
     for part in loc:
         if isinstance(part, int):
             continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        model = next(_models(model.model_fields[part].annotation), None)
         if model is None:
             return []
     return list(model.model_fields)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The configuration blocks within a type such as ``tuple[StageConfig, ...] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)

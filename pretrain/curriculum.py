@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from data_pipeline.batches.mixture import MixturePlan, quotas
 from data_pipeline.batches.order import Plan, StageSpec
 from data_pipeline.errors import UserError
 from pretrain.config import RunConfig
@@ -14,6 +17,21 @@ def build_plan(config: RunConfig) -> Plan:
         block_length=config.block_length,
         batch_tokens=config.batch_tokens,
     )
+
+
+def build_mixture(config: RunConfig, plan: Plan) -> MixturePlan:
+    """Which source each draw of the run takes. Raises :class:`UserError` for weights that cannot be."""
+    names = [source.name for source in config.data.sources]
+    stages = []
+    for i, stage in enumerate(plan.stages):
+        weights = config.stage_weights(i)
+        stages.append((stage.start_tokens // plan.block_length, quotas([weights[name] for name in names], names)))
+    return MixturePlan(stages)
+
+
+def slice_length(plan: Plan) -> int:
+    """The longest stretch of a block that no row of the run is cut in: a document within it is whole in every stage."""
+    return math.gcd(*(stage.seq_len for stage in plan.stages))
 
 
 def check_world_size(plan: Plan, world_size: int) -> None:

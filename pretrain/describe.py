@@ -8,6 +8,7 @@ import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan
 from pretrain.config import RunConfig
 
@@ -30,7 +31,7 @@ def state_bytes(parameters: int, config: RunConfig, world_size: int) -> dict[str
     return {part: parameters * sizes[part] // (world_size if shared[part] else 1) for part in sizes}
 
 
-def describe(config: RunConfig, plan: Plan, train_tokens: int, parameters: int, world: World) -> str:
+def describe(config: RunConfig, plan: Plan, data: TrainingData, parameters: int, world: World) -> str:
     """Several lines for somebody who has not read the configuration."""
     model = config.model
     kind = {"mlm": "masked", "clm": "causal"}[model.objective]
@@ -40,19 +41,46 @@ def describe(config: RunConfig, plan: Plan, train_tokens: int, parameters: int, 
         f"{stage.num_batches} steps of {stage.rows} x {stage.seq_len}, {stage_config.micro_batch} rows at a time"
         for stage, stage_config in zip(plan.stages, config.curriculum, strict=True)
     )
-    epochs = plan.total_tokens / train_tokens
     return "\n".join(
         [
             f"Run {config.run_dir}: a {kind} {model.attention} model of {parameters:,} parameters "
             f"({model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size:,}).",
-            f"Reads {plan.total_tokens:,} tokens, {epochs:.2f} times the {train_tokens:,} of {config.data.train}, in "
-            f"{plan.num_batches:,} steps of {plan.batch_tokens:,}.",
+            *_describe_data(config, plan, data),
             f"Lengths: {stages}.",
             f"On {world.world_size} {'GPU' if world.device.type == 'cuda' else 'CPU'} process(es), {config.precision}, "
             f"ZeRO stage {config.zero_stage}; each expects {_bytes(sum(memory.values()))} for its state ({parts}), "
             "activations on top.",
         ]
     )
+
+
+def _describe_data(config: RunConfig, plan: Plan, data: TrainingData) -> list[str]:
+    steps = f"{plan.num_batches:,} steps of {plan.batch_tokens:,}"
+    epochs = data.epochs(plan.total_tokens // plan.block_length)
+    sources = list(zip(data.names, data.blocks, epochs.values(), strict=True))
+    lines: list[str] = []
+    if len(sources) == 1:
+        _, blocks, times = sources[0]
+        lines.append(
+            f"Reads {plan.total_tokens:,} tokens, {times:.2f} times the {blocks.shards.num_tokens:,} of "
+            f"{blocks.shards.path}, in {steps}."
+        )
+    else:
+        lines.append(f"Reads {plan.total_tokens:,} tokens of {len(sources)} sources in {steps}:")
+        stages = [config.stage_weights(i) for i in range(len(plan.stages))]
+        for name, blocks, times in sources:
+            shares = [f"{weights[name] / sum(weights.values()):.1%}" for weights in stages]
+            share = shares[0] if len(set(shares)) == 1 else ", then ".join(shares)
+            lines.append(
+                f"  {name}: {share} of the tokens; {times:.2f} times the {blocks.shards.num_tokens:,} of "
+                f"{blocks.shards.path}."
+            )
+    if config.data.packing == "documents":
+        lines.append(
+            "Rows hold whole documents, none of which attends to another; padding, at most "
+            f"{config.data.max_padding:.1%} besides the last block of each window, counts as tokens."
+        )
+    return lines
 
 
 def environment(world: World) -> dict[str, Any]:

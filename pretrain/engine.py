@@ -21,6 +21,7 @@ from pretrain import randomness
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.deepspeed_config import build_deepspeed_config, check_device
 from pretrain.distributed import World
+from pretrain.model.attention.layout import Layout
 from pretrain.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
 
 if TYPE_CHECKING:
@@ -91,12 +92,17 @@ class TrainingEngine:
             raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {faults}") from None
         randomness.seed_everything(config.seed + 1 + world.rank)
 
-    def backward(self, input_ids: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+    def backward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, scale: float, document_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its loss sum, detached, float32 scalar on the device.
 
-        ``input_ids`` and ``labels`` are (B, L) int64 on the device. The gradient added is that of ``loss_sum * scale``.
+        ``input_ids`` and ``labels`` are (B, L) int64 on the device. ``document_ids`` (B, L) integers on the CPU tell
+        the documents of packed rows apart, -1 at padding; without them each row is one sequence. The gradient added is
+        that of ``loss_sum * scale``.
         """
-        loss_sum = self._engine(input_ids, labels=labels).loss_sum
+        layout = None if document_ids is None else Layout.from_documents(document_ids)
+        loss_sum = self._engine(input_ids, labels=labels, layout=layout).loss_sum
         # DeepSpeed averages gradients over processes; the product with their number makes that the sum we want. A loss
         # that is not finite may have finite gradients (a target of probability 0 under fp16); the factor NaN makes
         # certain that ZeRO's own check of the reduced gradient, the only one that all processes share for free, sees

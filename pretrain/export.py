@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
+from data_pipeline.tokenization.roles import check_objective
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain import commit
 from pretrain.config import RunConfig, load_config, parse_config
@@ -67,7 +68,7 @@ def load_model(path: str | Path) -> LoadedModel:
 def export(folder: Path, out: Path) -> str:
     """Consolidate the checkpoint ``folder`` into ``out`` (replaced if there); returns the weights' hash.
 
-    ``out`` gets ``model.safetensors``, ``config.yaml``, ``tokenizer.json`` and, last, ``export.json``.
+    ``out`` gets ``model.safetensors``, ``config.yaml``, the tokenizer's files and, last, ``export.json``.
     """
     from safetensors.torch import save_file
 
@@ -175,10 +176,13 @@ def _load_export(folder: Path) -> LoadedModel:
 
 
 def _loaded(
-    weights: dict[str, torch.Tensor], config: RunConfig, tokenizer: Path, tokens: int, path: Path, run_dir: Path | None
+    weights: dict[str, torch.Tensor], config: RunConfig, folder: Path, tokens: int, path: Path, run_dir: Path | None
 ) -> LoadedModel:
+    """``folder`` holds the tokenizer."""
     from pretrain.model.transformer import build_model
 
+    tokenizer = Tokenizer.load(folder)
+    check_objective(tokenizer.roles.as_dict(), config.model.objective, str(folder))
     model = build_model(config.model).float().eval()
     wanted = unique_weights(model)
     missing = sorted(set(wanted) - set(weights))
@@ -196,4 +200,4 @@ def _loaded(
             )
     model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
     digest = weights_hash(unique_weights(model))
-    return LoadedModel(model, config.model, config, Tokenizer.load(tokenizer), digest, tokens, path, run_dir)
+    return LoadedModel(model, config.model, config, tokenizer, digest, tokens, path, run_dir)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from data_pipeline.batches.mixture import PERIOD, quotas
 from data_pipeline.batches.order import Plan
 from data_pipeline.errors import UserError
 from pretrain.commit import Manifest
 from pretrain.config import RunConfig, parse_config
-from pretrain.curriculum import build_plan
+from pretrain.curriculum import build_plan, slice_length
 
 # Dotted keys that the weights, the optimizer's state or the order of the data depend on.
-FIXED = ("model", "seed", "batch_tokens", "precision", "zero_stage", "data.masking")
-# Where something is, not what it is. The contents are compared by fingerprint.
-_PLACES = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
+FIXED = ("model", "seed", "batch_tokens", "precision", "zero_stage", "data.masking", "data.packing")
+# Where something is, not what it is (the contents are compared by fingerprint), and what has a comparison of its own.
+_ELSEWHERE = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
 
 
 def identity(config: RunConfig, data_fingerprint: str, world_size: int) -> dict[str, Any]:
@@ -31,11 +32,12 @@ def check_resume(
     """
     old = manifest.identity
     old_config = parse_config(old["config"], where=f"checkpoint {manifest.tag}")
-    before, now = _flatten(old["config"]), _flatten(config.model_dump(mode="json"))
+    # What the checkpoint's version did not know yet had its default value.
+    before, now = _flatten(old_config.model_dump(mode="json")), _flatten(config.model_dump(mode="json"))
     refused: list[str] = []
     changed: dict[str, Any] = {}
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or key.startswith(("curriculum", "data.block_length")) or key in _PLACES:
+        if before.get(key) == now.get(key) or key.startswith(("curriculum", "data.block_length")) or key in _ELSEWHERE:
             continue
         if any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
             refused.append(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}")
@@ -47,16 +49,28 @@ def check_resume(
             "would change (set data.block_length to a length for all stages to come at the start of a run)"
         )
     elif config.batch_tokens == old_config.batch_tokens:
-        past = _past_stages(build_plan(old_config), manifest.state.tokens)
-        if _past_stages(plan, manifest.state.tokens) != past:
+        old_plan, tokens = build_plan(old_config), manifest.state.tokens
+        past = _past_stages(old_plan, tokens)
+        if _past_stages(plan, tokens) != past:
             refused.append(
-                f"curriculum differs in its past: at {manifest.state.tokens} tokens, the stages were (from, seq_len) "
-                f"{past}; only stages to come may change"
+                f"curriculum differs in its past: at {tokens} tokens, the stages were (from, seq_len) {past}; only "
+                "stages to come may change"
+            )
+        elif _past_weights(config, plan, tokens) != (weights := _past_weights(old_config, old_plan, tokens)):
+            refused.append(
+                f"the weights of the sources differ in the past: at {tokens} tokens, they were (from, weights) "
+                f"{weights}; only those of stages to come may change"
             )
         elif old_config.curriculum != config.curriculum:
             changed["curriculum"] = [old["config"]["curriculum"], config.model_dump(mode="json")["curriculum"]]
-    if old["data_fingerprint"] != data_fingerprint:
-        refused.append(f"the shards in {config.data.train} are not those that the run was started with")
+    repacked = _repacked(old_config, config)
+    refused += repacked
+    # The fingerprint covers the packing too: what is refused by name is not said twice.
+    if old["data_fingerprint"] != data_fingerprint and not repacked and old_config.data.packing == config.data.packing:
+        paths = " and ".join(source.path for source in config.data.sources)
+        names = ", ".join(source.name for source in old_config.data.sources)
+        were = f" (its sources were {names})" if len(old_config.data.sources) > 1 else ""
+        refused.append(f"the shards in {paths} are not those that the run was started with{were}")
     if old["world_size"] != world_size:
         refused.append(
             f"the checkpoint was written by {old['world_size']} process(es) and this is {world_size}: start with "
@@ -80,6 +94,30 @@ def _past_stages(plan: Plan, tokens: int) -> list[tuple[int, int]] | str:
     current = plan.stages[plan.stage_index(tokens)]
     on_edge = (tokens - current.start_tokens) % current.batch_tokens == 0
     return stages if on_edge else "not at the edge of a batch"
+
+
+def _past_weights(config: RunConfig, plan: Plan, tokens: int) -> list[tuple[int, dict[str, float]]]:
+    """(start, share of each source) of every stage begun before ``tokens`` that changed the shares."""
+    out: list[tuple[int, dict[str, float]]] = []
+    for i, stage in enumerate(plan.stages):
+        weights = config.stage_weights(i)
+        shares = dict(zip(weights, (n / PERIOD for n in quotas(list(weights.values()), list(weights))), strict=True))
+        if stage.start_tokens < tokens and (not out or out[-1][1] != shares):
+            out.append((stage.start_tokens, shares))
+    return out
+
+
+def _repacked(old: RunConfig, new: RunConfig) -> list[str]:
+    """What besides the text decides how documents are packed, and has changed."""
+    if not old.data.packing == new.data.packing == "documents":
+        return []
+    faults = []
+    if new.data.max_padding != old.data.max_padding:
+        faults.append(f"data.max_padding was {old.data.max_padding} and is now {new.data.max_padding}")
+    before, now = (slice_length(build_plan(config)) for config in (old, new))
+    if before != now:
+        faults.append(f"the common divisor of the curriculum's lengths was {before} and is now {now}")
+    return [f"{fault}: the documents would be packed anew" for fault in faults]
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -93,14 +93,14 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
         world,
         checkpoints,
         telemetry,
-        identity(config, inputs.train.fingerprint, world.world_size),
+        identity(config, inputs.fingerprint, world.world_size),
         state,
         stop,
     )
     try:
         for line in passed_over:
             telemetry.say(line)
-        telemetry.say(describe(config, inputs.plan, inputs.train.num_tokens, engine.num_parameters, world))
+        telemetry.say(describe(config, inputs.plan, inputs.train, engine.num_parameters, world))
         event: dict[str, Any] = {"event": "start"}
         if found is not None:
             event = {"event": "resume", "changed": changed, "passed_over": passed_over}
@@ -136,7 +136,7 @@ def write_status(run_dir: Path, code: int | None, state: TrainState) -> None:
 
 
 def _check(manifest: Manifest, inputs: Inputs, world_size: int) -> dict[str, Any]:
-    return check_resume(manifest, inputs.config, inputs.plan, inputs.train.fingerprint, world_size)
+    return check_resume(manifest, inputs.config, inputs.plan, inputs.fingerprint, world_size)
 
 
 def _is_finished(manifest: Manifest, inputs: Inputs) -> bool:
@@ -158,7 +158,7 @@ def _prepare_folder(inputs: Inputs, resume: str) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         tokenizer = run_dir / "tokenizer"
         tokenizer.mkdir(exist_ok=True)
-        inputs.train.tokenizer().save(tokenizer)
+        inputs.train.shards.tokenizer().save(tokenizer)
     except OSError as error:
         raise UserError(f"run folder {run_dir} cannot be written: {error}") from None
 

@@ -31,6 +31,9 @@ class Trainer:
     Each step: this process's rows, split into micro-batches; the loss is the SUM over targets divided by the number of
     targets of the whole optimizer step, over micro-batches and processes, so that neither their number nor an uneven
     spread of masked targets changes the mathematics.
+
+    Tokens, here and in every metric (throughput, MFU, schedules), are slots of the batch: with packed documents the
+    padding counts, and FLOPs are those of rows that each hold one sequence.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Trainer:
             self.plan,
             objective=self.config.model.objective,
             seed=self.config.seed,
-            masking=self.config.data.masking.model_dump(),
+            masking=self.config.data.masking.build(),
             rank=self.world.rank,
             world_size=self.world.world_size,
             tokens_consumed=self.state.tokens,
@@ -106,7 +109,8 @@ class Trainer:
         )
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for part in micro_batches(len(input_ids), self.config.curriculum[batch.stage].micro_batch):
-            loss_sum += self.engine.backward(input_ids[part], labels[part], 1.0 / max(targets, 1.0))
+            documents = None if batch.document_ids is None else batch.document_ids[part]
+            loss_sum += self.engine.backward(input_ids[part], labels[part], 1.0 / max(targets, 1.0), documents)
         result = self.engine.step(lr)
 
         step = self.state.step + 1
@@ -151,9 +155,15 @@ class Trainer:
             "stage": batch.stage,
             "seq_len": batch.seq_len,
             "seconds": self.state.seconds,
+            **self._epochs(),
         }
         self.telemetry.write("train", **values)
         self.telemetry.progress(self.state.tokens, values)
+
+    def _epochs(self) -> dict[str, float]:
+        """How often each source was gone through so far: ``epoch``, or ``epoch/NAME`` for several."""
+        epochs = self.inputs.train.epochs(self.state.tokens // self.plan.block_length)
+        return {"epoch" if len(epochs) == 1 else f"epoch/{name}": value for name, value in epochs.items()}
 
     def _report_bad_step(self, batch: Batch, loss: float, own_loss_sum: float) -> None:
         rows = self.world.gather((math.isfinite(own_loss_sum), batch.sample_ids.tolist()))

@@ -48,7 +48,7 @@ def validate(
         rows=micro_batch,
         max_tokens=config.validation.tokens,
         seed=config.seed,
-        masking=config.data.masking.model_dump(),
+        masking=config.data.masking.build(),
         rank=world.rank,
         world_size=world.world_size,
     )

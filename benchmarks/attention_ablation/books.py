@@ -12,11 +12,11 @@ import numpy as np
 from benchmarks.attention_ablation.forms import Objective
 from benchmarks.attention_ablation.tasks import Examples, Far, Shape
 from data_pipeline.batches.loader import TrainLoader, validation_batches
-from data_pipeline.batches.masking import IGNORE
+from data_pipeline.batches.masking import IGNORE, Masking
+from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan, StageSpec
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
-from pretrain.config import MaskingConfig
 
 POSITION_BINS = 8
 HELD_OUT_SEED = 0
@@ -113,7 +113,7 @@ class Books:
             rows=self.shape.rows,
             max_tokens=self.shape.held_out_tokens,
             seed=HELD_OUT_SEED,
-            masking=MaskingConfig().model_dump(),
+            masking=Masking(),
         )
         for batch in batches:
             bins = np.broadcast_to(self._bins(), tuple(batch.labels.shape))
@@ -127,4 +127,5 @@ class Books:
     def _loader(self, seed: int) -> TrainLoader:
         length = self.shape.seq_len
         plan = Plan([StageSpec(length, self.tokens)], block_length=length, batch_tokens=self.shape.batch_tokens)
-        return TrainLoader(self.train, plan, objective=self.objective, seed=seed, masking=MaskingConfig().model_dump())
+        data = TrainingData.stream(self.train, length)
+        return TrainLoader(data, plan, objective=self.objective, seed=seed, masking=Masking())

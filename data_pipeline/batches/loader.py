@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 import weakref
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from data_pipeline.batches.masking import IGNORE, check_shares, mask_tokens
-from data_pipeline.batches.order import BlockOrder, Plan
+from data_pipeline.batches.blocks import Rows
+from data_pipeline.batches.masking import IGNORE, Masking, mask_tokens
+from data_pipeline.batches.mixture import TrainingData
+from data_pipeline.batches.order import Part, Plan
+from data_pipeline.batches.prefetch import Prefetcher
+from data_pipeline.batches.words import WordBoundaries
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 
@@ -21,16 +23,21 @@ if TYPE_CHECKING:
 
 Objective = Literal["mlm", "clm"]
 
+GATHER_TOKENS = 1 << 19
+"""Tokens that are read and masked in one go, so that small batches share the cost of calling NumPy, which for 32 x 512
+is more than that of copying the tokens. Larger pieces leave the processor's cache."""
 
-@dataclass(frozen=True)
-class Batch:
+
+class Batch(NamedTuple):
     """One process's part of a global batch.
 
     ``input_ids`` (rows, seq_len) and ``labels`` (rows, seq_len), CPU int64; labels are -100 where there is no target.
-    Causal labels are the next tokens already (``labels[t]`` follows ``input_ids[t]``): the model does not shift.
-    ``sample_ids`` (rows,) int64, a row's position in the training order, name rows in error messages. ``tokens``
-    counts the *global* batch, ``tokens_before`` what was consumed before it: the state to save after training on the
-    batch is ``tokens_before + tokens``.
+    Causal labels are the next tokens already (``labels[t]`` follows ``input_ids[t]``): the model does not shift. The
+    two may share memory, within a batch and with neighbouring batches: do not write to them.
+    ``sample_ids`` (rows,) int64, a row's position in the training order, name rows in error messages.
+    ``document_ids`` (rows, seq_len) int32 tells packed documents apart, -1 at padding; None where every row is one
+    sequence. ``tokens`` counts the slots of the *global* batch, padding included, ``tokens_before`` what was consumed
+    before it: the state to save after training on the batch is ``tokens_before + tokens``.
     """
 
     input_ids: torch.Tensor
@@ -40,36 +47,56 @@ class Batch:
     seq_len: int
     tokens: int
     tokens_before: int
+    document_ids: torch.Tensor | None = None
 
 
-class _Rows:
-    """Rows of the stream with inputs and labels for one objective."""
+class _Noise:
+    """From rows of text to inputs and labels for one objective."""
 
-    def __init__(self, shards: ShardSet, objective: Objective, seed: int, masking: Mapping[str, float] | None) -> None:
+    def __init__(self, shards: ShardSet, objective: Objective, seed: int, masking: Masking | None) -> None:
         if objective not in ("mlm", "clm"):
             raise UserError(f"objective must be 'mlm' or 'clm', got {objective!r}")
+        self.causal = objective == "clm"
+        self._shards, self._seed = shards, seed
+        self._masking: Masking | None = None
+        self._boundaries: WordBoundaries | None = None
         if objective == "mlm":
             if masking is None:
                 raise UserError("objective mlm needs masking: rate, mask_share and random_share")
-            check_shares(**masking)
-        self._shards = shards
-        self._objective = objective
-        self._seed = seed
-        self._masking = dict(masking or {})
+            check_mask_token(shards)
+            self._masking = masking
+            if masking.unit != "token":
+                self._boundaries = WordBoundaries.of(shards.tokenizer())
 
-    def get(self, starts: np.ndarray, length: int, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, labels), each (len(starts), length) int64."""
-        if self._objective == "clm":
-            tokens = self._shards.read(starts, length + 1)
-            return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
-        return mask_tokens(
-            self._shards.read(starts, length),
-            sample_ids,
+    def __call__(self, rows: Rows, sample_ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, labels), each of the shape of ``rows.tokens`` (B, k * length), int64.
+
+        Every ``length`` tokens of a row are a sample of their own, ``sample_ids`` (B, k).
+        """
+        if self._masking is None:
+            assert rows.next_tokens is not None
+            return rows.tokens, rows.next_tokens
+        shards = self._shards
+        assert shards.mask_id is not None
+        inputs, labels = mask_tokens(
+            rows.tokens.reshape(-1, length),
+            sample_ids.reshape(-1),
             seed=self._seed,
-            mask_id=self._shards.mask_id,
-            special_ids=self._shards.special_ids,
-            vocab_size=self._shards.vocab_size,
-            **self._masking,
+            masking=self._masking,
+            boundaries=self._boundaries,
+            mask_id=shards.mask_id,
+            special_ids=shards.special_ids,
+            vocab_size=shards.vocab_size,
+        )
+        return inputs.reshape(rows.tokens.shape), labels.reshape(rows.tokens.shape)
+
+
+def check_mask_token(shards: ShardSet) -> None:
+    """Raise :class:`UserError` unless the tokenizer has a mask token."""
+    if shards.mask_id is None:
+        raise UserError(
+            f"the tokenizer of the shards in {shards.path} has no mask token, which objective mlm needs: prepare the "
+            "text with a tokenizer that has one, or train with objective clm"
         )
 
 
@@ -78,22 +105,22 @@ class TrainLoader:
 
     Process ``rank`` of ``world_size`` gets rows ``[rank * n / world_size, (rank + 1) * n / world_size)`` of each
     global batch of n rows, so that any number of processes sees the same global batches. One thread prepares up to
-    ``prefetch`` batches ahead; its exceptions are raised in the consumer. Each ``iter()`` starts anew at
-    ``tokens_consumed``. ``masking`` holds the values ``rate``, ``mask_share`` and ``random_share`` of
-    :func:`data_pipeline.batches.masking.mask_tokens` (objective ``mlm`` only).
+    ``prefetch`` groups of batches ahead (a group has up to ``GATHER_TOKENS`` tokens, but at least a batch); its
+    exceptions are raised in the consumer, at the batch that they belong to. Each ``iter()`` starts anew at
+    ``tokens_consumed``. ``masking`` is for objective ``mlm`` only.
 
     Raises :class:`UserError` for a position that is not a batch's edge, rows that do not divide among the processes,
-    and shards shorter than one block.
+    and a tokenizer without mask token under ``mlm``.
     """
 
     def __init__(
         self,
-        shards: ShardSet,
+        data: TrainingData,
         plan: Plan,
         *,
         objective: Objective,
         seed: int,
-        masking: Mapping[str, float] | None = None,
+        masking: Masking | None = None,
         rank: int = 0,
         world_size: int = 1,
         tokens_consumed: int = 0,
@@ -106,49 +133,31 @@ class TrainLoader:
                     f"stage {i}: a global batch of {stage.rows} rows (batch_tokens {stage.batch_tokens} over "
                     f"seq_len {stage.seq_len}) does not divide among {world_size} processes: change one of these"
                 )
-        # One token more than the blocks: the last causal target of the last block lies behind it.
-        num_blocks = (shards.num_tokens - 1) // plan.block_length
-        if num_blocks < 1:
-            raise UserError(
-                f"shards in {shards.path} hold {shards.num_tokens} tokens, less than one block of {plan.block_length} "
-                "(and a token): prepare more text or shorten the longest seq_len (or block_length)"
-            )
+        if data.block_length != plan.block_length:
+            raise ValueError(f"blocks of {data.block_length} tokens do not fit a plan of {plan.block_length}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} outside a world of {world_size}")
-        self.plan = plan
-        self.num_blocks = num_blocks
-        self._rows = _Rows(shards, objective, seed, masking)
-        self._order = BlockOrder(num_blocks, seed)
+        self.data, self.plan = data, plan
+        self._noise = _Noise(data.shards, objective, seed, masking)
+        self._orders = [blocks.order(seed, source) for source, blocks in enumerate(data.blocks)]
         self._rank, self._world_size = rank, world_size
         self._tokens_consumed = tokens_consumed
         self._prefetch = max(1, prefetch)
-        self._running: weakref.WeakSet[_Prefetcher] = weakref.WeakSet()
+        self._running: weakref.WeakSet[Prefetcher[_Group]] = weakref.WeakSet()
 
     def batch_at(self, tokens_before: int) -> Batch:
         """The batch that begins at this position: a pure function, O(1)."""
-        index = self.plan.stage_index(tokens_before)
-        stage = self.plan.stages[index]
-        draws, slices = self.plan.rows(tokens_before)
-        share = stage.rows // self._world_size
-        mine = slice(self._rank * share, (self._rank + 1) * share)
-        draws, offsets = draws[mine], slices[mine] * stage.seq_len
-        sample_ids = draws * self.plan.block_length + offsets
-        starts = self._order.blocks(draws) * self.plan.block_length + offsets
-        inputs, labels = self._rows.get(starts, stage.seq_len, sample_ids)
-        return _batch(inputs, labels, sample_ids, index, stage.batch_tokens, tokens_before)
-
-    def _batches(self) -> Iterator[Batch]:
-        position = self._tokens_consumed
-        while position < self.plan.total_tokens:
-            batch = self.batch_at(position)
-            yield batch
-            position += batch.tokens
+        return next(self._cut(self._read(tokens_before, 1)))
 
     def __iter__(self) -> Iterator[Batch]:
-        prefetcher = _Prefetcher(self._batches(), self._prefetch)
+        prefetcher = Prefetcher(self._groups(), self._prefetch)
         self._running.add(prefetcher)
         try:
-            yield from prefetcher
+            for group in prefetcher:
+                for batch in self._cut(group):
+                    if prefetcher.closed:
+                        return
+                    yield batch
         finally:
             prefetcher.close()
 
@@ -157,76 +166,90 @@ class TrainLoader:
         for prefetcher in list(self._running):
             prefetcher.close()
 
+    def _groups(self) -> Iterator[_Group]:
+        position = self._tokens_consumed
+        limit = max(1, GATHER_TOKENS * self._world_size // self.plan.batch_tokens)
+        while position < self.plan.total_tokens:
+            try:
+                group = self._read(position, limit)
+            except Exception:
+                if limit == 1:
+                    raise
+                limit = 1  # one by one up to the batch at fault: those before it are whole
+                continue
+            yield group
+            position += group.part.windows * group.part.slices * self.plan.batch_tokens
 
-class _Prefetcher:
-    """Runs an iterator in a thread, at most ``depth`` items ahead."""
+    def _read(self, position: int, limit: int) -> _Group:
+        """Inputs and labels of the batches from this position on, at least one and at most ``limit``, in one go."""
+        part = self.plan.part(position, limit)
+        stage = self.plan.stages[part.stage]
+        share = stage.rows // self._world_size
+        own = np.arange(self._rank * share, (self._rank + 1) * share, dtype=np.int64)
+        draws = (part.first_draw + np.arange(part.windows)[:, None] * stage.rows + own).reshape(-1)
+        offset, width = part.first_slice * stage.seq_len, part.slices * stage.seq_len
+        rows = self._gather(draws, offset, width)
+        sample_ids = draws[:, None] * self.plan.block_length + np.arange(offset, offset + width, stage.seq_len)
+        inputs, labels = self._noise(rows, sample_ids, stage.seq_len)
+        return _Group(part, position, inputs, labels, sample_ids, rows.documents)
 
-    def __init__(self, source: Iterator[Batch], depth: int) -> None:
-        self._state = _Shared()
-        self._thread = threading.Thread(
-            target=_Prefetcher._work, args=(source, depth, self._state), name="prefetch", daemon=True
+    def _cut(self, group: _Group) -> Iterator[Batch]:
+        """The batches of a group, as views. Left to the consumer: the thread can read the next group meanwhile."""
+        import torch
+
+        part, tokens = group.part, self.plan.batch_tokens
+        shape = (part.windows, -1, part.slices)
+        length = self.plan.stages[part.stage].seq_len
+
+        def views(array: np.ndarray, *row: int) -> Iterator[torch.Tensor]:
+            by_slice = [t.unbind(0) for t in torch.from_numpy(array.reshape(*shape, *row)).unbind(2)]
+            return itertools.chain.from_iterable(zip(*by_slice, strict=True))
+
+        documents = itertools.repeat(None) if group.documents is None else views(group.documents, length)
+        cuts = zip(
+            views(group.inputs, length), views(group.labels, length), views(group.sample_ids), documents, strict=False
         )
-        self._thread.start()
-        # Also at interpreter exit, before daemon threads are torn down in the middle of a gather.
-        self._finalizer = weakref.finalize(self, _Prefetcher._stop, self._state, self._thread)
+        for number, (inputs, labels, sample_ids, document_ids) in enumerate(cuts):
+            before = group.position + number * tokens
+            yield Batch(inputs, labels, sample_ids, part.stage, length, tokens, before, document_ids)
 
-    @staticmethod
-    def _work(
-        source: Iterator[Batch], depth: int, state: _Shared
-    ) -> None:  # no reference to self: it must stay collectable
-        error: BaseException | None = None
-        try:
-            for item in source:
-                with state.changed:
-                    state.changed.wait_for(lambda: state.stopped or len(state.items) < depth)
-                    if state.stopped:
-                        return
-                    state.items.append(item)
-                    state.changed.notify_all()
-        except BaseException as caught:  # handed to the consumer, whatever it is
-            error = caught
-        finally:
-            with state.changed:
-                state.error, state.finished = error, True
-                state.changed.notify_all()
-
-    @staticmethod
-    def _stop(state: _Shared, thread: threading.Thread) -> None:
-        with state.changed:
-            state.stopped = True
-            state.items.clear()
-            state.changed.notify_all()
-        if thread is not threading.current_thread():
-            thread.join()
-
-    def __iter__(self) -> Iterator[Batch]:
-        state = self._state
-        while True:
-            with state.changed:
-                state.changed.wait_for(lambda: bool(state.items) or state.finished or state.stopped)
-                if state.items:
-                    item = state.items.popleft()
-                    state.changed.notify_all()
-                elif state.error is not None:
-                    raise state.error
-                else:
-                    return
-            yield item
-
-    def close(self) -> None:
-        """Stop the thread and wait for it."""
-        self._finalizer()
+    def _gather(self, draws: np.ndarray, offset: int, length: int) -> Rows:
+        """Tokens ``[offset, offset + length)`` of the block of each draw (n,)."""
+        causal = self._noise.causal
+        sources, own = self.data.mixture.place(draws)
+        parts: list[tuple[np.ndarray, Rows]] = []
+        for source in range(len(self._orders)) if len(self._orders) > 1 else (0,):
+            here = np.flatnonzero(sources == source)
+            if len(here):
+                blocks = self._orders[source].blocks(own[here])
+                parts.append((here, self.data.blocks[source].read(blocks, offset, length, causal=causal)))
+        return parts[0][1] if len(parts) == 1 else _interleave(parts, len(draws), length)
 
 
-class _Shared:
-    """What the consumer and the thread of a :class:`_Prefetcher` share."""
+class _Group(NamedTuple):
+    """Consecutive batches, uncut: rows of ``part.slices`` samples each, window by window."""
 
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.items: deque[Batch] = deque()
-        self.error: BaseException | None = None
-        self.finished = False
-        self.stopped = False
+    part: Part
+    position: int
+    inputs: np.ndarray
+    labels: np.ndarray
+    sample_ids: np.ndarray
+    documents: np.ndarray | None
+
+
+def _interleave(parts: list[tuple[np.ndarray, Rows]], count: int, length: int) -> Rows:
+    """Rows of several sources, each with its places among ``count``, as one."""
+    tokens = np.empty((count, length), dtype=np.int64)
+    next_tokens = None if parts[0][1].next_tokens is None else np.empty_like(tokens)
+    packed = any(part.documents is not None for _, part in parts)
+    documents = np.zeros((count, length), dtype=np.int32) if packed else None
+    for here, part in parts:
+        tokens[here] = part.tokens
+        if next_tokens is not None and part.next_tokens is not None:
+            next_tokens[here] = part.next_tokens
+        if documents is not None and part.documents is not None:
+            documents[here] = part.documents
+    return Rows(tokens, next_tokens, documents)
 
 
 def validation_batches(
@@ -237,7 +260,7 @@ def validation_batches(
     rows: int,
     max_tokens: int,
     seed: int,
-    masking: Mapping[str, float] | None = None,
+    masking: Masking | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
@@ -248,8 +271,8 @@ def validation_batches(
     equal shape; what is left over at the end is filled with rows whose labels are all -100, so that every target
     counts exactly once in a sum over processes. Raises :class:`UserError` if the shards are shorter than one row.
     """
-    source = _Rows(shards, objective, seed, masking)
-    available = (shards.num_tokens - (1 if objective == "clm" else 0)) // seq_len
+    noise = _Noise(shards, objective, seed, masking)
+    available = (shards.num_tokens - (1 if noise.causal else 0)) // seq_len
     if available < 1:
         raise UserError(
             f"held-out shards in {shards.path} hold {shards.num_tokens} tokens, less than one row of {seq_len}"
@@ -258,30 +281,25 @@ def validation_batches(
     sample_ids = np.arange(count, dtype=np.int64) * available // count * seq_len
 
     def generate() -> Iterator[Batch]:
+        import torch
+
         per_batch = rows * world_size
         for begin in range(0, count, per_batch):
             mine = begin + rank * rows + np.arange(rows)
             filler = mine >= count
             chosen = sample_ids[np.where(filler, 0, mine)]
-            inputs, labels = source.get(chosen, seq_len, chosen)
+            tokens = shards.read(chosen, seq_len + noise.causal)
+            text = Rows(tokens[:, :seq_len], tokens[:, 1:].copy() if noise.causal else None, None)
+            inputs, labels = noise(text, chosen, seq_len)
             labels[filler] = IGNORE
-            real = min(per_batch, count - begin)
-            yield _batch(inputs, labels, chosen, 0, real * seq_len, begin * seq_len)
+            yield Batch(
+                input_ids=torch.from_numpy(inputs),
+                labels=torch.from_numpy(labels),
+                sample_ids=torch.from_numpy(chosen),
+                stage=0,
+                seq_len=seq_len,
+                tokens=min(per_batch, count - begin) * seq_len,
+                tokens_before=begin * seq_len,
+            )
 
     return generate()
-
-
-def _batch(
-    inputs: np.ndarray, labels: np.ndarray, sample_ids: np.ndarray, stage: int, tokens: int, tokens_before: int
-) -> Batch:
-    import torch
-
-    return Batch(
-        input_ids=torch.from_numpy(inputs),
-        labels=torch.from_numpy(labels),
-        sample_ids=torch.from_numpy(sample_ids),
-        stage=stage,
-        seq_len=inputs.shape[1],
-        tokens=tokens,
-        tokens_before=tokens_before,
-    )

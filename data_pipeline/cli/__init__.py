@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from data_pipeline.cli import inspect, prepare, stdlib, tokenizer, verify
+from data_pipeline.cli import contamination, inspect, prepare, stdlib, tokenizer, verify
 from data_pipeline.cli.common import HelpFormatter
 
 DESCRIPTION = """Turn text into what training reads: collect documents, train a tokenizer, write checksummed shards of
@@ -27,6 +27,7 @@ COMMANDS = {
     "prepare": prepare,
     "verify": verify,
     "inspect": inspect,
+    "contamination": contamination,
 }
 
 

@@ -6,30 +6,78 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
+from data_pipeline.errors import UserError
+
 if TYPE_CHECKING:
-    from data_pipeline.prepare.run import UnitResult
+    from data_pipeline.sources.corpus import Corpus
     from data_pipeline.sources.documents import Document
+    from data_pipeline.sources.reading import Reading
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Examples as they were typed, and defaults where there are any worth showing."""
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False) or action.required:
+        if action.default in (None, False, []) or action.required:
             return action.help
         return super()._get_help_string(action)
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    """The options that say where text comes from and what a document is."""
+    where = parser.add_argument_group("where the text comes from (one of --input and --dataset)")
+    where.add_argument(
         "--input",
         action="extend",
         nargs="+",
-        required=True,
         metavar="PATH",
-        help="files, folders (searched to any depth) or quoted patterns such as 'data/**/*.parquet'; may be repeated",
+        help="files, folders (searched to any depth), quoted patterns ('data/**/*.parquet'), or - for standard input",
     )
-    parser.add_argument(
-        "--text-field", default="text", metavar="NAME", help="field of JSONL or column of Parquet with the text"
+    where.add_argument(
+        "--stdin-format", choices=["lines", "jsonl"], default="lines", help="what comes in when --input is -"
     )
+    where.add_argument("--dataset", metavar="ID", help="a dataset of the Hugging Face hub, streamed")
+    where.add_argument("--config", metavar="NAME", help="configuration of --dataset")
+    where.add_argument("--split", default="train", metavar="NAME", help="split of --dataset")
+    where.add_argument("--revision", metavar="REV", help="commit, branch or tag of --dataset")
+
+    what = parser.add_argument_group("what a document is")
+    what.add_argument(
+        "--text-field", default="text", metavar="NAME", help="field of JSONL, column of Parquet and CSV with the text"
+    )
+    what.add_argument(
+        "--template", metavar="T", help=r"text made of several fields, such as '{title}\n\n{body}', instead of one"
+    )
+    what.add_argument(
+        "--text-unit", choices=["file", "line"], default="file", help="what a document is in plain text files"
+    )
+    what.add_argument(
+        "--normalize",
+        choices=["nfc", "nfd", "nfkc", "nfkd"],
+        help="Unicode normalisation; left out: text is kept as it is",
+    )
+
+
+def reading_of(args: argparse.Namespace) -> Reading:
+    """What the options say about documents."""
+    from data_pipeline.sources.reading import Reading
+
+    return Reading(args.text_field, args.template, args.text_unit, args.normalize)
+
+
+def corpus_of(args: argparse.Namespace) -> Corpus | None:
+    """What the options say about inputs, None for standard input; raises :class:`UserError` for none and for both."""
+    from data_pipeline.sources.corpus import open_corpus, open_dataset
+
+    if bool(args.input) == bool(args.dataset):
+        raise UserError("say where the text comes from: either --input or --dataset")
+    if args.dataset:
+        return open_dataset(args.dataset, args.config, args.split, args.revision)
+    if "-" not in args.input:
+        return open_corpus(args.input)
+    if len(args.input) > 1:
+        raise UserError("--input - (standard input) cannot be mixed with files")
+    return None
 
 
 class Progress:
@@ -39,22 +87,23 @@ class Progress:
         from tqdm import tqdm
 
         self.started = time.monotonic()
-        self.documents = 0
         self.text_bytes = 0
         self._bar = tqdm(desc=description, total=total, unit="B", unit_scale=True, disable=None)
 
+    def text(self, size: int) -> None:
+        """Count bytes of text."""
+        self.text_bytes += size
+        self._bar.update(size)
+
     def document(self, document: Document) -> None:
         """Count a document."""
-        self.documents += 1
-        self.text_bytes += document.size
-        self._bar.update(document.size)
-        if self.documents % 64 == 0:
-            self._bar.set_postfix_str(f"{self.documents:,} documents", refresh=False)
+        self.text(document.size)
 
-    def reused(self, result: UnitResult) -> None:
-        """Move past a unit that an earlier run finished."""
-        self._bar.initial += result.text_bytes
-        self._bar.n += result.text_bytes
+    def phase(self, name: str) -> None:
+        """Begin another pass over the text."""
+        self.text_bytes = 0
+        self._bar.reset()
+        self._bar.set_description(name)
 
     def close(self, whole: bool = True) -> None:
         """Take the bar down; after a whole pass it stands at its end (JSON's own characters are no text)."""
@@ -62,11 +111,13 @@ class Progress:
             self._bar.total = self._bar.n
         self._bar.close()
 
-    def speed(self) -> str:
-        """Seconds and MB/s so far."""
+    def speed(self, text_bytes: int | None = None) -> str:
+        """Seconds and MB/s so far, or of so many bytes of what passed."""
         seconds = time.monotonic() - self.started
-        return f"{seconds:.1f} s, {self.text_bytes / 1e6 / max(seconds, 1e-9):.2f} MB/s"
+        size = self.text_bytes if text_bytes is None else text_bytes
+        return f"{seconds:.1f} s, {size / 1e6 / max(seconds, 1e-9):.2f} MB/s"
 
 
 def counted(documents: int, empty: int) -> str:
+    """Documents, and how many were skipped for want of text."""
     return f"{documents:,} documents" + (f" ({empty:,} without text skipped)" if empty else "")

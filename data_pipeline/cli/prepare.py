@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_pipeline.cli.common import Progress, add_inputs, counted
-from data_pipeline.sources.inputs import total_text_bytes
+from data_pipeline.cli.common import Progress, add_inputs, corpus_of, counted, reading_of
+from data_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from data_pipeline.prepare.run import How, Outcome
 
 SUMMARY = "tokenize text into a folder of shards; after an interruption the same command goes on where it stopped"
 EXAMPLE = "nystrom data prepare --input 'books/*.txt' --tokenizer tokenizer --out shards/train"
@@ -17,41 +22,167 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_inputs(parser)
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards, new or empty")
-    parser.add_argument(
+    parser.add_argument("--overwrite", action="store_true", help="replace other shards that are there")
+
+    chosen = parser.add_argument_group("which documents are kept")
+    chosen.add_argument(
+        "--filter",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="keep only documents that pass, such as gopher-quality, min-chars=200, script=latin:0.8; "
+        "--list-filters explains all",
+    )
+    chosen.add_argument("--list-filters", action=_ListFilters, help="list the filters with their sources, and exit")
+    chosen.add_argument(
+        "--dedup",
+        metavar="KIND",
+        help="drop duplicates: exact, or near, near:threshold=0.8 (MinHash); the text is then read twice",
+    )
+    chosen.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.001,
+        metavar="F",
+        help="stop when more than this share of the records of a unit of work is broken; broken records are skipped, "
+        "counted, and kept in bad_records.jsonl",
+    )
+
+    work = parser.add_argument_group("how the work is done (the result is the same, byte for byte)")
+    work.add_argument("--workers", type=int, metavar="N", help="processes; left out: one for each core")
+    work.add_argument(
+        "--backend",
+        choices=["auto", "tokenizers", "tiktoken"],
+        default="auto",
+        help="what encodes; auto takes tiktoken for byte-level BPE if it gives identical ids on a sample of this text",
+    )
+    work.add_argument(
+        "--shard-index", type=int, metavar="I", help="do part I of --num-shards only, as a job of an array"
+    )
+    work.add_argument(
+        "--num-shards",
+        type=int,
+        metavar="K",
+        help="number of jobs that share the folder; when all have ended the same command without these two finishes it",
+    )
+    work.add_argument(
+        "--ray", nargs="?", const="auto", metavar="ADDRESS", help="spread the work over a Ray cluster (default: auto)"
+    )
+    work.add_argument(
         "--shard-tokens",
         type=int,
         default=1 << 27,
         metavar="N",
-        help="a shard ends with the document that reaches this",
+        help="a shard ends with the document that reaches this (this one does decide the files)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace other shards that are there")
+
+
+class _ListFilters(argparse.Action):
+    """Prints the filters and exits, as --help does."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help, default=argparse.SUPPRESS)
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
+        from data_pipeline.quality.filters import Filters
+
+        for name, default, description, source in Filters.known():
+            print(f"{name}={default}" if default else name)
+            print(f"    {description} ({source})")
+        parser.exit()
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from data_pipeline.prepare.run import plan_preparation, prepare
+    from data_pipeline.prepare.plan import Settings, plan_preparation, plan_stdin
+    from data_pipeline.prepare.run import prepare
+    from data_pipeline.quality.duplicates import Dedup
+    from data_pipeline.quality.filters import Filters
     from data_pipeline.tokenization.tokenizer import Tokenizer
 
+    how = _how(args)
+    settings = Settings(
+        reading=reading_of(args),
+        filters=Filters.parse(args.filter),
+        dedup=Dedup.parse(args.dedup) if args.dedup else None,
+        shard_tokens=args.shard_tokens,
+    )
+    corpus = corpus_of(args)
     tokenizer = Tokenizer.load(args.tokenizer)
-    preparation = plan_preparation(args.input, tokenizer, text_field=args.text_field, shard_tokens=args.shard_tokens)
-    progress = Progress("tokenizing", total_text_bytes(preparation.paths))
+    if corpus is None:
+        preparation = plan_stdin(args.stdin_format, tokenizer, settings)
+    else:
+        preparation = plan_preparation(corpus, tokenizer, settings)
+    progress = Progress("tokenizing", preparation.text_bytes)
     whole = False
     try:
         outcome = prepare(
-            preparation, args.out, overwrite=args.overwrite, on_document=progress.document, on_reused=progress.reused
+            preparation,
+            args.out,
+            how,
+            stream=sys.stdin.buffer if corpus is None else None,
+            on_text=progress.text,
+            on_phase=progress.phase,
         )
         whole = not outcome.already_complete
     finally:
         progress.close(whole)
+    _tell(args.out, outcome, how, progress)
+
+
+def _how(args: argparse.Namespace) -> How:
+    from data_pipeline.prepare.executors import available_cores
+    from data_pipeline.prepare.folder import Part
+    from data_pipeline.prepare.run import How
+
+    if (args.shard_index is None) != (args.num_shards is None):
+        raise UserError("--shard-index and --num-shards belong together: which part of how many")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers must be at least 1, got {args.workers}")
+    if not 0 <= args.max_bad_fraction <= 1:
+        raise UserError(f"--max-bad-fraction is a share between 0 and 1, got {args.max_bad_fraction}")
+    return How(
+        workers=args.workers or available_cores(),
+        backend=args.backend,
+        max_bad_fraction=args.max_bad_fraction,
+        part=None if args.shard_index is None else Part(args.shard_index, args.num_shards),
+        ray=args.ray,
+        overwrite=args.overwrite,
+    )
+
+
+def _tell(out: Path, outcome: Outcome, how: How, progress: Progress) -> None:
+    speed = progress.speed(outcome.text_bytes)
+    if outcome.shards is None:
+        assert how.part is not None
+        part = f"part {how.part.index} of {how.part.count}"
+        if outcome.signed_only:
+            print(f"{out}: {part} has signed its documents; once all parts have, the same command tokenizes them")
+        else:
+            print(
+                f"{out}: {part} is done, {outcome.units} units ({outcome.units_reused} of them before), "
+                f"{outcome.text_bytes / 1e6:.2f} MB of text in {speed}; when all parts are, the command "
+                "without --shard-index finishes the folder"
+            )
+        return
     shards, manifest = outcome.shards, outcome.shards.manifest
     contents = (
         f"{counted(shards.num_documents, manifest.empty_documents)}, {shards.num_tokens:,} tokens "
         f"({manifest.dtype}, {len(manifest.shards)} shard(s))"
     )
     if outcome.already_complete:
-        print(f"{args.out}: already complete with these inputs and settings, nothing to do: {contents}")
+        print(f"{out}: already complete with these inputs and settings, nothing to do: {contents}")
         return
-    again = (
-        f"; {outcome.units_reused} of {len(preparation.units)} parts were done before" if outcome.units_reused else ""
-    )
-    print(f"{args.out}: {contents} from {manifest.text_bytes / 1e6:.2f} MB of text in {progress.speed()}{again}")
+    again = f"; {outcome.units_reused} of {outcome.units} parts were done before" if outcome.units_reused else ""
+    print(f"{out}: {contents} from {manifest.text_bytes / 1e6:.2f} MB of text in {speed}{again}")
+    left_out = {"broken records skipped": manifest.bad_records, "documents dropped": manifest.dropped_documents}
+    for what, counts in left_out.items():
+        if counts:
+            reasons = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            print(f"  {what}: {sum(counts.values()):,} ({reasons})")
+    for report in manifest.reports:
+        print(f"  samples of what was left out: {out / report.name}")
+    print(f"  encoded by {outcome.encoder}")
+    for reason in outcome.fell_back:
+        print(f"  one unit was encoded again by tokenizers: {reason}")

@@ -9,14 +9,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_pipeline.cli.common import Progress, add_inputs, counted
+from data_pipeline.cli.common import Progress, add_inputs, corpus_of, counted, reading_of
 from data_pipeline.errors import UserError
-from data_pipeline.sources.inputs import expand_inputs, identify_inputs, total_text_bytes
+
+if TYPE_CHECKING:
+    from data_pipeline.sources.corpus import Corpus
+    from data_pipeline.sources.pieces import Piece
+    from data_pipeline.sources.reading import Reading
 
 INFO_FILE = "tokenizer_info.json"
 
-SUMMARY = "train a byte-level BPE tokenizer on text"
+SUMMARY = "train a tokenizer on text"
 EXAMPLE = "nystrom data tokenizer --input 'books/*.txt' --vocab-size 16384 --out tokenizer"
 
 
@@ -24,8 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_inputs(parser)
     parser.add_argument(
-        "--vocab-size", type=int, default=32768, metavar="N", help="tokens, with the 256 bytes and 5 special tokens"
+        "--model",
+        choices=("bpe", "wordpiece", "unigram"),
+        default="bpe",
+        help="bpe works on bytes and loses nothing of the text; unigram loses nothing but U+2581; wordpiece, BERT's, "
+        "keeps the words and not the white space between them",
     )
+    parser.add_argument("--vocab-size", type=int, default=32768, metavar="N", help="tokens, with the 5 special tokens")
+    parser.add_argument("--lowercase", action="store_true", help="wordpiece: remove case and accents, as BERT uncased")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for tokenizer.json")
     parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer that is there")
 
@@ -33,15 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from data_pipeline.files import write_atomic
-    from data_pipeline.sources.documents import Counts, iter_documents
-    from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer, check_vocab_size, train_tokenizer
+    from data_pipeline.sources.streams import piece_digest
+    from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
+    from data_pipeline.tokenization.training import check_training, train_tokenizer
 
-    check_vocab_size(args.vocab_size)
-    paths = expand_inputs(args.input)
+    check_training(args.vocab_size, args.model, args.lowercase)
+    corpus, reading = corpus_of(args), reading_of(args)
+    if corpus is None:
+        raise UserError("a tokenizer may read its text more than once: save standard input to a file first")
+    pieces = corpus.pieces(sys.maxsize, reading)  # one for each file
     facts = {
-        "inputs": [asdict(entry) for entry in identify_inputs(paths)],
-        "text_field": args.text_field,
+        "inputs": [{"name": piece.name, "bytes": piece.end, "digest": piece_digest(piece)} for piece in pieces],
+        "reading": asdict(reading),
         "vocab_size": args.vocab_size,
+        "model": args.model,
+        "lowercase": args.lowercase,
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     info, file = args.out / INFO_FILE, args.out / TOKENIZER_FILE
@@ -54,25 +71,15 @@ def run(args: argparse.Namespace) -> None:
             f"{args.out} already holds a tokenizer trained otherwise ({there.vocab_size:,} tokens): choose another "
             "folder, or --overwrite to replace it"
         )
-    counts = Counts()
-    progress = Progress("reading", total_text_bytes(paths))
-
-    def texts() -> Iterator[str]:
-        for document in iter_documents(paths, args.text_field, counts):
-            progress.document(document)
-            yield document.text
-        progress.close()
-        if sys.stderr.isatty():
-            print(f"learning {args.vocab_size:,} tokens ...", file=sys.stderr, flush=True)
-
+    texts = _Texts(corpus, pieces, reading, args.vocab_size)
     try:
-        trained = train_tokenizer(texts(), args.vocab_size)
+        trained = train_tokenizer(texts, args.vocab_size, args.model, lowercase=args.lowercase)
         trained.save(args.out)
         write_atomic(info, (json.dumps({"key": key, "tokenizer": trained.hash, **facts}, indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error}") from None
     finally:
-        progress.close(whole=False)
+        texts.close()
     if trained.vocab_size < args.vocab_size:
         print(
             f"the text has repeated pieces for {trained.vocab_size:,} tokens only, {args.vocab_size:,} were asked for: "
@@ -80,8 +87,41 @@ def run(args: argparse.Namespace) -> None:
         )
     print(
         f"{args.out}: {trained.vocab_size:,} tokens (hash {trained.hash[:12]}) from "
-        f"{counted(counts.documents, counts.empty)}, {counts.text_bytes / 1e6:.2f} MB of text in {progress.speed()}"
+        f"{counted(texts.counts.documents, texts.counts.empty)}, {texts.counts.text_bytes / 1e6:.2f} MB of text in "
+        f"{texts.progress.speed()}"
     )
+
+
+class _Texts:
+    """The texts of the inputs, once for each pass a trainer makes, with a progress bar and counts of the last pass."""
+
+    def __init__(self, corpus: Corpus, pieces: list[Piece], reading: Reading, vocab_size: int) -> None:
+        self._corpus, self._reading, self._vocab_size = corpus, reading, vocab_size
+        hidden = any(piece.codec or piece.format in ("parquet", "hub") for piece in pieces)
+        self._total = None if hidden else sum(piece.size for piece in pieces)
+        self._begin()
+
+    def _begin(self) -> None:
+        from data_pipeline.sources.tally import Tally
+
+        self.counts = Tally()
+        self.progress = Progress("reading", self._total)
+
+    def __iter__(self) -> Iterator[str]:
+        from data_pipeline.sources.documents import iter_documents
+
+        if self.counts.documents:
+            self._begin()
+        for document in iter_documents(self._corpus, self._reading, self.counts):
+            self.progress.document(document)
+            yield document.text
+        self.progress.close()
+        if sys.stderr.isatty():
+            print(f"learning {self._vocab_size:,} tokens ...", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the progress bar down."""
+        self.progress.close(whole=False)
 
 
 def _same_training(info: Path, key: str, tokenizer_hash: str) -> bool:

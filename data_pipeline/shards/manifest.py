@@ -12,11 +12,10 @@ import xxhash
 from data_pipeline import __version__
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
-from data_pipeline.sources.inputs import InputEntry
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "nystrom-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK_BYTES = 4 << 20
 
 
@@ -42,23 +41,37 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class InputEntry:
+    """An input as it was read: name relative to the corpus, size, and a hash of its contents.
+
+    ``digest`` is the XXH3-128 (hex) over the digests of the pieces that the input was cut into, in order.
+    """
+
+    name: str
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a reader needs to know about a shard folder. No paths, no times: equal inputs and settings, equal bytes."""
 
-    plan: str  # hash of the inputs and settings that the folder follows from
+    settings: dict[str, Any]  # everything besides inputs and tokenizer that decided the bytes
     num_tokens: int
     num_documents: int
-    empty_documents: int  # null or white space only, skipped
     text_bytes: int  # UTF-8, of the documents that were tokenized
+    empty_documents: int  # null or white space only, skipped
+    bad_records: dict[str, int]  # what was wrong -> how many, skipped
+    dropped_documents: dict[str, int]  # filter, or "duplicate" -> how many
     dtype: str
     vocab_size: int
     tokenizer_hash: str
-    special_ids: dict[str, int]  # bos, pad, eos, unk, mask
-    text_field: str
-    tokenizer: FileEntry
+    special_ids: dict[str, int]  # role (bos, pad, eos, unk, mask) -> id; pad and eos always, the others if they exist
+    other_special_ids: tuple[int, ...]  # special tokens without a role
+    tokenizer: tuple[FileEntry, ...]
+    reports: tuple[FileEntry, ...]  # samples of what was left out, if anything was
     shards: tuple[ShardEntry, ...]
     inputs: tuple[InputEntry, ...]
-    normalizer: str | None = None  # text is tokenized as it came
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
     block_bytes: int = BLOCK_BYTES
@@ -71,7 +84,7 @@ class Manifest:
 
     def files(self) -> list[FileEntry]:
         """All files of the folder besides the manifest."""
-        out = [self.tokenizer]
+        out = [*self.tokenizer, *self.reports]
         for shard in self.shards:
             out += [shard.tokens, shard.index]
         return out
@@ -108,13 +121,17 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: it is not the JSON of a manifest") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, this program reads version {FORMAT_VERSION}")
+        raise UserError(
+            f"{path} has format version {version}, this program reads version {FORMAT_VERSION}: prepare the text again"
+        )
     try:
         fingerprint = data.pop("fingerprint")
         manifest = Manifest(
             **{
                 **data,
-                "tokenizer": _file(data["tokenizer"]),
+                "tokenizer": tuple(_file(entry) for entry in data["tokenizer"]),
+                "reports": tuple(_file(entry) for entry in data["reports"]),
+                "other_special_ids": tuple(data["other_special_ids"]),
                 "shards": tuple(parse_shard(entry) for entry in data["shards"]),
                 "inputs": tuple(InputEntry(**entry) for entry in data["inputs"]),
             }

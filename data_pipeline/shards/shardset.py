@@ -9,6 +9,7 @@ each document's tokens and then ``</s>``.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,10 +34,11 @@ class ShardSet:
         self.tokenizer_hash = manifest.tokenizer_hash
         self.pad_id = manifest.special_ids["pad"]
         self.eos_id = manifest.special_ids["eos"]
-        self.mask_id = manifest.special_ids["mask"]
-        self.special_ids = tuple(sorted(manifest.special_ids.values()))
+        self.mask_id = manifest.special_ids.get("mask")
+        self.special_ids = tuple(sorted({*manifest.special_ids.values(), *manifest.other_special_ids}))
         # offsets[s] is the position in the stream of the first token of shard s, offsets[-1] the length of the stream.
         self._offsets = np.cumsum([0, *(shard.num_tokens for shard in manifest.shards)], dtype=np.int64)
+        _allow_open_files(len(manifest.shards))
         self._tokens = [self._map(shard.tokens, shard.num_tokens) for shard in manifest.shards]
 
     @classmethod
@@ -71,7 +73,7 @@ class ShardSet:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the shards were made with, from the copy in the folder."""
-        tokenizer = Tokenizer.load(self.path / TOKENIZER_FILE)
+        tokenizer = Tokenizer.load(self.path)
         if tokenizer.hash != self.tokenizer_hash:
             raise UserError(
                 f"{self.path / TOKENIZER_FILE} is not the tokenizer that the manifest names; it was changed"
@@ -105,6 +107,28 @@ class ShardSet:
             self._read_across(int(starts[row]), out[row])
         if out.size and out.max() >= self.vocab_size:
             self._raise_damaged(starts, out)
+        return out
+
+    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Runs of consecutive tokens laid end to end, (sum of ``lengths``,) int64.
+
+        ``starts`` (n,) int64 positions in the stream, ascending; ``lengths`` (n,) int64 >= 0. No run may leave its
+        shard (a document never does). Raises ``ValueError`` for runs that break these rules and :class:`UserError`
+        naming the shard for a token outside the vocabulary (a damaged file).
+        """
+        shard = np.searchsorted(self._offsets, starts, side="right") - 1
+        leaves = starts + lengths > self._offsets[np.minimum(shard + 1, len(self._offsets) - 1)]
+        if (np.diff(starts, prepend=0) < 0).any() or (leaves & (lengths > 0)).any():
+            raise ValueError("runs must be in ascending order, and each within one shard")
+        position = ramps(starts, lengths)
+        out = np.empty(len(position), dtype=np.int64)
+        edges = np.append(0, np.cumsum(lengths))[np.searchsorted(starts, self._offsets)]
+        for number in np.flatnonzero(np.diff(edges)):
+            part = slice(edges[number], edges[number + 1])
+            out[part] = self._tokens[number][position[part] - self._offsets[number]]
+        if out.size and out.max() >= self.vocab_size:
+            bad = int(np.argmax(out >= self.vocab_size))
+            self._raise_damaged(position[bad : bad + 1], out[bad : bad + 1, None])
         return out
 
     def _read_across(self, start: int, row: np.ndarray) -> None:
@@ -149,6 +173,19 @@ class ShardSet:
             raise UserError(f"{file} is damaged: {error}") from None
         return np.asarray(ends, dtype=np.uint64)
 
+    def document_sources(self, index: FileEntry) -> tuple[list[str], np.ndarray]:
+        """The ``source`` column of one shard's Arrow file: the distinct names, and for each document (documents,) the
+        place of its own among them."""
+        import pyarrow as pa
+
+        file = self.path / index.name
+        try:
+            with pa.memory_map(str(file)) as source:
+                column = pa.ipc.open_file(source).read_all().column("source").combine_chunks().dictionary_encode()
+                return column.dictionary.to_pylist(), column.indices.to_numpy().astype(np.int64)
+        except (pa.ArrowInvalid, KeyError, OSError) as error:
+            raise UserError(f"{file} is damaged: {error}") from None
+
     def chunks(self, size: int = 1 << 20) -> Iterator[np.ndarray]:
         """The whole stream in order, ``size`` tokens at a time, in the stored dtype."""
         for tokens in self._tokens:
@@ -157,6 +194,26 @@ class ShardSet:
 
     def __repr__(self) -> str:
         return f"ShardSet({str(self.path)!r}, tokens={self.num_tokens}, documents={self.num_documents})"
+
+
+def ramps(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Runs of consecutive integers laid end to end: [7, 2], [3, 2] -> [7, 8, 9, 2, 3]."""
+    stops = np.cumsum(lengths)
+    return np.repeat(starts - stops + lengths, lengths) + np.arange(stops[-1] if len(stops) else 0)
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the limit of open files (often 1,024) so that each shard can stay mapped: a map holds a descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 512
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"{count} shards need as many open files, and this system allows a process {hard}: raise the hard limit "
+            "(ulimit -Hn), or prepare the text again with larger --shard-tokens"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def check_size(folder: Path, entry: FileEntry) -> None:

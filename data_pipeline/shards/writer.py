@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,13 +36,13 @@ class UnitWriter:
         self._done: list[ShardEntry] = []
         self._open: _OpenShard | None = None
 
-    def add(self, ids: list[int], source: str) -> None:
-        """Append a document (its ``</s>`` is added here) that came from the file ``source``."""
+    def add(self, ids: np.ndarray, source: str) -> None:
+        """Append a document, ids (n,) in any integer dtype (its ``</s>`` is added here), that came from ``source``."""
         if self._open is None:
             name = f"{self._unit:05d}-{len(self._done):05d}"
             self._open = _OpenShard(self._folder, name)
         shard = self._open
-        shard.write(np.array(ids, dtype=self._dtype))
+        shard.write(np.ascontiguousarray(ids, dtype=self._dtype))
         shard.write(self._eos)
         shard.ends.append(shard.num_tokens)
         shard.sources.append(source)
@@ -54,9 +56,9 @@ class UnitWriter:
         return tuple(self._done)
 
     def abort(self) -> None:
-        """Close open files after an error; their ``.tmp`` names are cleared by the next run."""
+        """After an error: close and remove the unfinished files. Those of a killed process go with the next run."""
         if self._open is not None:
-            self._open.file.close()
+            self._open.abandon()
 
     def _close_shard(self, shard: _OpenShard) -> None:
         self._done.append(shard.close(self._unit))
@@ -73,7 +75,9 @@ class _OpenShard:
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
         self._names = _Names(f"tokens-{name}.bin", f"index-{name}.arrow")
-        self.file = open(folder / (self._names.tokens + TMP_SUFFIX), "wb", buffering=1 << 20)  # noqa: SIM115 - open until the shard is full
+        # A name of its own for each attempt: a process believed dead cannot spoil what its successor writes.
+        self._attempt = f".{secrets.token_hex(4)}{TMP_SUFFIX}"
+        self.file = open(folder / (self._names.tokens + self._attempt), "wb", buffering=1 << 20)  # noqa: SIM115 - open until the shard is full
         self._hasher = BlockHasher()
         self.num_tokens = 0
         self.ends = array("Q")  # 8 bytes a document: bounded by the size of a shard
@@ -91,8 +95,12 @@ class _OpenShard:
         self.file.close()
         tokens = self._hasher.entry(self._names.tokens)
         index = self._write_index()
-        publish(self._folder / (tokens.name + TMP_SUFFIX), self._folder / tokens.name)
+        publish(self._folder / (tokens.name + self._attempt), self._folder / tokens.name)
         return ShardEntry(unit, self.num_tokens, len(self.ends), tokens, index)
+
+    def abandon(self) -> None:
+        self.file.close()
+        remove_files(self._folder, [name + self._attempt for name in (self._names.tokens, self._names.index)])
 
     def _write_index(self) -> FileEntry:
         import pyarrow as pa
@@ -103,7 +111,7 @@ class _OpenShard:
                 "source": pa.array(self.sources, pa.string()).dictionary_encode(),
             }
         )
-        tmp = self._folder / (self._names.index + TMP_SUFFIX)
+        tmp = self._folder / (self._names.index + self._attempt)
         with open(tmp, "w+b") as f:
             with pa.ipc.new_file(f, table.schema) as writer:
                 writer.write_table(table)
@@ -115,12 +123,13 @@ class _OpenShard:
         return entry
 
 
-def is_shard_file(name: str) -> bool:
-    """Whether a file name is one that this module gives (with or without the suffix of an unfinished one)."""
-    name = name.removesuffix(TMP_SUFFIX)
-    return (name.startswith("tokens-") and name.endswith(".bin")) or (
-        name.startswith("index-") and name.endswith(".arrow")
-    )
+_SHARD_FILE = re.compile(r"(?:tokens-(\d{5,})-\d{5,}\.bin|index-(\d{5,})-\d{5,}\.arrow)(?:\.[0-9a-f]{8}\.tmp)?")
+
+
+def unit_of(name: str) -> int | None:
+    """The unit whose shard file has this name (finished or not); None for other names."""
+    found = _SHARD_FILE.fullmatch(name)
+    return int(found[1] or found[2]) if found else None
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:

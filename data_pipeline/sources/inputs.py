@@ -1,103 +1,107 @@
-"""Which files the user means, and what identifies their contents."""
+"""Input files on disk: files, folders and globs to a sorted list with names that do not depend on the place."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from data_pipeline.errors import UserError
-
-KINDS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet", ".txt": "text"}
+from data_pipeline.sources.pieces import KINDS, SUPPORTED
 
 
 @dataclass(frozen=True)
-class InputEntry:
-    """An input file as it was read: name relative to the corpus, size, XXH3-128 of the bytes on disk (hex)."""
+class CorpusFile:
+    """An input file: its name relative to the corpus, and what the file system says of it."""
 
     name: str
+    path: Path
+    kind: str
     bytes: int
-    xxh3_128: str
+    mtime_ns: int
 
 
-def unsupported(path: Path) -> UserError:
-    """The error for a file of a kind that is not read."""
-    return UserError(f"{path}: files of this kind are not read; supported are {', '.join(KINDS)}")
+def find_files(inputs: Sequence[str | Path]) -> tuple[CorpusFile, ...]:
+    """:func:`expand_inputs`, with each file's name, kind and size."""
+    paths = expand_inputs(inputs)
+    files: list[CorpusFile] = []
+    for path, name in zip(paths, relative_names(paths), strict=True):
+        kind = kind_of(path)
+        assert kind is not None
+        try:
+            name.encode()
+            stat = path.stat()
+        except UnicodeEncodeError:
+            raise UserError(f"{name!r}: the name of this file is not UTF-8; rename it") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        files.append(CorpusFile(name, path, kind, stat.st_size, stat.st_mtime_ns))
+    return tuple(files)
 
 
 def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     """Files named by files, folders (searched to any depth) and globs (``**`` too), each once, sorted by path.
 
-    Folders and globs give the files of a supported kind. Raises :class:`UserError` for an input that does not exist or
-    gives nothing, and for a file of another kind.
+    Folders and globs give the files of a supported kind; what is hidden is left out, links are followed. Raises
+    :class:`UserError` for an input that does not exist or gives nothing, and for a file of another kind.
     """
-    supported = ", ".join(KINDS)
     found: dict[Path, Path] = {}
     for given in inputs:
         path = Path(given)
         if path.is_file():
             if kind_of(path) is None:
-                raise unsupported(path)
+                raise UserError(f"{path}: files of this kind are not read; supported are {SUPPORTED}")
             files = [path]
         elif path.is_dir():
-            files = [p for p in path.rglob("*") if _wanted(p, path)]
+            files = list(_walk(path))
             if not files:
-                raise UserError(f"folder {path} has no file to read (supported are {supported})")
+                raise UserError(f"folder {path} has no file to read (supported are {SUPPORTED})")
         elif glob.has_magic(str(given)):
-            files = [p for p in map(Path, glob.glob(str(given), recursive=True)) if _wanted(p, p.parent)]
+            matches = map(Path, glob.iglob(str(given), recursive=True))
+            files = [p for p in matches if _wanted(p.name) and p.is_file()]
             if not files:
-                raise UserError(f"pattern {given} matches no file to read (supported are {supported})")
+                raise UserError(f"pattern {given} matches no file to read (supported are {SUPPORTED})")
         else:
             raise UserError(f"input {path} does not exist")
         for file in files:
-            found.setdefault(file.resolve(), file)
+            # A linked folder is the same by any way into it. A linked file stays a file of its own: in the hub's cache
+            # files of equal contents are links to one blob, and a copy of that folder shall give the same corpus.
+            found.setdefault(file.parent.resolve() / file.name, file)
     if not found:
         raise UserError("no inputs were given")
-    return sorted(found.values(), key=lambda p: str(p.resolve()))
-
-
-def _wanted(path: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return not hidden and kind_of(path) is not None and path.is_file()
-
-
-def kind_of(path: Path) -> str | None:
-    """'jsonl', 'parquet' or 'text' by the file's name; None for anything else."""
-    name = path.name.lower()
-    return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
+    return sorted(found.values(), key=lambda p: _absolute(p).as_posix())
 
 
 def relative_names(paths: Sequence[Path]) -> list[str]:
     """Names of files from their deepest common folder on: the same wherever a corpus lies."""
-    resolved = [p.resolve() for p in paths]
-    root = os.path.commonpath([str(p.parent) for p in resolved])
-    return [p.relative_to(root).as_posix() for p in resolved]
+    absolute = [_absolute(p) for p in paths]
+    root = os.path.commonpath([str(p.parent) for p in absolute])
+    return [p.relative_to(root).as_posix() for p in absolute]
 
 
-def identify_inputs(paths: Sequence[Path]) -> tuple[InputEntry, ...]:
-    """Name, size and hash of each file. Reads every file once, some hundred times as fast as it is tokenized."""
-    return tuple(_identify(path, name) for path, name in zip(paths, relative_names(paths), strict=True))
+def kind_of(path: Path) -> str | None:
+    """The kind by the file's name, compression included (such as 'jsonl.gz'); None for anything else."""
+    suffixes = [s.lower() for s in path.suffixes[-2:]]
+    return KINDS.get("".join(suffixes)) or KINDS.get("".join(suffixes[-1:]))
 
 
-def _identify(path: Path, name: str) -> InputEntry:
-    digest = xxhash.xxh3_128()
-    size = 0
-    try:
-        with open(path, "rb") as f:
-            while data := f.read(1 << 20):
-                digest.update(data)
-                size += len(data)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return InputEntry(name, size, digest.hexdigest())
+def _walk(folder: Path) -> Iterator[Path]:
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in names if _wanted(name) and os.path.isfile(os.path.join(root, name)))
 
 
-def total_text_bytes(paths: Sequence[Path]) -> int | None:
-    """About how much text plain and JSONL files hold (their size on disk); None if compression hides it."""
-    if all(kind_of(path) != "parquet" and not path.name.lower().endswith(".gz") for path in paths):
-        return sum(path.stat().st_size for path in paths)
-    return None
+def _wanted(name: str) -> bool:
+    return not name.startswith(".") and kind_of(Path(name)) is not None
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))

@@ -1,74 +1,68 @@
-"""Byte-level BPE: training, loading, encoding, and the hash by which shards and checkpoints recognise their tokenizer.
-
-The vocabulary is learned by byte-pair encoding (Sennrich, Haddow & Birch 2016) over bytes (Radford et al. 2019) with
-the `tokenizers` library. All 256 bytes are in the alphabet, so any text can be encoded and decoded again without
-loss.
-"""
+"""A tokenizer as shards, models and evaluation see it: ids, roles, and the hash by which they recognise it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
+from data_pipeline.tokenization.folder import CONFIG_FILE, TOKENIZER_FILE, read_tokenizer
+from data_pipeline.tokenization.roles import ROLES, find_roles
 
 if TYPE_CHECKING:
     import tokenizers
 
-TOKENIZER_FILE = "tokenizer.json"
-BOS, PAD, EOS, UNK, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
-SPECIAL_TOKENS = (BOS, PAD, EOS, UNK, MASK)  # their places in this tuple are their ids
-SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+TOKENIZER_FILES = (TOKENIZER_FILE, CONFIG_FILE)  # what `save` writes and `load` needs
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer with the special tokens ``<s> <pad> </s> <unk> <mask>`` at ids 0 to 4.
+    """Any tokenizer of the `tokenizers` library, used for pretraining.
 
-    Raw text stays text: a literal ``<mask>`` or ``</s>`` in a document is encoded byte by byte like any other text and
-    never becomes the special id.
+    - **Raw text stays text**: a literal ``<mask>`` or ``</s>`` in a document is encoded like any other text and never
+      becomes the special id.
+    - **Nothing is added or cut**: post-processors (``[CLS]``, ``[SEP]``) are not applied, and padding and truncation
+      that a ``tokenizer.json`` carries are switched off; a stored limit of 512 would cut documents without a word.
+
+    ``bos_id``, ``pad_id``, ``eos_id``, ``unk_id`` and ``mask_id`` are token ids, or None for a role that the vocabulary
+    does not have; ``pad_id`` (``eos_id`` where there is no padding token) and ``eos_id`` always exist. ``special_ids``
+    are the ids of all special tokens, sorted. ``vocab_size`` is the largest id plus one. ``hash`` (SHA-256, hex) covers
+    everything that decides ids and roles, not the spelling of the files.
     """
 
-    bos_id, pad_id, eos_id, unk_id, mask_id = range(5)
-    special_ids: tuple[int, ...] = (0, 1, 2, 3, 4)
-
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        # Not stored in tokenizer.json, so it has to be set on every object; or "<mask>" in raw text is the mask.
-        backend.encode_special_tokens = True
-        self._backend = backend
+    def __init__(
+        self, backend: tokenizers.Tokenizer, declared: Mapping[str, str | None] | None = None, where: str = "tokenizer"
+    ) -> None:
+        """Take over ``backend``. ``declared`` are the roles a configuration names, role -> text, ``where`` its file."""
+        declared = declared or {}
+        _settle(backend, declared, where)
+        added = backend.get_added_tokens_decoder()
+        specials = {token.content: id_ for id_, token in sorted(added.items()) if token.special}
+        unk = _unknown(backend)
+        _keep_text_text(backend, specials, unk, where)
         self._json = canonical_json(backend.to_str())
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.hash: str = hashlib.sha256(self._json.encode()).hexdigest()
+        self._backend = _from_json(self._json)
+        self.roles = find_roles(declared, specials, unk, where)
+        self.bos_id, self.pad_id, self.eos_id = self.roles.bos, self.roles.pad, self.roles.eos
+        self.unk_id, self.mask_id = self.roles.unk, self.roles.mask
+        self.special_ids: tuple[int, ...] = tuple(sorted(specials.values()))
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        facts = self._json + json.dumps(self.roles.as_dict(), sort_keys=True)
+        self.hash: str = hashlib.sha256(facts.encode()).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a folder that holds ``tokenizer.json``, or that file itself.
+        """Read a ``tokenizer.json`` or a folder: one of :meth:`save`'s, of transformers, or of plain vocabulary files.
 
-        Raises :class:`UserError` if it is missing, is not a tokenizer, or has other special tokens than those above.
+        The roles come from ``tokenizer_config.json`` and ``special_tokens_map.json`` where these name them, else from
+        special tokens with well-known names (:data:`~data_pipeline.tokenization.roles.WELL_KNOWN`). Raises
+        :class:`UserError` if there is no tokenizer, if it cannot be read, or if nothing in it can end a document.
         """
-        import tokenizers
-
-        path = Path(path)
-        file = path / TOKENIZER_FILE if path.is_dir() else path
-        if not file.is_file():
-            raise UserError(f"no tokenizer at {path}: expected {file}; `nystrom data tokenizer` trains one")
-        try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # the Rust library raises bare Exception
-            raise UserError(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from None
-        for index, token in enumerate(SPECIAL_TOKENS):
-            if backend.token_to_id(token) != index:
-                raise UserError(
-                    f"{file}: special token {token} must have id {index}, it has {backend.token_to_id(token)}; "
-                    "train a tokenizer with `nystrom data tokenizer`"
-                )
-        ids = backend.get_vocab(with_added_tokens=True).values()
-        if max(ids) != len(ids) - 1:
-            raise UserError(f"{file}: the ids of the vocabulary have gaps ({len(ids)} tokens, largest id {max(ids)})")
-        return cls(backend)
+        return cls(*read_tokenizer(Path(path)))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; no special token is added."""
@@ -81,77 +75,134 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens skipped; bytes that are not UTF-8 (a cut character) become U+FFFD."""
+        """Text of token ids, special tokens skipped; bytes that are not UTF-8 (a cut character) become U+FFFD.
+
+        How much of the text comes back depends on the model: :mod:`data_pipeline.tokenization.training`.
+        """
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
 
     def to_json(self) -> str:
-        """The canonical ``tokenizer.json``, the text that :attr:`hash` is the SHA-256 of."""
+        """The canonical ``tokenizer.json``."""
         return self._json
 
+    def files(self) -> dict[str, bytes]:
+        """Name -> contents of the files that :meth:`save` writes, in the formats of `tokenizers` and transformers."""
+        roles = {f"{role}_token": None for role in ROLES}
+        config: dict[str, Any] = {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= roles | {f"{role}_token": self._backend.id_to_token(i) for role, i in self.roles.as_dict().items()}
+        text = json.dumps(config, sort_keys=True, ensure_ascii=False, indent=1) + "\n"
+        return {TOKENIZER_FILE: self._json.encode(), CONFIG_FILE: text.encode()}
+
     def save(self, folder: str | Path) -> Path:
-        """Write ``folder/tokenizer.json`` (atomically) and return its path."""
+        """Write :data:`TOKENIZER_FILES` into ``folder`` (atomically); returns the path of its ``tokenizer.json``.
+
+        :meth:`load` gives the same hash back, and transformers' ``AutoTokenizer`` reads the folder too.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / TOKENIZER_FILE, self._json.encode())
+        for name, data in reversed(self.files().items()):  # tokenizer.json last: with it the folder is whole
+            write_atomic(folder / name, data)
         return folder / TOKENIZER_FILE
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The library's own pickling forgets encode_special_tokens.
+        return _unpickle, (self._json, {role: self._backend.id_to_token(i) for role, i in self.roles.as_dict().items()})
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
 
 
 def canonical_json(text: str) -> str:
-    """One spelling for equal contents: sorted keys, no padding. The order of merges is a list and stays."""
-    data: dict[str, Any] = json.loads(text)
+    """One spelling for equal contents: sorted keys, no padding. The order of merges is a list and stays.
+
+    Numbers (the scores of Unigram) get 12 digits: the library does not read back all of the 17 that it writes, so that
+    a file would change each time it is loaded and saved.
+    """
+    data: dict[str, Any] = json.loads(text, parse_float=lambda number: float(f"{float(number):.12g}"))
     return json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE vocabulary of ``vocab_size`` tokens, special tokens and the 256 bytes included.
-
-    Streams the documents once; memory grows with the number of distinct words, not with the text. The same documents
-    give the same tokenizer. With too little text the vocabulary comes out smaller: look at ``vocab_size`` of the
-    result.
-
-    Raises :class:`UserError` for a vocabulary below 256 bytes + 5 special tokens and for zero documents.
-    """
-    check_vocab_size(vocab_size)
+def _from_json(text: str) -> tokenizers.Tokenizer:
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    backend = tokenizers.Tokenizer(models.BPE(unk_token=UNK))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,  # its bar knows no total and draws over the caller's
-    )
-    counted = _Counted(documents)
-    backend.train_from_iterator(iter(counted), trainer)
-    if not counted.count:
-        raise UserError("no documents to train a tokenizer on")
-    return Tokenizer(backend)
+    backend = tokenizers.Tokenizer.from_str(text)
+    # Not stored in tokenizer.json, so it has to be set on every object; or "<mask>" in raw text is the mask.
+    backend.encode_special_tokens = True
+    return backend
 
 
-def check_vocab_size(vocab_size: int) -> None:
-    """Raise :class:`UserError` for a vocabulary that cannot hold the 256 bytes and the special tokens."""
-    if vocab_size < SMALLEST_VOCABULARY:
+def _unpickle(text: str, declared: dict[str, str]) -> Tokenizer:
+    roles: dict[str, str | None] = dict.fromkeys(ROLES)
+    return Tokenizer(_from_json(text), roles | declared)
+
+
+def _settle(backend: tokenizers.Tokenizer, declared: Mapping[str, str | None], where: str) -> None:
+    """Bring ``backend`` into the one state in which equal vocabularies give equal ids."""
+    from tokenizers import AddedToken
+
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None):
+        raise UserError(f"{where}: BPE dropout gives other ids each time; set model.dropout to null in the file")
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise UserError(f"{where}: the vocabulary is empty")
+    for role, text in declared.items():
+        if text is not None and text not in vocabulary:
+            raise UserError(
+                f"{where}: the configuration beside it names {text!r} as {role}_token, which is not in the vocabulary; "
+                "correct the configuration, or add the token and save the tokenizer again"
+            )
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    missing = sorted({t for t in declared.values() if t is not None} - special, key=vocabulary.__getitem__)
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
+    backend.encode_special_tokens = True
+
+
+def _unknown(backend: tokenizers.Tokenizer) -> str | None:
+    """The token that the model itself puts for what it does not know."""
+    model = json.loads(backend.to_str())["model"]
+    if model["type"] == "Unigram":
+        return None if model["unk_id"] is None else str(model["vocab"][model["unk_id"]][0])
+    return model.get("unk_token")
+
+
+def _keep_text_text(backend: tokenizers.Tokenizer, specials: Mapping[str, int], unk: str | None, where: str) -> None:
+    """See to it that no raw text gets a special id, also from a model that finds ``</s>`` among its ordinary pieces.
+
+    Unigram vocabularies list the special tokens with the others, at a score of 0, the best. Where that happens, the
+    text is cut after the first character of a special token's name, so that no piece holds the whole name.
+    """
+    from tokenizers import pre_tokenizers
+
+    try:
+        backend.encode("\U0010ffff a", add_special_tokens=False)
+    except Exception as error:
+        raise UserError(f"{where}: characters outside the vocabulary cannot be encoded ({error})") from None
+    names = {text: id_ for text, id_ in specials.items() if text != unk}
+    if not _leaks(backend, names):
+        return
+    cut = split_names(text for text in specials if len(text) > 1)
+    before = backend.pre_tokenizer
+    backend.pre_tokenizer = cut if before is None else pre_tokenizers.Sequence([before, cut])
+    leaks = _leaks(backend, names)
+    if leaks:
         raise UserError(
-            f"vocabulary of {vocab_size} is too small: byte-level BPE needs the 256 bytes and {len(SPECIAL_TOKENS)} "
-            f"special tokens, {SMALLEST_VOCABULARY} in all; a few thousand is the least that is useful"
+            f"{where}: the text {leaks[0]!r} would be encoded as the special token of that name; a special token needs "
+            "a name that the tokenizer does not find in ordinary text"
         )
 
 
-class _Counted:
-    """Counts what passes, so that an empty stream is noticed without reading ahead."""
+def split_names(names: Iterable[str]) -> Any:
+    """A pre-tokenizer that cuts off the first character of each occurrence of one of ``names``."""
+    from tokenizers import Regex, pre_tokenizers
 
-    def __init__(self, documents: Iterable[str]) -> None:
-        self._documents = documents
-        self.count = 0
+    pattern = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in sorted(names))
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
 
-    def __iter__(self) -> Iterator[str]:
-        for document in self._documents:
-            self.count += 1
-            yield document
+
+def _leaks(backend: tokenizers.Tokenizer, names: Mapping[str, int]) -> list[str]:
+    """The names that come out as special ids; not for the unknown token, which is right for unknown characters."""
+    probes = [(text, id_, probe) for text, id_ in names.items() for probe in (text, f"a{text}b", f"a {text} b")]
+    found = backend.encode_batch_fast([probe for *_, probe in probes], add_special_tokens=False)
+    return [text for (text, id_, _), encoding in zip(probes, found, strict=True) if id_ in encoding.ids]

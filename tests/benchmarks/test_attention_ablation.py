@@ -24,12 +24,14 @@ from benchmarks.attention_ablation.results import Record, Results
 from benchmarks.attention_ablation.tasks import DistanceBins, Shape, Task, generator
 from benchmarks.attention_ablation.training import Recipe, TrainStep, evaluate, initial_model, train
 from data_pipeline.batches.loader import TrainLoader
-from data_pipeline.batches.masking import IGNORE
+from data_pipeline.batches.masking import IGNORE, Masking
+from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan, StageSpec
 from data_pipeline.errors import UserError, run_cli
-from data_pipeline.prepare.run import plan_preparation, prepare
+from data_pipeline.prepare.plan import plan_preparation
+from data_pipeline.prepare.run import prepare
 from data_pipeline.shards.shardset import ShardSet
-from data_pipeline.tokenization.tokenizer import train_tokenizer
+from data_pipeline.tokenization.training import train_tokenizer
 from pretrain.model.config import ModelConfig
 
 TINY: dict[str, Any] = {
@@ -169,8 +171,8 @@ def test_books_are_the_rows_of_pretraining(shards: Path, objective: Any) -> None
     task = Books.open(shards, shards, objective, SHAPE, 1024)
     batches = list(task.train_batches(5))
     plan = Plan([StageSpec(32, 1024)], block_length=32, batch_tokens=128)
-    masking = {"rate": 0.15, "mask_share": 0.8, "random_share": 0.1}
-    loader = TrainLoader(ShardSet.open(shards), plan, objective=objective, seed=5, masking=masking)
+    data = TrainingData.stream(ShardSet.open(shards), 32)
+    loader = TrainLoader(data, plan, objective=objective, seed=5, masking=Masking())
     assert len(batches) == 8
     for ours, theirs in zip(batches, loader, strict=True):
         assert torch.equal(ours.input_ids, theirs.input_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import subprocess
@@ -14,14 +15,18 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.batches import loader as loader_module
 from data_pipeline.batches.loader import Batch, TrainLoader, validation_batches
+from data_pipeline.batches.masking import Masking
+from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan, StageSpec
 from data_pipeline.errors import UserError
-from data_pipeline.prepare.run import plan_preparation, prepare
+from data_pipeline.prepare.plan import Settings, plan_preparation
+from data_pipeline.prepare.run import prepare
 from data_pipeline.shards.shardset import ShardSet
-from data_pipeline.tokenization.tokenizer import train_tokenizer
+from data_pipeline.tokenization.training import train_tokenizer
 
-MASKING = {"rate": 0.15, "mask_share": 0.8, "random_share": 0.1}
+MASKING = Masking()
 # 8-token slices, then halves, then whole blocks of 32: about two epochs of the text below.
 PLAN = Plan([StageSpec(8, 2000), StageSpec(16, 4000), StageSpec(32, 9000)], block_length=32, batch_tokens=256)
 
@@ -32,13 +37,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     texts = [f"row {i} of {i * 7919 % 1000} " * (1 + i % 4) for i in range(220)]
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = train_tokenizer(texts, 270)
-    opened = prepare(plan_preparation([folder / "a.jsonl"], tokenizer, shard_tokens=600), folder / "shards").shards
+    opened = prepare(
+        plan_preparation([folder / "a.jsonl"], tokenizer, Settings(shard_tokens=600)), folder / "shards"
+    ).shards
     assert 3000 < opened.num_tokens < 9000
     return opened
 
 
 def loader(shards: ShardSet, objective: str = "clm", **options: Any) -> TrainLoader:
-    return TrainLoader(shards, PLAN, objective=objective, seed=5, masking=MASKING, **options)  # type: ignore[arg-type]
+    data = TrainingData.stream(shards, PLAN.block_length)
+    return TrainLoader(data, PLAN, objective=objective, seed=5, masking=MASKING, **options)  # type: ignore[arg-type]
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -135,8 +143,8 @@ def test_iterating_again_starts_again(shards: ShardSet) -> None:
 
 
 def test_seeds_differ(shards: ShardSet) -> None:
-    a = TrainLoader(shards, PLAN, objective="clm", seed=1).batch_at(0)
-    b = TrainLoader(shards, PLAN, objective="clm", seed=2).batch_at(0)
+    data = TrainingData.stream(shards, PLAN.block_length)
+    a, b = (TrainLoader(data, PLAN, objective="clm", seed=seed).batch_at(0) for seed in (1, 2))
     assert not torch.equal(a.input_ids, b.input_ids)
 
 
@@ -165,15 +173,16 @@ def test_the_thread_ends_with_the_iteration(shards: ShardSet) -> None:
 def test_it_reads_ahead_but_not_far(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     reached = threading.Event()
-    original = TrainLoader.batch_at
+    original = TrainLoader._read
 
-    def batch_at(self: TrainLoader, tokens_before: int) -> Batch:
-        made.append(tokens_before)
+    def read(self: TrainLoader, position: int, limit: int) -> Any:
+        made.append(position)
         if len(made) == 5:
             reached.set()
-        return original(self, tokens_before)
+        return original(self, position, limit)
 
-    monkeypatch.setattr(TrainLoader, "batch_at", batch_at)
+    monkeypatch.setattr(loader_module, "GATHER_TOKENS", 1)  # batches are read one by one
+    monkeypatch.setattr(TrainLoader, "_read", read)
     iterator = iter(loader(shards, prefetch=3))
     next(iterator)
     assert reached.wait(5)  # one taken, three waiting, one in hand
@@ -182,31 +191,49 @@ def test_it_reads_ahead_but_not_far(shards: ShardSet, monkeypatch: pytest.Monkey
     iterator.close()  # type: ignore[attr-defined]
 
 
-def test_an_exception_of_the_thread_is_raised_in_the_consumer(
-    shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bad", [0, 3, 11])
+def test_an_exception_of_the_thread_is_raised_in_the_consumer_at_its_batch(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, bad: int
 ) -> None:
-    original = TrainLoader.batch_at
+    original = TrainLoader._read
 
-    def batch_at(self: TrainLoader, tokens_before: int) -> Batch:
-        if tokens_before == 3 * 256:
+    def read(self: TrainLoader, position: int, limit: int) -> Any:
+        group = original(self, position, limit)
+        if any(batch.tokens_before == bad * 256 for batch in self._cut(group)):
             raise UserError("shard 7 is damaged")
-        return original(self, tokens_before)
+        return group
 
-    monkeypatch.setattr(TrainLoader, "batch_at", batch_at)
+    monkeypatch.setattr(TrainLoader, "_read", read)
     iterator = iter(loader(shards))
-    assert [next(iterator).tokens_before for _ in range(3)] == [0, 256, 512]  # ready before the error: delivered first
+    # Those before it may have been read together with it; they are whole and come first.
+    assert [next(iterator).tokens_before for _ in range(bad)] == [256 * i for i in range(bad)]
     with pytest.raises(UserError, match="shard 7 is damaged"):
         next(iterator)
     assert prefetch_threads() == 0
 
 
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_batches_read_together_equal_batches_read_alone(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    together = list(loader(shards, objective))
+    assert all(same(batch, loader(shards, objective).batch_at(batch.tokens_before)) for batch in together)
+    for gather_tokens in (1, 600, 1 << 20):
+        monkeypatch.setattr(loader_module, "GATHER_TOKENS", gather_tokens)
+        again = list(loader(shards, objective, tokens_consumed=512))
+        assert len(again) == len(together) - 2
+        assert all(same(a, b) for a, b in zip(again, together[2:], strict=True))
+
+
 def test_a_process_that_leaves_it_running_exits(shards: ShardSet) -> None:
     script = f"""
 from data_pipeline.batches.loader import TrainLoader
+from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan, StageSpec
 from data_pipeline.shards.shardset import ShardSet
 plan = Plan([StageSpec(32, 10**12)], block_length=32, batch_tokens=256)
-iterator = iter(TrainLoader(ShardSet.open({str(shards.path)!r}), plan, objective="clm", seed=1))
+data = TrainingData.stream(ShardSet.open({str(shards.path)!r}), 32)
+iterator = iter(TrainLoader(data, plan, objective="clm", seed=1))
 print(tuple(next(iterator).input_ids.shape))
 """
     root = Path(__file__).parents[2]
@@ -225,15 +252,18 @@ def test_refusals(shards: ShardSet) -> None:
         loader(shards, world_size=3)
     with pytest.raises(UserError, match="stage 2: a global batch of 8 rows"):
         loader(shards, world_size=16)
-    plan = Plan([StageSpec(65536, 10)], block_length=65536, batch_tokens=65536)
-    with pytest.raises(UserError, match="less than one block of 65536"):
-        TrainLoader(shards, plan, objective="clm", seed=1)
     with pytest.raises(UserError, match="objective must be 'mlm' or 'clm', got 'both'"):
         loader(shards, "both")
+    data = TrainingData.stream(shards, 32)
     with pytest.raises(UserError, match="mlm needs masking"):
-        TrainLoader(shards, PLAN, objective="mlm", seed=1)
-    with pytest.raises(UserError, match="sum to more than 1"):
-        TrainLoader(shards, PLAN, objective="mlm", seed=1, masking={**MASKING, "mask_share": 0.95})
+        TrainLoader(data, PLAN, objective="mlm", seed=1)
+    with pytest.raises(ValueError, match="blocks of 64 tokens do not fit a plan of 32"):
+        TrainLoader(TrainingData.stream(shards, 64), PLAN, objective="clm", seed=1)
+    maskless = copy.copy(shards)
+    maskless.mask_id = None
+    with pytest.raises(UserError, match="has no mask token, which objective mlm needs"):
+        loader(maskless, "mlm")
+    assert loader(maskless, "clm").batch_at(0).seq_len == 8
     with pytest.raises(ValueError, match="rank 2 outside"):
         loader(shards, rank=2, world_size=2)
 

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.prepare.run import Outcome, plan_preparation, prepare
+from data_pipeline.prepare.plan import Settings, plan_preparation
+from data_pipeline.prepare.run import Outcome, prepare
 from data_pipeline.shards.manifest import BLOCK_BYTES, BlockHasher, read_manifest
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.shards.summary import entropy, summarise
 from data_pipeline.shards.verify import verify_shards
 from data_pipeline.shards.writer import token_dtype
-from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.tokenization.tokenizer import Tokenizer
+from data_pipeline.tokenization.training import train_tokenizer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "<mask>", "</s>", "été", "\n"]
 TEXTS = [" ".join(WORDS[(i * k) % 9] for k in range(1 + (i * 37) % 50)) for i in range(200)]
@@ -38,7 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(inputs: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("shards") / "train"
-    return prepare(plan_preparation([inputs], tokenizer, shard_tokens=700), folder)
+    return prepare(plan_preparation([inputs], tokenizer, Settings(shard_tokens=700)), folder)
 
 
 @pytest.fixture
@@ -126,8 +128,9 @@ def test_large_vocabularies_take_four_bytes(tokenizer: Tokenizer) -> None:
 def test_uint32_shards_are_read_alike(
     inputs: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: ShardSet
 ) -> None:
-    monkeypatch.setattr("data_pipeline.prepare.run.token_dtype", lambda vocab_size: "uint32")
-    wide = prepare(plan_preparation([inputs], tokenizer, shard_tokens=900), tmp_path / "wide").shards
+    for module in ("worker", "run", "complete"):
+        monkeypatch.setattr(f"data_pipeline.prepare.{module}.token_dtype", lambda vocab_size: "uint32")
+    wide = prepare(plan_preparation([inputs], tokenizer, Settings(shard_tokens=900)), tmp_path / "wide").shards
     assert wide.manifest.dtype == "uint32"
     starts = np.arange(0, shards.num_tokens - 50, 17)
     np.testing.assert_array_equal(wide.read(starts, 50), shards.read(starts, 50))
@@ -189,19 +192,19 @@ def test_a_manifest_cannot_be_edited(copy: Path) -> None:
     edits = (
         text.replace('"num_documents": 200', '"num_documents": 201'),
         text.replace("\n ", "\n  ", 1),
-        text.replace('"plan"', '"plam"'),
+        text.replace('"settings"', '"settinks"'),
         text[: len(text) // 2],
         "",
         "[]",
-        '{"format": "nystrom-shards", "format_version": 1}',
+        '{"format": "nystrom-shards", "format_version": 2}',
     )
     for edited in edits:
         assert edited != text
         path.write_text(edited)
         with pytest.raises(UserError, match=r"manifest\.json is damaged"):
             ShardSet.open(copy)
-    path.write_text(text.replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(UserError, match="format version 2, this program reads version 1"):
+    path.write_text(text.replace('"format_version": 2', '"format_version": 3'))
+    with pytest.raises(UserError, match="format version 3, this program reads version 2"):
         ShardSet.open(copy)
     path.write_text('{"format": "other"}')
     with pytest.raises(UserError, match="is not a manifest of shards"):

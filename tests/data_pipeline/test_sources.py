@@ -1,71 +1,103 @@
-"""Documents out of files of every kind, and what is said about files that are broken."""
+"""Documents out of files of every kind, and which files an input stands for."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from data_pipeline.errors import UserError
-from data_pipeline.sources.documents import Counts, expand_inputs, iter_documents
-from data_pipeline.sources.inputs import relative_names
+from data_pipeline.sources.corpus import open_corpus
+from data_pipeline.sources.documents import iter_documents
+from data_pipeline.sources.inputs import _walk
+from data_pipeline.sources.reading import Reading
+from data_pipeline.sources.tally import Tally
 
 TEXTS = ["plain", "Zeilen\nund\r\nmehr", "2020-01-01", "42", "null", "\u2028\x0c\x85 odd breaks", "é 😀 \x00 <mask>"]
+LINES = [text for text in TEXTS if "\n" not in text]
 
 
 def jsonl(texts: list[str], field: str = "text") -> bytes:
     return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
 
 
-def texts_of(path: Path, **options: str) -> list[str]:
-    return [document.text for document in iter_documents(path, **options)]
+def delimited(texts: list[str], delimiter: str) -> bytes:
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=delimiter)
+    writer.writerow(["id", "text", "more"])
+    writer.writerows((i, text, 'a "quoted" word') for i, text in enumerate(texts))
+    return out.getvalue().encode()
 
 
-def write_jsonl(path: Path) -> None:
-    path.write_bytes(jsonl(TEXTS))
+def parquet(texts: list[str]) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), out)
+    return out.getvalue()
 
 
-def write_gzip(path: Path) -> None:
-    path.write_bytes(gzip.compress(jsonl(TEXTS)))
+def zst(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(data)
 
 
-def write_parquet(path: Path) -> None:
-    pq.write_table(pa.table({"id": list(range(len(TEXTS))), "text": TEXTS}), path)
+WRITERS: dict[str, Callable[[], bytes]] = {
+    "a.jsonl": lambda: jsonl(TEXTS),
+    "a.JSONL": lambda: jsonl(TEXTS),
+    "a.ndjson": lambda: jsonl(TEXTS),
+    "a.json": lambda: jsonl(TEXTS),
+    "a.jsonl.gz": lambda: gzip.compress(jsonl(TEXTS)),
+    "a.json.gz": lambda: gzip.compress(jsonl(TEXTS[:3])) + gzip.compress(jsonl(TEXTS[3:])) + bytes(100),
+    "a.jsonl.zst": lambda: zst(jsonl(TEXTS)),
+    "b.jsonl.zst": lambda: zst(jsonl(TEXTS[:3])) + b"\x50\x2a\x4d\x18\x04\0\0\0skip" + zst(jsonl(TEXTS[3:])),
+    "a.parquet": lambda: parquet(TEXTS),
+    "a.csv": lambda: delimited(TEXTS, ","),
+    "a.csv.gz": lambda: gzip.compress(delimited(TEXTS, ",")),
+    "a.csv.zst": lambda: zst(delimited(TEXTS, ",")),
+    "a.tsv": lambda: delimited(TEXTS, "\t"),
+    "bom.jsonl": lambda: b"\xef\xbb\xbf" + jsonl(TEXTS),
+    "bom.csv": lambda: b"\xef\xbb\xbf" + delimited(TEXTS, ","),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "write"), [("a.jsonl", write_jsonl), ("a.jsonl.gz", write_gzip), ("a.parquet", write_parquet)]
-)
-def test_texts_come_through_unchanged(tmp_path: Path, name: str, write: Callable[[Path], None]) -> None:
-    write(tmp_path / name)
-    counts = Counts()
-    documents = list(iter_documents(tmp_path / name, counts=counts))
+@pytest.mark.parametrize("name", WRITERS)
+def test_texts_come_through_unchanged(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(WRITERS[name]())
+    tally = Tally()
+    documents = list(iter_documents(tmp_path / name, tally=tally))
     assert [d.text for d in documents] == TEXTS  # in particular what looks like a date or a number stays text
-    assert [d.record for d in documents] == list(range(1, len(TEXTS) + 1))
-    assert counts == Counts(len(TEXTS), 0, sum(len(t.encode()) for t in TEXTS))
+    assert {d.source for d in documents} == {name}
+    assert [d.size for d in documents] == [len(t.encode()) for t in TEXTS]
+    assert tally.text_bytes == sum(d.size for d in documents)
+    assert (tally.documents, tally.records, tally.empty, tally.bad.total()) == (len(TEXTS), len(TEXTS), 0, 0)
+    if "csv" not in name and "tsv" not in name:
+        assert [d.record for d in documents] == list(range(1, len(TEXTS) + 1))
+    else:  # the header is line 1, and one text has line ends in it
+        assert [d.record for d in documents] == [2, 3, 6, 7, 8, 9, 10]
 
 
-def test_a_text_file_is_one_document(tmp_path: Path) -> None:
-    text = "first\n\nsecond\u2028third\x0c\x85 é\n"
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfdos\r\nlines\r\n")  # byte order mark and CRLF
-    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    assert [(d.text, d.path) for d in iter_documents(paths)] == [(text, paths[0]), ("dos\nlines\n", paths[1])]
-
-
-def test_many_text_files_keep_their_order_among_other_files(tmp_path: Path) -> None:
-    paths = []
-    for i in range(300):  # more than are opened at once
-        path = tmp_path / f"{i:03d}.{'jsonl' if i == 100 else 'txt'}"
-        path.write_bytes(jsonl([f"text {i}"]) if i == 100 else f"text {i}".encode())
-        paths.append(path)
-    assert [(d.text, d.path) for d in iter_documents(paths)] == [(f"text {i}", p) for i, p in enumerate(paths)]
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
+def test_a_text_file_is_one_document_or_one_for_each_line(tmp_path: Path, name: str) -> None:
+    pack = {".gz": gzip.compress, ".zst": zst}.get(Path(name).suffix, bytes)
+    data = b"\xef\xbb\xbf" + "\r\n".join([*LINES, "", "old\rmac"]).encode()
+    (tmp_path / name).write_bytes(pack(data))
+    [document] = iter_documents(tmp_path / name)
+    assert (document.text, document.record) == ("\n".join([*LINES, "", "old\nmac"]), 1)
+    tally = Tally()
+    documents = list(iter_documents(tmp_path / name, Reading(text_unit="line"), tally))
+    assert [d.text for d in documents] == [*LINES, "old\rmac"]  # only \n ends a line, with \r before it or not
+    assert [d.record for d in documents] == [1, 2, 3, 4, 5, 6, 8]
+    assert (tally.empty, tally.records) == (1, 8)
 
 
 def test_documents_without_text_are_counted_and_skipped(tmp_path: Path) -> None:
@@ -74,140 +106,141 @@ def test_documents_without_text_are_counted_and_skipped(tmp_path: Path) -> None:
     )
     pq.write_table(pa.table({"text": [None, "c", " "]}), tmp_path / "b.parquet")
     (tmp_path / "c.txt").write_text("")
-    counts = Counts()
-    found = [d.text for d in iter_documents(sorted(tmp_path.iterdir()), counts=counts)]
-    assert found == ["a", "b", "c"]
-    assert counts == Counts(documents=3, empty=6, text_bytes=3)
-
-
-def test_an_empty_jsonl_file_has_no_documents(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b"")
-    assert texts_of(tmp_path / "a.jsonl") == []
-
-
-def test_other_field_names(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(jsonl(["x"], field="body"))
-    pq.write_table(pa.table({"body": pa.array(["y", "y"]).dictionary_encode()}), tmp_path / "b.parquet")
-    assert texts_of(tmp_path / "a.jsonl", text_field="body") == ["x"]
-    assert texts_of(tmp_path / "b.parquet", text_field="body") == ["y", "y"]
-
-
-@pytest.mark.parametrize("name", ["a[1].jsonl", "b*?.jsonl", "c#%20 d.jsonl", ".hidden/e.jsonl", "ü😀.jsonl"])
-def test_odd_file_names(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(jsonl(["x"]))
-    (tmp_path / "a1.jsonl").write_bytes(jsonl(["not this one"]))
-    assert texts_of(path) == ["x"]
+    (tmp_path / "d.csv").write_text('id,text\n1,d\n\n2,""\n3," "\n')
+    for name in ("e.jsonl", "f.csv"):
+        (tmp_path / name).write_text("")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "g.parquet")
+    pq.write_table(pa.table({"text": pa.array([None, None])}), tmp_path / "h.parquet")
+    tally = Tally()
+    assert [d.text for d in iter_documents(tmp_path, tally=tally)] == ["a", "b", "c", "d"]
+    assert (tally.documents, tally.empty, tally.records, tally.text_bytes) == (4, 10, 14, 4)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"text": "a"}\n{"text": "b\n{"text": "c"}\n', "line 2: not a JSON record"),
-        (b'{"text": "a"}\n{"text": "b', "line 2: not a JSON record"),
-        (b'{\n"text": "a"\n}\n', r"line 1: not a JSON record.*one JSON object on each line"),
-        (b'["a", "b"]\n', "line 1: a record must be a JSON object with fields, not list"),
-        (b'{"text": "a"}\n{"body": "b", "id": 1}\n', "line 2: no field 'text'; its fields are: body, id"),
-        (b'{"text": "a"}\n\n{"text": 3}\n', "line 3: field 'text' is not text but int"),
-        (b'{"text": ["a"]}\n', "line 1: field 'text' is not text but list"),
-        (b'{"text": "a"}\n{"text": "b\xff"}\n', "line 2: not UTF-8"),
-        (b'{"text": "a"}\n{"text": "\\ud83d"}\n', "record 2: the text has half a surrogate pair"),
-        (b"[" * 100_000, "line 1: not a JSON record"),
-    ],
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 )
-def test_broken_jsonl_is_named_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
-    for name, data in (("a.jsonl", content), ("a.jsonl.gz", gzip.compress(content))):
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(UserError, match=message) as caught:
-            texts_of(tmp_path / name)
-        assert str(tmp_path / name) in str(caught.value)
+def test_every_text_type_of_parquet_is_read(tmp_path: Path, kind: pa.DataType) -> None:
+    pq.write_table(pa.table({"body": pa.array(["y", None, "ü", "y"]).cast(kind)}), tmp_path / "b.parquet")
+    assert [d.text for d in iter_documents(tmp_path, Reading("body"))] == ["y", "ü", "y"]
 
 
-def test_damaged_gzip_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl.gz"
-    whole = gzip.compress(jsonl([os.urandom(40).hex() for _ in range(5000)]))
-    path.write_bytes(whole[:-2000])
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz: the gzip compression is damaged or cut short"):
-        texts_of(path)
-    path.write_bytes(jsonl(["not compressed at all"]))
-    with pytest.raises(UserError, match="the gzip compression is damaged"):
-        texts_of(path)
-    path.write_bytes(whole[:5000] + bytes(100) + whole[5100:])
-    with pytest.raises(UserError, match=str(path)):
-        texts_of(path)
+def test_a_large_row_group_of_long_texts_is_read_in_small_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"{i} " + "x" * 5000 for i in range(300)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", use_dictionary=False)
+    monkeypatch.setattr("data_pipeline.sources.parquet._BATCH_BYTES", 20_000)
+    seen: list[int] = []
+    plain = pa.RecordBatch.column
+    monkeypatch.setattr(
+        "data_pipeline.sources.parquet._texts",
+        lambda batch, reading: seen.append(batch.num_rows) or plain(batch, 0).to_pylist(),
+    )
+    assert [d.text for d in iter_documents(tmp_path)] == texts
+    assert max(seen) <= 4
 
 
-def test_broken_parquet_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": ["a"], "n": [1]}), path)
-    with pytest.raises(UserError, match=r"a\.parquet: no column 'body'; its columns are: text, n"):
-        texts_of(path, text_field="body")
-    with pytest.raises(UserError, match="column 'n' is not text but int64"):
-        texts_of(path, text_field="n")
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
-        texts_of(path)
-    path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
-        texts_of(path)
+@pytest.mark.parametrize("name", ["a[1]", "b*?", "c#%20 d", ".hidden/e", "ü😀", "f::g", "s3:h", "file:i"])
+def test_odd_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    for suffix, contents in ((".jsonl", jsonl), (".parquet", parquet)):
+        Path(name + suffix).write_bytes(contents(["x"]))
+        Path("a1" + suffix).write_bytes(contents(["not this one"]))
+        assert [d.text for d in iter_documents(name + suffix)] == ["x"]
 
 
-def test_broken_text_is_named_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("fine")
-    (tmp_path / "b.txt").write_bytes(b"fine\nnot \xff fine\n")
-    with pytest.raises(UserError, match=r"b\.txt, line 2: not UTF-8 \(invalid start byte, byte 5 of the line\)"):
-        list(iter_documents([tmp_path / "a.txt", tmp_path / "b.txt"]))
-
-
-def test_unreadable_inputs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        texts_of(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match=r"not read; supported are \.jsonl"):
-        texts_of(tmp_path / "a.docx")
-    (tmp_path / "a::b.txt").write_text("x")
-    with pytest.raises(UserError, match="rename it"):
-        texts_of(tmp_path / "a::b.txt")
-
-
-def test_streaming_starts_at_once_and_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+def test_streaming_starts_at_once(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with open(path, "wb") as f:
-        for _ in range(40):
-            f.write(jsonl(["x" * 10_000] * 100))  # 40 MB
+        for _ in range(20):
+            f.write(jsonl(["x" * 10_000] * 100))  # 20 MB
         f.write(b"broken\n")
-    stream = iter_documents(path)
+    stream = iter_documents(path, tally=Tally(max_bad_fraction=0))
     assert next(stream).text == "x" * 10_000  # the broken line at the end was not read yet
-    with pytest.raises(UserError, match="line 4001"):
+    with pytest.raises(UserError, match="line 2001"):
         list(stream)
-    assert not cache.exists()
+
+
+def names(*inputs: str | Path) -> list[str]:
+    return [file.name for file in open_corpus(inputs).files]
+
+
+def make(folder: Path, *paths: str) -> None:
+    for name in paths:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
 
 
 def test_inputs_are_files_folders_and_patterns(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.txt", "sub/c.parquet", "sub/deep/d.jsonl.gz", "sub/notes.md", ".git/e.txt"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("x")
-    names = ["a.txt", "b.jsonl", "sub/c.parquet", "sub/deep/d.jsonl.gz"]
-    assert relative_names(expand_inputs([tmp_path])) == names
-    assert relative_names(expand_inputs([f"{tmp_path}/*.txt", f"{tmp_path}/b.jsonl", f"{tmp_path}/sub/**/*"])) == names
-    assert relative_names(expand_inputs([f"{tmp_path}/sub", tmp_path, f"{tmp_path}/a.txt"])) == names  # each once
-    assert relative_names(expand_inputs([f"{tmp_path}/sub/c.parquet"])) == ["c.parquet"]
+    make(tmp_path, "b.jsonl", "a.txt", "sub/c.parquet", "sub/deep/d.jsonl.zst", "sub/notes.md", ".git/e.txt", "v.gz")
+    expected = ["a.txt", "b.jsonl", "sub/c.parquet", "sub/deep/d.jsonl.zst"]
+    assert names(tmp_path) == expected
+    assert names(f"{tmp_path}/*.txt", f"{tmp_path}/b.jsonl", f"{tmp_path}/sub/**/*") == expected
+    assert names(f"{tmp_path}/sub", tmp_path, f"{tmp_path}/a.txt") == expected  # each once
+    assert names(f"{tmp_path}/sub/c.parquet") == ["c.parquet"]
+    corpus = open_corpus([tmp_path])
+    assert [(f.kind, f.bytes) for f in corpus.files] == [("text", 1), ("jsonl", 1), ("parquet", 1), ("jsonl.zst", 1)]
+    assert corpus.files[0].mtime_ns == (tmp_path / "a.txt").stat().st_mtime_ns
+    assert corpus.describe() == f"{tmp_path}/a.txt and 3 more file(s)"
 
 
-def test_inputs_that_give_nothing(tmp_path: Path) -> None:
-    (tmp_path / "notes.md").write_text("x")
+def test_linked_files_and_folders_are_as_good_as_copies(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    make(blobs, "0a1b", "far/c.txt")
+    snapshot.mkdir()
+    for name in ("train-0.txt", "train-1.txt"):  # the hub's cache: equal contents, one blob
+        (snapshot / name).symlink_to(blobs / "0a1b")
+    (snapshot / "linked").symlink_to(blobs / "far")
+    (snapshot / "loop").symlink_to(snapshot)
+    expected = ["linked/c.txt", "train-0.txt", "train-1.txt"]
+    assert names(snapshot) == expected
+    assert len(list(_walk(snapshot))) == 3  # not once more each time around
+    (snapshot / "loop").unlink()
+    shutil.copytree(snapshot, tmp_path / "copy")
+    assert names(tmp_path / "copy") == expected
+
+
+def test_inputs_that_give_nothing_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, "notes.md")
     for given, message in (
         (tmp_path / "none.txt", "does not exist"),
         (f"{tmp_path}/*.txt", "matches no file"),
         (tmp_path, "has no file to read"),
-        (tmp_path / "notes.md", "files of this kind are not read"),
+        (tmp_path / "notes.md", r"files of this kind are not read; supported are \.jsonl, .*\.parquet"),
     ):
         with pytest.raises(UserError, match=message):
-            expand_inputs([given])
+            open_corpus([given])
     with pytest.raises(UserError, match="no inputs"):
-        expand_inputs([])
+        open_corpus([])
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff.txt"
+    try:
+        with open(path, "wb"):
+            pass
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(UserError, match="not UTF-8; rename it"):
+        open_corpus([tmp_path])
+
+
+def test_zst_without_its_package_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "a.jsonl.zst")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'nystrom-pretrain\[zstd\]'"):
+        open_corpus([tmp_path])
+
+
+def test_importing_the_readers_loads_no_heavy_library() -> None:
+    code = (
+        "import sys; import data_pipeline.sources.documents\n"
+        "print([m for m in ('pyarrow', 'datasets', 'torch', 'numpy', 'zstandard') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

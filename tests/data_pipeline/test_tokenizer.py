@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.tokenization.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from data_pipeline.tokenization.roles import SPECIAL_TOKENS
+from data_pipeline.tokenization.tokenizer import Tokenizer
+from data_pipeline.tokenization.training import train_tokenizer
 
 WORDS = [
     "the",
@@ -102,7 +104,7 @@ def test_too_little_text_gives_a_smaller_vocabulary() -> None:
 
 
 def test_refusals(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="256 bytes and 5 special tokens, 261 in all"):
+    with pytest.raises(UserError, match="bpe needs the 256 bytes and 5 special tokens, 261 in all"):
         train_tokenizer(DOCUMENTS, 260)
     with pytest.raises(UserError, match="no documents"):
         train_tokenizer([], 300)
@@ -116,12 +118,6 @@ def test_refusals(tokenizer: Tokenizer, tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="is not a tokenizer"):
-        Tokenizer.load(tmp_path)
-    other = json.loads(tokenizer.to_json())
-    vocabulary = other["model"]["vocab"]
-    vocabulary["<mask>"], vocabulary["<pad>"] = vocabulary["<pad>"], vocabulary["<mask>"]
-    file.write_text(json.dumps(other))
-    with pytest.raises(UserError, match="special token <pad> must have id 1"):
         Tokenizer.load(tmp_path)
 
 

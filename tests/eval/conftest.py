@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from suites_case import WORDS
 
-from data_pipeline.prepare.run import plan_preparation, prepare
+from data_pipeline.prepare.plan import plan_preparation
+from data_pipeline.prepare.run import prepare
 from data_pipeline.shards.shardset import ShardSet
-from data_pipeline.tokenization.tokenizer import train_tokenizer
+from data_pipeline.tokenization.training import train_tokenizer
 from pretrain.config import RunConfig
 from pretrain.export import unique_weights, weights_hash
 from pretrain.model import ModelConfig, build_model

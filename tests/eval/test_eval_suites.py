@@ -15,9 +15,11 @@ import torch
 from suites_case import WORDS, no_mask, subject_of
 
 from data_pipeline.errors import UserError, run_cli
-from data_pipeline.prepare.run import plan_preparation, prepare
+from data_pipeline.prepare.plan import plan_preparation
+from data_pipeline.prepare.run import prepare
 from data_pipeline.shards.shardset import ShardSet
-from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.tokenization.tokenizer import Tokenizer
+from data_pipeline.tokenization.training import train_tokenizer
 from eval import classification, cli, generation, language_modeling
 from eval.classification import SCRATCH_ROW
 from eval.finetune import Recipe, length_batches
@@ -91,6 +93,7 @@ def test_bytes_of_the_whole_stream_are_those_of_the_text(causal: Path, shards: S
 
 def test_masked_numbers_equal_a_naive_float64_computation(masked: Path, shards: ShardSet) -> None:
     from data_pipeline.batches.loader import validation_batches
+    from data_pipeline.batches.masking import Masking
 
     subject = subject_of(masked, shards)
     settings = language_modeling.LMSettings(seq_len=64, seed=3)
@@ -100,9 +103,8 @@ def test_masked_numbers_equal_a_naive_float64_computation(masked: Path, shards: 
     model.eval()
     nats, right, n = 0.0, 0, 0
     for batch in validation_batches(
-        shards, objective="mlm", seq_len=64, rows=1, max_tokens=10**9, seed=3,
-        masking={"rate": 0.15, "mask_share": 0.8, "random_share": 0.1},
-    ):  # fmt: skip
+        shards, objective="mlm", seq_len=64, rows=1, max_tokens=10**9, seed=3, masking=Masking()
+    ):
         with torch.no_grad():
             log_p = model(batch.input_ids).logits[0].log_softmax(-1)
         for place, goal in enumerate(batch.labels[0].tolist()):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from data_pipeline.batches.masking import Masking
 from data_pipeline.errors import UserError
 from pretrain.config import load_config, parse_config
 
@@ -31,6 +33,13 @@ def minimal(**changes: Any) -> dict[str, Any]:
 def test_yaml_round_trip() -> None:
     config = parse_config(minimal(deepspeed={"zero_optimization": {"round_robin_gradients": True}}))
     assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_masking_is_what_the_data_pipeline_takes() -> None:
+    assert parse_config(minimal()).data.masking.build() == Masking()
+    masking = {"unit": "span", "rate": 0.3, "mask_share": 1.0, "random_share": 0.0, "span_p": 0.5, "span_max": 4}
+    config = parse_config(minimal(data={"train": "x", "masking": masking}))
+    assert asdict(config.data.masking.build()) == masking
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -62,6 +71,10 @@ def test_overrides_reach_lists_numbers_and_missing_blocks(tmp_path: Path) -> Non
         ({"batch_tokens": 1000}, "batch_tokens 1000 is not a multiple of the longest length, 128: use 1024"),
         ({"data": {"train": "x", "block_length": 64}}, "curriculum.1.seq_len 128 is longer than data.block_length 64"),
         ({"data": {"train": "x", "block_length": 192}}, "curriculum.1.seq_len 128 does not divide the block of 192"),
+        ({"data": {"train": "x", "masking": {"unit": "words"}}}, "data.masking.unit: .*'token', 'word' or 'span'"),
+        ({"data": {"train": "x", "masking": {"span_p": 0.0}}}, "data.masking.span_p: .*greater than 0, got 0.0"),
+        ({"data": {"train": "x", "masking": {"span_max": 0}}}, "data.masking.span_max: .*got 0"),
+        ({"data": {"train": "x", "masking": {"random_share": 0.3}}}, "data.masking: mask_share 0.8 .* is more than 1"),
         ({"model": {"objective": "mlm", "conv_kernel": 4}}, "conv_kernel 4 is even"),
         ({"model": {"objective": "mlm", "hidden_size": 10, "num_heads": 3}}, "not divisible by num_heads 3"),
         ({"schedule": {"warmup_tokens": 8192}}, "leaves nothing of the run's 8192 tokens"),
@@ -72,6 +85,54 @@ def test_overrides_reach_lists_numbers_and_missing_blocks(tmp_path: Path) -> Non
 def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_config(minimal(**changes))
+
+
+SOURCES = [{"path": "shards/web", "weight": 3}, {"path": "shards/v2/code", "weight": 1.5}, {"path": "x/", "weight": 0}]
+
+
+def stages_with(weights: dict[str, Any] | None) -> list[dict[str, Any]]:
+    first, second = minimal()["curriculum"]
+    return [first, {**second, "weights": weights}]
+
+
+def test_sources_have_names_and_weights_in_every_stage() -> None:
+    weights = {"web": 1, "code": 0, "x": 0.5}
+    config = parse_config(minimal(data={"train": SOURCES, "packing": "documents"}, curriculum=stages_with(weights)))
+    assert [source.name for source in config.data.sources] == ["code", "web", "x"]
+    assert config.stage_weights(0) == {"web": 3, "code": 1.5, "x": 0}
+    assert config.stage_weights(1) == weights
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+    turned = parse_config(minimal(data={"train": SOURCES[::-1]}))
+    assert turned.data.sources == config.data.sources  # the order of the list is without meaning
+    (single,) = parse_config(minimal(data={"train": "shards/web"})).data.sources
+    assert (single.path, single.name) == ("shards/web", "web")
+
+
+@pytest.mark.parametrize(
+    ("data", "weights", "message"),
+    [
+        ({"train": []}, None, "data.train: .*at least 1"),
+        ({"train": 3}, None, "data.train: .*valid string, got 3"),
+        ({"train": [{"path": "a"}]}, None, "key 'data.train.0.weight' is missing"),
+        ({"train": ["a"]}, None, "data.train.0: .*got 'a'"),
+        ({"train": [{"path": "a", "weight": -1}]}, None, "data.train.0.weight: .*greater than or equal to 0, got -1"),
+        ({"train": [{"path": "a", "weigth": 1}]}, None, "unknown key 'data.train.0.weigth': did you mean 'weight'"),
+        (
+            {"train": [{"path": "a/c", "weight": 1}, {"path": "b/c", "weight": 1}]},
+            None,
+            "two sources are called 'c': give them names of their own",
+        ),
+        ({"train": SOURCES}, {"wbe": 1, "code": 1, "x": 1}, "curriculum.1.weights: .* 'wbe': did you mean 'web'"),
+        ({"train": SOURCES}, {"law": 1}, "no source 'law': the sources are code, web, x"),
+        ({"train": SOURCES}, {"web": 1}, "curriculum.1.weights leaves out code, x: give every source"),
+        ({"train": SOURCES}, {"web": 1, "code": 1, "x": float("nan")}, "curriculum.1.weights.x: .*got nan"),
+        ({"train": "shards", "packing": "docs"}, None, "data.packing: .*'stream' or 'documents'"),
+        ({"train": "shards", "max_padding": 1.0}, None, "data.max_padding: .*less than 1, got 1.0"),
+    ],
+)
+def test_mistakes_in_sources_are_named(data: dict[str, Any], weights: dict[str, Any] | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_config(minimal(data=data, curriculum=stages_with(weights)))
 
 
 def test_stage_order_and_learned_positions() -> None:

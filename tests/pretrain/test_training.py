@@ -26,16 +26,18 @@ def plain_loop(config: str, skip: list[int] | None = None) -> dict[str, Any]:
     import torch
 
     from data_pipeline.batches.loader import TrainLoader
-    from data_pipeline.shards.shardset import ShardSet
     from pretrain.config import load_config
     from pretrain.curriculum import build_plan
     from pretrain.model import build_model
+    from pretrain.model.attention.layout import Layout
     from pretrain.schedule import learning_rate
+    from pretrain.sources import open_sources
 
     run = load_config(config)
-    shards, plan = ShardSet.open(run.data.train), build_plan(run)
+    plan = build_plan(run)
+    data = open_sources(run, plan)
     torch.manual_seed(run.seed)
-    model = build_model(run.model.model_copy(update={"vocab_size": shards.vocab_size}))
+    model = build_model(run.model.model_copy(update={"vocab_size": data.shards.vocab_size}))
     decay = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -44,16 +46,17 @@ def plain_loop(config: str, skip: list[int] | None = None) -> dict[str, Any]:
         eps=run.optimizer.eps,
     )
     losses, norms = [], []
-    masking = run.data.masking.model_dump()
+    masking = run.data.masking.build()
     for number, batch in enumerate(
-        TrainLoader(shards, plan, objective=run.model.objective, seed=run.seed, masking=masking), 1
+        TrainLoader(data, plan, objective=run.model.objective, seed=run.seed, masking=masking), 1
     ):
         tokens = batch.tokens_before + batch.tokens
         lr = learning_rate(tokens, total_tokens=plan.total_tokens, peak=run.optimizer.lr, schedule=run.schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        out = model(batch.input_ids, labels=batch.labels)
+        layout = None if batch.document_ids is None else Layout.from_documents(batch.document_ids)
+        out = model(batch.input_ids, labels=batch.labels, layout=layout)
         loss = out.loss_sum / out.num_targets
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.grad_clip)))
@@ -126,6 +129,35 @@ def test_equals_a_plain_loop(
     ended = run_ranks(train, world_size, config=write_config(tmp_path / "run.yaml", config))
     assert values(ended) == [0] * world_size
     assert_same_run(tmp_path / "run", reference[objective])
+
+
+@pytest.mark.parametrize(
+    ("objective", "zero_stage", "packing"),
+    [("clm", 0, "documents"), ("mlm", 3, "documents"), pytest.param("mlm", 2, "stream", marks=pytest.mark.slow)],
+)
+def test_packed_documents_of_a_mixture_equal_a_plain_loop(
+    corpus: Path, tmp_path: Path, objective: str, zero_stage: int, packing: str
+) -> None:
+    """Ranks whose rows hold different numbers of documents stay in step, also where ZeRO-3 gathers weights."""
+    sources = [{"path": str(corpus / "train"), "weight": 2}, {"path": str(corpus / "valid"), "weight": 1}]
+    first, second = settings(corpus, tmp_path)["curriculum"]
+    config = settings(
+        corpus,
+        tmp_path,
+        model={"objective": objective},
+        zero_stage=zero_stage,
+        data={"train": sources, "packing": packing, "max_padding": 0.1},
+        curriculum=[first, {**second, "weights": {"train": 1, "valid": 3}}],
+    )
+    path = write_config(tmp_path / "run.yaml", config)
+    (expected,) = values(run_ranks(plain_loop, 1, config=path))
+    ended = run_ranks(train, 2, config=path)
+    assert values(ended) == [0, 0]
+    assert_same_run(tmp_path / "run", expected)
+    last = metrics(tmp_path / "run")[-1]
+    assert last["epoch/valid"] > last["epoch/train"] > 0  # the smaller one, and more often
+    assert "2 sources in 8 steps of 256" in ended[0].output
+    assert ("whole documents" in ended[0].output) == (packing == "documents")
 
 
 @pytest.mark.parametrize("micro_batch", [1, 8])

@@ -19,8 +19,9 @@ def write_corpus(folder: Path) -> None:
     """Shards ``train`` and ``valid`` below ``folder``: a few hundred documents of made-up words."""
     import random
 
-    from data_pipeline.prepare.run import plan_preparation, prepare
-    from data_pipeline.tokenization.tokenizer import train_tokenizer
+    from data_pipeline.prepare.plan import plan_preparation
+    from data_pipeline.prepare.run import prepare
+    from data_pipeline.tokenization.training import train_tokenizer
 
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(60)]

@@ -1,0 +1,142 @@
+"""Who does the units: this process, several processes of this machine, or (``on_ray.py``) a cluster.
+
+An executor runs one method of :class:`Worker` on each unit and yields the results as they come, in any order: the
+bytes do not depend on it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing.connection import wait as wait_for_end
+from typing import Any, Literal, Protocol
+
+from data_pipeline.errors import UserError
+from data_pipeline.prepare.plan import Unit
+from data_pipeline.prepare.worker import Context, UnitResult, Worker
+
+Method = Literal["sign", "tokenize"]
+
+
+class Executor(Protocol):
+    """Does units somewhere."""
+
+    def run(self, method: Method, units: Iterable[Unit]) -> Iterator[Any]:
+        """The results of ``Worker.method(unit)``, in any order. Raises what a unit raised, first come first served."""
+
+    def close(self) -> None:
+        """End what was started."""
+
+
+class InProcess:
+    """One unit after another, here. The tokenizers library still uses all cores for each batch of documents."""
+
+    def __init__(self, context: Context, on_text: Callable[[int], None]) -> None:
+        self._worker = Worker(context, on_text)
+
+    def run(self, method: Method, units: Iterable[Unit]) -> Iterator[Any]:
+        """See :class:`Executor`."""
+        for unit in units:
+            yield getattr(self._worker, method)(unit)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+class Processes:
+    """Several processes of this machine, each with its share of the cores."""
+
+    def __init__(self, context: Context, workers: int, on_text: Callable[[int], None]) -> None:
+        # Not forked: threads of the tokenizers and Arrow libraries do not survive that.
+        spawn = multiprocessing.get_context("spawn")
+        self._stop = spawn.RawValue("b", 0)  # no lock, which a killed process might have held for ever
+        self._on_text = on_text
+        self._ahead = 2 * workers  # units handed out at a time; standard input is spooled no further than this
+        threads = max(1, available_cores() // workers)
+        self._pool = ProcessPoolExecutor(
+            workers, mp_context=spawn, initializer=_start, initargs=(context, threads, self._stop)
+        )
+
+    def run(self, method: Method, units: Iterable[Unit]) -> Iterator[Any]:
+        """See :class:`Executor`."""
+        waiting = iter(units)
+        running: set[Future[Any]] = set()
+        try:
+            while True:
+                for unit in islice(waiting, self._ahead - len(running)):
+                    running.add(self._pool.submit(_do, method, unit))
+                if not running:
+                    return
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    result = future.result()
+                    self._on_text(fresh_text(result))
+                    yield result
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed from outside, most often because memory ran out: use fewer --workers; "
+                "what is finished stays, run the command again"
+            ) from None
+
+    def close(self) -> None:
+        """End the processes, at the next batch of those that are at work."""
+        self._stop.value = 1
+        self._pool.shutdown(cancel_futures=True)
+
+
+def fresh_text(result: int | UnitResult) -> int:
+    """Bytes of text that were read for a result of :class:`Worker`, none if it was found finished."""
+    if isinstance(result, int):
+        return result
+    return 0 if result.reused else result.text_bytes
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which in a container or a job are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_threads(threads: int) -> None:
+    """How many threads the tokenizers library starts; to be called before its first use in a process."""
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+
+
+_worker: Worker | None = None
+
+
+class _Stopped(Exception):
+    """The run ended elsewhere."""
+
+
+def _start(context: Context, threads: int, stop: Any) -> None:
+    """Set a process up."""
+    global _worker
+    use_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def on_text(size: int) -> None:
+        if stop.value:
+            raise _Stopped
+
+    _worker = Worker(context, on_text)
+
+
+def _end_with_parent() -> None:
+    """A parent killed with -9 tells nobody: wait for its end and go as well."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for_end([parent.sentinel])
+    os._exit(1)
+
+
+def _do(method: Method, unit: Unit) -> Any:
+    assert _worker is not None
+    return getattr(_worker, method)(unit)

@@ -1,0 +1,133 @@
+"""The folder that shards are prepared in: who may write there, and what is cleared away."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+from data_pipeline.files import TMP_SUFFIX, fsync_folder, write_atomic
+from data_pipeline.prepare.worker import WORK
+from data_pipeline.shards.manifest import MANIFEST_FILE
+from data_pipeline.shards.writer import remove_files, unit_of
+from data_pipeline.tokenization.tokenizer import TOKENIZER_FILES
+
+BAD_FILE = "bad_records.jsonl"
+DROPPED_FILE = "dropped_documents.jsonl"
+_FIXED = (MANIFEST_FILE, *TOKENIZER_FILES, BAD_FILE, DROPPED_FILE, WORK)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several jobs that share a folder: it does the units whose number leaves ``index`` when divided by
+    ``count``."""
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 0 <= self.index < self.count:
+            raise UserError(
+                f"shard index {self.index} of {self.count} shards: the index runs from 0 to one less than the number"
+            )
+
+    def has(self, unit: int) -> bool:
+        """Whether a unit is this part's to do."""
+        return unit % self.count == self.index
+
+
+def occupied(folder: Path, by: str) -> UserError:
+    """The error for a folder that holds something else."""
+    return UserError(f"{folder} already holds {by}: choose another folder, or --overwrite to replace it")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise :class:`UserError` unless the folder is new, empty or holds nothing but what this program writes."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, not a folder")
+    if folder.is_dir():
+        foreign = sorted(p.name for p in folder.iterdir() if not _ours(p.name))
+        if foreign:  # never deleted, also not by --overwrite
+            raise UserError(f"{folder} holds files that are not shards ({foreign[0]}): choose an empty or new folder")
+
+
+def _ours(name: str) -> bool:
+    return unit_of(name) is not None or name.removesuffix(TMP_SUFFIX).startswith(_FIXED)
+
+
+@contextmanager
+def locked(folder: Path, part: Part | None) -> Iterator[Path]:
+    """The work folder, held by one whole run or by several parts of one, each part once.
+
+    The lock goes with the process, also when it is killed. On a network file system it needs one that supports
+    ``flock`` (NFS 4, Lustre with ``-o flock``).
+    """
+    work = folder / WORK
+    held: list[int] = []
+    try:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            held.append(_open(work / "lock"))
+            if part is not None:
+                held.append(_open(work / f"lock-{part.index}-of-{part.count}"))
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+        _acquire(held[0], fcntl.LOCK_EX if part is None else fcntl.LOCK_SH, f"another process is preparing {folder}")
+        if part is not None:
+            _acquire(held[1], fcntl.LOCK_EX, f"another process is preparing part {part.index} of {folder}")
+        yield work
+    finally:
+        for lock in held:
+            os.close(lock)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def _acquire(lock: int, kind: int, refusal: str) -> None:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{refusal} right now") from None
+
+
+def begin(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: Part | None) -> None:
+    """Clear what does not belong to this run and leave its purpose in the work folder.
+
+    Raises :class:`UserError` for a folder in which another run is unfinished, unless ``overwrite``.
+    """
+    plan = work / "plan.json"
+    try:
+        same = json.loads(plan.read_bytes())["purpose"] == purpose
+        found = "an unfinished run with other inputs, another tokenizer or other settings"
+        known = True
+    except (FileNotFoundError, ValueError):
+        same, found = False, "shards without a manifest"
+        known = any(unit_of(p.name) is not None for p in folder.iterdir())
+    if known and not same and not overwrite:
+        raise occupied(folder, found)
+    if part is not None:
+        if not same:
+            write_atomic(plan, _json({"purpose": purpose}), shared=True)
+        stale = [p.name for p in folder.iterdir() if p.name.endswith(TMP_SUFFIX)]
+        remove_files(folder, [name for name in stale if part.has(unit_of(name) or 0)])
+        return
+    if not same or (folder / MANIFEST_FILE).exists():
+        remove_files(folder, [MANIFEST_FILE])  # first: without it nothing here counts as complete
+        fsync_folder(folder)
+        remove_files(work, [p.name for p in work.iterdir() if p.is_file() and not p.name.startswith("lock")])
+        remove_files(folder, [p.name for p in folder.iterdir() if unit_of(p.name) is not None])
+        remove_files(folder, [*TOKENIZER_FILES, BAD_FILE, DROPPED_FILE])
+        write_atomic(plan, _json({"purpose": purpose}))
+    for place in (folder, work):
+        remove_files(place, [p.name for p in place.iterdir() if p.name.endswith(TMP_SUFFIX)])
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value).encode()

@@ -1,0 +1,154 @@
+"""What decides the bytes of a shard folder: the settings, the tokenizer, and the inputs cut into units of work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.errors import UserError
+from data_pipeline.quality.duplicates import Dedup
+from data_pipeline.quality.filters import Filters
+from data_pipeline.shards.manifest import FORMAT_VERSION
+from data_pipeline.sources.corpus import Corpus, open_corpus
+from data_pipeline.sources.inputs import CorpusFile
+from data_pipeline.sources.pieces import Piece
+from data_pipeline.sources.reading import Reading
+from data_pipeline.tokenization.tokenizer import Tokenizer
+
+DEFAULT_SHARD_TOKENS = 1 << 27  # 256 MB as uint16
+MIB = 1 << 20
+STDIN = "<stdin>"
+StdinFormat = Literal["lines", "jsonl"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How text becomes shards. Every field decides bytes; what does not (processes, backends) is not here."""
+
+    reading: Reading = field(default_factory=Reading)
+    filters: Filters = field(default_factory=lambda: Filters.parse([]))
+    dedup: Dedup | None = None
+    shard_tokens: int = DEFAULT_SHARD_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.shard_tokens < 1:
+            raise UserError(f"shard_tokens must be positive, got {self.shard_tokens}")
+
+    def facts(self) -> dict[str, Any]:
+        """The settings as JSON values, as the manifest keeps them."""
+        return {
+            "reading": asdict(self.reading),
+            "filters": list(self.filters.specs),
+            "dedup": self.dedup.spec if self.dedup else None,
+            "shard_tokens": self.shard_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Pieces of the inputs that are tokenized together, by one process, into shards of their own."""
+
+    number: int
+    pieces: tuple[Piece, ...]
+    identity: str
+    """SHA-256 (hex) of what tells this unit's text from another's without reading it: names, places, sizes and times
+    of its files; for standard input its contents."""
+    lines_before: int = 0
+    """Lines of standard input before this unit's, which has lost sight of them."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A folder of shards to be made. Without units the text is standard input, in the form ``stdin``."""
+
+    units: tuple[Unit, ...]
+    files: tuple[CorpusFile, ...]
+    description: str
+    tokenizer: Tokenizer
+    settings: Settings
+    stdin: StdinFormat | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The inputs in order."""
+        return tuple(dict.fromkeys(piece.name for unit in self.units for piece in unit.pieces)) or (STDIN,)
+
+    @property
+    def purpose(self) -> str:
+        """SHA-256 (hex) of settings, tokenizer and the inputs' names: an unfinished run may be continued by its equals,
+        also after a broken input was mended."""
+        return digest(self.decisions(), self.names)
+
+    @property
+    def text_bytes(self) -> int | None:
+        """About how much text there is; None if compression or a hub hides it."""
+        if self.stdin or any(p.codec or p.format in ("hub", "parquet") for unit in self.units for p in unit.pieces):
+            return None
+        return sum(piece.size for unit in self.units for piece in unit.pieces)
+
+    def decisions(self) -> dict[str, Any]:
+        """All that decides bytes besides the inputs."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": self.tokenizer.hash,
+            "stdin": self.stdin,
+            **self.settings.facts(),
+        }
+
+
+def plan_preparation(
+    corpus: Corpus | Sequence[str | Path], tokenizer: Tokenizer, settings: Settings | None = None
+) -> Preparation:
+    """Cut the inputs into units, by sizes alone: nothing is read but the footers of Parquet files.
+
+    ``corpus`` may also be a list of files, folders and globs.
+    """
+    settings = settings or Settings()
+    if isinstance(corpus, Sequence):
+        corpus = open_corpus(corpus)
+    target = unit_bytes(sum(file.bytes for file in corpus.files))
+    times = {file.name: file.mtime_ns for file in corpus.files}
+    units = tuple(group(corpus.pieces(target, settings.reading), target, times))
+    return Preparation(units, corpus.files, corpus.describe(), tokenizer, settings)
+
+
+def plan_stdin(form: StdinFormat, tokenizer: Tokenizer, settings: Settings | None = None) -> Preparation:
+    """The text is standard input, ``lines`` (each a document) or ``jsonl``."""
+    return Preparation((), (), "standard input", tokenizer, settings or Settings(), form)
+
+
+def unit_bytes(size: int) -> int:
+    """Text in a unit of work, for inputs of ``size`` bytes: what a crash costs each process at most.
+
+    Small corpora are cut finely so that all processes have something to do, huge ones so that there are not many more
+    than 4,096 shards.
+    """
+    return max(4 * MIB, min(64 * MIB, size // 64), size // 4096)
+
+
+def group(pieces: Iterable[Piece], target: int, times: dict[str, int]) -> Iterator[Unit]:
+    """Neighbouring pieces, together at most ``target`` bytes unless a single one is larger."""
+    held: list[Piece] = []
+    number = size = 0
+    for piece in pieces:
+        if held and size + piece.size > target:
+            yield _unit(number, held, times)
+            number, held, size = number + 1, [], 0
+        held.append(piece)
+        size += piece.size
+    if held:
+        yield _unit(number, held, times)
+
+
+def _unit(number: int, pieces: Sequence[Piece], times: dict[str, int]) -> Unit:
+    places = [[p.name, p.kind, p.begin, p.end, p.rows, times.get(p.name)] for p in pieces]
+    return Unit(number, tuple(pieces), digest(number, places))
+
+
+def digest(*facts: object) -> str:
+    """SHA-256 (hex) of JSON values."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,148 @@
+"""Texts out of datasets of the Hugging Face hub, streamed by the dataset's own shards."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.sources.lines import Found
+from data_pipeline.sources.parquet import columns_of
+from data_pipeline.sources.pieces import Piece
+from data_pipeline.sources.reading import Reading
+
+_ROWS = 100  # handed over at a time
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset, pinned: ``dataset`` is an id, or a folder laid out like a dataset."""
+
+    dataset: str
+    config: str | None
+    split: str
+    revision: str | None  # the commit; None for a folder
+
+    @property
+    def name(self) -> str:
+        """The same wherever a folder lies."""
+        base = Path(self.dataset).name if Path(self.dataset).is_absolute() else self.dataset
+        return "/".join(part for part in (base, self.config, self.split) if part)
+
+    def pieces(self, target_bytes: int) -> list[Piece]:
+        """Runs of the dataset's shards, by the size of the split where the dataset's card gives it, else one by one."""
+        with _named(self):
+            stream = _load(self)
+            shards = stream.num_shards
+            splits = stream.info.splits or {}
+            size = splits[self.split].num_bytes if self.split in splits else None
+        each = max(1, size // shards) if size else target_bytes
+        step = max(1, target_bytes // each)
+        digits = len(str(shards))
+        location = json.dumps(asdict(self), sort_keys=True)
+        return [
+            Piece(
+                name=f"{self.name}/{begin:0{digits}d}-of-{shards}",
+                location=location,
+                kind="hub",
+                begin=begin,
+                end=min(begin + step, shards),
+                rows=None,
+                size=each * (min(begin + step, shards) - begin),
+                total=shards,
+            )
+            for begin in range(0, shards, step)
+        ]
+
+
+def resolve_dataset(dataset: str, config: str | None, split: str, revision: str | None) -> HubDataset:
+    """Make a folder's path absolute, and pin an id to the commit that ``revision`` (the main branch) stands for now."""
+    if os.path.isdir(dataset):
+        if revision is not None:
+            raise UserError(f"{dataset} is a folder, which has no revision '{revision}'")
+        if "::" in dataset:
+            raise UserError(f"{dataset}: a path with '::' means something else to the datasets library; rename it")
+        return HubDataset(os.path.abspath(dataset), config, split, None)
+    asked = HubDataset(dataset, config, split, revision)
+    with _named(asked):
+        import huggingface_hub
+
+        commit = huggingface_hub.HfApi().dataset_info(dataset, revision=revision).sha
+    return HubDataset(dataset, config, split, commit)
+
+
+def read_hub(piece: Piece, reading: Reading) -> Iterator[Found]:
+    """The records of a run of shards; ``record`` is the row in the run.
+
+    Raises :class:`UserError` if the dataset lacks a column, if a column is not text, and for whatever the datasets
+    library stumbles over.
+    """
+    dataset = HubDataset(**json.loads(piece.location))
+    row = 0
+    with _named(dataset):
+        stream = _load(dataset)
+        if piece.total not in (-1, stream.num_shards):
+            raise UserError(
+                f"dataset {dataset.name} has changed since it was planned: it has {stream.num_shards} shards, not "
+                f"{piece.total}"
+            )
+        for index in range(piece.begin, piece.end):
+            # Arrow batches, not examples: those would have their images and audio decoded.
+            for table in stream.shard(stream.num_shards, index).with_format("arrow").iter(batch_size=_ROWS):
+                columns_of(table.schema, reading, f"dataset {dataset.name}")
+                tops = [name for name in table.column_names if _needed(name, reading)]
+                for record in table.select(tops).to_pylist():
+                    row += 1
+                    yield Found(reading.text_of(record), row)
+
+
+def _needed(column: str, reading: Reading) -> bool:
+    return any(field == column or field.startswith(column + ".") for field in reading.fields)
+
+
+@contextmanager
+def _named(dataset: HubDataset) -> Iterator[None]:
+    """Whatever the datasets library raises, which has no base class, as :class:`UserError` naming the dataset."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        at = f" at revision {dataset.revision}" if dataset.revision else ""
+        what = str(error).strip() or type(error).__name__
+        raise UserError(f"dataset {dataset.name}{at} cannot be read: {what}") from error
+
+
+def _load(dataset: HubDataset) -> Any:
+    return _datasets().load_dataset(
+        dataset.dataset,
+        name=dataset.config,
+        split=dataset.split,
+        revision=dataset.revision,
+        streaming=True,
+        cache_dir=_scratch().name,
+    )
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Streaming leaves lock files behind in its cache folder; this one goes when the process does."""
+    return tempfile.TemporaryDirectory(prefix="nystrom-data-")
+
+
+@functools.cache
+def _datasets() -> Any:
+    import datasets
+
+    # Every load_dataset otherwise asks the hub to count a download: 5 s without a network, and nobody's business.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said by our own exceptions
+    return datasets

@@ -1,0 +1,133 @@
+"""Reads a tokenizer as it lies on disk: ``tokenizer.json``, a folder of transformers, or plain vocabulary files.
+
+Built with the `tokenizers` library alone; transformers need not be installed.
+"""
+
+from __future__ import annotations
+
+import json
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.tokenization.roles import WELL_KNOWN, declared_roles
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TOKENIZER_FILE, CONFIG_FILE, MAP_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+_VOCAB_TXT, _VOCAB_JSON, _MERGES, _ADDED = "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json"
+
+
+def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str | None], str]:
+    """The tokenizer at ``path``, the roles its configuration declares (role -> text), and the file it came from.
+
+    ``path`` is a folder, or a ``tokenizer.json`` (the configuration files beside it count). A folder holds, in this
+    order of preference, ``tokenizer.json``; ``vocab.json`` with ``merges.txt`` (GPT-2, RoBERTa); ``vocab.txt`` (BERT).
+    ``tokenizer_config.json`` wins over ``special_tokens_map.json``.
+
+    Raises :class:`UserError` if there is none of these, or for a file that cannot be read.
+    """
+    folder, file = (path, path / TOKENIZER_FILE) if path.is_dir() else (path.parent, path)
+    config: dict[str, Any] = {}
+    declared: dict[str, str | None] = {}
+    for name in (MAP_FILE, CONFIG_FILE):
+        if (folder / name).is_file():
+            config = _read_object(folder / name)
+            try:
+                declared |= declared_roles(config)
+            except UserError as error:
+                raise UserError(f"{folder / name}: {error}") from None
+    if file.is_file():
+        return _from_json(file), declared, str(file)
+    if path.is_dir() and (path / _VOCAB_JSON).is_file() and (path / _MERGES).is_file():
+        return _with_added(_byte_level(path, config), path, declared), declared, str(path / _VOCAB_JSON)
+    if path.is_dir() and (path / _VOCAB_TXT).is_file():
+        return _with_added(_bert(path, config), path, declared), declared, str(path / _VOCAB_TXT)
+    advice = "`nystrom data tokenizer` trains one"
+    if path.is_dir() and any(path.glob("*.model")):
+        advice = (
+            "a SentencePiece model alone cannot be read; transformers converts it: "
+            f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained(...)"
+        )
+    raise UserError(
+        f"no tokenizer at {path}: expected {file}, or {_VOCAB_JSON} and {_MERGES}, or {_VOCAB_TXT}; {advice}"
+    )
+
+
+def _from_json(file: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the Rust library raises bare Exception
+        raise UserError(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from None
+
+
+def _byte_level(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """GPT-2 and RoBERTa: byte-level BPE (Radford et al. 2019), as their transformers classes build it."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    try:
+        vocabulary, merges = models.BPE.read_file(str(folder / _VOCAB_JSON), str(folder / _MERGES))
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    except Exception as error:
+        raise UserError(f"{folder / _VOCAB_JSON} and {_MERGES} are not a BPE vocabulary: {error}") from None
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _bert(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """BERT: WordPiece with its normaliser (Devlin et al. 2019), by default the uncased one, as in transformers."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    try:
+        vocabulary = models.WordPiece.read_file(str(folder / _VOCAB_TXT))
+        backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=str(config.get("unk_token", "[UNK]"))))
+    except Exception as error:
+        raise UserError(f"{folder / _VOCAB_TXT} is not a WordPiece vocabulary: {error}") from None
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+        strip_accents=config.get("strip_accents"),
+        lowercase=bool(config.get("do_lower_case", True)),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    return backend
+
+
+def _with_added(backend: tokenizers.Tokenizer, folder: Path, declared: dict[str, str | None]) -> tokenizers.Tokenizer:
+    """Plain vocabulary files do not say which tokens are special: those with a role, by declaration or name."""
+    from tokenizers import AddedToken
+
+    if (folder / _ADDED).is_file():
+        added = _read_object(folder / _ADDED)
+        if not all(isinstance(id_, int) for id_ in added.values()):
+            raise UserError(f"{folder / _ADDED} must map texts to ids")
+        for text, id_ in sorted(added.items(), key=itemgetter(1)):
+            backend.add_tokens([AddedToken(text, special=False, normalized=False)])
+            if backend.token_to_id(text) != id_:
+                raise UserError(
+                    f"{folder / _ADDED}: {text!r} should have id {id_}, after the other tokens it gets "
+                    f"{backend.token_to_id(text)}; save the tokenizer as tokenizer.json with transformers"
+                )
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    known = [next((name for name in names if name in vocabulary), None) for names in WELL_KNOWN.values()]
+    texts = sorted({text for text in (*declared.values(), *known) if text in vocabulary}, key=vocabulary.__getitem__)
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+    return backend
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file} must hold a JSON object")
+    return data

@@ -1,0 +1,216 @@
+"""``nystrom launch array``: `nystrom data prepare` as a Slurm job array.
+
+The jobs share the shard folder on a common file system: task i does the units of work u with u % num_shards == i. When
+the array has ended, well or not, one more job runs the plain command, which does what is missing and writes the
+manifest. Dropping duplicates takes two passes over the text, so the array runs twice: all documents are signed before
+the first is dropped. The bytes are those of a single machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+
+ARRAY, FINISH, SUBMIT = "array.sbatch", "finish.sbatch", "submit.sh"
+COMMAND = ["nystrom", "data", "prepare"]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each job asks Slurm for; None leaves it to the cluster's default."""
+
+    time: str | None = None
+    cpus: int | None = None
+    mem: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    options: tuple[str, ...] = ()  # further options of sbatch, as they stand: "--qos=long"
+
+
+def write_array(
+    folder: Path,
+    words: Sequence[str],
+    num_shards: int,
+    *,
+    resources: Resources,
+    log_dir: Path,
+    setup: Sequence[str] = (),
+    max_running: int | None = None,
+    directory: Path | None = None,
+) -> Path:
+    """Write ``array.sbatch``, ``finish.sbatch`` and ``submit.sh`` into ``folder``; returns the path of the last.
+
+    ``words`` is the command, "data prepare ..."; relative paths in it are relative to ``directory`` (default: the
+    present one), where the jobs run after the ``setup`` lines. Raises :class:`UserError` for another command, for one
+    that is only a part already, reads standard input or uses Ray, and for values that cannot stand in an sbatch file.
+    """
+    directory = Path.cwd() if directory is None else directory.absolute()
+    if num_shards < 1:
+        raise UserError(f"--num-shards {num_shards}: at least one")
+    if max_running is not None and max_running < 1:
+        raise UserError(f"--max-running {max_running}: at least one")
+    if resources.cpus is not None and resources.cpus < 1:
+        raise UserError(f"--cpus {resources.cpus}: at least one")
+    arguments, twice = check_command(words, resources.cpus)
+    name = re.sub(r"[^\w.-]+", "-", folder.absolute().name)
+    logs = directory / log_dir
+    throttle = "" if max_running is None else f"%{max_running}"
+    shared = _options(resources)
+    run = shlex.join([*COMMAND, *arguments])
+    array = _script(
+        [f"--job-name={name}", f"--array=0-{num_shards - 1}{throttle}", f"--output={logs}/%x-%A-%a.log", *shared],
+        directory,
+        setup,
+        f'{run} --shard-index "$SLURM_ARRAY_TASK_ID" --num-shards {num_shards}',
+    )
+    finish = _script(
+        [f"--job-name={name}-finish", f"--output={logs}/%x-%j.log", *shared],
+        directory,
+        setup,
+        run,
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, text in ((ARRAY, array), (FINISH, finish), (SUBMIT, _submit(logs, twice))):
+            (folder / file).write_text(text, encoding="utf-8")
+        (folder / SUBMIT).chmod(0o755)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from None
+    return folder / SUBMIT
+
+
+def check_command(words: Sequence[str], cpus: int | None) -> tuple[list[str], bool]:
+    """The arguments of ``data prepare``, and whether they drop duplicates; raises :class:`UserError`.
+
+    The command is parsed as the jobs will parse it, so that its mistakes are told here and not by a job that waited a
+    night in the queue. Unless it names a number of ``--workers``, it gets one for each of ``cpus``: not every cluster
+    shows a job only the cores that it was given.
+    """
+    from data_pipeline.cli import build_parser
+
+    words = list(words)
+    if words[:1] == ["nystrom"]:
+        words = words[1:]
+    if words[:2] != ["data", "prepare"]:
+        given = f"'{shlex.join(words[:2])}'" if words else "nothing"
+        raise UserError(f"an array is for `data prepare ...`, given behind `--`, and not for {given}")
+    args = build_parser().parse_args(words[1:])
+    if getattr(args, "shard_index", None) is not None or getattr(args, "num_shards", None) is not None:
+        raise UserError("--shard-index and --num-shards behind `--` are the array's own: leave them out there")
+    if "-" in (args.input or []):
+        raise UserError("--input -: the jobs of an array have no common standard input; name files")
+    if getattr(args, "ray", None) is not None:
+        raise UserError("--ray and an array are two ways to spread the same work: choose one")
+    if args.overwrite:
+        raise UserError(
+            "--overwrite: each job would clear away what the others did; remove the folder, or name another"
+        )
+    arguments = words[2:]
+    if cpus is not None and getattr(args, "workers", cpus) is None:
+        arguments += ["--workers", str(cpus)]
+    return arguments, getattr(args, "dedup", None) is not None
+
+
+def _options(resources: Resources) -> list[str]:
+    named = {
+        "--time": resources.time,
+        "--cpus-per-task": resources.cpus,
+        "--mem": resources.mem,
+        "--partition": resources.partition,
+        "--account": resources.account,
+    }
+    return [f"{name}={value}" for name, value in named.items() if value is not None] + list(resources.options)
+
+
+def _script(options: Sequence[str], directory: Path, setup: Sequence[str], command: str) -> str:
+    for option in options:
+        # sbatch reads its comments by itself, not through the shell: a quote would be part of the value.
+        if not option.startswith("-") or any(not c.isprintable() or c in " \"'\\" for c in option):
+            raise UserError(f"{option!r} cannot stand in an sbatch file: it must be --NAME=VALUE without white space")
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {option}" for option in options),
+        "",
+        "set -eo pipefail",  # without -u: activation scripts of environments often read variables that are not set
+        f"cd {shlex.quote(str(directory))}",
+        *setup,
+        f"exec {command}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _submit(logs: Path, twice: bool) -> str:
+    lines = [
+        "#!/bin/bash",
+        "# Submits the array and the job that finishes the folder. If something failed, run this again: what is done",
+        "# is not done again.",
+        "set -euo pipefail",
+        'cd "$(dirname "${BASH_SOURCE[0]}")"',
+        f"mkdir -p {shlex.quote(str(logs))}",
+        "",
+        # --parsable prints "ID" or "ID;cluster".
+        f"array=$(sbatch --parsable {ARRAY})",
+        'array="${array%%;*}"',
+    ]
+    if twice:
+        lines += [
+            'echo "signing documents: job array $array"',
+            f'array=$(sbatch --parsable --dependency="afterany:$array" {ARRAY})',
+            'array="${array%%;*}"',
+        ]
+    lines += [
+        'echo "tokenizing: job array $array"',
+        # afterany: one failed task would keep a job that waits for success in the queue for ever.
+        f'finish=$(sbatch --parsable --dependency="afterany:$array" {FINISH})',
+        'echo "finishing: job ${finish%%;*}"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``nystrom launch array``."""
+    parser.add_argument("--num-shards", type=int, required=True, metavar="N", help="tasks of the array")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the three files")
+    parser.add_argument("--time", metavar="T", help="time limit of each job, for example 4:00:00")
+    parser.add_argument("--cpus", type=int, metavar="N", help="cores of each task")
+    parser.add_argument("--mem", metavar="SIZE", help="memory of each task, for example 32G")
+    parser.add_argument("--partition", metavar="NAME", help="partition")
+    parser.add_argument("--account", metavar="NAME", help="account")
+    parser.add_argument("--max-running", type=int, metavar="N", help="tasks that run at a time (default: no limit)")
+    parser.add_argument(
+        "--log-dir", type=Path, default=Path("logs"), metavar="DIR", help="folder for the jobs' output (default: logs)"
+    )
+    parser.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="line of shell before the command, such as 'source venv/bin/activate'; may be repeated",
+    )
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="further option, as in --sbatch=--qos=long"
+    )
+    parser.add_argument("command", nargs="+", metavar="WORD", help="data prepare with its options, behind --")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the files and say how to submit them."""
+    resources = Resources(args.time, args.cpus, args.mem, args.partition, args.account, tuple(args.sbatch))
+    submit = write_array(
+        args.out,
+        args.command,
+        args.num_shards,
+        resources=resources,
+        log_dir=args.log_dir,
+        setup=args.setup,
+        max_running=args.max_running,
+    )
+    print(f"{args.out}: {ARRAY} ({args.num_shards} tasks) and {FINISH}, which completes the shard folder")
+    print(f"submit both with: bash {shlex.quote(str(submit))}")
+    return 0

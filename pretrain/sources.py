@@ -1,0 +1,62 @@
+"""The training text of a run: its sources opened, checked against each other, and what identifies them together."""
+
+from __future__ import annotations
+
+import json
+
+import xxhash
+
+from data_pipeline.batches.blocks import Blocks, StreamBlocks
+from data_pipeline.batches.mixture import TrainingData
+from data_pipeline.batches.order import Plan
+from data_pipeline.shards.shardset import ShardSet
+from pretrain.config import RunConfig
+from pretrain.curriculum import build_mixture, slice_length
+
+
+def open_sources(config: RunConfig, plan: Plan, expect_tokenizer: str | None = None) -> TrainingData:
+    """Open the sources of ``data.train`` as blocks of the run's packing.
+
+    Raises :class:`UserError` for folders that are missing, damaged, shorter than a block or made with another
+    tokenizer than ``expect_tokenizer`` (a hash) or than each other, and for weights that cannot be.
+    """
+    sources = config.data.sources
+    mixture = build_mixture(config, plan)
+    blocks: list[Blocks] = []
+    for source in sources:
+        shards = ShardSet.open(source.path, expect_tokenizer=expect_tokenizer)
+        stream = StreamBlocks(shards, plan.block_length)  # also to refuse what is shorter than a block
+        if config.data.packing == "stream":
+            blocks.append(stream)
+            continue
+        from data_pipeline.batches.packing import PackedBlocks
+
+        blocks.append(
+            PackedBlocks(
+                shards,
+                plan.block_length,
+                slice_length=slice_length(plan),
+                max_padding=config.data.max_padding,
+            )
+        )
+    return TrainingData(tuple(source.name for source in sources), tuple(blocks), mixture)
+
+
+def fingerprint(config: RunConfig, plan: Plan, data: TrainingData) -> str:
+    """What the order of the data depends on besides plan, seed and weights, as a hash (hex).
+
+    For one source read as a stream it is the fingerprint of its shards.
+    """
+    if len(data.blocks) == 1 and config.data.packing == "stream":
+        return data.shards.fingerprint
+    parts: dict[str, object] = {
+        "sources": [(name, blocks.shards.fingerprint) for name, blocks in zip(data.names, data.blocks, strict=True)],
+        "packing": config.data.packing,
+    }
+    if config.data.packing == "documents":
+        parts |= {
+            "block_length": plan.block_length,
+            "slice_length": slice_length(plan),
+            "max_padding": config.data.max_padding,
+        }
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())

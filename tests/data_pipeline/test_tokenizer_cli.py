@@ -1,0 +1,50 @@
+"""`nystrom data tokenizer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.cli import main
+from data_pipeline.errors import UserError
+from data_pipeline.tokenization.tokenizer import Tokenizer
+
+
+def nystrom(*words: object) -> None:
+    main([str(word) for word in words])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("The fox ran over the hill. " * 30)
+    (tmp_path / "text" / "b.txt").write_text("Another dog runs over another hill. " * 30)
+    return tmp_path
+
+
+@pytest.mark.parametrize("model", ["bpe", "wordpiece", "unigram"])
+def test_each_model_is_trained_once(text: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+    command = ("tokenizer", "--input", text / "text", "--vocab-size", 400, "--model", model, "--out", text / "out")
+    nystrom(*command)
+    # Two of the models read the text twice; it counts once.
+    assert "from 2 documents, 0.00 MB of text" in capsys.readouterr().out
+    trained = Tokenizer.load(text / "out")
+    assert trained.decode(trained.encode("another fox")) == "another fox"
+    nystrom(*command)
+    assert f"already trained on this text, {trained.vocab_size} tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="already holds a tokenizer trained otherwise"):
+        nystrom(*command, "--model", "bpe" if model == "wordpiece" else "wordpiece")
+    (text / "out" / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
+    with pytest.raises(UserError, match="already holds a tokenizer trained otherwise"):
+        nystrom(*command)
+    nystrom(*command, "--overwrite")
+    assert Tokenizer.load(text / "out").hash == trained.hash
+
+
+def test_lowercase(text: Path) -> None:
+    command = ("tokenizer", "--input", text / "text", "--vocab-size", 200, "--out", text / "out", "--lowercase")
+    nystrom(*command, "--model", "wordpiece")
+    assert Tokenizer.load(text / "out").decode(Tokenizer.load(text / "out").encode("THE Fox")) == "the fox"
+    with pytest.raises(UserError, match="lowercase is for wordpiece"):
+        nystrom(*command, "--model", "unigram", "--vocab-size", 400)

@@ -1,0 +1,114 @@
+"""What a change of sources, weights or packing means for a run that has begun. No training: only the comparison."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_case import settings, write_corpus
+
+from data_pipeline.errors import UserError
+from pretrain.checks import check_inputs
+from pretrain.commit import Manifest, TrainState
+from pretrain.config import parse_config
+from pretrain.resume import check_resume, identity
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+def case(corpus: Path, weights: dict[str, float] | None = None, **data: Any) -> dict[str, Any]:
+    """A run on a mixture of packed documents; ``weights`` are those of its second stage."""
+    sources = [{"path": str(corpus / "train"), "weight": 2}, {"path": str(corpus / "valid"), "weight": 1}]
+    stages = [
+        {"until_tokens": 1024, "seq_len": 32, "micro_batch": 2},
+        {"until_tokens": 2048, "seq_len": 64, "micro_batch": 2, "weights": weights},
+    ]
+    return settings(corpus, corpus, data={"train": sources, "packing": "documents", **data}, curriculum=stages)
+
+
+def resume(before: dict[str, Any], now: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Start a run, stop at ``tokens``, go on with another configuration."""
+    old, new = (check_inputs(parse_config(raw), 1) for raw in (before, now))
+    kept = json.loads(json.dumps(identity(old.config, old.fingerprint, 1)))
+    manifest = Manifest("step4", TrainState(step=tokens // 256, tokens=tokens), kept, {})
+    return check_resume(manifest, new.config, new.plan, new.fingerprint, 1)
+
+
+def test_the_same_sources_in_another_order_or_place_go_on(corpus: Path, tmp_path: Path) -> None:
+    assert resume(case(corpus), case(corpus), 512) == {}
+    turned = case(corpus)
+    turned["data"]["train"].reverse()
+    for source in turned["data"]["train"]:
+        (tmp_path / source["path"].rsplit("/", 1)[1]).symlink_to(source["path"])
+        source["path"] = str(tmp_path / source["path"].rsplit("/", 1)[1])
+        source["weight"] *= 5  # only proportions count
+    assert resume(case(corpus), turned, 512) == {}
+
+
+def test_weights_may_change_in_stages_to_come_only(corpus: Path) -> None:
+    one_to_one = {"train": 1.0, "valid": 1.0}
+    for tokens in (0, 512, 1024):  # the second stage begins at 1024
+        assert set(resume(case(corpus), case(corpus, one_to_one), tokens)) == {"curriculum"}
+    with pytest.raises(
+        UserError, match=r"weights of the sources differ in the past: at 1280 tokens, .*\(from, weights\)"
+    ):
+        resume(case(corpus), case(corpus, one_to_one), 1280)
+    other = case(corpus)
+    other["data"]["train"][0]["weight"] = 3
+    with pytest.raises(UserError, match="weights of the sources differ in the past: at 256 tokens"):
+        resume(case(corpus), other, 256)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"packing": "stream"}, "data.packing was 'documents' and is now 'stream'"),
+        ({"max_padding": 0.1}, "data.max_padding was 0.02 and is now 0.1: the documents would be packed anew"),
+    ],
+)
+def test_another_packing_is_refused_by_name(corpus: Path, data: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        resume(case(corpus), case(corpus, **data), 512)
+    assert "are not those" not in str(refusal.value)  # said once
+
+
+def test_shorter_stages_to_come_would_pack_anew(corpus: Path) -> None:
+    other = case(corpus)
+    other["curriculum"].append({"until_tokens": 4096, "seq_len": 16, "micro_batch": 2})
+    with pytest.raises(UserError, match="common divisor of the curriculum's lengths was 32 and is now 16"):
+        resume(case(corpus), other, 512)
+    before, now = case(corpus, packing="stream"), {**other, "data": {**other["data"], "packing": "stream"}}
+    assert set(resume(before, now, 512)) == {"curriculum"}
+
+
+def test_max_padding_is_free_where_nothing_is_packed(corpus: Path) -> None:
+    changed = resume(case(corpus, packing="stream"), case(corpus, packing="stream", max_padding=0.1), 512)
+    assert changed == {"data.max_padding": [0.02, 0.1]}
+
+
+def test_other_sources_are_refused(corpus: Path) -> None:
+    renamed = case(corpus)
+    renamed["data"]["train"][1]["name"] = "held out"
+    with pytest.raises(UserError, match=r"not those that the run was started with \(its sources were train, valid\)"):
+        resume(case(corpus), renamed, 512)
+    single = settings(corpus, corpus)
+    with pytest.raises(UserError, match="are not those that the run was started with"):
+        resume(case(corpus, packing="stream"), {**case(corpus, packing="stream"), "data": single["data"]}, 512)
+
+
+def test_a_checkpoint_from_before_there_were_mixtures_goes_on(corpus: Path) -> None:
+    inputs = check_inputs(parse_config(settings(corpus, corpus)), 1)
+    kept = json.loads(json.dumps(identity(inputs.config, inputs.train.shards.fingerprint, 1)))
+    for key in ("packing", "max_padding"):
+        del kept["config"]["data"][key]
+    for stage in kept["config"]["curriculum"]:
+        del stage["weights"]
+    manifest = Manifest("step2", TrainState(step=2, tokens=512), kept, {})
+    assert check_resume(manifest, inputs.config, inputs.plan, inputs.fingerprint, 1) == {}
