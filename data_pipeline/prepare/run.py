@@ -132,7 +132,7 @@ class _Run:
             _sample(sampled, preparation.settings.reading),
             token_dtype(tokenizer.vocab_size),
         )
-        self.encoder = choice.reason
+        self.encoder = f"{choice.encoder.name}, {choice.reason}"
         self.context = Context(
             folder,
             str(saved),

@@ -19,6 +19,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.tokenization import encoder as e
 from data_pipeline.tokenization.bytepairs import GPT2_PATTERN, NotExpressible, byte_alphabet, byte_pairs
 from data_pipeline.tokenization.encoder import (
+    CHECK_CHARACTERS,
     CheckedEncoder,
     ParityError,
     StockEncoder,
@@ -294,7 +295,7 @@ def test_a_difference_on_the_sample_decides(bpe: Tokenizer) -> None:
         checked.encode_batch(["a, b"])
 
 
-def test_every_256th_text_is_checked_and_a_unit_begins_anew(bpe: Tokenizer) -> None:
+def test_every_512th_text_is_checked_and_a_unit_begins_anew(bpe: Tokenizer) -> None:
     class Wrong:
         """Right but for one text."""
 
@@ -315,11 +316,24 @@ def test_every_256th_text_is_checked_and_a_unit_begins_anew(bpe: Tokenizer) -> N
 
     checked = CheckedEncoder(Wrong(), bpe, np.uint16)
     assert checked.name == "wrong"
-    for batch in (1, 100, 256, 1000):
-        assert [place for place in (0, 1, 255, 256, 257, 511, 512) if not passes(place, batch)] == [0, 256, 512]
+    for batch in (1, 100, 512, 2000):
+        assert [place for place in (0, 1, 511, 512, 513, 1023, 1024) if not passes(place, batch)] == [0, 512, 1024]
     short = CheckedEncoder(Wrong(), bpe, np.uint16, every=1)
     with pytest.raises(ParityError, match=r"wrong and tokenizers differ from token 0 on \(\[7\] and \[.*'bad'"):
         short.encode_batch(["the", "bad"])
+
+
+def test_of_a_long_text_only_the_beginning_is_checked(bpe: Tokenizer) -> None:
+    seen: list[int] = []
+
+    class Counting(StockEncoder):
+        def encode_batch(self, texts: Any) -> list[np.ndarray]:
+            seen.extend(len(text) for text in texts)
+            return super().encode_batch(texts)
+
+    long = "the " * CHECK_CHARACTERS
+    assert CheckedEncoder(Counting(bpe, np.uint16), bpe, np.uint16).encode_batch([long])[0].size > CHECK_CHARACTERS
+    assert seen == [CHECK_CHARACTERS, len(long)]
 
 
 def test_arrays_of_the_library(bpe: Tokenizer) -> None:
