@@ -119,7 +119,7 @@ class PackedBlocks:
     def read(self, blocks: np.ndarray, offset: int, length: int, *, causal: bool) -> Rows:
         """Tokens ``[offset, offset + length)`` of each of ``blocks`` (B,) int64; next tokens if ``causal``.
 
-        ``documents`` numbers the segments of the whole batch, so no two have one number. The last token of a document
+        ``documents`` numbers the segments of each block, so no two of a row have one number. The last token of a document
         has no next token; the last one before a cut has the document's next token, which is in another place.
         Raises ``ValueError`` for what is outside the blocks and :class:`UserError` for damaged shards.
         """
@@ -135,7 +135,9 @@ class PackedBlocks:
         for window, row in zip(windows.tolist(), rows.tolist(), strict=True):
             segments, edges = self._packed(window)
             found.append(segments[edges[row] : edges[row + 1]])
-        row = np.repeat(np.arange(len(blocks)), [len(part) for part in found])
+        segments_of = np.array([len(part) for part in found], dtype=np.int64)
+        row = np.repeat(np.arange(len(blocks)), segments_of)
+        number = ramps(np.zeros_like(segments_of), segments_of)  # of a segment in its block
         at, starts, sizes, closes = np.concatenate(found or [np.empty((0, 4), dtype=np.int64)]).T
 
         column = at - rows[row] * self._block_length - offset
@@ -152,7 +154,7 @@ class PackedBlocks:
         tokens = np.full(shape, self._shards.pad_id, dtype=np.int64)
         tokens.reshape(-1)[places] = gathered
         documents = np.full(shape, -1, dtype=np.int32)
-        documents.reshape(-1)[places] = np.repeat(here.astype(np.int32), counts)
+        documents.reshape(-1)[places] = np.repeat(number[here].astype(np.int32), counts)
         if not causal:
             return Rows(tokens, None, documents)
         following = np.append(gathered[1:], IGNORE)

@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> None:
         f"{counted(texts.counts.documents, texts.counts.empty)}, {texts.counts.text_bytes / 1e6:.2f} MB of text in "
         f"{texts.progress.speed()}"
     )
+    for sample in texts.counts.located()[:5]:
+        print(f"  left out: {texts.counts.place(sample)}: {sample.detail}")
 
 
 class _Texts:

@@ -93,7 +93,7 @@ class Tally:
 
     def _too_many(self) -> UserError:
         shown = self.located(self.bad_samples[:_SHOWN])
-        lines = [f"{self._place(sample)}: {sample.detail}" for sample in shown]
+        lines = [f"{self.place(sample)}: {sample.detail}" for sample in shown]
         if self.max_bad_fraction == 0:
             return UserError(lines[0])
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.bad.items()))
@@ -104,7 +104,8 @@ class Tally:
             + "mend or leave out these inputs, or allow more with --max-bad-fraction"
         )
 
-    def _place(self, sample: BadRecord) -> str:
+    def place(self, sample: BadRecord) -> str:
+        """Where a sample is, for messages."""
         where = self.locations.get(sample.source, sample.source)
         if sample.record is not None:
             return f"{where}, {sample.unit} {sample.record}"

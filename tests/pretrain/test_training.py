@@ -180,17 +180,17 @@ def train_with_a_bad_step(config: str, step: int, kind: str, rank: int = 1, last
     counter = {"step": 1, "first": True}
     backward, take_step = TrainingEngine.backward, TrainingEngine.step
 
-    def bad_backward(self: Any, input_ids: Any, labels: Any, scale: float) -> Any:
+    def bad_backward(self: Any, input_ids: Any, labels: Any, scale: float, *more: Any) -> Any:
         here = step <= counter["step"] <= (last or step) and os.environ["RANK"] == str(rank) and counter["first"]
         counter["first"] = False
         if not here:
-            return backward(self, input_ids, labels, scale)
+            return backward(self, input_ids, labels, scale, *more)
         if kind == "gradient":
-            return backward(self, input_ids, labels, math.inf)
+            return backward(self, input_ids, labels, math.inf, *more)
         embedding = self.model.embeddings
         handle = embedding.register_forward_hook(lambda module, inputs, output: output * math.nan)
         try:
-            return backward(self, input_ids, labels, scale)
+            return backward(self, input_ids, labels, scale, *more)
         finally:
             handle.remove()
 
