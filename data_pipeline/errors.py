@@ -5,6 +5,7 @@ It lives in ``data_pipeline`` because that is the bottom layer: everything may i
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -20,13 +21,20 @@ class UserError(Exception):
 def run_cli(main: Callable[[Sequence[str] | None], int | None], prog: str, argv: Sequence[str] | None = None) -> int:
     """Run a command's ``main`` and turn :class:`UserError` and Ctrl-C into a message and an exit status.
 
-    Returns 0 on success, 2 for a :class:`UserError`, 130 for Ctrl-C, or whatever integer ``main`` returns.
+    Returns 0 on success, 2 for a :class:`UserError`, 130 for Ctrl-C, 141 if whoever read the output went away (as
+    ``head`` does), or whatever integer ``main`` returns.
     """
     try:
-        return int(main(argv) or 0)
+        status = int(main(argv) or 0)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr, flush=True)
         return 130
+    except BrokenPipeError:
+        # Nobody reads any more: what is still in the buffer must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -119,8 +119,8 @@ class PackedBlocks:
     def read(self, blocks: np.ndarray, offset: int, length: int, *, causal: bool) -> Rows:
         """Tokens ``[offset, offset + length)`` of each of ``blocks`` (B,) int64; next tokens if ``causal``.
 
-        ``documents`` numbers the segments of each block, so no two of a row have one number. The last token of a document
-        has no next token; the last one before a cut has the document's next token, which is in another place.
+        ``documents`` numbers the segments of each block, so no two of a row have one number. The last token of a
+        document has no next token; the last one before a cut has the document's next token, which is in another place.
         Raises ``ValueError`` for what is outside the blocks and :class:`UserError` for damaged shards.
         """
         blocks = np.asarray(blocks, dtype=np.int64)

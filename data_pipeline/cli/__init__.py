@@ -11,8 +11,8 @@ from data_pipeline.cli.common import HelpFormatter
 DESCRIPTION = """Turn text into what training reads: collect documents, train a tokenizer, write checksummed shards of
 tokens.
 
-Text comes from JSONL (.jsonl, .jsonl.gz: one record a line), Parquet (.parquet) and plain text (.txt: a file is a
-document)."""
+Text comes from JSONL (one record a line), CSV, plain text (a file or a line is a document), each also as .gz or .zst,
+from Parquet, from datasets of the Hugging Face hub, and from standard input."""
 EXAMPLE = """example, from nothing to shards:
   nystrom data stdlib    --out corpus
   nystrom data tokenizer --input corpus/train.jsonl --vocab-size 8192 --out tokenizer

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.001,
         metavar="F",
-        help="stop when more than this share of the records of a unit of work is broken; broken records are skipped, "
-        "counted, and kept in bad_records.jsonl",
+        help="stop when more than this share of the records is broken; broken records are skipped, counted, and kept "
+        "in bad_records.jsonl",
     )
 
     work = parser.add_argument_group("how the work is done (the result is the same, byte for byte)")
@@ -89,7 +89,8 @@ class _ListFilters(argparse.Action):
 
         for name, default, description, source in Filters.known():
             print(f"{name}={default}" if default else name)
-            print(f"    {description} ({source})")
+            print(f"    {description}" + (f" ({source})" if source else ""))
+        print("Gopher: Rae et al. 2021; C4: Raffel et al. 2020; FineWeb: Penedo et al. 2024")
         parser.exit()
 
 
@@ -174,15 +175,18 @@ def _tell(out: Path, outcome: Outcome, how: How, progress: Progress) -> None:
     if outcome.already_complete:
         print(f"{out}: already complete with these inputs and settings, nothing to do: {contents}")
         return
-    again = f"; {outcome.units_reused} of {outcome.units} parts were done before" if outcome.units_reused else ""
-    print(f"{out}: {contents} from {manifest.text_bytes / 1e6:.2f} MB of text in {speed}{again}")
+    again = (
+        f"; {outcome.units_reused} of {outcome.units} units of work were done before" if outcome.units_reused else ""
+    )
+    took = f" in {speed}" if outcome.text_bytes else ""
+    print(f"{out}: {contents} from {manifest.text_bytes / 1e6:.2f} MB of text{took}{again}")
     left_out = {"broken records skipped": manifest.bad_records, "documents dropped": manifest.dropped_documents}
     for what, counts in left_out.items():
         if counts:
             reasons = ", ".join(f"{name} {count:,}" for name, count in counts.items())
             print(f"  {what}: {sum(counts.values()):,} ({reasons})")
-    for report in manifest.reports:
-        print(f"  samples of what was left out: {out / report.name}")
+    if manifest.reports:
+        print(f"  samples of what was left out: {', '.join(str(out / report.name) for report in manifest.reports)}")
     print(f"  encoded by {outcome.encoder}")
     for reason in outcome.fell_back:
         print(f"  one unit was encoded again by tokenizers: {reason}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,16 +23,21 @@ from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.shards.writer import remove_files, token_dtype, unit_of
 from data_pipeline.sources.pieces import Piece
 from data_pipeline.sources.streams import piece_digest, stdin_chunks
+from data_pipeline.sources.tally import BadRecord, Tally
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILES
 
 _SAMPLES = 100  # of what was left out, kept for each reason
 
 
-def complete(preparation: Preparation, folder: Path, results: Sequence[tuple[Unit, UnitResult]]) -> None:
+def complete(
+    preparation: Preparation, folder: Path, results: Sequence[tuple[Unit, UnitResult]], max_bad_fraction: float
+) -> None:
     """Write the tokenizer, the reports and the manifest; from then on the folder is complete.
 
-    ``results`` in the order of the units. Raises :class:`UserError` if there is no document in them.
+    ``results`` in the order of the units. Raises :class:`UserError` if there is no document in them, or too many
+    records were broken.
     """
+    _check_broken(results, max_bad_fraction)
     documents = sum(result.documents for _, result in results)
     empty = sum(result.empty for _, result in results)
     bad = total(result.bad for _, result in results)
@@ -90,6 +96,18 @@ def input_entries(preparation: Preparation, pieces: Iterable[tuple[Piece, str]])
     )
 
 
+def _check_broken(results: Sequence[tuple[Unit, UnitResult]], max_bad_fraction: float) -> None:
+    """Judge the share of broken records over all units."""
+    places = {piece.name: piece.location for unit, _ in results for piece in unit.pieces if piece.name != STDIN}
+    Tally(
+        max_bad_fraction,
+        records=sum(result.records for _, result in results),
+        bad=Counter(total(result.bad for _, result in results)),
+        bad_samples=[BadRecord(**sample) for _, result in results for sample in result.bad_samples],
+        locations=places,
+    ).check()
+
+
 def _none_left(
     preparation: Preparation, folder: Path, empty: int, bad: dict[str, int], dropped: dict[str, int]
 ) -> None:
@@ -133,9 +151,8 @@ def check_complete(preparation: Preparation, folder: Path, stream: BinaryIO | No
     if manifest.tokenizer_hash != tokenizer.hash:
         raise occupied(folder, f"shards of another tokenizer (hash {manifest.tokenizer_hash[:12]})")
     settings = preparation.settings.facts()
-    for name, value in settings.items():
-        if manifest.settings.get(name) != value:
-            raise occupied(folder, f"shards made with another {name}: {manifest.settings.get(name)}, now {value}")
+    for name, old, new in _differences(manifest.settings, settings):
+        raise occupied(folder, f"shards made with another {name}: {old}, now {new}")
     names = [entry.name for entry in manifest.inputs]
     if names != list(preparation.names):
         raise occupied(folder, f"shards of other inputs ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
@@ -149,6 +166,16 @@ def check_complete(preparation: Preparation, folder: Path, stream: BinaryIO | No
         if old != new and (stream is not None or old.name in known):
             raise occupied(folder, f"shards of another {old.name}: its contents have changed")
     return ShardSet.open(folder)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, old and new value of the settings that differ."""
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            yield from _differences(before, value)
+        elif before != value:
+            yield name, before, value
 
 
 def _digests(preparation: Preparation, stream: BinaryIO | None) -> list[tuple[Piece, str]]:

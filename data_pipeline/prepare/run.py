@@ -162,7 +162,7 @@ class _Run:
         results.sort(key=lambda pair: pair[0].number)
         shards = None
         if self.how.part is None:
-            complete(self.preparation, self.folder, results)
+            complete(self.preparation, self.folder, results, self.how.max_bad_fraction)
             shutil.rmtree(self.work)
             shards = ShardSet.open(self.folder)
         fresh = [result for _, result in results if not result.reused]

@@ -25,6 +25,7 @@ from data_pipeline.shards.shardset import check_size
 from data_pipeline.shards.writer import UnitWriter, token_dtype
 from data_pipeline.sources.documents import Document, read_piece
 from data_pipeline.sources.tally import Tally
+from data_pipeline.tokenization.bytepairs import NotExpressible
 from data_pipeline.tokenization.encoder import CheckedEncoder, ParityError, StockEncoder, make_encoder
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
@@ -33,6 +34,9 @@ DUPLICATE = "duplicate"
 _BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once: enough for all cores, little memory
 _SAMPLES = 5  # dropped documents kept aside, for each reason in each unit
 _EXCERPT = 200  # characters
+# Broken records that a unit may have whatever their share, which is judged over all units in the end: a unit of books
+# has few records, and one of them that is not UTF-8 is no reason to stop a long run.
+_UNIT_SLACK = 10
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class UnitResult:
     shards: tuple[ShardEntry, ...] = ()
     documents: int = 0
     text_bytes: int = 0
+    records: int = 0
     empty: int = 0
     bad: dict[str, int] = field(default_factory=dict)
     bad_samples: list[dict[str, Any]] = field(default_factory=list)
@@ -163,7 +168,7 @@ class Worker:
         if result is None:
             try:
                 result = self._tokenize(unit, self.context.backend)
-            except ParityError as error:
+            except (ParityError, NotExpressible) as error:  # also where a node of a cluster lacks tiktoken
                 result = self._tokenize(unit, "tokenizers")
                 result.fell_back = str(error)
             data = {name: value for name, value in asdict(result).items() if name != "reused"}
@@ -198,7 +203,7 @@ class Worker:
                 result.shards = writer.finish()
             finally:
                 writer.abort()
-        result.empty = tally.empty
+        result.records, result.empty = tally.records, tally.empty
         result.bad = dict(sorted(tally.bad.items()))
         result.bad_samples = [_moved(asdict(sample), unit) for sample in tally.located()]
         result.dropped_samples = [_moved(sample, unit) for sample in result.dropped_samples]
@@ -219,7 +224,7 @@ class Worker:
                     _drop(result, document, reason)
             assert tally.digest is not None
             result.digests.append(tally.digest)
-        tally.check()
+        tally.check(_UNIT_SLACK)
 
     def _unique(
         self, documents: Iterator[Document], drops: np.ndarray | None, result: UnitResult

@@ -32,9 +32,9 @@ def contents(shards: ShardSet, summary: Summary, samples: list[Sample]) -> dict[
         "vocab_size": shards.vocab_size,
         "distinct_tokens": summary.distinct_tokens,
         "tokenizer_hash": shards.tokenizer_hash,
-        "settings": dict(getattr(manifest, "settings", {})),
+        "settings": manifest.settings,
         "left_out": left_out(manifest),
-        "reports": [entry.name for entry in getattr(manifest, "reports", ())],
+        "reports": [entry.name for entry in manifest.reports],
         "length_percentiles": {str(p): lengths.percentile(p) for p in PERCENTILES},
         "longer_than": [
             {"limit": limit, "documents": share[0], "tokens": share[1]}
@@ -69,8 +69,8 @@ def contents(shards: ShardSet, summary: Summary, samples: list[Sample]) -> dict[
 def left_out(manifest: Manifest) -> list[dict[str, Any]]:
     """Records that did not become documents: why, and how many."""
     reasons = {"no text": manifest.empty_documents}
-    reasons |= {f"broken record: {why}": count for why, count in getattr(manifest, "bad_records", {}).items()}
-    reasons |= {f"dropped: {why}": count for why, count in getattr(manifest, "dropped_documents", {}).items()}
+    reasons |= {f"broken record: {why}": count for why, count in manifest.bad_records.items()}
+    reasons |= {f"dropped: {why}": count for why, count in manifest.dropped_documents.items()}
     return [{"reason": reason, "records": count} for reason, count in reasons.items() if count]
 
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from data_pipeline.errors import UserError
 from data_pipeline.sources.lines import Found
 from data_pipeline.sources.parquet import columns_of
@@ -29,11 +31,15 @@ class HubDataset:
     config: str | None
     split: str
     revision: str | None  # the commit; None for a folder
+    contents: str | None = None  # of a folder: XXH3-128 (hex) of its files
 
     @property
     def name(self) -> str:
-        """The same wherever a folder lies."""
+        """The same wherever a folder lies; another for another commit, or other files in the folder."""
         base = Path(self.dataset).name if Path(self.dataset).is_absolute() else self.dataset
+        version = self.revision or self.contents
+        if version:
+            base += f"@{version[:12]}"
         return "/".join(part for part in (base, self.config, self.split) if part)
 
     def pieces(self, target_bytes: int) -> list[Piece]:
@@ -63,19 +69,35 @@ class HubDataset:
 
 
 def resolve_dataset(dataset: str, config: str | None, split: str, revision: str | None) -> HubDataset:
-    """Make a folder's path absolute, and pin an id to the commit that ``revision`` (the main branch) stands for now."""
+    """Make a folder's path absolute and hash its files, or pin an id to the commit that ``revision`` (the main branch)
+    stands for now."""
     if os.path.isdir(dataset):
         if revision is not None:
             raise UserError(f"{dataset} is a folder, which has no revision '{revision}'")
         if "::" in dataset:
             raise UserError(f"{dataset}: a path with '::' means something else to the datasets library; rename it")
-        return HubDataset(os.path.abspath(dataset), config, split, None)
+        return HubDataset(os.path.abspath(dataset), config, split, None, _contents(Path(dataset)))
     asked = HubDataset(dataset, config, split, revision)
     with _named(asked):
         import huggingface_hub
 
         commit = huggingface_hub.HfApi().dataset_info(dataset, revision=revision).sha
     return HubDataset(dataset, config, split, commit)
+
+
+def _contents(folder: Path) -> str:
+    """XXH3-128 (hex) of names and contents: the library keeps no list of the files it will read."""
+    whole = xxhash.xxh3_128()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest = xxhash.xxh3_128()
+        try:
+            with open(path, "rb") as f:
+                while data := f.read(1 << 20):
+                    digest.update(data)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        whole.update(json.dumps([path.relative_to(folder).as_posix(), digest.hexdigest()]).encode())
+    return whole.hexdigest()
 
 
 def read_hub(piece: Piece, reading: Reading) -> Iterator[Found]:

@@ -85,7 +85,7 @@ def _json_text(line: bytes, reading: Reading) -> str | Bad | None:
         what = f"{error.msg} (character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else str(error)
         return Bad("not JSON", f"not a JSON record: {what}; one JSON object on each line is expected", _excerpt(line))
     if not isinstance(record, dict):
-        detail = f"a record must be a JSON object with fields, not {type(record).__name__}"
+        detail = f"a record must be a JSON object with fields, one on each line, not {type(record).__name__}"
         return Bad("not an object", detail, _excerpt(line))
     text = reading.text_of(record)
     return text._replace(excerpt=_excerpt(line)) if isinstance(text, Bad) else text

@@ -73,9 +73,10 @@ class Tally:
         if early or self.max_bad_fraction == 0:
             raise self._too_many()
 
-    def check(self) -> None:
-        """Raise :class:`UserError` if more than ``max_bad_fraction`` of the records were broken."""
-        if self.bad.total() > self.max_bad_fraction * self.records:
+    def check(self, slack: int = 0) -> None:
+        """Raise :class:`UserError` if more than ``max_bad_fraction`` of the records, and more than ``slack``, were
+        broken."""
+        if self.bad.total() > max(slack, self.max_bad_fraction * self.records):
             raise self._too_many()
 
     def located(self, samples: Iterable[BadRecord] | None = None) -> list[BadRecord]:

@@ -162,3 +162,37 @@ def test_it_runs_as_a_module(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("nystrom data: error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_traceback(corpus: Path) -> None:
+    out = corpus.parent / "out"
+    nystrom("prepare", "--input", corpus, "--tokenizer", make_tokenizer(corpus), "--out", out)
+    command = f"{sys.executable} -m data_pipeline inspect {out} --samples 200 | head -n 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == str(out)
+    assert done.stderr == ""
+
+
+def test_the_filters_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["prepare", "--list-filters"])
+    assert ended.value.code == 0
+    listed = capsys.readouterr().out
+    assert "gopher-quality" in listed
+    assert "(Gopher, A.1.1)" in listed
+    assert "Rae et al. 2021" in listed
+    assert "()" not in listed
+
+
+def test_settings_that_differ_are_named(corpus: Path) -> None:
+    tokenizer, out = make_tokenizer(corpus), corpus.parent / "out"
+    words = ["prepare", "--input", corpus, "--tokenizer", tokenizer, "--out", out]
+    nystrom(*words)
+    with pytest.raises(UserError, match=r"shards made with another normalize: None, now nfc: choose another folder"):
+        nystrom(*words, "--normalize", "nfc")

@@ -62,6 +62,18 @@ def test_too_many_broken_records_stop_the_run_and_the_mended_one_goes_on(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+def test_the_share_is_judged_over_all_units_but_a_unit_with_many_stops_at_once(
+    inputs: Path, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    break_lines(inputs / "0.jsonl", 1, 2)
+    how = How(max_bad_fraction=0.01)
+    assert prepare(plan(inputs, small_tokenizer), tmp_path / "out", how).units == 6  # 2 of 240, though 2 of 40 here
+    break_lines(inputs / "0.jsonl", *range(3, 15))
+    with pytest.raises(UserError, match=r"14 of 40 records are broken"):
+        prepare(plan(inputs, small_tokenizer), tmp_path / "other", how)
+    assert not list((tmp_path / "other").glob("tokens-00001*"))  # it did not go on
+
+
 def test_a_wrong_field_stops_at_once_and_names_the_right_ones(
     inputs: Path, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

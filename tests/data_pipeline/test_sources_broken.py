@@ -39,7 +39,7 @@ def skipping(path: Path, reading: Reading | None = None) -> tuple[list[str], Tal
         (b'{"text": "a"}\n{"text": "b\n{"text": "c"}\n', 2, "not JSON", "not a JSON record: Invalid control|Untermin"),
         (b'{"text": "a"}\n{"text": "b', 2, "not JSON", r"Unterminated string starting at \(character 10\)"),
         (b'{"text": "a"} {"text": "b"}\n', 1, "not JSON", "Extra data.*one JSON object on each line is expected"),
-        (b'["a", "b"]\n', 1, "not an object", "a record must be a JSON object with fields, not list"),
+        (b'["a", "b"]\n', 1, "not an object", "a record must be a JSON object with fields, one on each line, not list"),
         (b'{"text": "a"}\n{"body": "b", "id": 1}\n', 2, "no field", "no field 'text'; its fields are: body, id"),
         (b'{"b\\ud83d": "\\ud83d"}\n', 1, "no field", r"its fields are: b\?"),
         (b'{"text": "a"}\n\n{"text": 3}\n', 3, "not text", "field 'text' is not text but int"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -80,14 +81,14 @@ def test_config_and_split_are_chosen(dataset: Path) -> None:
         found = iter_documents(open_dataset(str(dataset), config, split), tally=tally)
         assert [d.text for d in found] == texts
         assert tally.documents == len(texts)
-    assert open_dataset(str(dataset), "en").describe() == "dataset books/en/train"
+    assert re.fullmatch(r"dataset books@[0-9a-f]{12}/en/train", open_dataset(str(dataset), "en").describe())
     assert open_dataset(str(dataset), "en").files == ()
 
 
 def test_pieces_are_runs_of_the_datasets_shards(dataset: Path) -> None:
     pieces = open_dataset(str(dataset), "en").pieces(1000)
     assert [(p.kind, p.begin, p.end, p.total) for p in pieces] == [("hub", i, i + 1, 3) for i in range(3)]
-    assert [p.name for p in pieces] == [f"books/en/train/{i}-of-3" for i in range(3)]
+    assert [re.sub("@[0-9a-f]{12}", "", p.name) for p in pieces] == [f"books/en/train/{i}-of-3" for i in range(3)]
     documents: list[Document] = []
     tally = Tally()
     digests = []
@@ -137,7 +138,7 @@ def test_fields_and_templates_of_a_dataset(dataset: Path) -> None:
     reading = Reading(template="{id} {meta.title}: {text}")
     assert [d.text for d in iter_documents(corpus, reading)] == ["0 title of en valid: en valid"]
     for wrong, message in (("body", "no column 'body'; its columns are: id, text, meta"), ("id", "not text but int64")):
-        with pytest.raises(UserError, match=f"dataset books/en/valid: .*{message}"):
+        with pytest.raises(UserError, match=rf"dataset books@\w+/en/valid: .*{message}"):
             list(iter_documents(corpus, Reading(wrong)))
 
 
@@ -150,7 +151,7 @@ def test_a_folder_of_jsonl_files_is_a_dataset_too(tmp_path: Path) -> None:
     assert len(corpus.pieces(1)) == 3
     assert [d.text for d in iter_documents(corpus)] == [f"{i} {j}" for i in range(3) for j in range(4)]
     (folder / "train-1.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(UserError, match="dataset plain/train cannot be read"):
+    with pytest.raises(UserError, match=r"dataset plain@\w+/train cannot be read"):
         list(iter_documents(open_dataset(str(folder))))
 
 
@@ -160,7 +161,7 @@ def test_what_a_dataset_does_not_have_is_refused(dataset: Path) -> None:
         ("fr", "train", "'fr' not found. Available"),
         ("en", "test", r"Available splits: \['train', 'valid'\]"),
     ):
-        with pytest.raises(UserError, match=rf"(?s)dataset books/.* cannot be read: .*{message}"):
+        with pytest.raises(UserError, match=rf"(?s)dataset books@\w+/.* cannot be read: .*{message}"):
             open_dataset(str(dataset), config, split).pieces(1000)
     with pytest.raises(UserError, match="is a folder, which has no revision 'v1'"):
         open_dataset(str(dataset), "en", revision="v1")
@@ -192,7 +193,20 @@ def test_an_id_is_pinned_to_the_commit_of_its_revision(monkeypatch: pytest.Monke
     corpus = open_dataset("someone/something", "en", "valid", "v2")
     assert corpus.dataset == HubDataset("someone/something", "en", "valid", "0123abcd")
     assert asked == [("someone/something", "v2")]
-    assert corpus.describe() == "dataset someone/something/en/valid"
+    assert corpus.describe() == "dataset someone/something@0123abcd/en/valid"
+
+
+def test_another_commit_and_other_files_are_another_dataset(dataset: Path, tmp_path: Path) -> None:
+    commits = [HubDataset("a/b", None, "train", commit).name for commit in ("0123", "4567")]
+    assert commits == ["a/b@0123/train", "a/b@4567/train"]
+    before = open_dataset(str(dataset), "en").describe()
+    moved = tmp_path / "elsewhere" / "books"
+    moved.parent.mkdir()
+    dataset.rename(moved)
+    assert open_dataset(str(moved), "en").describe() == before
+    file = moved / "en" / "valid.parquet"
+    pq.write_table(pq.read_table(file).slice(1), file)
+    assert open_dataset(str(moved), "en").describe() != before
 
 
 def test_streaming_leaves_no_cache(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
