@@ -39,7 +39,7 @@ class OnRay:
         self._context = ray.put(context)
         self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(_do)
 
-    def run(self, method: Method, units: Iterable[Unit]) -> Iterator[Any]:
+    def run(self, method: Method, units: Iterable[Unit], *arguments: Any) -> Iterator[Any]:
         """See :class:`data_pipeline.prepare.executors.Executor`."""
         waiting = iter(units)
         running: list[Any] = []
@@ -47,7 +47,7 @@ class OnRay:
             # Nodes may join while it runs: hand out more than the cores there are now.
             ahead = max(16, 4 * int(self._ray.cluster_resources().get("CPU", 1)))
             units_now = islice(waiting, ahead - len(running))
-            running += [self._task.remote(self._context, method, unit) for unit in units_now]
+            running += [self._task.remote(self._context, method, unit, *arguments) for unit in units_now]
             if not running:
                 return
             finished, running = self._ray.wait(running, timeout=5.0)
@@ -86,12 +86,12 @@ def _check_reachable(address: str) -> None:
             raise UserError(f"no Ray cluster at {address}: {error}") from None
 
 
-_workers: dict[tuple[str, str, str], Worker] = {}  # Ray uses a process for many tasks
+_workers: dict[tuple[str, str], Worker] = {}  # Ray uses a process for many tasks
 
 
-def _do(context: Context, method: Method, unit: Unit) -> Any:
+def _do(context: Context, method: Method, unit: Unit, *arguments: Any) -> Any:
     use_threads(1)
-    key = (str(context.folder), context.decisions, context.backend)
+    key = (str(context.folder), context.decisions)
     if key not in _workers:
         _workers[key] = Worker(context)
-    return getattr(_workers[key], method)(unit)
+    return getattr(_workers[key], method)(unit, *arguments)

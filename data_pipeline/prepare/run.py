@@ -27,7 +27,7 @@ from data_pipeline.prepare.executors import Executor, InProcess, Processes
 from data_pipeline.prepare.folder import Part, begin, check_folder, locked
 from data_pipeline.prepare.plan import STDIN, Preparation, Unit, digest
 from data_pipeline.prepare.spool import spooled
-from data_pipeline.prepare.worker import WORK, Context, UnitResult, Worker, writing
+from data_pipeline.prepare.worker import WORK, Context, Encoders, UnitResult, Worker, writing
 from data_pipeline.quality.duplicates import find_duplicates
 from data_pipeline.shards.manifest import MANIFEST_FILE
 from data_pipeline.shards.shardset import ShardSet
@@ -35,9 +35,9 @@ from data_pipeline.shards.writer import token_dtype
 from data_pipeline.sources.documents import read_piece
 from data_pipeline.sources.reading import Reading
 from data_pipeline.sources.tally import Tally
-from data_pipeline.tokenization.encoder import choose_encoder
+from data_pipeline.tokenization.encoder import Choice, choose_encoder
 
-SAMPLE_BYTES = 1 << 20  # of the user's text, on which a faster encoder must agree with the stock one
+SAMPLE_BYTES = 1 << 18  # of the user's text, on which a faster encoder must agree with the stock one
 DEFAULT_MAX_BAD_FRACTION = 0.001
 
 
@@ -123,36 +123,31 @@ class _Run:
             units = spooled(stream, preparation.stdin, work)
             sampled = list(islice(units, 1))
             self.mine = chain(sampled, units)
-        tokenizer = preparation.tokenizer
+        self.sampled = sampled
         saved = work / "tokenizer"
-        tokenizer.save(saved)
-        choice = choose_encoder(
-            tokenizer,
-            how.backend,
-            _sample(sampled, preparation.settings.reading),
-            token_dtype(tokenizer.vocab_size),
-        )
-        self.encoder = f"{choice.encoder.name}, {choice.reason}"
+        preparation.tokenizer.save(saved)
         self.context = Context(
             folder,
             str(saved),
             digest(preparation.decisions()),
             preparation.settings,
-            choice.encoder.name,
             how.max_bad_fraction,
         )
+        self.encoders: Encoders = {}
         self.worker = Worker(self.context)  # for the names of files; the executor has its own
 
     def run(self) -> Outcome:
         """Both passes, and the manifest."""
         executor = self._executor()
         try:
+            encoder, reason = self._choose_encoder()  # while the executor starts
+            self.encoders[encoder.name] = encoder
             if self.preparation.settings.dedup is not None and not self._find_duplicates(executor):
-                return Outcome(None, units=len(list(self.mine)), encoder=self.encoder, signed_only=True)
+                return Outcome(None, units=len(list(self.mine)), encoder=f"{encoder.name}, {reason}", signed_only=True)
             self.on_phase("tokenizing")
             results: list[tuple[Unit, UnitResult]] = []
             units = _Remembered(self.mine)
-            for result in executor.run("tokenize", units):
+            for result in executor.run("tokenize", units, encoder.name):
                 if result.reused:
                     self.on_text(result.text_bytes)
                 results.append((units.by_number[result.number], result))
@@ -172,9 +167,14 @@ class _Run:
             units_reused=len(results) - len(fresh),
             documents=sum(result.documents for result in fresh),
             text_bytes=sum(result.text_bytes for result in fresh),
-            encoder=self.encoder,
+            encoder=f"{encoder.name}, {reason}",
             fell_back=tuple(result.fell_back for result in fresh if result.fell_back),
         )
+
+    def _choose_encoder(self) -> Choice:
+        tokenizer, reading = self.preparation.tokenizer, self.preparation.settings.reading
+        sample = _sample(self.sampled, reading) if self.how.backend != "tokenizers" else []
+        return choose_encoder(tokenizer, self.how.backend, sample, token_dtype(tokenizer.vocab_size))
 
     def _executor(self) -> Executor:
         if self.how.ray is not None:
@@ -185,8 +185,8 @@ class _Run:
         if isinstance(self.mine, Sequence):
             workers = min(workers, len(self.mine))
         if workers > 1:
-            return Processes(self.context, workers, self.on_text)
-        return InProcess(self.context, self.on_text)
+            return Processes(self.context, workers, self.on_text, self.encoders)
+        return InProcess(self.context, self.on_text, self.encoders)
 
     def _find_duplicates(self, executor: Executor) -> bool:
         """Sign this call's units; if all units are signed, leave for each which documents to drop, else False."""

@@ -26,7 +26,7 @@ from data_pipeline.shards.writer import UnitWriter, token_dtype
 from data_pipeline.sources.documents import Document, read_piece
 from data_pipeline.sources.tally import Tally
 from data_pipeline.tokenization.bytepairs import NotExpressible
-from data_pipeline.tokenization.encoder import CheckedEncoder, ParityError, StockEncoder, make_encoder
+from data_pipeline.tokenization.encoder import CheckedEncoder, Encoder, ParityError, make_encoder
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
 WORK = ".work"
@@ -47,7 +47,6 @@ class Context:
     tokenizer: str  # the folder it was saved to, inside the work folder
     decisions: str  # hash of all that decides bytes besides the inputs
     settings: Settings
-    backend: str
     max_bad_fraction: float
 
 
@@ -71,16 +70,26 @@ class UnitResult:
     reused: bool = False  # found finished; not part of the record
 
 
-class Worker:
-    """Does units. ``on_text`` is called with the bytes of text that were just done."""
+Encoders = dict[str, Encoder]
+"""By the backend's name."""
 
-    def __init__(self, context: Context, on_text: Callable[[int], None] = lambda size: None) -> None:
+
+class Worker:
+    """Does units. ``on_text`` is called with the bytes of text that were just done; ``encoders`` are those made
+    already."""
+
+    def __init__(
+        self,
+        context: Context,
+        on_text: Callable[[int], None] = lambda size: None,
+        encoders: Encoders | None = None,
+    ) -> None:
         self.context = context
         self.settings = context.settings
         self.work = context.folder / WORK
         self._on_text = on_text
         self._tokenizer: Tokenizer | None = None
-        self._encoders: dict[str, StockEncoder | CheckedEncoder] = {}
+        self._encoders = {} if encoders is None else encoders
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -89,7 +98,11 @@ class Worker:
             self._tokenizer = Tokenizer.load(self.context.tokenizer)
         return self._tokenizer
 
-    def _encoder(self, backend: str) -> StockEncoder | CheckedEncoder:
+    def load(self) -> None:
+        """Load the tokenizer now rather than with the first unit."""
+        _ = self.tokenizer
+
+    def _encoder(self, backend: str) -> Encoder:
         """Made once in a process (tiktoken's takes a tenth of a second), begun anew for each unit."""
         if backend not in self._encoders:
             dtype = token_dtype(self.tokenizer.vocab_size)
@@ -162,12 +175,12 @@ class Worker:
         result.reused = True
         return result
 
-    def tokenize(self, unit: Unit) -> UnitResult:
-        """The unit's shards and record; those of an earlier call if they are whole."""
+    def tokenize(self, unit: Unit, backend: str) -> UnitResult:
+        """The unit's shards and record; those of an earlier call if they are whole. ``backend`` names the encoder."""
         result = self.finished(unit)
         if result is None:
             try:
-                result = self._tokenize(unit, self.context.backend)
+                result = self._tokenize(unit, backend)
             except (ParityError, NotExpressible) as error:  # also where a node of a cluster lacks tiktoken
                 result = self._tokenize(unit, "tokenizers")
                 result.fell_back = str(error)

@@ -25,7 +25,7 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 
 BACKENDS = ("auto", "tokenizers", "tiktoken")
 CHECK_EVERY = 512
-CHECK_CHARACTERS = 1 << 15
+CHECK_CHARACTERS = 1 << 13
 # tiktoken's regular expressions give up, with a panic, at a run of 999,690 white space characters (version 0.14).
 _LONGEST_RUN = 250_000
 _LONG_RUN = re.compile(rf"(?<!\s)\s{{{_LONGEST_RUN}}}")
