@@ -87,6 +87,7 @@ class _Noise:
             mask_id=shards.mask_id,
             special_ids=shards.special_ids,
             vocab_size=shards.vocab_size,
+            documents=None if rows.documents is None else rows.documents.reshape(-1, length),
         )
         return inputs.reshape(rows.tokens.shape), labels.reshape(rows.tokens.shape)
 

@@ -78,11 +78,13 @@ def mask_tokens(
     mask_id: int,
     special_ids: Sequence[int],
     vocab_size: int,
+    documents: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose targets among the ordinary tokens of each row and hide them.
 
-    ``input_ids`` (B, L) int64, ``sample_ids`` (B,) int64 >= 0. ``boundaries`` is needed for words and spans. Special
-    tokens, padding among them, are never targets and never drawn.
+    ``input_ids`` (B, L) int64, ``sample_ids`` (B,) int64 >= 0. ``boundaries`` is needed for words and spans.
+    ``documents`` (B, L) integers tell the documents of packed rows apart. Special tokens, padding among them, are never
+    targets and never drawn; no word and no span goes from one document into another.
 
     Returns (inputs (B, L) int64, labels (B, L) int64: the original token at targets, -100 elsewhere). ``input_ids`` is
     not changed. Tokens and words: what happens at a position follows from the row up to there, so that the beginning
@@ -100,21 +102,32 @@ def mask_tokens(
     keys = row_keys(seed, sample_ids)
     inputs = np.array(input_ids, dtype=np.int64, order="C")
     labels = np.full(inputs.shape, IGNORE, dtype=np.int64)
-    targets, deciding = _choose(inputs, keys, masking, boundaries, ordinary)
+    targets, deciding = _choose(inputs, keys, masking, boundaries, ordinary, documents)
     _hide(inputs, labels, keys, targets, deciding, masking, mask_id, candidates)
     return inputs, labels
 
 
 def _choose(
-    ids: np.ndarray, keys: np.ndarray, masking: Masking, boundaries: WordBoundaries | None, ordinary: np.ndarray
+    ids: np.ndarray,
+    keys: np.ndarray,
+    masking: Masking,
+    boundaries: WordBoundaries | None,
+    ordinary: np.ndarray,
+    documents: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Flat positions of the targets, and of the tokens whose noise says how each is hidden."""
     length = ids.shape[1]
     starts = None if boundaries is None or masking.unit == "token" else boundaries.starts(ids)
+    edges = None
+    if starts is not None and documents is not None:
+        # A packed document that was cut ends without a special token: its last word must not go on in the next.
+        edges = np.zeros(ids.shape, dtype=bool)
+        np.not_equal(documents[:, 1:], documents[:, :-1], out=edges[:, 1:])
+        starts = starts | edges
     if starts is not None and masking.unit == "span":
         words = words_of_rows(keys, length + 1, _SPANS)
         return choose_spans(
-            starts, ordinary[ids], words, rate=masking.rate, span_p=masking.span_p, span_max=masking.span_max
+            starts, ordinary[ids], words, edges, rate=masking.rate, span_p=masking.span_p, span_max=masking.span_max
         )
     chosen = halves(words_of_rows(keys, (length + 1) // 2, _CHOICE))[:, :length] < threshold32(masking.rate)
     targets = np.flatnonzero(chosen) if starts is None else _whole_words(starts, chosen)

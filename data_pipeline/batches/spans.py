@@ -9,12 +9,20 @@ _LOW = np.uint64((1 << 24) - 1)
 
 
 def choose_spans(
-    starts: np.ndarray, ordinary: np.ndarray, words: np.ndarray, *, rate: float, span_p: float, span_max: int
+    starts: np.ndarray,
+    ordinary: np.ndarray,
+    words: np.ndarray,
+    edges: np.ndarray | None = None,
+    *,
+    rate: float,
+    span_p: float,
+    span_max: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Flat positions of the targets, ascending, and for each the flat position of its span's first token.
 
     ``starts`` (B, L) bool: the token begins a word; ``ordinary`` (B, L) bool: it may be masked; ``words``
-    (B, L + 1) uint64: random words of each row, one a position and one more.
+    (B, L + 1) uint64: random words of each row, one a position and one more. ``edges`` (B, L) bool: further tokens that
+    no span from before them may hold, the first ones of packed documents.
 
     SpanBERT draws a length in words from Geo(``span_p``) conditioned on at most ``span_max``, then a first word
     uniformly, again and again until the budget of ``rate`` times the row's ordinary tokens is spent. Here every word
@@ -37,7 +45,7 @@ def choose_spans(
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     budget = rate * allowed
     fits = budget.astype(np.int64)
-    spans = _Spans(starts, ordinary, words, span_p, span_max)
+    spans = _Spans(starts, ordinary, words, edges, span_p, span_max)
     # Spans beyond the budget change nothing, so a few times the number it holds is looked at before all of them.
     needed = rate * spans.per_row / spans.mean
     for share in (min(1.0, (2 * needed + 6 * needed**0.5 + 6) / spans.per_row), 1.0):
@@ -63,7 +71,13 @@ class _Spans:
     """
 
     def __init__(
-        self, starts: np.ndarray, ordinary: np.ndarray, drawn: np.ndarray, span_p: float, span_max: int
+        self,
+        starts: np.ndarray,
+        ordinary: np.ndarray,
+        drawn: np.ndarray,
+        edges: np.ndarray | None,
+        span_p: float,
+        span_max: int,
     ) -> None:
         self._shape = starts.shape
         begins = np.flatnonzero(starts)
@@ -73,6 +87,8 @@ class _Spans:
         self._edges = np.append(begins, starts.size)
         borders = ~ordinary  # tokens that no span from before them may hold
         borders[:, 0] = True
+        if edges is not None:
+            borders |= edges
         self._borders = np.append(np.flatnonzero(borders), starts.size)
         self.per_row = len(begins) / len(starts)
         survival = (1.0 - span_p) ** np.arange(span_max + 1)  # P(Geo(span_p) > n)

@@ -263,6 +263,22 @@ def test_words_are_targets_as_a_whole(unit: str) -> None:
     np.testing.assert_array_equal(targets[continues], np.roll(targets, 1, axis=1)[continues])
 
 
+@pytest.mark.parametrize("unit", ["word", "span"])
+def test_no_word_or_span_goes_on_in_the_next_packed_document(unit: str) -> None:
+    ids = rows(400, 70, low=len(SPECIAL)) | 1  # nothing but tokens that continue a word
+    pieces = np.broadcast_to(np.arange(70) // 7, ids.shape).astype(np.int32)
+    options = {"unit": unit, "rate": 0.4, "span_max": 1 if unit == "span" else 10}
+    masking = Masking(**options)
+    common = {"seed": 1, "boundaries": WORDS, "mask_id": MASK, "special_ids": SPECIAL, "vocab_size": VOCABULARY}
+    samples = np.arange(400)
+    chosen = mask_tokens(ids, samples, masking=masking, documents=pieces, **common)[1] != IGNORE
+    by_piece = chosen.reshape(400, 10, 7)
+    assert (by_piece.all(2) == by_piece.any(2)).all()  # each piece is a word of its own, hidden whole or not at all
+    assert within(by_piece.any(2).sum(), 4000, 0.4)
+    alone = mask_tokens(ids, samples, masking=masking, **common)[1] != IGNORE
+    assert (alone.all(1) == alone.any(1)).all()  # without documents a row is one word
+
+
 def test_how_a_word_is_hidden_is_drawn_for_each_token() -> None:
     ids = np.tile([6, 7, 9, 11], (500, 50))  # words of four tokens
     inputs, labels = mask(ids, np.arange(500), unit="word", mask_share=0.5, random_share=0.0)

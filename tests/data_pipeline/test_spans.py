@@ -173,3 +173,15 @@ def test_rows_longer_than_the_numbers_of_spans_are_refused() -> None:
     flags = np.broadcast_to(np.array(True), shape)
     with pytest.raises(ValueError, match="numbered with 24 bits"):
         choose_spans(flags, flags, np.broadcast_to(np.uint64(0), shape), **SPANBERT)
+
+
+def test_spans_of_several_words_end_with_the_packed_document() -> None:
+    starts, edges = np.ones((300, 64), dtype=bool), np.zeros((300, 64), dtype=bool)  # every token a word
+    pieces = np.broadcast_to(np.arange(64) // 4, starts.shape)
+    edges[:, 4::4] = True
+    drawn = np.random.default_rng(0).integers(0, 1 << 63, (300, 65), dtype=np.uint64)
+    options = {"rate": 0.3, "span_p": 0.2, "span_max": 10}
+    targets, first = choose_spans(starts, starts, drawn, edges, **options)
+    assert (pieces.reshape(-1)[targets] == pieces.reshape(-1)[first]).all()
+    targets, first = choose_spans(starts, starts, drawn, **options)
+    assert (pieces.reshape(-1)[targets] != pieces.reshape(-1)[first]).any()
