@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data_pipeline.batches.loader import check_mask_token
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.tokenization.roles import check_objective
 from pretrain.config import RunConfig
 from pretrain.curriculum import build_plan, check_world_size
 from pretrain.deepspeed_config import build_deepspeed_config
@@ -38,8 +38,7 @@ def check_inputs(config: RunConfig, world_size: int) -> Inputs:
         expected = Tokenizer.load(config.data.tokenizer).hash
     train = open_sources(config, plan, expected)
     shards = train.shards
-    if config.model.objective == "mlm":
-        check_mask_token(shards)
+    check_objective(shards.manifest.special_ids, config.model.objective, f"the shards in {shards.path}")
     vocab_size = config.model.vocab_size or shards.vocab_size
     if vocab_size < shards.vocab_size:
         raise UserError(

@@ -17,6 +17,7 @@ from data_pipeline.batches.prefetch import Prefetcher
 from data_pipeline.batches.words import WordBoundaries
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.tokenization.roles import check_objective
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +63,8 @@ class _Noise:
         self._boundaries: WordBoundaries | None = None
         if objective == "mlm":
             if masking is None:
-                raise UserError("objective mlm needs masking: rate, mask_share and random_share")
-            check_mask_token(shards)
+                raise UserError("objective mlm needs masking")
+            check_objective(shards.manifest.special_ids, objective, f"the shards in {shards.path}")
             self._masking = masking
             if masking.unit != "token":
                 self._boundaries = WordBoundaries.of(shards.tokenizer())
@@ -90,15 +91,6 @@ class _Noise:
             documents=None if rows.documents is None else rows.documents.reshape(-1, length),
         )
         return inputs.reshape(rows.tokens.shape), labels.reshape(rows.tokens.shape)
-
-
-def check_mask_token(shards: ShardSet) -> None:
-    """Raise :class:`UserError` unless the tokenizer has a mask token."""
-    if shards.mask_id is None:
-        raise UserError(
-            f"the tokenizer of the shards in {shards.path} has no mask token, which objective mlm needs: prepare the "
-            "text with a tokenizer that has one, or train with objective clm"
-        )
 
 
 class TrainLoader:

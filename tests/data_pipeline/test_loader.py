@@ -262,7 +262,7 @@ def test_refusals(shards: ShardSet) -> None:
         TrainLoader(TrainingData.stream(shards, 64), PLAN, objective="clm", seed=1)
     maskless = copy.copy(shards)
     maskless.mask_id = None
-    with pytest.raises(UserError, match="has no mask token, which objective mlm needs"):
+    with pytest.raises(UserError, match="masked language modelling needs a mask token"):
         loader(maskless, "mlm")
     assert loader(maskless, "clm").batch_at(0).seq_len == 8
     with pytest.raises(ValueError, match="rank 2 outside"):
