@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 from data_pipeline.errors import UserError
 from data_pipeline.prepare.plan import Unit
-from data_pipeline.prepare.worker import Context, Encoders, UnitResult, Worker
+from data_pipeline.prepare.worker import Context, UnitResult, Worker
 
 Method = Literal["sign", "tokenize"]
 
@@ -38,8 +38,8 @@ class Executor(Protocol):
 class InProcess:
     """One unit after another, here. The tokenizers library still uses all cores for each batch of documents."""
 
-    def __init__(self, context: Context, on_text: Callable[[int], None], encoders: Encoders) -> None:
-        self._worker = Worker(context, on_text, encoders)
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
 
     def run(self, method: Method, units: Iterable[Unit], *arguments: Any) -> Iterator[Any]:
         """See :class:`Executor`."""
@@ -57,7 +57,7 @@ class Processes:
     to do so.
     """
 
-    def __init__(self, context: Context, workers: int, on_text: Callable[[int], None], encoders: Encoders) -> None:
+    def __init__(self, worker: Worker, workers: int, on_text: Callable[[int], None]) -> None:
         # Not forked: threads of the tokenizers and Arrow libraries do not survive that.
         spawn = multiprocessing.get_context("spawn")
         self._stop = spawn.RawValue("b", 0)  # no lock, which a killed process might have held for ever
@@ -65,12 +65,12 @@ class Processes:
         self._ahead = workers  # units handed out at a time; standard input is spooled no further than this
         threads = max(1, available_cores() // workers)
         self._pool = ProcessPoolExecutor(
-            workers - 1, mp_context=spawn, initializer=_start, initargs=(context, threads, self._stop)
+            workers - 1, mp_context=spawn, initializer=_start, initargs=(worker.context, threads, self._stop)
         )
         for _ in range(workers - 1):
             self._pool.submit(_load)
         self._parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
-        self._own = Worker(context, on_text, encoders)
+        self._own = worker
         self._one_thread = threads == 1
 
     def run(self, method: Method, units: Iterable[Unit], *arguments: Any) -> Iterator[Any]:

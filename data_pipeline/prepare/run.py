@@ -134,7 +134,7 @@ class _Run:
             how.max_bad_fraction,
         )
         self.encoders: Encoders = {}
-        self.worker = Worker(self.context)  # for the names of files; the executor has its own
+        self.worker = Worker(self.context, on_text, preparation.tokenizer, self.encoders)
 
     def run(self) -> Outcome:
         """Both passes, and the manifest."""
@@ -185,8 +185,8 @@ class _Run:
         if isinstance(self.mine, Sequence):
             workers = min(workers, len(self.mine))
         if workers > 1:
-            return Processes(self.context, workers, self.on_text, self.encoders)
-        return InProcess(self.context, self.on_text, self.encoders)
+            return Processes(self.worker, workers, self.on_text)
+        return InProcess(self.worker)
 
     def _find_duplicates(self, executor: Executor) -> bool:
         """Sign this call's units; if all units are signed, leave for each which documents to drop, else False."""

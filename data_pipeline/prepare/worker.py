@@ -75,20 +75,21 @@ Encoders = dict[str, Encoder]
 
 
 class Worker:
-    """Does units. ``on_text`` is called with the bytes of text that were just done; ``encoders`` are those made
-    already."""
+    """Does units. ``on_text`` is called with the bytes of text that were just done; ``tokenizer`` and ``encoders`` are
+    what the process that started the run has already."""
 
     def __init__(
         self,
         context: Context,
         on_text: Callable[[int], None] = lambda size: None,
+        tokenizer: Tokenizer | None = None,
         encoders: Encoders | None = None,
     ) -> None:
         self.context = context
         self.settings = context.settings
         self.work = context.folder / WORK
         self._on_text = on_text
-        self._tokenizer: Tokenizer | None = None
+        self._tokenizer = tokenizer
         self._encoders = {} if encoders is None else encoders
 
     @property

@@ -44,8 +44,7 @@ class UnitWriter:
         shard = self._open
         shard.write(np.ascontiguousarray(ids, dtype=self._dtype))
         shard.write(self._eos)
-        shard.ends.append(shard.num_tokens)
-        shard.sources.append(source)
+        shard.end_document(source)
         if shard.num_tokens >= self._shard_tokens:
             self._close_shard(shard)
 
@@ -81,13 +80,18 @@ class _OpenShard:
         self._hasher = BlockHasher()
         self.num_tokens = 0
         self.ends = array("Q")  # 8 bytes a document: bounded by the size of a shard
-        self.sources: list[str] = []
+        self.sources = array("i")  # place of each document's input among the names
+        self._numbers: dict[str, int] = {}
 
     def write(self, tokens: np.ndarray) -> None:
         data = tokens.data.cast("B")
         self.file.write(data)
         self._hasher.update(data)
         self.num_tokens += len(tokens)
+
+    def end_document(self, source: str) -> None:
+        self.ends.append(self.num_tokens)
+        self.sources.append(self._numbers.setdefault(source, len(self._numbers)))
 
     def close(self, unit: int) -> ShardEntry:
         self.file.flush()
@@ -105,12 +109,16 @@ class _OpenShard:
     def _write_index(self) -> FileEntry:
         import pyarrow as pa
 
-        table = pa.table(
-            {
-                "end": pa.array(np.frombuffer(self.ends, dtype=np.uint64)),
-                "source": pa.array(self.sources, pa.string()).dictionary_encode(),
-            }
-        )
+        # From buffers: pa.array() would look for pandas, whose import costs each process 0.3 s.
+        names = [name.encode(errors="replace") for name in self._numbers]  # a file name may be no UTF-8
+        edges = np.cumsum([0, *map(len, names)], dtype=np.int32)
+        text = [None, pa.py_buffer(edges), pa.py_buffer(b"".join(names))]
+        dictionary = pa.Array.from_buffers(pa.utf8(), len(names), text)
+        count = len(self.ends)
+        numbers = pa.Array.from_buffers(pa.int32(), count, [None, pa.py_buffer(self.sources)])
+        ends = pa.Array.from_buffers(pa.uint64(), count, [None, pa.py_buffer(self.ends)])
+        sources = pa.DictionaryArray.from_arrays(numbers, dictionary)
+        table = pa.Table.from_arrays([ends, sources], names=["end", "source"])
         tmp = self._folder / (self._names.index + self._attempt)
         with open(tmp, "w+b") as f:
             with pa.ipc.new_file(f, table.schema) as writer:
