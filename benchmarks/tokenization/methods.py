@@ -37,7 +37,6 @@ def ours(backend: str) -> Callable[[Path, Path, Path, int], tuple[float, int]]:
 
     def method(corpus: Path, tokenizer: Path, out: Path, workers: int) -> tuple[float, int]:
         from data_pipeline.prepare.plan import plan_preparation
-
         from data_pipeline.prepare.run import How, prepare
         from data_pipeline.sources.corpus import open_corpus
         from data_pipeline.tokenization.tokenizer import Tokenizer
