@@ -76,9 +76,15 @@ def _describe_data(config: RunConfig, plan: Plan, data: TrainingData) -> list[st
                 f"{blocks.shards.path}."
             )
     if config.data.packing == "documents":
+        # Exact: every token is in one place, and what is left of the blocks is padding.
+        shares = [
+            f"{1 - blocks.shards.num_tokens / (blocks.num_blocks * blocks.block_length):.2%}"
+            + (f" of {name}" if len(sources) > 1 else "")
+            for name, blocks, _ in sources
+        ]
         lines.append(
-            "Rows hold whole documents, none of which attends to another; padding, at most "
-            f"{config.data.max_padding:.1%} besides the last block of each window, counts as tokens."
+            "Rows hold whole documents, none of which attends to another; padding "
+            f"({', '.join(shares)}) counts as tokens."
         )
     return lines
 
