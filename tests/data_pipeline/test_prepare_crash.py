@@ -113,7 +113,7 @@ OUTSIDE = textwrap.dedent(
         p.unit_bytes = lambda size: 5000
         plan = p.plan_preparation([sys.argv[1]], Tokenizer.load(sys.argv[2]), p.Settings(shard_tokens=500))
         print("started", flush=True)
-        prepare(plan, sys.argv[3], How(workers=int(sys.argv[4])), on_text=lambda size: time.sleep(0.1))
+        prepare(plan, sys.argv[3], How(workers=int(sys.argv[4])), on_text=lambda size: time.sleep(0.3))
     """
 )
 
@@ -136,7 +136,7 @@ def test_killed_from_outside_at_random_moments(
     killed = 0
     for attempt in range(8):
         process = start("out")
-        time.sleep(0.02 + (0.11 if workers == 1 else 0.4) * attempt)
+        time.sleep(0.02 + 0.15 * attempt)  # six units of 0.3 s; another process joins after 0.7 s
         process.kill()
         killed += process.wait() != 0
     assert killed > 3
