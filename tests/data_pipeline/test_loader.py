@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -261,6 +262,8 @@ def test_refusals(shards: ShardSet) -> None:
     with pytest.raises(ValueError, match="blocks of 64 tokens do not fit a plan of 32"):
         TrainLoader(TrainingData.stream(shards, 64), PLAN, objective="clm", seed=1)
     maskless = copy.copy(shards)
+    roles = {role: id_ for role, id_ in shards.manifest.special_ids.items() if role != "mask"}
+    maskless.manifest = dataclasses.replace(shards.manifest, special_ids=roles)
     maskless.mask_id = None
     with pytest.raises(UserError, match="masked language modelling needs a mask token"):
         loader(maskless, "mlm")
