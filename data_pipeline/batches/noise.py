@@ -17,10 +17,13 @@ _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 _FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
-def mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function, a bijection of 64-bit words, in place on ``x`` (uint64), which it returns."""
-    shifted = np.empty_like(x)
-    for shift, factor in zip(_SHIFTS, _FACTORS, strict=False):
+def mix(x: np.ndarray, scratch: np.ndarray | None = None) -> np.ndarray:
+    """SplitMix64's output function, a bijection of 64-bit words, in place on ``x`` (uint64), which it returns.
+
+    ``scratch``, of the shape of ``x``, is overwritten; without it one is made.
+    """
+    shifted = np.empty_like(x) if scratch is None else scratch
+    for shift, factor in zip(_SHIFTS[:2], _FACTORS, strict=True):
         x ^= np.right_shift(x, shift, out=shifted)
         x *= factor
     x ^= np.right_shift(x, _SHIFTS[2], out=shifted)

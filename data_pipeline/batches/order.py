@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.batches.noise import mix
 from data_pipeline.errors import UserError
 
 _ROUNDS = 8  # Luby & Rackoff (1988) need 4 for a strong permutation; 8 because halves are a few bits wide at small n
@@ -67,34 +68,19 @@ class Permutation:
         mixed, scratch = np.empty_like(x), np.empty_like(x)
         for i in range(0, _ROUNDS, 2):
             np.add(right, self._round_keys[i], out=mixed)
-            left ^= _mix(mixed, scratch) & self._left_mask
+            left ^= mix(mixed, scratch) & self._left_mask
             np.add(left, self._round_keys[i + 1], out=mixed)
-            right ^= _mix(mixed, scratch) & self._right_mask
+            right ^= mix(mixed, scratch) & self._right_mask
         return (left << self._right_bits) | right
-
-
-_MIX_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
-_MIX_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-
-
-def _mix(x: np.ndarray, scratch: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele, Lea & Flood 2014), uint64, wrapping; overwrites ``x`` with it."""
-    for shift, factor in zip(_MIX_SHIFTS[:2], _MIX_FACTORS, strict=True):
-        np.right_shift(x, shift, out=scratch)
-        x ^= scratch
-        x *= factor
-    np.right_shift(x, _MIX_SHIFTS[2], out=scratch)
-    x ^= scratch
-    return x
 
 
 def _key_schedule(words: np.ndarray) -> np.ndarray:
     """Round keys (``_ROUNDS``,) uint64 that depend on every word of the key."""
     state = np.full(1, 0x9E3779B97F4A7C15, dtype=np.uint64)
     for word in words:
-        state = _mix((state ^ word) + np.uint64(0x9E3779B97F4A7C15), np.empty_like(state))
+        state = mix((state ^ word) + np.uint64(0x9E3779B97F4A7C15))
     steps = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return _mix(state + steps, np.empty_like(steps))
+    return mix(state + steps)
 
 
 def order_key(seed: int, epoch: int, source: int) -> tuple[int, ...]:

@@ -6,10 +6,11 @@ Colours are drawn as sentinels and replaced by CSS variables, so that one pictur
 from __future__ import annotations
 
 import io
-import re
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
+
+from data_pipeline.report.svg import embed
 
 if TYPE_CHECKING:
     from data_pipeline.shards.summary import Lengths
@@ -70,15 +71,4 @@ def length_histogram(lengths: Lengths) -> Markup:
         axes.set_ylabel("share")
         file = io.StringIO()
         canvas.print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return embed(file.getvalue())
-
-
-def embed(svg: str) -> Markup:
-    """matplotlib's SVG file as an element of an HTML page: no prolog, no metadata, the page's colours and font."""
-    opening, rest = svg[svg.index("<svg") :].split(">", 1)
-    opening = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", opening)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", f"{opening}>{rest}", flags=re.DOTALL)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    for sentinel, variable in VARIABLES.items():
-        svg = svg.replace(sentinel, f"var({variable})")
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{TITLE}"', 1))
+    return embed(file.getvalue(), TITLE, VARIABLES)

@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from data_pipeline.report.svg import embed
 from eval.report.runs import Run, Stage
 from eval.results import Series
 
@@ -266,25 +267,5 @@ def picture(
             axes.yaxis.set_major_formatter(FuncFormatter(y_format))
         file = io.StringIO()
         canvas.print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return embed(file.getvalue(), title)
-
-
-def embed(svg: str, title: str) -> Markup:
-    """matplotlib's SVG file as an element of the page: no prolog or metadata, own ids, the page's colours and font."""
-    prefix = re.sub(r"\W+", "-", title.lower())
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = (
-        re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg.split(">", 1)[0])
-        + ">"
-        + svg.split(">", 1)[1]
-    )
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}-', svg).replace("url(#", f"url(#{prefix}-")
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    # The figure's and the axes' own white background.
-    svg = re.sub(r'(<g id="[^"]*patch_[12]">\s*<path d="[^"]*" style=")fill: #ffffff', r"\1fill: none", svg)
-    for sentinel, variable in VARIABLES.items():
-        svg = svg.replace(sentinel, f"var({variable})")
-    svg = re.sub(r"#0600(\d\d)", lambda match: f"var(--c{int(match[1])})", svg)
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1))
+    svg = embed(file.getvalue(), title, VARIABLES)
+    return Markup(re.sub(r"#0600(\d\d)", lambda match: f"var(--c{int(match[1])})", svg))
