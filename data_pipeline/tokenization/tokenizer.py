@@ -101,7 +101,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in reversed(self.files().items()):  # tokenizer.json last: with it the folder is whole
-            write_atomic(folder / name, data)
+            write_atomic(folder / name, data, shared=True)  # the jobs of an array start together
         return folder / TOKENIZER_FILE
 
     def __reduce__(self) -> tuple[Any, ...]:

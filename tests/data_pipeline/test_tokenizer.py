@@ -123,3 +123,13 @@ def test_refusals(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 def test_training_with_exactly_the_bytes() -> None:
     assert train_tokenizer(DOCUMENTS, 261).vocab_size == 261
+
+
+def test_jobs_that_start_together_may_save_to_one_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        for saved in [pool.submit(tokenizer.save, tmp_path) for _ in range(200)]:
+            saved.result()
+    assert Tokenizer.load(tmp_path).hash == tokenizer.hash
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
