@@ -182,7 +182,7 @@ def _load(args: argparse.Namespace) -> Subject:
 
     from data_pipeline.shards.shardset import ShardSet
     from eval.subject import Subject
-    from pretrain.checkpoint import load_model
+    from pretrain.checkpoint.store import load_model
 
     if args.device == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,7 @@ from data_pipeline.shards.shardset import ShardSet
 from eval.results import ModelInfo
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint import LoadedModel
+    from pretrain.checkpoint.store import LoadedModel
 
 # Float32 logits held at once: 2^25 values are 128 MiB. Rows per forward pass follow from it.
 LOGIT_BUDGET = 2**25

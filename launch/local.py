@@ -24,8 +24,8 @@ from typing import Any
 import psutil
 
 from data_pipeline.errors import UserError
+from pretrain.distributed.signals import LAUNCHER_PID
 from pretrain.run import LAUNCH_ID, STATUS
-from pretrain.signals import LAUNCHER_PID
 
 POLL_SECONDS = 0.2
 SHARED_MEMORY = Path("/dev/shm")

@@ -10,8 +10,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.roles import check_objective
 from pretrain.config import RunConfig
-from pretrain.curriculum import build_plan, check_world_size
-from pretrain.deepspeed_config import build_deepspeed_config
+from pretrain.curriculum.plan import build_plan, check_world_size
+from pretrain.engine.deepspeed_config import build_deepspeed_config
 from pretrain.sources import fingerprint, open_sources
 
 

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. A :class:`UserError` comes from one process only."""
     args = build_parser().parse_args(argv)
     from pretrain.config import load_config
-    from pretrain.distributed import Rank, quiet_libraries, read_rank
+    from pretrain.distributed.world import Rank, quiet_libraries, read_rank
     from pretrain.run import train
 
     if not args.verbose:

@@ -13,7 +13,7 @@ from data_pipeline.batches.order import Plan
 from pretrain.config import RunConfig
 
 if TYPE_CHECKING:
-    from pretrain.distributed import World
+    from pretrain.distributed.world import World
 
 
 def state_bytes(parameters: int, config: RunConfig, world_size: int) -> dict[str, int]:

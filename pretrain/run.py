@@ -10,14 +10,14 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
-from pretrain import commit
+from pretrain.checkpoint import commit
+from pretrain.checkpoint.commit import Manifest, TrainState
+from pretrain.checkpoint.export import export, read_info
+from pretrain.checkpoint.resume import check_resume, identity
 from pretrain.checks import Inputs, check_inputs
-from pretrain.commit import Manifest, TrainState
 from pretrain.config import RunConfig
-from pretrain.distributed import Rank
-from pretrain.export import export, read_info
-from pretrain.resume import check_resume, identity
-from pretrain.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_PREEMPTED, StopFlag
+from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_PREEMPTED, StopFlag
+from pretrain.distributed.world import Rank
 
 STATUS = "status.json"
 LAUNCH_ID = "NYSTROM_LAUNCH_ID"
@@ -51,7 +51,7 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
         raise UserError(f"--resume {resume}: choose auto or never")
 
     stop = StopFlag(launched=rank.world_size > 1)
-    from pretrain.distributed import World
+    from pretrain.distributed.world import World
 
     world = World(rank)
     try:
@@ -61,11 +61,11 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
 
 
 def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, verbose: bool) -> int:
-    from pretrain.checkpoint import Checkpoints
+    from pretrain.checkpoint.store import Checkpoints
     from pretrain.describe import describe, environment
-    from pretrain.distributed import first_decides
-    from pretrain.engine import TrainingEngine
-    from pretrain.telemetry import METRICS, Telemetry, truncate_metrics
+    from pretrain.distributed.world import first_decides
+    from pretrain.engine.training import TrainingEngine
+    from pretrain.telemetry.telemetry import METRICS, Telemetry, truncate_metrics
     from pretrain.trainer import Trainer
 
     config, run_dir = inputs.config, inputs.config.run_dir

@@ -11,7 +11,7 @@ from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan
 from data_pipeline.shards.shardset import ShardSet
 from pretrain.config import RunConfig
-from pretrain.curriculum import build_mixture, slice_length
+from pretrain.curriculum.plan import build_mixture, slice_length
 
 
 def open_sources(config: RunConfig, plan: Plan, expect_tokenizer: str | None = None) -> TrainingData:

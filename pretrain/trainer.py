@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from data_pipeline.batches.loader import Batch, TrainLoader
-from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint.commit import TrainState
+from pretrain.checkpoint.store import Checkpoints
 from pretrain.checks import Inputs
-from pretrain.commit import TrainState
-from pretrain.curriculum import micro_batches
-from pretrain.distributed import World, memory_gib
-from pretrain.engine import StepResult, TrainingEngine
-from pretrain.schedule import learning_rate
-from pretrain.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_PREEMPTED
-from pretrain.telemetry import Telemetry, model_flops_utilization, peak_flops
+from pretrain.curriculum.plan import micro_batches
+from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_PREEMPTED
+from pretrain.distributed.world import World, memory_gib
+from pretrain.engine.training import StepResult, TrainingEngine
+from pretrain.optim.schedule import learning_rate
+from pretrain.telemetry.telemetry import Telemetry, model_flops_utilization, peak_flops
 from pretrain.validation import IGNORE, perplexity, validate, write_samples
 
 SAMPLE_IDS_SHOWN = 8

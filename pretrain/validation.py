@@ -12,12 +12,12 @@ import torch
 from data_pipeline.batches.loader import validation_batches
 from data_pipeline.files import write_atomic
 from data_pipeline.shards.shardset import ShardSet
-from pretrain import randomness
 from pretrain.config import RunConfig
-from pretrain.distributed import World
+from pretrain.distributed import randomness
+from pretrain.distributed.world import World
 
 if TYPE_CHECKING:
-    from pretrain.engine import TrainingEngine
+    from pretrain.engine.training import TrainingEngine
 
 IGNORE = -100
 SAMPLE_TOKENS = 64

@@ -21,8 +21,8 @@ from data_pipeline.batches.masking import IGNORE
 from pretrain.config import ScheduleConfig
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import NystromformerLM, build_model
-from pretrain.optimizer import parameter_groups
-from pretrain.schedule import learning_rate
+from pretrain.optim.optimizer import parameter_groups
+from pretrain.optim.schedule import learning_rate
 
 UNTIMED_STEPS = 3
 """First steps that the time per step leaves out: they allocate."""

@@ -34,7 +34,18 @@ class ModelConfig(BaseModel):
 
     positions: Literal["rotary", "learned", "none"] = "rotary"
     rope_theta: float = Field(10_000.0, gt=0)
+    rope_scaling: Literal["none", "ntk", "linear"] = Field(
+        "none", description="what happens to rotary angles when a stage is longer than the first; see positions.py"
+    )
+    rope_position_scale: float = Field(
+        1.0, gt=0.0, le=1.0, description="rotary positions are multiplied by it; set by rope_scaling: linear"
+    )
     max_positions: int = Field(512, gt=0, description="rows of the learned position table; only for positions: learned")
+    trained_positions: int | None = Field(
+        None,
+        gt=0,
+        description="learned: rows from here on still repeat the ones before; left out: none do",
+    )
 
     # Landmarks' values: through the (pseudo-)inverse of the landmark matrix, as in the paper, or pooled.
     landmark_inverse: bool = Field(description="left out: true for mlm, false for clm, as measured (docs/attention.md)")

@@ -17,8 +17,8 @@ from data_pipeline.prepare.plan import plan_preparation
 from data_pipeline.prepare.run import prepare
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.training import train_tokenizer
+from pretrain.checkpoint.export import unique_weights, weights_hash
 from pretrain.config import RunConfig
-from pretrain.export import unique_weights, weights_hash
 from pretrain.model import ModelConfig, build_model
 
 

@@ -24,7 +24,7 @@ from eval import classification, cli, generation, language_modeling
 from eval.classification import SCRATCH_ROW
 from eval.finetune import Recipe, length_batches
 from eval.results import read_result
-from pretrain.export import unique_weights, weights_hash
+from pretrain.checkpoint.export import unique_weights, weights_hash
 from pretrain.model import build_model
 from pretrain.model.attention import self_attention
 

@@ -91,7 +91,7 @@ def _start_server() -> subprocess.Popen[str]:
 def _serve() -> None:
     import torch
 
-    from pretrain.engine import import_deepspeed
+    from pretrain.engine.training import import_deepspeed
 
     torch.set_num_threads(1)
     import_deepspeed()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import commit
-from pretrain.commit import Manifest, TrainState
+from pretrain.checkpoint import commit
+from pretrain.checkpoint.commit import Manifest, TrainState
 
 
 def make(root: Path, step: int, contents: bytes = b"weights") -> Path:

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from pretrain.config import RunConfig
-from pretrain.deepspeed_config import build_deepspeed_config, check_device
+from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
 
 
 def config(**changes: Any) -> RunConfig:

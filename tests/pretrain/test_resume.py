@@ -10,10 +10,10 @@ import pytest
 from training_case import settings, write_corpus
 
 from data_pipeline.errors import UserError
+from pretrain.checkpoint.commit import Manifest, TrainState
+from pretrain.checkpoint.resume import check_resume, identity
 from pretrain.checks import check_inputs
-from pretrain.commit import Manifest, TrainState
 from pretrain.config import parse_config
-from pretrain.resume import check_resume, identity
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def train_until(config: str, step: int, how: str) -> int:
     import signal
 
     from pretrain import trainer
-    from pretrain.engine import TrainingEngine
+    from pretrain.engine.training import TrainingEngine
 
     last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
     number = signal.SIGKILL if how == "kill" else signal.SIGTERM
@@ -255,7 +255,7 @@ def load(path: str) -> tuple[str, int, str, float]:
     """Runs in a rank: what an evaluation sees of a checkpoint."""
     import torch
 
-    from pretrain.checkpoint import load_model
+    from pretrain.checkpoint.store import load_model
 
     loaded = load_model(path)
     ids = torch.arange(64)[None] % loaded.model_config.vocab_size
@@ -284,7 +284,7 @@ def test_load_model_finds_the_same_weights_everywhere(
 
 
 def test_load_model_says_what_is_wrong(tmp_path: Path) -> None:
-    from pretrain.export import load_model
+    from pretrain.checkpoint.export import load_model
 
     with pytest.raises(UserError, match="does not exist"):
         load_model(tmp_path / "none")
@@ -339,7 +339,7 @@ def test_rows_must_divide_among_processes(
     ],
 )
 def test_a_wrong_environment_is_named(env: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pretrain.distributed import read_rank
+    from pretrain.distributed.world import read_rank
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

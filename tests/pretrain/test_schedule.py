@@ -8,7 +8,7 @@ import math
 import pytest
 
 from pretrain.config import ScheduleConfig
-from pretrain.schedule import learning_rate
+from pretrain.optim.schedule import learning_rate
 
 TOTAL, PEAK = 1000, 0.5
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pretrain.signals import LAUNCHER_PID, StopFlag
+from pretrain.distributed.signals import LAUNCHER_PID, StopFlag
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pretrain.config import RunConfig, TelemetryConfig
-from pretrain.telemetry import Telemetry, model_flops_utilization, peak_flops, truncate_metrics
+from pretrain.telemetry.telemetry import Telemetry, model_flops_utilization, peak_flops, truncate_metrics
 
 
 def config(wandb: str = "disabled") -> RunConfig:

@@ -27,10 +27,10 @@ def plain_loop(config: str, skip: list[int] | None = None) -> dict[str, Any]:
 
     from data_pipeline.batches.loader import TrainLoader
     from pretrain.config import load_config
-    from pretrain.curriculum import build_plan
+    from pretrain.curriculum.plan import build_plan
     from pretrain.model import build_model
     from pretrain.model.attention.layout import Layout
-    from pretrain.schedule import learning_rate
+    from pretrain.optim.schedule import learning_rate
     from pretrain.sources import open_sources
 
     run = load_config(config)
@@ -175,7 +175,7 @@ def train_with_a_bad_step(config: str, step: int, kind: str, rank: int = 1, last
     import math
     import os
 
-    from pretrain.engine import TrainingEngine
+    from pretrain.engine.training import TrainingEngine
 
     counter = {"step": 1, "first": True}
     backward, take_step = TrainingEngine.backward, TrainingEngine.step

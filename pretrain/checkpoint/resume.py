@@ -7,9 +7,9 @@ from typing import Any
 from data_pipeline.batches.mixture import PERIOD, quotas
 from data_pipeline.batches.order import Plan
 from data_pipeline.errors import UserError
-from pretrain.commit import Manifest
+from pretrain.checkpoint.commit import Manifest
 from pretrain.config import RunConfig, parse_config
-from pretrain.curriculum import build_plan, slice_length
+from pretrain.curriculum.plan import build_plan, slice_length
 
 # Dotted keys that the weights, the optimizer's state or the order of the data depend on.
 FIXED = ("model", "seed", "batch_tokens", "precision", "zero_stage", "data.masking", "data.packing")

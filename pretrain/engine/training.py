@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from data_pipeline.errors import UserError
-from pretrain import randomness
 from pretrain.config import OptimizerConfig, RunConfig
-from pretrain.deepspeed_config import build_deepspeed_config, check_device
-from pretrain.distributed import World
+from pretrain.distributed import randomness
+from pretrain.distributed.world import World
+from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
 from pretrain.model.attention.layout import Layout
-from pretrain.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
+from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
 
 if TYPE_CHECKING:
     from pretrain.model.transformer import LMOutput, NystromformerLM
@@ -138,7 +138,7 @@ class TrainingEngine:
         self._engine.train()
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write DeepSpeed's files below ``folder/tag``. No pointer, no commit: that is ``pretrain.checkpoint``'s."""
+        """Write DeepSpeed's files below ``folder/tag``. No pointer, no commit: that is ``checkpoint/store.py``'s."""
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:

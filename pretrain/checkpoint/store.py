@@ -1,4 +1,4 @@
-"""Saving and loading a run's state, by all processes together; the files' protocol is ``pretrain.commit``'s."""
+"""Saving and loading a run's state, by all processes together; the files' protocol is ``commit.py``'s."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_pipeline.errors import UserError
-from pretrain import commit, randomness
-from pretrain.commit import Manifest, TrainState
-from pretrain.distributed import World
-from pretrain.export import LoadedModel, load_model
+from pretrain.checkpoint import commit
+from pretrain.checkpoint.commit import Manifest, TrainState
+from pretrain.checkpoint.export import LoadedModel, load_model
+from pretrain.distributed import randomness
+from pretrain.distributed.world import World
 
 if TYPE_CHECKING:
-    from pretrain.engine import TrainingEngine
+    from pretrain.engine.training import TrainingEngine
 
 __all__ = ["Checkpoints", "LoadedModel", "load_model"]
 

@@ -15,7 +15,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 from data_pipeline.tokenization.roles import check_objective
 from data_pipeline.tokenization.tokenizer import Tokenizer
-from pretrain import commit
+from pretrain.checkpoint import commit
 from pretrain.config import RunConfig, load_config, parse_config
 from pretrain.model.config import ModelConfig
 
@@ -127,7 +127,7 @@ def consolidate(folder: Path) -> dict[str, torch.Tensor]:
     """The float32 weights of a checkpoint, whatever its ZeRO stage; the master weights of mixed precision."""
     import torch
 
-    from pretrain.engine import import_deepspeed
+    from pretrain.engine.training import import_deepspeed
 
     import_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -4,7 +4,7 @@ DeepSpeed's own ``save_checkpoint`` moves its pointer before all processes have 
 that a kill in between leaves it on a torn checkpoint. Here the order is: all files, fsynced by the process that wrote
 them; a barrier; ``manifest.json`` with every file's size and XXH3-128 and the training state; then the pointer
 ``latest``, by rename. A folder without a manifest that checks out is no checkpoint. This module knows files only;
-``pretrain.checkpoint`` uses it in step with the other processes.
+``pretrain.checkpoint.store`` uses it in step with the other processes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,27 @@
+"""The one typed configuration of a pretraining run: a YAML file, strict keys, dotted overrides.
+
+Everything that a run does follows from this object; it is written to the run folder as ``config.yaml`` and read back
+from there. The DeepSpeed JSON is generated from it (``pretrain/engine/deepspeed_config.py``), never written by hand.
+"""
+
+from pretrain.config.curriculum import StageConfig
+from pretrain.config.data import DataConfig, MaskingConfig, SourceConfig
+from pretrain.config.load import load_config, parse_config
+from pretrain.config.optimizer import OptimizerConfig, ScheduleConfig
+from pretrain.config.run import RunConfig
+from pretrain.config.watching import CheckpointConfig, TelemetryConfig, ValidationConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "MaskingConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "StageConfig",
+    "TelemetryConfig",
+    "ValidationConfig",
+    "load_config",
+    "parse_config",
+]

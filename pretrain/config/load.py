@@ -1,0 +1,119 @@
+"""From a YAML file and overrides to a configuration, with every fault named by its key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from data_pipeline.errors import UserError
+from pretrain.config.data import TRAIN_TAGS
+from pretrain.config.run import RunConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML run configuration and apply ``key.sub=value`` overrides (``curriculum.0.seq_len=256`` in a list).
+
+    Raises :class:`UserError` with the file and the key for a missing file, bad YAML, an unknown key or a bad value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} has {', '.join(near)}" if near else ""
+        raise UserError(f"configuration {path} does not exist{hint}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold keys and values at the top, not {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, where=str(path))
+
+
+def parse_config(raw: dict[str, Any], where: str = "configuration") -> RunConfig:
+    """Validate a plain dictionary; raises :class:`UserError` that lists every fault with its dotted key."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_describe(e) for e in error.errors()]
+        raise UserError(f"{where}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise UserError(f"--set {override}: write it as key.sub=value, for example optimizer.lr=3e-4")
+    value = _yaml_scalar(text)
+    node: Any = raw
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(
+                    f"--set {override}: '{'.'.join(parts[:depth])}' is a list of {len(node)}, no item '{part}'"
+                )
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+            if not last and node.get(part) is None:
+                node[part] = {}
+        else:
+            raise UserError(f"--set {override}: '{'.'.join(parts[:depth])}' is a single value and has no '{part}'")
+        if last:
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def _yaml_scalar(text: str) -> Any:
+    value = yaml.safe_load(text) if text else ""
+    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _describe(error: Any) -> str:
+    parts = tuple(error["loc"])
+    if parts[:2] == ("data", "train") and parts[2:3] and parts[2] in TRAIN_TAGS:  # which of two forms it was taken for
+        parts = (*parts[:2], *parts[3:])
+    loc = ".".join(str(part) for part in parts)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(parts[:-1])
+        close = difflib.get_close_matches(str(parts[-1]), known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key '{loc}': {hint}"
+    if error["type"] == "missing":
+        return f"key '{loc}' is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if not loc or error["type"] == "value_error":
+        return f"{loc}: {message}" if loc else message
+    return f"{loc}: {message}, got {error['input']!r}"
+
+
+def _known_keys(loc: Iterable[str | int]) -> list[str]:
+    model: Any = RunConfig
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        model = next(_models(model.model_fields[part].annotation), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The configuration blocks within a type such as ``tuple[StageConfig, ...] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)

@@ -1,0 +1,126 @@
+"""A whole pretraining run as one typed value: strict keys, frozen, checked for contradictions."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from pretrain.config.curriculum import StageConfig
+from pretrain.config.data import DataConfig
+from pretrain.config.optimizer import OptimizerConfig, ScheduleConfig
+from pretrain.config.strict import Strict
+from pretrain.config.watching import CheckpointConfig, TelemetryConfig, ValidationConfig
+from pretrain.model.config import ModelConfig
+
+
+class RunConfig(Strict):
+    """A whole pretraining run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: str = Field("runs", description="the run folder is output_dir/name")
+    seed: int = Field(1234, ge=0, lt=2**63)
+    model: ModelConfig
+    data: DataConfig
+    curriculum: tuple[StageConfig, ...] = Field(min_length=1)
+    batch_tokens: int = Field(
+        gt=0, description="tokens of one optimizer step, over all processes; the same in every stage"
+    )
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = Field(False, description="keep optimizer state in the host's memory (ZeRO-Offload)")
+    activation_checkpointing: bool = Field(
+        False, description="keep each layer's input only and compute the rest again in the backward pass"
+    )
+    compile: bool = Field(False, description="torch.compile the model")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    max_bad_steps: int = Field(5, gt=0, description="stop after this many non-finite steps in a row")
+    stall_seconds: float = Field(
+        1800.0, gt=0, description="end the run when a process makes no progress for so long, naming it"
+    )
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to the DeepSpeed JSON")
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        ends = [stage.until_tokens for stage in self.curriculum]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"curriculum: until_tokens must increase from stage to stage, got {ends}")
+        block = self.block_length
+        for i, stage in enumerate(self.curriculum):
+            if stage.seq_len > block:
+                raise ValueError(
+                    f"curriculum.{i}.seq_len {stage.seq_len} is longer than data.block_length {block}: raise it "
+                    "(or leave it out, it then follows the longest stage) or shorten the stage"
+                )
+            if block % stage.seq_len:
+                raise ValueError(
+                    f"curriculum.{i}.seq_len {stage.seq_len} does not divide the block of {block} tokens: every length "
+                    "must divide the longest, so that no token is lost at a switch (powers of two do)"
+                )
+            if self.model.positions == "learned" and stage.seq_len > self.model.max_positions:
+                raise ValueError(
+                    f"curriculum.{i}.seq_len {stage.seq_len} is longer than model.max_positions "
+                    f"{self.model.max_positions}: raise max_positions or use positions: rotary"
+                )
+            if stage.weights is not None:
+                self._check_weights(i, stage.weights)
+        if self.batch_tokens % block:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is not a multiple of the longest length, {block}: "
+                f"use {-(-self.batch_tokens // block) * block}"
+            )
+        if self.zero_stage == 0 and self.precision != "fp32":
+            raise ValueError(
+                f"zero_stage 0 with {self.precision} is refused: DeepSpeed 0.19.8 takes a phantom optimizer step there "
+                "and trains wrongly; use zero_stage 1 or more, or precision fp32"
+            )
+        if self.schedule.warmup_tokens >= self.total_tokens:
+            raise ValueError(
+                f"schedule.warmup_tokens {self.schedule.warmup_tokens} leaves nothing of the run's "
+                f"{self.total_tokens} tokens"
+            )
+        return self
+
+    def _check_weights(self, stage: int, weights: dict[str, float]) -> None:
+        names = [source.name for source in self.data.sources]
+        for name in weights:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"the sources are {', '.join(names)}"
+                raise ValueError(f"curriculum.{stage}.weights: there is no source '{name}': {hint}")
+        missing = [name for name in names if name not in weights]
+        if missing:
+            raise ValueError(
+                f"curriculum.{stage}.weights leaves out {', '.join(missing)}: give every source a weight (0 for none)"
+            )
+
+    def stage_weights(self, stage: int) -> dict[str, float]:
+        """The weight of each source, by name, in one stage of the curriculum."""
+        own = self.curriculum[stage].weights
+        return {s.name: s.weight if own is None else own[s.name] for s in self.data.sources}
+
+    @property
+    def block_length(self) -> int:
+        """Tokens of the unit that is shuffled."""
+        return self.data.block_length or max(stage.seq_len for stage in self.curriculum)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run as asked for (the plan rounds each stage up to the end of a window)."""
+        return self.curriculum[-1].until_tokens
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.output_dir) / self.name
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML that :func:`load_config` reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
