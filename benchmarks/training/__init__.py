@@ -1,0 +1,1 @@
+"""What DeepSpeed, the data and the telemetry cost a training step, beside a plain PyTorch loop."""

@@ -1,0 +1,200 @@
+"""Arguments of ``python -m benchmarks.training``, the turns, and the table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.files import write_atomic
+
+GOAL_SLOWER = 1.10
+"""Time of a step at ZeRO 0 and 1, at most, as a multiple of the plain loop's."""
+GOAL_STAGES = (0, 1)
+DESCRIPTION = """Time of a training step through our trainer, one process, as a ratio to a plain PyTorch loop over the
+same rows in the same precision. Each contender is a process; they take turns in an order drawn anew each round."""
+EXAMPLE = """example:
+  OMP_NUM_THREADS=1 python -m benchmarks.training --rounds 9 --out training.json"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    from benchmarks.training.contenders import CONTENDERS
+
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.training",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = ",".join(CONTENDERS)
+    parser.add_argument("--contenders", default=names, metavar="C,C", help=f"of {names.replace(',', ', ')}")
+    parser.add_argument("--objective", choices=["mlm", "clm"], default="clm")
+    parser.add_argument("--hidden-size", type=int, default=256, metavar="N")
+    parser.add_argument("--layers", type=int, default=6, metavar="N")
+    parser.add_argument("--seq-len", type=int, default=256, metavar="N")
+    parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="rows at a time (default 8)")
+    parser.add_argument("--accumulate", type=int, default=2, metavar="N", help="micro-batches in a step (default 2)")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="of a turn (default 10)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each (default 7)")
+    parser.add_argument("--check", action="store_true", help="exit status 1 if a measured goal is not met")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="all numbers as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write. Returns 1 if ``--check`` and a goal is not met."""
+    from benchmarks.training.contenders import CONTENDERS
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(arguments)
+    names = list(dict.fromkeys(args.contenders.split(",")))
+    for name in names:
+        if name not in CONTENDERS:
+            raise UserError(f"--contenders: no '{name}'; there are {', '.join(CONTENDERS)}")
+    for precision in {CONTENDERS[name].precision for name in names}:
+        if f"plain-{precision}" not in names:
+            names.insert(0, f"plain-{precision}")  # what the others are compared with
+    if min(args.hidden_size, args.layers, args.micro_batch, args.accumulate, args.steps, args.rounds) < 1:
+        raise UserError("sizes, --steps and --rounds must be positive")
+    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise UserError(f"--out {args.out}: must be a file in a folder that is there")
+    return _run(args, arguments, names)
+
+
+def settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The run's configuration, but for name, precision and stage."""
+    batch = args.micro_batch * args.accumulate * args.seq_len
+    stage = {
+        "until_tokens": 4 * batch * args.steps * (args.rounds + 2),
+        "seq_len": args.seq_len,
+        "micro_batch": args.micro_batch,
+    }
+    return {
+        "output_dir": str(folder),
+        "model": {
+            "objective": args.objective,
+            "hidden_size": args.hidden_size,
+            "num_layers": args.layers,
+            "num_heads": max(1, args.hidden_size // 64),
+        },
+        "data": {"train": str(folder / "shards")},
+        "curriculum": [stage],
+        "batch_tokens": batch,
+        "telemetry": {"wandb": "disabled"},
+    }
+
+
+def _run(args: argparse.Namespace, arguments: list[str], names: list[str]) -> int:
+    import torch
+
+    from benchmarks.loading.corpus import write_corpus
+    from benchmarks.presentation import provenance
+    from benchmarks.training.contenders import serve
+
+    made = provenance("benchmarks.training", arguments, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    context = multiprocessing.get_context("spawn")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        write_corpus(folder, 4096, args.seq_len, args.micro_batch, 1 << 24)
+        config = settings(args, folder)
+        lines: dict[str, Connection] = {}
+        processes = []
+        try:
+            for name in names:  # one after another: what they build would slow each other
+                ours, theirs = context.Pipe()
+                process = context.Process(target=serve, args=(name, config, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                processes.append(process)
+                lines[name] = ours
+                _receive(name, ours, folder)
+            for number in range(args.rounds + 1):
+                # In an order drawn anew, so that a slow spell falls on all alike; the first round warms up.
+                for name in random.sample(names, len(names)):
+                    lines[name].send(args.steps)
+                    seconds = _receive(name, lines[name], folder)
+                    if number:
+                        times[name].append(seconds / args.steps)
+                print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
+            for name in names:
+                lines[name].send(0)
+        finally:
+            for process in processes:
+                process.join(timeout=20)
+                process.kill()
+    rows = [_row(name, times) for name in names]
+    goals = _goals(rows)
+    print(_report(rows, goals))
+    if args.out is not None:
+        content = {
+            "schema": 1,
+            "provenance": made,
+            "settings": {k: v for k, v in vars(args).items() if k not in ("out", "check", "contenders")},
+            "rows": rows,
+            "goals": goals,
+        }
+        write_atomic(args.out, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+        print(f"\nnumbers in {args.out}")
+    return int(args.check and any(not goal["met"] for goal in goals))
+
+
+def _receive(name: str, line: Connection, folder: Path) -> Any:
+    try:
+        return line.recv()
+    except EOFError:
+        log = (folder / f"{name}.log").read_text(errors="replace")
+        raise UserError(f"contender {name} ended early; its last words:\n{log[-2000:]}") from None
+
+
+def _row(name: str, times: dict[str, list[float]]) -> dict[str, Any]:
+    from benchmarks.training.contenders import CONTENDERS
+
+    contender = CONTENDERS[name]
+    plain = times[f"plain-{contender.precision}"]
+    return {
+        "contender": name,
+        "title": contender.title,
+        "precision": contender.precision,
+        "zero_stage": contender.zero_stage,
+        "seconds_per_step": statistics.median(times[name]),
+        "all_seconds_per_step": times[name],
+        # Of the same round each: a spell that slows the machine slows both.
+        "ratio_to_plain": statistics.median(a / b for a, b in zip(times[name], plain, strict=True)),
+    }
+
+
+def _goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    out = []
+    for row in rows:
+        if row["zero_stage"] in GOAL_STAGES:
+            what = f"{row['title']}, {row['precision']}, to the plain loop: at most {GOAL_SLOWER}"
+            out.append({"goal": what, "value": row["ratio_to_plain"], "met": row["ratio_to_plain"] <= GOAL_SLOWER})
+    return out
+
+
+def _report(rows: list[dict[str, Any]], goals: list[dict[str, Any]]) -> str:
+    from benchmarks.presentation import markdown
+
+    lines = [
+        [
+            f"{row['title']}, {row['precision']}" if row["zero_stage"] is not None else row["title"],
+            f"{row['seconds_per_step'] * 1000:.0f}",
+            f"{row['ratio_to_plain']:.3f}",
+        ]
+        for row in rows
+    ]
+    table = markdown(["", "ms a step", "to the plain loop"], lines)
+    return "\n".join(
+        [table, "", *(f"- {g['goal']}: {g['value']:.3f}, {'met' if g['met'] else 'missed'}" for g in goals)]
+    )
