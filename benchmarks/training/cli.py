@@ -10,7 +10,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -97,42 +96,28 @@ def settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _run(args: argparse.Namespace, arguments: list[str], names: list[str]) -> int:
     import torch
 
+    from benchmarks.gate import Turns
     from benchmarks.loading.corpus import write_corpus
     from benchmarks.presentation import provenance
     from benchmarks.training.contenders import serve
 
     made = provenance("benchmarks.training", arguments, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    context = multiprocessing.get_context("spawn")
     times: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as work:
-        folder = Path(work)
-        write_corpus(folder, 4096, args.seq_len, args.micro_batch, 1 << 24)
-        config = settings(args, folder)
-        lines: dict[str, Connection] = {}
-        processes = []
-        try:
+        write_corpus(Path(work), 4096, args.seq_len, args.micro_batch, 1 << 24)
+        config = settings(args, Path(work))
+        with Turns(multiprocessing.get_context("spawn"), Path(work)) as turns:
             for name in names:  # one after another: what they build would slow each other
-                ours, theirs = context.Pipe()
-                process = context.Process(target=serve, args=(name, config, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                processes.append(process)
-                lines[name] = ours
-                _receive(name, ours, folder)
+                turns.start(name, serve, {**config, "name": name})
             for number in range(args.rounds + 1):
                 # In an order drawn anew, so that a slow spell falls on all alike; the first round warms up.
                 for name in random.sample(names, len(names)):
-                    lines[name].send(args.steps)
-                    seconds = _receive(name, lines[name], folder)
+                    taken = turns.turn(name, args.steps)
                     if number:
-                        times[name].append(seconds / args.steps)
+                        times[name].append(sum(taken) / len(taken))
                 print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
             for name in names:
-                lines[name].send(0)
-        finally:
-            for process in processes:
-                process.join(timeout=20)
-                process.kill()
+                turns.stop(name)
     rows = [_row(name, times) for name in names]
     goals = _goals(rows)
     print(_report(rows, goals))
@@ -147,14 +132,6 @@ def _run(args: argparse.Namespace, arguments: list[str], names: list[str]) -> in
         write_atomic(args.out, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
         print(f"\nnumbers in {args.out}")
     return int(args.check and any(not goal["met"] for goal in goals))
-
-
-def _receive(name: str, line: Connection, folder: Path) -> Any:
-    try:
-        return line.recv()
-    except EOFError:
-        log = (folder / f"{name}.log").read_text(errors="replace")
-        raise UserError(f"contender {name} ended early; its last words:\n{log[-2000:]}") from None
 
 
 def _row(name: str, times: dict[str, list[float]]) -> dict[str, Any]:

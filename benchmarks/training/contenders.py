@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
+
+from benchmarks.gate import Gate, serve_run
 
 
 @dataclass(frozen=True)
@@ -33,54 +31,13 @@ OURS = (
 CONTENDERS = {contender.name: contender for contender in (*PLAIN, *OURS)}
 
 
-class Gate:
-    """Called once before every step: lets the steps of a turn pass, reports their time, waits for the next turn."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._left = 0
-        self._began: float | None = None
-
-    def __call__(self) -> bool:
-        """True when no further turn comes."""
-        if self._left:
-            self._left -= 1
-            return False
-        if self._began is not None:
-            self._connection.send(time.perf_counter() - self._began)
-            self._began = None
-        else:
-            self._connection.send(None)  # everything is built and the first batch is there
-        steps = self._connection.recv()
-        if steps == 0:
-            return True
-        self._left = steps - 1
-        self._began = time.perf_counter()
-        return False
-
-
-def serve(name: str, config: dict[str, Any], connection: Connection) -> None:
-    """Runs in a process of its own: trains until the gate closes."""
-    contender, gate = CONTENDERS[name], Gate(connection)
-    config = {**config, "name": name, "precision": contender.precision}
-    with open(Path(config["output_dir"]) / f"{name}.log", "w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+def serve(raw: dict[str, Any], gate: Gate) -> None:
+    """Runs in a process of its own."""
+    contender = CONTENDERS[raw["name"]]
     if contender.zero_stage is None:
-        plain_loop({**config, "zero_stage": 1}, gate)
+        plain_loop({**raw, "precision": contender.precision, "zero_stage": 1}, gate)
     else:
-        ours({**config, "zero_stage": contender.zero_stage}, gate)
-
-
-def ours(raw: dict[str, Any], gate: Callable[[], bool]) -> None:
-    """``nystrom train`` with the gate in the place of the flag that SIGTERM sets: data, telemetry, everything."""
-    from pretrain import run
-    from pretrain.config import parse_config
-    from pretrain.distributed.world import Rank, quiet_libraries
-
-    quiet_libraries()
-    setattr(run, "StopFlag", lambda launched=False: gate)  # noqa: B010
-    run.train(parse_config(raw), Rank())
+        serve_run({**raw, "precision": contender.precision, "zero_stage": contender.zero_stage}, gate)
 
 
 def plain_loop(raw: dict[str, Any], gate: Callable[[], bool]) -> None:
