@@ -86,7 +86,7 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
         write_atomic(run_dir / "environment.json", _json(environment(world)))
         truncate_metrics(run_dir / METRICS, state.step)
         write_status(run_dir, None, state)
-    telemetry = Telemetry(run_dir, config, inputs.plan.total_tokens, state.tokens, world.is_first)
+    telemetry = Telemetry(run_dir, config, inputs.plan.total_tokens, state.tokens, world.is_first, state.step)
     trainer = Trainer(
         inputs,
         engine,
