@@ -187,6 +187,7 @@ class StepReports:
             "loss": loss if math.isfinite(loss) else str(loss),
             "targets": int(step.targets),
             "tokens": step.tokens,
+            "tokens_before": step.batch.tokens_before,
             "stage": step.batch.stage,
             "seq_len": step.batch.seq_len,
             "lr": step.lr,
