@@ -13,6 +13,7 @@ from pretrain.config import RunConfig
 from pretrain.curriculum.plan import build_plan, check_world_size
 from pretrain.engine.deepspeed_config import build_deepspeed_config
 from pretrain.sources import fingerprint, open_sources
+from pretrain.telemetry.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Inputs:
 def check_inputs(config: RunConfig, world_size: int) -> Inputs:
     """Open the shards and compare them with the configuration; raises :class:`UserError` for what would fail later."""
     build_deepspeed_config(config)
+    check_trackers(config.telemetry)
     plan = build_plan(config)
     check_world_size(plan, world_size)
     expected = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.batches.mixture import TrainingData
@@ -106,7 +108,26 @@ def environment(world: World) -> dict[str, Any]:
         "world_size": world.world_size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "cuda": torch.version.cuda,
+        "code": _code(),
     }
+
+
+def _code() -> dict[str, Any] | None:
+    """The commit that the code is at, and whether files of it were changed since; None outside a git checkout."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():  # else a run folder's or an environment's own repository would be taken for it
+        return None
+    words = ("rev-parse HEAD", "status --porcelain --untracked-files=no")
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(folder), *word.split()], capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
+            for word in words
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "changed_since": bool(changes)}
 
 
 def _version(package: str) -> str | None:

@@ -62,9 +62,10 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
 
 def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, verbose: bool) -> int:
     from pretrain.checkpoint.store import Checkpoints
-    from pretrain.describe import describe, environment
+    from pretrain.describe import describe
     from pretrain.distributed.world import first_decides
     from pretrain.engine.training import TrainingEngine
+    from pretrain.telemetry.folder import explain, record_start
     from pretrain.telemetry.telemetry import METRICS, Telemetry, truncate_metrics
     from pretrain.trainer import Trainer
 
@@ -83,10 +84,11 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
     if world.is_first:
         write_atomic(run_dir / "config.yaml", config.to_yaml().encode())
         write_atomic(run_dir / "deepspeed.json", _json(engine.deepspeed_config))
-        write_atomic(run_dir / "environment.json", _json(environment(world)))
+        record_start(run_dir, world, state)
+        explain(run_dir)
         truncate_metrics(run_dir / METRICS, state.step)
         write_status(run_dir, None, state)
-    telemetry = Telemetry(run_dir, config, inputs.plan.total_tokens, state.tokens, world.is_first)
+    telemetry = Telemetry(run_dir, config, inputs.plan.total_tokens, state.tokens, world.is_first, state.step)
     trainer = Trainer(
         inputs,
         engine,

@@ -16,13 +16,13 @@ from pretrain.checkpoint.store import Checkpoints
 from pretrain.checks import Inputs
 from pretrain.curriculum.plan import micro_batches
 from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_PREEMPTED
-from pretrain.distributed.world import World, memory_gib
+from pretrain.distributed.world import World
 from pretrain.engine.training import StepResult, TrainingEngine
 from pretrain.optim.schedule import learning_rate
-from pretrain.telemetry.telemetry import Telemetry, model_flops_utilization, peak_flops
-from pretrain.validation import IGNORE, perplexity, validate, write_samples
-
-SAMPLE_IDS_SHOWN = 8
+from pretrain.telemetry.profile import StepProfiler
+from pretrain.telemetry.reports import Step, StepReports
+from pretrain.telemetry.telemetry import Telemetry
+from pretrain.validation import IGNORE, validate, write_samples
 
 
 class Trainer:
@@ -53,9 +53,8 @@ class Trainer:
         self.identity, self.state, self.stop = identity, state, stop
         self._saved_step = state.step if state.step else -1
         self._started = time.monotonic() - state.seconds
-        self._window = _Window()
-        gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
-        self._peak_flops = peak_flops(self.config.telemetry, gpu)
+        self._reports = StepReports(inputs, engine, world, telemetry, self._event, state.losses)
+        self._profiler = StepProfiler(self.config.run_dir, self.config.telemetry, world.is_first)
 
     def run(self) -> int:
         """Train; returns an exit status: done, preempted (a checkpoint is saved), or too many bad steps."""
@@ -75,15 +74,20 @@ class Trainer:
                 return self._preempt()
             batches = iter(loader)
             while self.state.tokens < self.plan.total_tokens:
+                self._profiler.begin(self.state.step + 1)
                 began = time.monotonic()
                 batch = next(batches)
                 waited = time.monotonic() - began
-                # The one collective of the control plane in a step: targets to divide by, and whether anybody must
-                # stop.
-                targets, stopping = self.world.sum([float((batch.labels != IGNORE).sum()), float(self.stop())])
+                # The one collective of the control plane in a step: targets to divide by, whether anybody must stop,
+                # and the loss of the step before.
+                targets, stopping, loss_sum = self.world.sum(
+                    [float((batch.labels != IGNORE).sum()), float(self.stop()), self._reports.unsummed]
+                )
+                self._reports.settle(loss_sum)
                 if stopping:
                     return self._preempt()
                 self._train_step(batch, targets, began, waited)
+                self.telemetry.say(self._profiler.end(self.state.step))
                 if self.state.bad_in_row >= self.config.max_bad_steps:
                     return EXIT_BAD_STEPS
                 if self._validation_due() and not self._validate():
@@ -94,12 +98,14 @@ class Trainer:
             self._event("done")
             return EXIT_DONE
         finally:
+            self.telemetry.say(self._profiler.close())
             loader.close()
 
     def _train_step(self, batch: Batch, targets: float, began: float, waited: float) -> None:
         stage = self.plan.stages[batch.stage]
         if batch.tokens_before == stage.start_tokens:
             # Belongs to the step to come, so that a resume from this edge cuts it off and writes it once.
+            self._reports.stage()
             self._event("stage", step=self.state.step + 1, stage=batch.stage, seq_len=batch.seq_len)
         input_ids = batch.input_ids.to(self.world.device, non_blocking=True)
         labels = batch.labels.to(self.world.device, non_blocking=True)
@@ -113,75 +119,25 @@ class Trainer:
             loss_sum += self.engine.backward(input_ids[part], labels[part], 1.0 / max(targets, 1.0), documents)
         result = self.engine.step(lr)
 
-        step = self.state.step + 1
-        last = tokens >= self.plan.total_tokens
-        loss = math.nan
-        if not result.applied or last or step % self.config.telemetry.log_every_steps == 0:
-            loss = self.world.sum([float(loss_sum)])[0] / max(targets, 1.0)
-        bad = not result.applied and not self._is_scale_search(loss, result)
+        self._reports.clock.add(batch.tokens, began, waited)
+        step = Step(self.state.step + 1, tokens, batch, targets, lr, loss_sum, result)
+        loss = self._reports.loss(step, last=tokens >= self.plan.total_tokens)
+        bad = not result.applied and loss is not None and not self._is_scale_search(loss.mean, result)
         self.state = dataclasses.replace(
             self.state,
-            step=step,
+            step=step.number,
             tokens=tokens,
             bad_steps=self.state.bad_steps + bad,
             bad_in_row=self.state.bad_in_row + 1 if bad else 0,
             seconds=time.monotonic() - self._started,
         )
-        self._window.add(batch.tokens, time.monotonic() - began, waited)
         self.telemetry.advance(tokens)
-        if bad:
-            self._report_bad_step(batch, loss, float(loss_sum))
-        elif not math.isnan(loss):
-            self._log(batch, loss, lr, result)
+        if loss is not None:
+            (self._reports.bad_step if bad else self._reports.log)(step, loss, self.state)
 
     def _is_scale_search(self, loss: float, result: StepResult) -> bool:
         """Whether fp16's dynamic loss scale merely overflowed on its way down: the loss is fine and there is room."""
         return self.config.precision == "fp16" and math.isfinite(loss) and result.loss_scale > 1.0
-
-    def _log(self, batch: Batch, loss: float, lr: float, result: StepResult) -> None:
-        tokens_per_second, data_wait = self._window.take()
-        forward = self.engine.model.flops_per_token(batch.seq_len)
-        values = {
-            "step": self.state.step,
-            "tokens": self.state.tokens,
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            "tokens_per_second": tokens_per_second,
-            "mfu": model_flops_utilization(tokens_per_second, forward, self.world.world_size, self._peak_flops),
-            "data_wait": data_wait,
-            "memory_gib": memory_gib(self.world.device),
-            "stage": batch.stage,
-            "seq_len": batch.seq_len,
-            "seconds": self.state.seconds,
-            **self._epochs(),
-        }
-        self.telemetry.write("train", **values)
-        self.telemetry.progress(self.state.tokens, values)
-
-    def _epochs(self) -> dict[str, float]:
-        """How often each source was gone through so far: ``epoch``, or ``epoch/NAME`` for several."""
-        epochs = self.inputs.train.epochs(self.state.tokens // self.plan.block_length)
-        return {"epoch" if len(epochs) == 1 else f"epoch/{name}": value for name, value in epochs.items()}
-
-    def _report_bad_step(self, batch: Batch, loss: float, own_loss_sum: float) -> None:
-        rows = self.world.gather((math.isfinite(own_loss_sum), batch.sample_ids.tolist()))
-        # The rows of the processes whose own loss went wrong; if it was the gradient alone, all are suspect.
-        suspects = [ids for finite, ids in rows if not finite] or [ids for _, ids in rows]
-        samples = [sample for ids in suspects for sample in ids]
-        what = "gradient" if math.isfinite(loss) else "loss"
-        self._event("bad_step", what=what, samples=samples, bad_in_row=self.state.bad_in_row)
-        shown = ", ".join(map(str, samples[:SAMPLE_IDS_SHOWN])) + (", ..." if len(samples) > SAMPLE_IDS_SHOWN else "")
-        self.telemetry.say(
-            f"step {self.state.step}: the {what} is not finite; step skipped on all processes ({self.state.bad_in_row} "
-            f"of at most {self.config.max_bad_steps} in a row). Samples: {shown}"
-        )
-        if self.state.bad_in_row >= self.config.max_bad_steps:
-            self.telemetry.say(
-                f"stopped: {self.state.bad_in_row} such steps in a row. Lower optimizer.lr, or look at those samples; "
-                "the last checkpoint is from before if checkpoint.every_tokens is set."
-            )
 
     def _validation_due(self) -> bool:
         """At the end of each stage, and at each multiple of ``validation.every_tokens``, once."""
@@ -222,6 +178,7 @@ class Trainer:
             texts = write_samples(
                 self.engine, self.inputs.valid, self.config, self.world, self.config.run_dir / "samples", state.step
             )
+            self.telemetry.samples(state.step, texts)
             for text in texts[:1]:
                 self.telemetry.say(f"  it writes: {' '.join(text.split())}")
         self.state = dataclasses.replace(state, validated_tokens=state.tokens)
@@ -236,7 +193,8 @@ class Trainer:
         if self._saved_step == self.state.step:
             return
         began = time.monotonic()
-        self.state = dataclasses.replace(self.state, seconds=began - self._started)
+        self._reports.settle_now()
+        self.state = dataclasses.replace(self.state, seconds=began - self._started, losses=self._reports.losses)
         self.checkpoints.save(self.engine, self.state, self.identity)
         self._saved_step = self.state.step
         self._event("checkpoint", took=time.monotonic() - began)
@@ -250,22 +208,3 @@ class Trainer:
     def _event(self, name: str, **values: Any) -> None:
         where = {"step": self.state.step, "tokens": self.state.tokens, "seconds": self.state.seconds}
         self.telemetry.write("event", event=name, **{**where, **values})
-
-
-class _Window:
-    """Tokens and time since the last logged step; validation and saving do not count."""
-
-    def __init__(self) -> None:
-        self._tokens, self._seconds, self._waited = 0, 0.0, 0.0
-
-    def add(self, tokens: int, seconds: float, waited: float) -> None:
-        self._tokens += tokens
-        self._seconds += seconds
-        self._waited += waited
-
-    def take(self) -> tuple[float, float]:
-        """(tokens per second, share of the time spent waiting for data), and start anew."""
-        seconds = max(self._seconds, 1e-9)
-        result = self._tokens / seconds, self._waited / seconds
-        self._tokens, self._seconds, self._waited = 0, 0.0, 0.0
-        return result

@@ -38,6 +38,10 @@ class TrainState:
     bad_in_row: int = 0
     validated_tokens: int = 0  # position of the last complete validation
     seconds: float = 0.0  # spent in the training loop, over all starts
+    losses: tuple[float, ...] = ()  # of the last steps, with which the next ones are compared
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "losses", tuple(self.losses))  # JSON has lists
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -123,6 +124,12 @@ class TrainingEngine:
         if optimizer.overflow:
             return StepResult(False, math.inf, scale)
         return StepResult(True, float(engine.get_global_grad_norm()), scale)
+
+    def on_forward(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Call ``before`` and ``after`` around every forward pass of training, not of evaluation."""
+        # On DeepSpeed's engine and not on the model, where torch.compile would trace them.
+        self._engine.register_forward_pre_hook(lambda module, _: before() if module.training else None)
+        self._engine.register_forward_hook(lambda module, *_: after() if module.training else None)
 
     @torch.no_grad()
     def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **options: Any) -> LMOutput:

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl always, a progress bar or plain lines, wandb if it works."""
+"""What a run says while it trains: metrics.jsonl always, a progress bar or plain lines, and trackers that work."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import os
 import sys
 import time
-import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_atomic
 from pretrain.config import RunConfig, TelemetryConfig
+from pretrain.telemetry.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 10.0
@@ -70,13 +71,15 @@ def truncate_metrics(path: Path, step: int) -> int:
 class Telemetry:
     """The first process's voice; on the others every method does nothing."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, total_tokens: int, tokens: int, active: bool) -> None:
-        """Open the run's files for appending at ``tokens`` of ``total_tokens``."""
+    def __init__(
+        self, run_dir: Path, config: RunConfig, total_tokens: int, tokens: int, active: bool, step: int = 0
+    ) -> None:
+        """Open the run's files for appending after ``step``, at ``tokens`` of ``total_tokens``."""
         self._active = active
         if not active:
             return
         self._metrics = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._tracker = Tracker(run_dir, config)
+        self._trackers = Trackers(run_dir, config, step)
         self._total = total_tokens
         self._bar = None
         self._last_line = -math.inf
@@ -100,11 +103,16 @@ class Telemetry:
         line = {"kind": kind, **{key: _finite(value) for key, value in values.items()}, "time": round(time.time(), 3)}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        self._tracker.log(line)
+        self._trackers.line(line)
 
-    def say(self, text: str) -> None:
-        """Print a line without tearing the progress bar."""
-        if not self._active:
+    def samples(self, step: int, texts: Sequence[str]) -> None:
+        """Pass what the model wrote on to the trackers; the run folder has it already."""
+        if self._active:
+            self._trackers.texts(step, texts)
+
+    def say(self, text: str | None) -> None:
+        """Print a line, if there is one to print, without tearing the progress bar."""
+        if not self._active or text is None:
             return
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
@@ -138,67 +146,7 @@ class Telemetry:
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
         self._metrics.close()
-        self._tracker.close()
-
-
-class Tracker:
-    """Weights & Biases, in its own folder below the run. Offline unless asked; whatever it does, training goes on."""
-
-    def __init__(self, run_dir: Path, config: RunConfig) -> None:
-        self._run: Any = None
-        mode = config.telemetry.wandb
-        if mode == "disabled":
-            return
-        try:
-            import wandb
-
-            os.environ.setdefault("WANDB_SILENT", "true")
-            folder = run_dir / "wandb"
-            folder.mkdir(exist_ok=True)
-            # One id for the life of the run folder, so that `wandb sync` joins what a resume continued.
-            id_file = folder / "run_id"
-            if not id_file.exists():
-                id_file.write_text(uuid.uuid4().hex[:12])
-            self._run = wandb.init(
-                project=config.telemetry.wandb_project,
-                name=config.name,
-                id=id_file.read_text().strip(),
-                resume="allow" if mode == "online" else None,
-                dir=str(run_dir),
-                mode=mode,
-                config=config.model_dump(mode="json"),
-                settings=wandb.Settings(console="off", silent=True, init_timeout=30),
-            )
-        except Exception as error:  # a tracker that fails in whatever way must not end a training run
-            self._give_up(error)
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Send the numbers of one metrics line."""
-        if self._run is None or line["kind"] == "event":
-            return
-        numbers = {
-            f"{line['kind']}/{k}": v
-            for k, v in line.items()
-            if isinstance(v, (int, float)) and k not in ("step", "time")
-        }
-        try:
-            self._run.log(numbers, step=line["step"])
-        except Exception as error:
-            self._give_up(error)
-
-    def close(self) -> None:
-        """Finish the run's files."""
-        if self._run is None:
-            return
-        try:
-            self._run.finish()
-        except Exception as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        self._run = None
-        first_line = (str(error).splitlines() or [""])[0]
-        print(f"wandb is left out: {type(error).__name__}: {first_line} (metrics.jsonl has everything)", flush=True)
+        self._trackers.close()
 
 
 def _finite(value: Any) -> Any:

@@ -181,8 +181,8 @@ def test_run_folder_explains_itself_and_a_finished_run_says_so(corpus: Path, tmp
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "config.yaml", "deepspeed.json", "environment.json", "metrics.jsonl", "status.json", "checkpoints", "samples",
-        "export", "tokenizer",
+        "README.txt", "config.yaml", "deepspeed.json", "environment.json", "starts.jsonl", "metrics.jsonl",
+        "status.json", "checkpoints", "samples", "export", "tokenizer",
     }  # fmt: skip
     assert load_config(run / "config.yaml").model.vocab_size == 300
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3

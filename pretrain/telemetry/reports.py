@@ -1,0 +1,213 @@
+"""What is told about each training step: its numbers, a loss out of line, a step whose numbers are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+
+from data_pipeline.batches.loader import Batch
+from pretrain.checkpoint.commit import TrainState
+from pretrain.checks import Inputs
+from pretrain.distributed.world import World, memory_gib
+from pretrain.engine.training import StepResult, TrainingEngine
+from pretrain.telemetry.clock import StepClock
+from pretrain.telemetry.spikes import SpikeDetector
+from pretrain.telemetry.suspects import BAD_STEPS, SPIKES, Suspects, save_batch
+from pretrain.telemetry.telemetry import Telemetry, model_flops_utilization, peak_flops
+from pretrain.validation import perplexity
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SAMPLE_IDS_SHOWN = 8
+
+
+class Event(Protocol):
+    """Writes an event; ``values`` override the position in the run that it belongs to."""
+
+    def __call__(self, name: str, **values: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step that was taken, or skipped, as one process knows it."""
+
+    number: int
+    tokens: int  # of the run, this step's included
+    batch: Batch
+    targets: float  # of the global batch
+    lr: float
+    loss_sum: torch.Tensor  # over this process's targets
+    result: StepResult
+
+
+class Loss(NamedTuple):
+    """A loss summed over processes, and the seconds each of them spent on its own in a step since the last report."""
+
+    mean: float
+    own_seconds: list[float]  # by rank
+
+
+class StepReports:
+    """Tells a run's story step by step.
+
+    The loss of every step is watched, but summed over processes at once only in steps that are logged or went wrong.
+    That of the others goes along with the one sum that the next step makes anyway: :attr:`unsummed` is this process's
+    part, :meth:`settle` takes the sum. All processes watch alike, so that they save their rows of a spike together.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        engine: TrainingEngine,
+        world: World,
+        telemetry: Telemetry,
+        event: Event,
+        losses: Iterable[float],
+    ) -> None:
+        """``losses``: those that the state of a checkpoint remembers; see :attr:`losses`."""
+        self._inputs, self._config, self._model = inputs, inputs.config, engine.model
+        self._world, self._telemetry, self._event = world, telemetry, event
+        self._detector = SpikeDetector(self._config.telemetry.spike_window, losses)
+        self._unsettled: Step | None = None
+        self.clock = StepClock(world.device)
+        self.clock.watch(engine.on_forward)
+        gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+        self._peak_flops = peak_flops(self._config.telemetry, gpu)
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """What a resumed run needs to judge its first losses as this one would have."""
+        return self._detector.losses
+
+    @property
+    def unsummed(self) -> float:
+        """This process's loss sum of the step before, if that was not summed over processes yet, else 0."""
+        return 0.0 if self._unsettled is None else float(self._unsettled.loss_sum)
+
+    def settle(self, loss_sum: float) -> None:
+        """Take the sum of :attr:`unsummed` over all processes."""
+        step, self._unsettled = self._unsettled, None
+        if step is not None:
+            self._watch(step, loss_sum / max(step.targets, 1.0))
+
+    def settle_now(self) -> None:
+        """Sum what is left, where no step follows: before a checkpoint. All processes must call it."""
+        if self._unsettled is not None:
+            self.settle(self._world.sum([self.unsummed])[0])
+
+    def stage(self) -> None:
+        """A stage of the curriculum begins: its losses are not to be compared with those before."""
+        self._detector.clear()
+
+    def loss(self, step: Step, last: bool) -> Loss | None:
+        """The loss of a step that is to be logged or went wrong, or None: then the next step will bring it."""
+        if step.result.applied and not last and step.number % self._config.telemetry.log_every_steps:
+            self._unsettled = step
+            return None
+        # Everybody's seconds ride along: a vector with one place for each process costs less than a second collective.
+        own = [0.0] * self._world.world_size
+        own[self._world.rank] = self.clock.own_seconds()
+        loss_sum, *seconds = self._world.sum([float(step.loss_sum), *own])
+        return Loss(loss_sum / max(step.targets, 1.0), seconds)
+
+    def log(self, step: Step, loss: Loss, state: TrainState) -> None:
+        """Write the numbers of a step; under fp16 also of one skipped only to find the loss scale."""
+        self._watch(step, loss.mean)
+        rates, own = self.clock.take(), loss.own_seconds
+        forward = self._model.flops_per_token(step.batch.seq_len)
+        devices = self._world.world_size
+        values = {
+            "step": step.number,
+            "tokens": step.tokens,
+            "loss": loss.mean,
+            "perplexity": perplexity(loss.mean),
+            "lr": step.lr,
+            "grad_norm": step.result.grad_norm,
+            "tokens_per_second": rates.tokens_per_second,
+            "mfu": model_flops_utilization(rates.tokens_per_second, forward, devices, self._peak_flops),
+            "data_wait": rates.data_wait,
+            "step_seconds": rates.step_seconds,
+            "own_seconds_min": min(own),
+            "own_seconds_mean": sum(own) / len(own),
+            "own_seconds_max": max(own),
+            "slowest_rank": own.index(max(own)),
+            "memory_gib": memory_gib(self._world.device),
+            "stage": step.batch.stage,
+            "seq_len": step.batch.seq_len,
+            "bad_steps": state.bad_steps,
+            "seconds": state.seconds,
+            **self._epochs(step.tokens),
+        }
+        if self._config.precision == "fp16":
+            values["loss_scale"] = step.result.loss_scale
+        self._telemetry.write("train", **values)
+        self._telemetry.progress(step.tokens, values)
+
+    def bad_step(self, step: Step, loss: Loss, state: TrainState) -> None:
+        """Save and name the rows of a step that was skipped because its loss or gradient is not finite.
+
+        Suspect are the rows of the processes whose own loss went wrong; if it was the gradient alone, all.
+        """
+        what = "gradient" if math.isfinite(loss.mean) else "loss"
+        suspects = self._save(BAD_STEPS, step, what, loss.mean, not math.isfinite(float(step.loss_sum)))
+        samples, most = suspects.samples, self._config.max_bad_steps
+        self._event("bad_step", what=what, samples=samples, bad_in_row=state.bad_in_row, **_saved(suspects))
+        shown = ", ".join(map(str, samples[:SAMPLE_IDS_SHOWN])) + (", ..." if len(samples) > SAMPLE_IDS_SHOWN else "")
+        self._telemetry.say(
+            f"step {step.number}: the {what} is not finite; step skipped on all processes ({state.bad_in_row} "
+            f"of at most {most} in a row). Samples: {shown}. {_look(suspects)}"
+        )
+        if state.bad_in_row >= most:
+            self._telemetry.say(
+                f"stopped: {state.bad_in_row} such steps in a row. Lower optimizer.lr, or look at those samples; "
+                "the last checkpoint is from before if checkpoint.every_tokens is set."
+            )
+
+    def _watch(self, step: Step, loss: float) -> None:
+        spike = self._detector.add(loss) if math.isfinite(loss) else None
+        if spike is None:
+            return
+        suspects = self._save(SPIKES, step, "spike", loss, False)
+        values = {"loss": loss, "expected": spike.expected, "limit": spike.limit, **_saved(suspects)}
+        self._event("spike", step=step.number, tokens=step.tokens, **values)
+        self._telemetry.say(
+            f"step {step.number}: the loss jumped to {loss:.4f}; {spike.expected:.4f} was usual, up to "
+            f"{spike.limit:.4f} would have been. {_look(suspects)}"
+        )
+
+    def _save(self, kind: str, step: Step, what: str, loss: float, suspect: bool) -> Suspects:
+        facts = {
+            "step": step.number,
+            "what": what,
+            "loss": loss if math.isfinite(loss) else str(loss),
+            "targets": int(step.targets),
+            "tokens": step.tokens,
+            "tokens_before": step.batch.tokens_before,
+            "stage": step.batch.stage,
+            "seq_len": step.batch.seq_len,
+            "lr": step.lr,
+            "loss_scale": step.result.loss_scale,
+            "precision": self._config.precision,
+        }
+        return save_batch(self._config.run_dir / kind, self._world, step.batch, suspect, facts)
+
+    def _epochs(self, tokens: int) -> dict[str, float]:
+        """How often each source was gone through so far: ``epoch``, or ``epoch/NAME`` for several."""
+        epochs = self._inputs.train.epochs(tokens // self._inputs.plan.block_length)
+        return {"epoch" if len(epochs) == 1 else f"epoch/{name}": value for name, value in epochs.items()}
+
+
+def _saved(suspects: Suspects) -> dict[str, Any]:
+    folder: Path | None = suspects.folder
+    return {"saved": None if folder is None else f"{folder.parent.name}/{folder.name}"}
+
+
+def _look(suspects: Suspects) -> str:
+    if suspects.folder is None:
+        return f"Its rows could not be saved: {suspects.problem}"
+    return f"Look at its rows: nystrom replay {suspects.folder}"

@@ -1,0 +1,173 @@
+"""Where a run's numbers go besides metrics.jsonl: Weights & Biases, TensorBoard. Whatever they do, training goes on."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import json
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_pipeline.errors import UserError
+from pretrain.config import RunConfig, TelemetryConfig
+
+TENSORBOARD = "tensorboard"
+"""The package, the extra that brings it, and the folder below the run."""
+
+
+def check_trackers(config: TelemetryConfig) -> None:
+    """Raise :class:`UserError` for a tracker that was asked for by name and is not installed."""
+    if config.tensorboard and importlib.util.find_spec(TENSORBOARD) is None:
+        raise UserError(
+            "telemetry.tensorboard needs the package tensorboard, which is not installed: "
+            "pip install 'nystrom-pretrain[tensorboard]', or set telemetry.tensorboard to false"
+        )
+
+
+class Tracker(Protocol):
+    """Somebody who collects numbers by step. Any method may raise: :class:`Trackers` then goes on without it."""
+
+    def numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Take numbers of a kind (``train``, ``valid``)."""
+
+    def texts(self, step: int, texts: Sequence[str]) -> None:
+        """Take the samples a model wrote."""
+
+    def close(self) -> None:
+        """Finish the files."""
+
+
+class Trackers:
+    """All trackers of a run, each of which is left out as soon as it fails."""
+
+    def __init__(self, run_dir: Path, config: RunConfig, step: int = 0) -> None:
+        """Open what ``config`` asks for; ``step`` is the one that the run goes on from."""
+        self._trackers: dict[str, Tracker] = {}
+        telemetry = config.telemetry
+        if telemetry.wandb == "online" and not self._open("wandb online", lambda: Wandb(run_dir, config, "online")):
+            self._open("wandb offline", lambda: Wandb(run_dir, config, "offline"))
+        if telemetry.wandb == "offline":
+            self._open("wandb", lambda: Wandb(run_dir, config, "offline"))
+        if telemetry.tensorboard:
+            self._open(TENSORBOARD, lambda: TensorBoard(_summary_writer(run_dir / TENSORBOARD, step)))
+
+    def line(self, line: dict[str, Any]) -> None:
+        """Pass on the numbers of one line of metrics.jsonl; events have none."""
+        if line["kind"] == "event" or not self._trackers:
+            return
+        values = {
+            key: value for key, value in line.items() if isinstance(value, int | float) and key not in ("step", "time")
+        }
+        self._each(lambda tracker: tracker.numbers(line["kind"], line["step"], values))
+
+    def texts(self, step: int, texts: Sequence[str]) -> None:
+        """Pass on what a model wrote."""
+        if texts:
+            self._each(lambda tracker: tracker.texts(step, texts))
+
+    def close(self) -> None:
+        """Finish all files."""
+        self._each(lambda tracker: tracker.close())
+
+    def _open(self, name: str, build: Callable[[], Tracker]) -> bool:
+        try:
+            self._trackers[name] = build()
+        except Exception as error:  # a tracker that fails in whatever way must not end a training run
+            _left_out(name, error)
+        return name in self._trackers
+
+    def _each(self, work: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                work(tracker)
+            except Exception as error:
+                del self._trackers[name]
+                _left_out(name, error)
+
+
+class Wandb:
+    """Weights & Biases, in its own folder below the run, offline unless asked.
+
+    One id for the life of the run folder: a resumed run writes a file of its own, which `wandb sync` appends to the
+    run. Steps that an interrupted start had sent already are not sent again; without changes to the configuration their
+    numbers are the same to the bit.
+    """
+
+    def __init__(self, run_dir: Path, config: RunConfig, mode: str) -> None:
+        import wandb
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        folder = run_dir / "wandb"
+        folder.mkdir(exist_ok=True)
+        id_file = folder / "run_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12])
+        self._sent_file = folder / "last_steps.json"
+        self._before: dict[str, int] = json.loads(self._sent_file.read_text()) if self._sent_file.exists() else {}
+        self._sent = dict(self._before)  # the last step of each kind
+        # With a terminal but without a key, online asks for one: not for longer than that.
+        settings = wandb.Settings(console="off", silent=True, init_timeout=30, login_timeout=30)
+        self._run = wandb.init(
+            project=config.telemetry.wandb_project,
+            name=config.name,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            dir=str(run_dir),
+            mode=mode,  # type: ignore[arg-type]
+            config=config.model_dump(mode="json"),
+            settings=settings,
+        )
+
+    def numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Numbers of one step are one record there, which those of the next finish."""
+        if step > self._before.get(kind, -1):
+            self._log(kind, step, {f"{kind}/{name}": value for name, value in values.items()})
+
+    def texts(self, step: int, texts: Sequence[str]) -> None:
+        """As a page that the project shows beside the curves."""
+        if step > self._before.get("samples", -1):
+            import wandb
+
+            page = "".join(f"<pre>{html.escape(text)}</pre>" for text in texts)
+            self._log("samples", step, {"samples": wandb.Html(page)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+    def _log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        self._run.log(values, step=step)
+        self._sent[kind] = step
+        self._sent_file.write_text(json.dumps(self._sent))
+
+
+class TensorBoard:
+    """Event files for TensorBoard, through a ``torch.utils.tensorboard.SummaryWriter``."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def texts(self, step: int, texts: Sequence[str]) -> None:
+        for number, text in enumerate(texts):
+            self._writer.add_text(f"samples/{number}", text, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _summary_writer(folder: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What an interrupted start wrote beyond the checkpoint is not shown: it comes again.
+    return SummaryWriter(log_dir=str(folder), purge_step=step + 1 if step else None)
+
+
+def _left_out(name: str, error: Exception) -> None:
+    first_line = (str(error).splitlines() or [""])[0]
+    print(f"{name} is left out: {type(error).__name__}: {first_line} (metrics.jsonl has everything)", flush=True)
