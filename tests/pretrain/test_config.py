@@ -82,11 +82,11 @@ def stages_with(**changes: Any) -> list[dict[str, Any]]:
         ({"data": {"train": "x", "masking": {"random_share": 0.3}}}, "data.masking: mask_share 0.8 .* is more than 1"),
         (
             {"curriculum": stages_with(batch_tokens=1000)},
-            "curriculum.1.batch_tokens 1000 is not a multiple .* use 1024",
+            "curriculum.1.batch_tokens 1000 is not a .*use 1024",
         ),
         (
             {"curriculum": stages_with(masking_rate=0.3)},
-            "curriculum.1.masking_rate has no effect with .*objective: clm",
+            "curriculum.1.masking_rate has no effect .*: clm",
         ),
         ({"curriculum": stages_with(masking_rate=1.0)}, "curriculum.1.masking_rate: .*less than 1, got 1.0"),
         ({"curriculum": stages_with(rope_theta=0)}, "curriculum.1.rope_theta: .*greater than 0, got 0"),
@@ -96,7 +96,7 @@ def stages_with(**changes: Any) -> list[dict[str, Any]]:
         ),
         (
             {"model": {"positions": "none", "rope_scaling": "ntk"}},
-            "rope_scaling ntk has no effect with positions: none",
+            "rope_scaling ntk has no effect with .*: none",
         ),
         (
             {"model": {"positions": "learned", "rope_position_scale": 0.5}},
