@@ -60,8 +60,17 @@ def model_at(config: RunConfig, tokens: int) -> ModelConfig:
     On the edge of two stages that of the earlier one, in which the last step was made; the change belongs to the first
     step of the later one. Beyond the end of the run it is that of the last stage.
     """
+    return stage_model(config, _stage_of(config, tokens))
+
+
+def trained_length(config: RunConfig, tokens: int) -> int:
+    """The longest sequence length of the stages up to ``tokens`` tokens of the run."""
+    return max(stage.seq_len for stage in config.curriculum[: _stage_of(config, tokens) + 1])
+
+
+def _stage_of(config: RunConfig, tokens: int) -> int:
     plan = build_plan(config)
-    return stage_model(config, plan.stage_index(min(max(0, tokens - 1), plan.total_tokens)))
+    return plan.stage_index(min(max(0, tokens - 1), plan.total_tokens))
 
 
 def stage_maskings(config: RunConfig) -> tuple[Masking, ...]:
