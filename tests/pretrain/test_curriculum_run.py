@@ -20,7 +20,7 @@ STAGES: list[dict[str, Any]] = [
 
 MODELS: dict[str, dict[str, Any]] = {
     "learned": {"objective": "mlm", "positions": "learned", "max_positions": 48},
-    "learned causal": {"objective": "clm", "positions": "learned"},
+    "learned causal": {"objective": "clm", "positions": "learned", "max_positions": 64},
     "ntk": {"objective": "clm", "rope_scaling": "ntk"},
     "linear": {"objective": "mlm", "rope_scaling": "linear"},
     "own base": {"objective": "clm", "rope_theta": 100.0},
@@ -336,13 +336,20 @@ def test_the_rows_are_copied_in_every_state_and_reach_the_model(
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["learned", "ntk", "linear"])
 def test_steps_at_16384_tokens(corpus: Path, tmp_path: Path, model: str) -> None:
+    from data_pipeline.prepare.plan import plan_preparation
+    from data_pipeline.prepare.run import prepare
+    from data_pipeline.shards.shardset import ShardSet
+
+    text = tmp_path / "long.jsonl"
+    text.write_text((corpus / "train.jsonl").read_text() * 3)  # the corpus itself is shorter than a row
+    prepare(plan_preparation([text], ShardSet.open(corpus / "train").tokenizer()), tmp_path / "train")
     stages = [
         {"until_tokens": 4 * 16_384, "seq_len": 4096, "micro_batch": 2},
         {"until_tokens": 6 * 16_384, "seq_len": 16_384, "micro_batch": 1},
     ]
     shape = {**MODELS[model], "segment_length": 128, "num_landmarks": 64}
     config = settings(
-        corpus, tmp_path, model=shape, curriculum=stages, batch_tokens=16_384, zero_stage=2,
+        tmp_path, tmp_path, model=shape, curriculum=stages, batch_tokens=16_384, zero_stage=2,
         schedule={"warmup_tokens": 0},
     )  # fmt: skip
     assert values(run_ranks(train, 1, config=write_config(tmp_path / "run.yaml", config))) == [0]
