@@ -12,6 +12,7 @@ from torch import Tensor
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from eval.results import ModelInfo
+from pretrain.curriculum.stages import trained_length
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.store import LoadedModel
@@ -41,8 +42,8 @@ class Subject:
 
     @property
     def trained_length(self) -> int:
-        """The longest sequence length of the run's curriculum, in tokens."""
-        return max(stage.seq_len for stage in self.loaded.run_config.curriculum)
+        """The longest sequence length of the stages that the weights have been in, in tokens."""
+        return trained_length(self.loaded.run_config, self.loaded.tokens)
 
     def info(self) -> ModelInfo:
         """What the results say about the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import subprocess
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan
 from pretrain.config import RunConfig
+from pretrain.curriculum.stages import describe_changes
 
 if TYPE_CHECKING:
     from pretrain.distributed.world import World
@@ -49,6 +51,7 @@ def describe(config: RunConfig, plan: Plan, data: TrainingData, parameters: int,
             f"({model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size:,}).",
             *_describe_data(config, plan, data),
             f"Lengths: {stages}.",
+            *describe_changes(config),
             f"On {world.world_size} {'GPU' if world.device.type == 'cuda' else 'CPU'} process(es), {config.precision}, "
             f"ZeRO stage {config.zero_stage}; each expects {_bytes(sum(memory.values()))} for its state ({parts}), "
             "activations on top.",
@@ -57,7 +60,8 @@ def describe(config: RunConfig, plan: Plan, data: TrainingData, parameters: int,
 
 
 def _describe_data(config: RunConfig, plan: Plan, data: TrainingData) -> list[str]:
-    steps = f"{plan.num_batches:,} steps of {plan.batch_tokens:,}"
+    sizes = [size for size, _ in itertools.groupby(stage.batch_tokens for stage in plan.stages)]
+    steps = f"{plan.num_batches:,} steps of {', then '.join(f'{size:,}' for size in sizes)}"
     epochs = data.epochs(plan.total_tokens // plan.block_length)
     sources = list(zip(data.names, data.blocks, epochs.values(), strict=True))
     lines: list[str] = []

@@ -15,6 +15,7 @@ from pretrain.checkpoint.commit import TrainState
 from pretrain.checkpoint.store import Checkpoints
 from pretrain.checks import Inputs
 from pretrain.curriculum.plan import micro_batches
+from pretrain.curriculum.stages import model_at, stage_maskings, stage_model, stage_settings
 from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_PREEMPTED
 from pretrain.distributed.world import World
 from pretrain.engine.training import StepResult, TrainingEngine
@@ -22,7 +23,7 @@ from pretrain.optim.schedule import learning_rate
 from pretrain.telemetry.profile import StepProfiler
 from pretrain.telemetry.reports import Step, StepReports
 from pretrain.telemetry.telemetry import Telemetry
-from pretrain.validation import IGNORE, validate, write_samples
+from pretrain.validation import IGNORE, validate, validate_longest, write_samples
 
 
 class Trainer:
@@ -63,12 +64,13 @@ class Trainer:
             self.plan,
             objective=self.config.model.objective,
             seed=self.config.seed,
-            masking=self.config.data.masking.build(),
+            masking=stage_maskings(self.config),
             rank=self.world.rank,
             world_size=self.world.world_size,
             tokens_consumed=self.state.tokens,
         )
         self.engine.train()
+        self.engine.enter_stage(model_at(self.config, self.state.tokens))
         try:
             if self._validation_due() and not self._validate():  # cut short by the signal that ended the last start
                 return self._preempt()
@@ -104,9 +106,7 @@ class Trainer:
     def _train_step(self, batch: Batch, targets: float, began: float, waited: float) -> None:
         stage = self.plan.stages[batch.stage]
         if batch.tokens_before == stage.start_tokens:
-            # Belongs to the step to come, so that a resume from this edge cuts it off and writes it once.
-            self._reports.stage()
-            self._event("stage", step=self.state.step + 1, stage=batch.stage, seq_len=batch.seq_len)
+            self._enter_stage(batch)
         input_ids = batch.input_ids.to(self.world.device, non_blocking=True)
         labels = batch.labels.to(self.world.device, non_blocking=True)
         tokens = batch.tokens_before + batch.tokens
@@ -134,6 +134,15 @@ class Trainer:
         self.telemetry.advance(tokens)
         if loss is not None:
             (self._reports.bad_step if bad else self._reports.log)(step, loss, self.state)
+
+    def _enter_stage(self, batch: Batch) -> None:
+        before = stage_model(self.config, max(0, batch.stage - 1))
+        model = stage_model(self.config, batch.stage)
+        # Part of the step to come: a checkpoint of this edge is from before it, and a resume does it again.
+        self.engine.enter_stage(model, before.trained_positions)
+        settings = stage_settings(self.config, batch.stage)
+        self._reports.stage()
+        self._event("stage", step=self.state.step + 1, stage=batch.stage, seq_len=batch.seq_len, **settings)
 
     def _is_scale_search(self, loss: float, result: StepResult) -> bool:
         """Whether fp16's dynamic loss scale merely overflowed on its way down: the loss is fine and there is room."""
@@ -166,13 +175,19 @@ class Trainer:
         )
         if result is None:
             return False
+        longest = validate_longest(
+            self.engine, self.inputs.valid, self.config, self.world, seq_len=stage.seq_len, stop=self.stop
+        )
+        if longest is None:
+            return False
         took = time.monotonic() - began
-        self.telemetry.write("valid", step=state.step, tokens=state.tokens, stage=index, took=took, **result)
+        self.telemetry.write("valid", step=state.step, tokens=state.tokens, stage=index, took=took, **result, **longest)
         accuracy = f", masked accuracy {result['accuracy']:.1%}" if "accuracy" in result else ""
+        beyond = f"; at length {longest['longest_seq_len']}: {longest['longest_loss']:.4f}" if longest else ""
         self.telemetry.say(
             f"step {state.step}, {state.tokens:,} tokens: held-out loss {result['loss']:.4f}, perplexity "
             f"{result['perplexity']:.2f}{accuracy} (length {stage.seq_len}, {result['targets']:,} targets, "
-            f"{took:.1f} s)"
+            f"{took:.1f} s){beyond}"
         )
         if self.config.model.objective == "clm" and self.config.validation.samples:
             texts = write_samples(

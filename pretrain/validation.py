@@ -36,8 +36,9 @@ def validate(
 ) -> dict[str, Any] | None:
     """Mean loss (nats) over the held-out targets, and for masked models the share of targets that are predicted right.
 
-    Rows and noise are the same every time. Returns None on all processes as soon as ``stop`` is true on one. The
-    generators of training are left as they were.
+    Rows and noise are the same every time: masked tokens are those of ``data.masking.rate`` in every stage, whatever
+    share the stage trains on, so that its numbers compare with those of other stages. Returns None on all processes as
+    soon as ``stop`` is true on one. The generators of training are left as they were.
     """
     masked = config.model.objective == "mlm"
     totals = [0.0, 0.0, 0.0]  # loss, targets, right
@@ -63,6 +64,29 @@ def validate(
     loss = loss_sum / max(targets, 1.0)
     result = {"loss": loss, "perplexity": perplexity(loss), "targets": int(targets), "seq_len": seq_len}
     return {**result, "accuracy": right / max(targets, 1.0)} if masked else result
+
+
+def validate_longest(
+    engine: TrainingEngine,
+    shards: ShardSet,
+    config: RunConfig,
+    world: World,
+    *,
+    seq_len: int,
+    stop: Callable[[], bool],
+) -> dict[str, Any] | None:
+    """As :func:`validate`, at the longest length of the curriculum; nothing ({}) where that is ``seq_len`` itself.
+
+    It tells how well the model of a short stage does at the length that the run ends with, before and after a change of
+    stage. The names of the result begin with ``longest_``.
+    """
+    longest = max(config.curriculum, key=lambda stage: stage.seq_len)
+    if longest.seq_len <= seq_len:
+        return {}
+    result = validate(
+        engine, shards, config, world, seq_len=longest.seq_len, micro_batch=longest.micro_batch, stop=stop
+    )
+    return None if result is None else {f"longest_{name}": value for name, value in result.items()}
 
 
 def _evaluate(engine: TrainingEngine, input_ids: torch.Tensor, labels: torch.Tensor, masked: bool) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -54,27 +54,28 @@ class Batch(NamedTuple):
 class _Noise:
     """From rows of text to inputs and labels for one objective."""
 
-    def __init__(self, shards: ShardSet, objective: Objective, seed: int, masking: Masking | None) -> None:
+    def __init__(self, shards: ShardSet, objective: Objective, seed: int, maskings: Sequence[Masking]) -> None:
         if objective not in ("mlm", "clm"):
             raise UserError(f"objective must be 'mlm' or 'clm', got {objective!r}")
         self.causal = objective == "clm"
         self._shards, self._seed = shards, seed
-        self._masking: Masking | None = None
+        self._maskings = maskings
         self._boundaries: WordBoundaries | None = None
         if objective == "mlm":
-            if masking is None:
+            if not maskings:
                 raise UserError("objective mlm needs masking")
             check_objective(shards.manifest.special_ids, objective, f"the shards in {shards.path}")
-            self._masking = masking
-            if masking.unit != "token":
+            if any(masking.unit != "token" for masking in maskings):
                 self._boundaries = WordBoundaries.of(shards.tokenizer())
 
-    def __call__(self, rows: Rows, sample_ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, rows: Rows, sample_ids: np.ndarray, length: int, stage: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, labels), each of the shape of ``rows.tokens`` (B, k * length), int64.
 
         Every ``length`` tokens of a row are a sample of their own, ``sample_ids`` (B, k).
         """
-        if self._masking is None:
+        if self.causal:
             assert rows.next_tokens is not None
             return rows.tokens, rows.next_tokens
         shards = self._shards
@@ -83,7 +84,7 @@ class _Noise:
             rows.tokens.reshape(-1, length),
             sample_ids.reshape(-1),
             seed=self._seed,
-            masking=self._masking,
+            masking=self._maskings[stage],
             boundaries=self._boundaries,
             mask_id=shards.mask_id,
             special_ids=shards.special_ids,
@@ -100,7 +101,8 @@ class TrainLoader:
     global batch of n rows, so that any number of processes sees the same global batches. One thread prepares up to
     ``prefetch`` groups of batches ahead (a group has up to ``GATHER_TOKENS`` tokens, but at least a batch); its
     exceptions are raised in the consumer, at the batch that they belong to. Each ``iter()`` starts anew at
-    ``tokens_consumed``. ``masking`` is for objective ``mlm`` only.
+    ``tokens_consumed``. ``masking`` is for objective ``mlm`` only: one for the whole run, or one for each stage of the
+    plan. Either way the noise of a row depends on its stage's masking, the seed and its sample id, and on nothing else.
 
     Raises :class:`UserError` for a position that is not a batch's edge, rows that do not divide among the processes,
     and a tokenizer without mask token under ``mlm``.
@@ -113,7 +115,7 @@ class TrainLoader:
         *,
         objective: Objective,
         seed: int,
-        masking: Masking | None = None,
+        masking: Masking | Sequence[Masking] | None = None,
         rank: int = 0,
         world_size: int = 1,
         tokens_consumed: int = 0,
@@ -131,6 +133,10 @@ class TrainLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} outside a world of {world_size}")
         self.data, self.plan = data, plan
+        if masking is None or isinstance(masking, Masking):
+            masking = [masking] * len(plan.stages) if masking else []
+        elif len(masking) != len(plan.stages):
+            raise ValueError(f"{len(masking)} maskings for a plan of {len(plan.stages)} stages")
         self._noise = _Noise(data.shards, objective, seed, masking)
         self._orders = [blocks.order(seed, source) for source, blocks in enumerate(data.blocks)]
         self._rank, self._world_size = rank, world_size
@@ -161,17 +167,19 @@ class TrainLoader:
 
     def _groups(self) -> Iterator[_Group]:
         position = self._tokens_consumed
-        limit = max(1, GATHER_TOKENS * self._world_size // self.plan.batch_tokens)
+        one_by_one = False
         while position < self.plan.total_tokens:
+            batch_tokens = self.plan.stages[self.plan.stage_index(position)].batch_tokens
+            limit = 1 if one_by_one else max(1, GATHER_TOKENS * self._world_size // batch_tokens)
             try:
                 group = self._read(position, limit)
             except Exception:
                 if limit == 1:
                     raise
-                limit = 1  # one by one up to the batch at fault: those before it are whole
+                one_by_one = True  # up to the batch at fault: those before it are whole
                 continue
             yield group
-            position += group.part.windows * group.part.slices * self.plan.batch_tokens
+            position += group.part.windows * group.part.slices * batch_tokens
 
     def _read(self, position: int, limit: int) -> _Group:
         """Inputs and labels of the batches from this position on, at least one and at most ``limit``, in one go."""
@@ -183,16 +191,16 @@ class TrainLoader:
         offset, width = part.first_slice * stage.seq_len, part.slices * stage.seq_len
         rows = self._gather(draws, offset, width)
         sample_ids = draws[:, None] * self.plan.block_length + np.arange(offset, offset + width, stage.seq_len)
-        inputs, labels = self._noise(rows, sample_ids, stage.seq_len)
+        inputs, labels = self._noise(rows, sample_ids, stage.seq_len, part.stage)
         return _Group(part, position, inputs, labels, sample_ids, rows.documents)
 
     def _cut(self, group: _Group) -> Iterator[Batch]:
         """The batches of a group, as views. Left to the consumer: the thread can read the next group meanwhile."""
         import torch
 
-        part, tokens = group.part, self.plan.batch_tokens
+        part, stage = group.part, self.plan.stages[group.part.stage]
         shape = (part.windows, -1, part.slices)
-        length = self.plan.stages[part.stage].seq_len
+        length, tokens = stage.seq_len, stage.batch_tokens
 
         def views(array: np.ndarray, *row: int) -> Iterator[torch.Tensor]:
             by_slice = [t.unbind(0) for t in torch.from_numpy(array.reshape(*shape, *row)).unbind(2)]
@@ -264,7 +272,7 @@ def validation_batches(
     equal shape; what is left over at the end is filled with rows whose labels are all -100, so that every target
     counts exactly once in a sum over processes. Raises :class:`UserError` if the shards are shorter than one row.
     """
-    noise = _Noise(shards, objective, seed, masking)
+    noise = _Noise(shards, objective, seed, [masking] if masking else [])
     available = (shards.num_tokens - (1 if noise.causal else 0)) // seq_len
     if available < 1:
         raise UserError(

@@ -140,10 +140,14 @@ class BlockOrder:
 
 
 class StageSpec(NamedTuple):
-    """A stage as asked for: rows of ``seq_len`` tokens until ``until_tokens`` tokens of the run."""
+    """A stage as asked for: rows of ``seq_len`` tokens until ``until_tokens`` tokens of the run.
+
+    ``batch_tokens`` are those of a global batch; None: as many as the plan says.
+    """
 
     seq_len: int
     until_tokens: int
+    batch_tokens: int | None = None
 
 
 class Stage(NamedTuple):
@@ -179,32 +183,35 @@ class Part(NamedTuple):
 class Plan:
     """What each global batch of a run consists of, as a function of the tokens consumed before it.
 
-    Every batch has ``batch_tokens`` tokens, whatever its length. Each stage's end is rounded up to the end of a
-    window (a multiple of ``batch_tokens * block_length / seq_len`` from its start). Raises :class:`UserError` for
-    lengths that do not divide the block, a batch that is not whole blocks, or a stage left empty by the rounding.
+    A batch has ``batch_tokens`` tokens, whatever its length, unless its stage has a number of its own. Each stage's end
+    is rounded up to the end of a window (a multiple of ``batch_tokens * block_length / seq_len`` from its start), so
+    that the next stage begins at a whole draw whatever the sizes of its batches. Raises :class:`UserError` for lengths
+    that do not divide the block, a batch that is not whole blocks, or a stage left empty by the rounding.
     """
 
     def __init__(self, stages: Sequence[StageSpec], *, block_length: int, batch_tokens: int) -> None:
         if not stages:
             raise UserError("the plan needs at least one stage")
-        if block_length < 1 or batch_tokens < 1 or batch_tokens % block_length:
-            raise UserError(
-                f"batch_tokens {batch_tokens} must be a positive multiple of the block of {block_length} tokens"
-            )
+        if block_length < 1:
+            raise UserError(f"a block must have at least one token, got block_length {block_length}")
         self.block_length = block_length
-        self.batch_tokens = batch_tokens
         resolved: list[Stage] = []
         start = 0
-        for i, (seq_len, until) in enumerate(stages):
+        for i, (seq_len, until, own) in enumerate(stages):
             if seq_len < 1 or block_length % seq_len:
                 raise UserError(f"stage {i}: seq_len {seq_len} must divide the block of {block_length} tokens")
+            batch = batch_tokens if own is None else own
+            if batch < 1 or batch % block_length:
+                raise UserError(
+                    f"stage {i}: batch_tokens {batch} must be a positive multiple of the block of {block_length} tokens"
+                )
             k = block_length // seq_len
-            window = k * batch_tokens
+            window = k * batch
             if until <= start:
                 before = f"; the stage before it ends at {start}, a multiple of whole windows" if resolved else ""
                 raise UserError(f"stage {i} would be empty: until_tokens {until}{before}")
             end = start + -(-(until - start) // window) * window
-            resolved.append(Stage(seq_len, start, end, batch_tokens, batch_tokens // seq_len, k))
+            resolved.append(Stage(seq_len, start, end, batch, batch // seq_len, k))
             start = end
         self.stages = tuple(resolved)
         self.total_tokens = start

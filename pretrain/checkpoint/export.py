@@ -17,6 +17,7 @@ from data_pipeline.tokenization.roles import check_objective
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain.checkpoint import commit
 from pretrain.config import RunConfig, load_config, parse_config
+from pretrain.curriculum.stages import model_at
 from pretrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class LoadedModel:
     """A model ready to be evaluated: float32, evaluation mode, on the CPU."""
 
     model: nn.Module
-    model_config: ModelConfig
+    model_config: ModelConfig  # as of the stage it was trained to
     run_config: RunConfig
     tokenizer: Tokenizer
     weights_hash: str  # SHA-256 over names, shapes and bytes
@@ -183,7 +184,8 @@ def _loaded(
 
     tokenizer = Tokenizer.load(folder)
     check_objective(tokenizer.roles.as_dict(), config.model.objective, str(folder))
-    model = build_model(config.model).float().eval()
+    model_config = model_at(config, tokens)
+    model = build_model(model_config).float().eval()
     wanted = unique_weights(model)
     missing = sorted(set(wanted) - set(weights))
     if missing:
@@ -200,4 +202,4 @@ def _loaded(
             )
     model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
     digest = weights_hash(unique_weights(model))
-    return LoadedModel(model, config.model, config, tokenizer, digest, tokens, path, run_dir)
+    return LoadedModel(model, model_config, config, tokenizer, digest, tokens, path, run_dir)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_pipeline.batches.mixture import PERIOD, quotas
 from data_pipeline.batches.order import Plan
 from data_pipeline.errors import UserError
 from pretrain.checkpoint.commit import Manifest
 from pretrain.config import RunConfig, parse_config
+from pretrain.curriculum.past import COMPARED_BY_STAGE, past_differs
 from pretrain.curriculum.plan import build_plan, slice_length
 
 # Dotted keys that the weights, the optimizer's state or the order of the data depend on.
-FIXED = ("model", "seed", "batch_tokens", "precision", "zero_stage", "data.masking", "data.packing")
+FIXED = ("model", "seed", "precision", "zero_stage", "data.masking", "data.packing")
 # Where something is, not what it is (the contents are compared by fingerprint), and what has a comparison of its own.
 _ELSEWHERE = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
 
@@ -39,7 +39,7 @@ def check_resume(
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key) or key.startswith(("curriculum", "data.block_length")) or key in _ELSEWHERE:
             continue
-        if any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
+        if key not in COMPARED_BY_STAGE and any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
             refused.append(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}")
         else:
             changed[key] = [before.get(key), now.get(key)]
@@ -48,20 +48,10 @@ def check_resume(
             f"data.block_length was {old_config.block_length} and is now {config.block_length}: the order of the data "
             "would change (set data.block_length to a length for all stages to come at the start of a run)"
         )
-    elif config.batch_tokens == old_config.batch_tokens:
-        old_plan, tokens = build_plan(old_config), manifest.state.tokens
-        past = _past_stages(old_plan, tokens)
-        if _past_stages(plan, tokens) != past:
-            refused.append(
-                f"curriculum differs in its past: at {tokens} tokens, the stages were (from, seq_len) {past}; only "
-                "stages to come may change"
-            )
-        elif _past_weights(config, plan, tokens) != (weights := _past_weights(old_config, old_plan, tokens)):
-            refused.append(
-                f"the weights of the sources differ in the past: at {tokens} tokens, they were (from, weights) "
-                f"{weights}; only those of stages to come may change"
-            )
-        elif old_config.curriculum != config.curriculum:
+    else:
+        past = past_differs(old_config, build_plan(old_config), config, plan, manifest.state.tokens)
+        refused += past
+        if not past and old_config.curriculum != config.curriculum:
             changed["curriculum"] = [old["config"]["curriculum"], config.model_dump(mode="json")["curriculum"]]
     repacked = _repacked(old_config, config)
     refused += repacked
@@ -84,27 +74,6 @@ def check_resume(
             "old folder is moved aside)"
         )
     return changed
-
-
-def _past_stages(plan: Plan, tokens: int) -> list[tuple[int, int]] | str:
-    """(start, seq_len) of every stage begun before ``tokens``; the order of the data so far depends on nothing else."""
-    if tokens > plan.total_tokens:
-        return f"over after {plan.total_tokens} tokens"
-    stages = [(stage.start_tokens, stage.seq_len) for stage in plan.stages if stage.start_tokens < tokens]
-    current = plan.stages[plan.stage_index(tokens)]
-    on_edge = (tokens - current.start_tokens) % current.batch_tokens == 0
-    return stages if on_edge else "not at the edge of a batch"
-
-
-def _past_weights(config: RunConfig, plan: Plan, tokens: int) -> list[tuple[int, dict[str, float]]]:
-    """(start, share of each source) of every stage begun before ``tokens`` that changed the shares."""
-    out: list[tuple[int, dict[str, float]]] = []
-    for i, stage in enumerate(plan.stages):
-        weights = config.stage_weights(i)
-        shares = dict(zip(weights, (n / PERIOD for n in quotas(list(weights.values()), list(weights))), strict=True))
-        if stage.start_tokens < tokens and (not out or out[-1][1] != shares):
-            out.append((stage.start_tokens, shares))
-    return out
 
 
 def _repacked(old: RunConfig, new: RunConfig) -> list[str]:

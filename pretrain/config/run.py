@@ -27,7 +27,7 @@ class RunConfig(Strict):
     data: DataConfig
     curriculum: tuple[StageConfig, ...] = Field(min_length=1)
     batch_tokens: int = Field(
-        gt=0, description="tokens of one optimizer step, over all processes; the same in every stage"
+        gt=0, description="tokens of one optimizer step, over all processes, where the stage does not say otherwise"
     )
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -64,18 +64,19 @@ class RunConfig(Strict):
                     f"curriculum.{i}.seq_len {stage.seq_len} does not divide the block of {block} tokens: every length "
                     "must divide the longest, so that no token is lost at a switch (powers of two do)"
                 )
-            if self.model.positions == "learned" and stage.seq_len > self.model.max_positions:
-                raise ValueError(
-                    f"curriculum.{i}.seq_len {stage.seq_len} is longer than model.max_positions "
-                    f"{self.model.max_positions}: raise max_positions or use positions: rotary"
-                )
             if stage.weights is not None:
                 self._check_weights(i, stage.weights)
-        if self.batch_tokens % block:
-            raise ValueError(
-                f"batch_tokens {self.batch_tokens} is not a multiple of the longest length, {block}: "
-                f"use {-(-self.batch_tokens // block) * block}"
-            )
+            if stage.rope_theta is not None and self.model.positions != "rotary":
+                raise ValueError(
+                    f"curriculum.{i}.rope_theta has no effect with model.positions: {self.model.positions}"
+                )
+            if stage.masking_rate is not None and self.model.objective != "mlm":
+                raise ValueError(f"curriculum.{i}.masking_rate has no effect with model.objective: clm")
+            if stage.batch_tokens is not None:
+                self._check_batch(f"curriculum.{i}.batch_tokens", stage.batch_tokens)
+        self._check_batch("batch_tokens", self.batch_tokens)
+        if self.model.trained_positions is not None:
+            raise ValueError("model.trained_positions follows from the curriculum: leave it out")
         if self.zero_stage == 0 and self.precision != "fp32":
             raise ValueError(
                 f"zero_stage 0 with {self.precision} is refused: DeepSpeed 0.19.8 takes a phantom optimizer step there "
@@ -87,6 +88,13 @@ class RunConfig(Strict):
                 f"{self.total_tokens} tokens"
             )
         return self
+
+    def _check_batch(self, key: str, tokens: int) -> None:
+        block = self.block_length
+        if tokens % block:
+            raise ValueError(
+                f"{key} {tokens} is not a multiple of the longest length, {block}: use {-(-tokens // block) * block}"
+            )
 
     def _check_weights(self, stage: int, weights: dict[str, float]) -> None:
         names = [source.name for source in self.data.sources]

@@ -13,7 +13,7 @@ from pretrain.config import RunConfig
 def build_plan(config: RunConfig) -> Plan:
     """The plan of the run: which tokens each global batch holds. Raises :class:`UserError` for impossible stages."""
     return Plan(
-        [StageSpec(stage.seq_len, stage.until_tokens) for stage in config.curriculum],
+        [StageSpec(stage.seq_len, stage.until_tokens, stage.batch_tokens) for stage in config.curriculum],
         block_length=config.block_length,
         batch_tokens=config.batch_tokens,
     )
@@ -49,7 +49,7 @@ def check_world_size(plan: Plan, world_size: int) -> None:
         raise UserError(
             f"stage {i} has {stage.rows} rows of {stage.seq_len} tokens in a batch, which {world_size} processes "
             f"cannot share evenly: use {' or '.join(str(n) for n in sorted(near))} processes, or batch_tokens "
-            f"{-(-plan.batch_tokens // unit) * unit}"
+            f"{-(-stage.batch_tokens // unit) * unit} in this stage"
         )
 
 

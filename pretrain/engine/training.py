@@ -19,13 +19,16 @@ import torch
 
 from data_pipeline.errors import UserError
 from pretrain.config import OptimizerConfig, RunConfig
+from pretrain.curriculum.stages import stage_model
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
+from pretrain.engine.positions import extend_positions
 from pretrain.model.attention.layout import Layout
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
 
 if TYPE_CHECKING:
+    from pretrain.model.config import ModelConfig
     from pretrain.model.transformer import LMOutput, NystromformerLM
 
 
@@ -78,7 +81,7 @@ class TrainingEngine:
         self.zero_stage = config.zero_stage
         self.deepspeed_config = build_deepspeed_config(config)
         randomness.seed_everything(config.seed)
-        self.model: NystromformerLM = build_model(config.model)
+        self.model: NystromformerLM = build_model(stage_model(config, 0))
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         optimizer = build_optimizer(self.model, config.optimizer)
         self._guard = StepGuard(optimizer, config.optimizer) if self.zero_stage == 0 else None
@@ -139,6 +142,16 @@ class TrainingEngine:
             return self._engine(input_ids, labels=labels, **options)
         finally:
             self._engine.train()
+
+    def enter_stage(self, model: ModelConfig, extend_from: int | None = None) -> None:
+        """Let the model compute what it does in a stage (:func:`pretrain.curriculum.stages.stage_model`).
+
+        ``extend_from``: also copy learned positions, of which so many are trained, to all that the stage trains: where
+        the stage begins, and nowhere else. All processes must call it alike.
+        """
+        self.model.set_positions(model)
+        if extend_from is not None:
+            extend_positions(self._engine, self.model, extend_from)
 
     def train(self) -> None:
         """Put the model into training mode."""

@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+STAGE_FIELDS = ("rope_theta", "rope_position_scale", "trained_positions")
+"""What the curriculum changes of a model while it trains; see :mod:`pretrain.curriculum.stages`."""
+
 
 class ModelConfig(BaseModel):
     """A Nyströmformer: a masked encoder (``objective: mlm``) or a causal decoder (``objective: clm``).
@@ -33,18 +36,27 @@ class ModelConfig(BaseModel):
     init_std: float = Field(0.02, gt=0)
 
     positions: Literal["rotary", "learned", "none"] = "rotary"
-    rope_theta: float = Field(10_000.0, gt=0)
+    rope_theta: float = Field(
+        10_000.0, gt=0, description="base of the rotary angles; stages of the curriculum may change it"
+    )
     rope_scaling: Literal["none", "ntk", "linear"] = Field(
-        "none", description="what happens to rotary angles when a stage is longer than the first; see positions.py"
+        "none",
+        description="rotary angles where a stage is longer than those before. none: they stay; ntk: the base grows so "
+        "that the slowest angle spans the new length; linear: positions are shrunk to the old one",
     )
     rope_position_scale: float = Field(
-        1.0, gt=0.0, le=1.0, description="rotary positions are multiplied by it; set by rope_scaling: linear"
+        1.0, gt=0.0, le=1.0, description="rotary positions are multiplied by it; rope_scaling: linear makes it smaller"
     )
-    max_positions: int = Field(512, gt=0, description="rows of the learned position table; only for positions: learned")
+    max_positions: int = Field(
+        512,
+        gt=0,
+        description="learned: rows of the position table, at least; a run makes it as long as the longest stage",
+    )
     trained_positions: int | None = Field(
         None,
         gt=0,
-        description="learned: rows from here on still repeat the ones before; left out: none do",
+        description="learned: positions from here on repeat the rows of those before; set by the curriculum, which "
+        "copies the rows where a longer stage begins",
     )
 
     # Landmarks' values: through the (pseudo-)inverse of the landmark matrix, as in the paper, or pooled.
@@ -89,6 +101,25 @@ class ModelConfig(BaseModel):
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(
                 f"rotary positions need an even head width, and hidden_size / num_heads is {self.head_dim}"
+            )
+        if self.positions != "rotary" and self.rope_scaling != "none":
+            raise ValueError(f"rope_scaling {self.rope_scaling} has no effect with positions: {self.positions}")
+        if self.positions != "rotary" and self.rope_position_scale != 1.0:
+            raise ValueError(
+                f"rope_position_scale {self.rope_position_scale} has no effect with positions: {self.positions}"
+            )
+        if self.rope_scaling == "ntk" and self.head_dim <= 2:
+            raise ValueError(
+                f"rope_scaling ntk needs heads wider than 2, and hidden_size / num_heads is {self.head_dim}: there is "
+                "a single angle, which does not depend on the base"
+            )
+        if self.trained_positions is not None and self.positions != "learned":
+            raise ValueError(
+                f"trained_positions {self.trained_positions} has no effect with positions: {self.positions}"
+            )
+        if self.trained_positions is not None and self.trained_positions > self.max_positions:
+            raise ValueError(
+                f"trained_positions {self.trained_positions} is more than max_positions {self.max_positions}"
             )
         if self.objective == "mlm" and self.conv_kernel and self.conv_kernel % 2 == 0:
             raise ValueError(

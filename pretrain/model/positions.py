@@ -1,7 +1,8 @@
-"""Where a token stands: rotary tables, computed once for each batch and shared by all layers.
+"""Where a token stands: rotary tables, computed once for each batch and shared by all layers, and rows of learned ones.
 
 What happens when the length grows beyond the training length: ``rotary`` computes any position, but its slow angles
-have never been seen (raise ``rope_theta`` and train on the longer length); ``learned`` has no row for it and raises;
+have never been seen; the curriculum changes base or scale where a longer stage begins
+(:mod:`pretrain.curriculum.stages`). ``learned`` repeats the rows that were trained and raises beyond its table.
 ``none`` has nothing to extend (a causal decoder still tells positions apart through its masks, an encoder only through
 the convolution).
 """
@@ -15,15 +16,32 @@ RotaryTable = tuple[Tensor, Tensor]
 """Cosines and sines, each (1 or B, N, 1, width / 2)."""
 
 
-def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> RotaryTable:
+POSITION_OFFSET = 2
+"""Learned positions start at this row, as in transformers' checkpoints."""
+
+
+def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype, *, scale: float = 1.0) -> RotaryTable:
     """Cosines and sines of rotary position embeddings (Su et al. 2021, arXiv 2104.09864, section 3.2.2).
 
-    positions: (1 or B, N) int64; returns two (1 or B, N, 1, width / 2) of ``dtype``. Angles are formed in float64: a
+    positions: (1 or B, N) int64; returns two (1 or B, N, 1, width / 2) of ``dtype``. ``scale`` multiplies the positions
+    (position interpolation, Chen et al. 2023, arXiv 2306.15595, eq. 4). Both are constants of the model, never taken
+    from the length at hand: the logits of a prefix would change with what follows it. Angles are formed in float64: a
     float32 product is off by 4e-3 radians at position 65,536.
     """
     steps = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
-    angles = positions.to(torch.float64)[:, :, None, None] * theta ** (-steps / width)
+    angles = (positions.to(torch.float64) * scale)[:, :, None, None] * theta ** (-steps / width)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def learned_rows(positions: Tensor, longest: int, trained: int | None) -> Tensor:
+    """Rows of the learned table for ``positions`` (any shape, all below ``longest``), int64.
+
+    Positions from ``trained`` on have not been trained: they take the rows of the trained ones again, in order, as
+    Longformer's table is extended (Beltagy et al. 2020, arXiv 2004.05150, section 5). None: all rows are trained.
+    """
+    if trained is not None and longest > trained:
+        positions = positions % trained
+    return positions + POSITION_OFFSET
 
 
 def segment_means(table: RotaryTable, segment_length: int) -> RotaryTable:

@@ -15,15 +15,13 @@ from data_pipeline.errors import UserError
 from pretrain.model.attention.cache import LayerCache
 from pretrain.model.attention.layout import Layout
 from pretrain.model.attention.self_attention import AttentionContext, SelfAttention
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import STAGE_FIELDS, ModelConfig
 from pretrain.model.decoding import DecodingCache
 from pretrain.model.flops import forward_flops_per_token
+from pretrain.model.positions import POSITION_OFFSET, learned_rows
 
 IGNORE = -100
 """Label of a position that is not a target."""
-
-POSITION_OFFSET = 2
-"""Learned positions start at this row, as in transformers' checkpoints."""
 
 LOSS_CHUNK_ELEMENTS = 2**26
 """Logits held at a time in the loss: 256 MiB in float32. More are computed in chunks and again in the backward pass."""
@@ -61,7 +59,8 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, input_ids: Tensor, layout: Layout) -> Tensor:
+    def forward(self, input_ids: Tensor, layout: Layout, trained_positions: int | None = None) -> Tensor:
+        """Positions from ``trained_positions`` on repeat those before; see :func:`learned_rows`."""
         x = self.word_embeddings(input_ids)
         if self.position_embeddings is not None:
             available = self.position_embeddings.num_embeddings - POSITION_OFFSET
@@ -70,7 +69,8 @@ class Embeddings(nn.Module):
                     f"a sequence of {layout.longest} tokens is longer than the model's {available} learned positions: "
                     "shorten it, or train with a larger model.max_positions or positions: rotary"
                 )
-            x = x + self.position_embeddings(layout.positions(input_ids.device) + POSITION_OFFSET)
+            positions = layout.positions(input_ids.device)
+            x = x + self.position_embeddings(learned_rows(positions, layout.longest, trained_positions))
         return self.dropout(self.norm(x))
 
 
@@ -142,6 +142,17 @@ class NystromformerLM(nn.Module):
             self.head.decoder.weight = self.embeddings.word_embeddings.weight
         self.reset_parameters()
 
+    def set_positions(self, config: ModelConfig) -> None:
+        """Compute from now on what ``config`` says; it may differ from the present one in :data:`STAGE_FIELDS` only.
+
+        The forward pass reads ``self.config`` anew each time, so a compiled model notices and compiles again.
+        """
+        old, new = self.config.model_dump(), config.model_dump()
+        other = sorted(key for key in old if key not in STAGE_FIELDS and old[key] != new[key])
+        if other:
+            raise ValueError(f"a model that is built cannot change {', '.join(other)}")
+        self.config = config
+
     def reset_parameters(self) -> None:
         """Normal weights of ``init_std``, zero biases; with pre-norm the projections that write to the residual stream
         are scaled by 1 / sqrt(2 layers), so that its variance at the output does not grow with depth (Radford et al.
@@ -184,7 +195,7 @@ class NystromformerLM(nn.Module):
             raise ValueError(
                 f"layout is for ({layout.batch}, {layout.length}) tokens, input_ids are ({batch}, {length})"
             )
-        x = self.embeddings(input_ids, layout)
+        x = self.embeddings(input_ids, layout, self.config.trained_positions)
         context = AttentionContext.build(self.config, layout, x.device, x.dtype, None if cache is None else cache.plan)
         for number, layer in enumerate(self.layers):
             x = layer(x, context, None if cache is None else cache.layers[number])

@@ -143,6 +143,55 @@ def test_iterating_again_starts_again(shards: ShardSet) -> None:
     assert all(same(a, b) for a, b in zip(itertools.islice(again, 5), itertools.islice(again, 5), strict=True))
 
 
+# Each stage has a batch and a masking of its own; 4 processes share every one of them.
+UNEVEN = Plan(
+    [StageSpec(8, 1500, 128), StageSpec(16, 4000), StageSpec(32, 7000, 512), StageSpec(8, 9000, 256)],
+    block_length=32,
+    batch_tokens=384,
+)
+MASKINGS = [Masking(rate=0.4), Masking(), Masking(rate=0.25, unit="word"), Masking(rate=0.1)]
+
+
+def uneven(shards: ShardSet, **options: Any) -> TrainLoader:
+    data = TrainingData.stream(shards, UNEVEN.block_length)
+    return TrainLoader(data, UNEVEN, **{"objective": "mlm", "seed": 5, "masking": MASKINGS, **options})
+
+
+def test_every_stage_has_its_own_batch_and_masking(shards: ShardSet) -> None:
+    whole = list(uneven(shards))
+    position = 0
+    for batch in whole:
+        stage = UNEVEN.stages[batch.stage]
+        assert (batch.tokens_before, batch.tokens, batch.input_ids.numel()) == (position, *[stage.batch_tokens] * 2)
+        position += batch.tokens
+    assert position == UNEVEN.total_tokens
+    for masking, rows in itertools.groupby(whole, key=lambda batch: MASKINGS[batch.stage]):
+        labels = torch.cat([batch.labels.flatten() for batch in rows])
+        assert abs(float((labels != -100).float().mean()) / masking.rate - 1) < 0.2
+    # The noise is that of a run which masks everything as the stage does: nothing of the stages before is in it.
+    for number, masking in enumerate(MASKINGS):
+        alone = uneven(shards, masking=masking)
+        for batch in whole:
+            assert same(batch, alone.batch_at(batch.tokens_before)) or batch.stage != number
+
+
+@pytest.mark.parametrize("gather_tokens", [1, 700, 1 << 20])
+def test_uneven_stages_resume_and_share_out_anywhere(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, gather_tokens: int
+) -> None:
+    whole = list(uneven(shards))
+    monkeypatch.setattr(loader_module, "GATHER_TOKENS", gather_tokens)
+    edges = [0] + [i for i in range(1, len(whole)) if whole[i].stage != whole[i - 1].stage]
+    for i in {*edges, *(edge - 1 for edge in edges if edge), 3, len(whole) - 1}:
+        rest = list(uneven(shards, tokens_consumed=whole[i].tokens_before))
+        assert len(rest) == len(whole) - i
+        assert all(same(a, b) for a, b in zip(rest, whole[i:], strict=True))
+    ranks = [uneven(shards, rank=rank, world_size=4) for rank in range(4)]
+    for batch, *parts in zip(whole, *ranks, strict=True):
+        for name in ("input_ids", "labels", "sample_ids"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+
+
 def test_seeds_differ(shards: ShardSet) -> None:
     data = TrainingData.stream(shards, PLAN.block_length)
     a, b = (TrainLoader(data, PLAN, objective="clm", seed=seed).batch_at(0) for seed in (1, 2))
@@ -259,6 +308,8 @@ def test_refusals(shards: ShardSet) -> None:
     data = TrainingData.stream(shards, 32)
     with pytest.raises(UserError, match="mlm needs masking"):
         TrainLoader(data, PLAN, objective="mlm", seed=1)
+    with pytest.raises(ValueError, match="2 maskings for a plan of 3 stages"):
+        TrainLoader(data, PLAN, objective="mlm", seed=1, masking=[MASKING, MASKING])
     with pytest.raises(ValueError, match="blocks of 64 tokens do not fit a plan of 32"):
         TrainLoader(TrainingData.stream(shards, 64), PLAN, objective="clm", seed=1)
     maskless = copy.copy(shards)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -91,17 +92,18 @@ def test_draws_do_not_depend_on_what_was_asked_before() -> None:
         np.testing.assert_array_equal(BlockOrder(1000, seed=1).blocks(ask), expected[ask])
 
 
-# (lengths and ends, block, batch)
-PLANS: list[tuple[list[tuple[int, int]], int, int]] = [
+# (lengths and ends, and the stage's batch where it has its own; block, batch)
+PLANS: list[tuple[list[tuple[int, ...]], int, int]] = [
     ([(8, 1000)], 8, 32),
     ([(2, 100), (4, 200), (8, 900)], 8, 32),
     ([(8, 1), (2, 600), (4, 1500), (1, 3000), (8, 5000)], 8, 24),
     ([(4, 100)], 8, 8),
     ([(3, 500), (12, 1500), (6, 4000)], 12, 60),
+    ([(2, 100, 16), (4, 500), (8, 900, 64), (2, 2000, 8)], 8, 32),
 ]
 
 
-def plan_of(stages: Sequence[tuple[int, int]], block: int, batch: int) -> Plan:
+def plan_of(stages: Sequence[tuple[int, ...]], block: int, batch: int) -> Plan:
     return Plan([StageSpec(*stage) for stage in stages], block_length=block, batch_tokens=batch)
 
 
@@ -116,26 +118,34 @@ def positions(plan: Plan) -> list[int]:
 
 
 @pytest.mark.parametrize(("stages", "block", "batch"), PLANS)
-def test_stages_end_at_windows_and_batches_are_constant(stages: list[tuple[int, int]], block: int, batch: int) -> None:
+def test_stages_end_at_windows_and_batches_are_constant_within(
+    stages: list[tuple[int, ...]], block: int, batch: int
+) -> None:
     plan = plan_of(stages, block, batch)
     start = 0
-    for stage, (seq_len, until) in zip(plan.stages, stages, strict=True):
-        window = batch * block // seq_len
-        assert (stage.start_tokens, stage.seq_len, stage.rows * seq_len) == (start, seq_len, batch)
+    for stage, (seq_len, until, *own) in zip(plan.stages, stages, strict=True):
+        tokens = own[0] if own else batch
+        window = tokens * block // seq_len
+        assert (stage.start_tokens, stage.seq_len, stage.rows * seq_len) == (start, seq_len, tokens)
+        assert (stage.batch_tokens, stage.start_tokens % block) == (tokens, 0)
         assert (stage.end_tokens - start) % window == 0
         assert until <= stage.end_tokens < until + window
         start = stage.end_tokens
     assert plan.total_tokens == start
-    assert plan.num_batches == len(positions(plan)) == start // batch
+    assert plan.num_batches == len(positions(plan))
 
 
 @pytest.mark.parametrize(("stages", "block", "batch"), PLANS)
 @pytest.mark.parametrize("num_blocks", [5, 16, 33, 1000])
 def test_every_token_of_an_epoch_once_through_changes_of_length(
-    stages: list[tuple[int, int]], block: int, batch: int, num_blocks: int
+    stages: list[tuple[int, ...]], block: int, batch: int, num_blocks: int
 ) -> None:
     """Walk the whole run by single tokens: after n draws, each token of the drawn blocks has come exactly once."""
-    plan, order = plan_of(stages, block, batch), BlockOrder(num_blocks, seed=11)
+    walk(plan_of(stages, block, batch), num_blocks)
+
+
+def walk(plan: Plan, num_blocks: int) -> None:
+    block, order = plan.block_length, BlockOrder(num_blocks, seed=11)
     seen = np.zeros((plan.total_tokens // block, block), dtype=np.int64)  # by draw and place in the block
     stream = np.zeros(num_blocks * block, dtype=np.int64)
     for position in positions(plan):
@@ -146,7 +156,7 @@ def test_every_token_of_an_epoch_once_through_changes_of_length(
         columns = slices[:, None] * stage.seq_len + np.arange(stage.seq_len)
         seen[draws[:, None], columns] += 1
         np.add.at(stream, order.blocks(draws)[:, None] * block + columns, 1)
-        if position + batch == stage.end_tokens:  # nothing is half used where the length changes
+        if position + stage.batch_tokens == stage.end_tokens:  # nothing is half used where the length changes
             done = stage.end_tokens // block
             assert (seen[:done] == 1).all()
             assert (seen[done:] == 0).all()
@@ -154,6 +164,69 @@ def test_every_token_of_an_epoch_once_through_changes_of_length(
             assert ((stream == epochs) | (stream == epochs + 1)).all()
             assert (stream == epochs + 1).sum() == rest * block
     assert (seen == 1).all()
+
+
+def random_plan(seed: int) -> Plan:
+    """Up to five stages of any length that divides the block, with any batch of whole blocks, the ends anywhere."""
+    rng = np.random.default_rng(seed)
+    block = int(rng.choice([6, 8, 12, 16]))
+    lengths = [n for n in range(1, block + 1) if block % n == 0]
+    stages, end = [], 0
+    for _ in range(rng.integers(1, 6)):
+        batch = block * int(rng.integers(1, 9)) if rng.random() < 0.8 else None
+        # Beyond the end that any rounding gives the stage before: its window is at most block * 8 * block tokens.
+        end += block * 8 * block + int(rng.integers(1, 40 * block))
+        stages.append(StageSpec(int(rng.choice(lengths)), end, batch))
+    return Plan(stages, block_length=block, batch_tokens=block * int(rng.integers(1, 9)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_batches_in_any_stages_deal_each_token_once_an_epoch(seed: int) -> None:
+    plan = random_plan(seed)
+    walk(plan, num_blocks=7 + 31 * (seed % 3))
+    draws = 0  # a stage begins at the draw after the last one of the stage before, whole
+    for stage in plan.stages:
+        assert plan.rows(stage.start_tokens)[0].tolist() == list(range(draws, draws + stage.rows))
+        draws += (stage.end_tokens - stage.start_tokens) // plan.block_length
+        assert plan.rows(stage.end_tokens - stage.batch_tokens)[0].max() == draws - 1
+    assert draws * plan.block_length == plan.total_tokens
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_batches_read_together_stay_in_their_stage(seed: int) -> None:
+    """Whatever is read in one go is what the plan gives batch by batch."""
+    plan = random_plan(seed)
+    for limit in (1, 3, 1000):
+        position = 0
+        while position < plan.total_tokens:
+            part = plan.part(position, limit)
+            stage = plan.stages[part.stage]
+            assert 1 <= part.windows * part.slices <= limit
+            for number in range(part.windows * part.slices):
+                assert plan.stage_index(position) == part.stage
+                draws, slices = plan.rows(position)
+                window, j = divmod(number, part.slices)
+                assert draws[0] == part.first_draw + window * stage.rows
+                assert slices[0] == part.first_slice + j
+                position += stage.batch_tokens
+        assert position == plan.total_tokens
+
+
+def test_from_128_to_16384_tokens() -> None:
+    """The arithmetic of a long curriculum: lengths double, the batch grows, each stage is rounded to whole windows."""
+    lengths = [128 << i for i in range(8)]
+    ends = [10**9 * (i + 1) for i in range(8)]
+    batches = [2**18, 2**18, 2**18, 2**19, 2**19, 2**20, 2**20, 2**21]
+    stages = [StageSpec(*stage) for stage in zip(lengths, ends, batches, strict=True)]
+    plan = Plan(stages, block_length=16_384, batch_tokens=2**18)
+    assert [stage.slices for stage in plan.stages] == [128, 64, 32, 16, 8, 4, 2, 1]
+    assert [stage.rows for stage in plan.stages] == [2048, 1024, 512, 512, 256, 256, 128, 128]
+    assert all(stage.end_tokens - end < 128 * 2**18 for stage, end in zip(plan.stages, ends, strict=True))
+    for before, stage in pairwise(plan.stages):
+        last, _ = plan.rows(before.end_tokens - before.batch_tokens)
+        first, slices = plan.rows(stage.start_tokens)
+        assert first[0] == last[-1] + 1 == stage.start_tokens // 16_384
+        assert not slices.any()
 
 
 def test_sample_positions_tile_the_training_order() -> None:
@@ -216,6 +289,8 @@ def test_position_lookup() -> None:
         ([], 8, 32, "at least one stage"),
         ([(8, 100)], 8, 20, "batch_tokens 20 must be a positive multiple of the block of 8"),
         ([(8, 100)], 8, 0, "batch_tokens 0"),
+        ([(8, 100), (4, 200, 20)], 8, 32, "stage 1: batch_tokens 20 must be a positive multiple of the block of 8"),
+        ([(8, 100)], 0, 32, "a block must have at least one token"),
         ([(3, 100)], 8, 32, "stage 0: seq_len 3 must divide the block of 8"),
         ([(16, 100)], 8, 32, "stage 0: seq_len 16"),
         ([(0, 100)], 8, 32, "stage 0: seq_len 0"),
@@ -223,6 +298,6 @@ def test_position_lookup() -> None:
         ([(8, 0)], 8, 32, "stage 0 would be empty"),
     ],
 )
-def test_impossible_plans_are_refused(stages: list[tuple[int, int]], block: int, batch: int, message: str) -> None:
+def test_impossible_plans_are_refused(stages: list[tuple[int, ...]], block: int, batch: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan_of(stages, block, batch)

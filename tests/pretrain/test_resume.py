@@ -66,6 +66,68 @@ def test_weights_may_change_in_stages_to_come_only(corpus: Path) -> None:
         resume(case(corpus), other, 256)
 
 
+def staged(corpus: Path, model: dict[str, Any] | None = None, **stages: list[Any]) -> dict[str, Any]:
+    """Three stages of 1024 tokens each; ``stages`` are lists of a key's values, None where it is left out."""
+    curriculum = [
+        {"until_tokens": 1024 * (i + 1), "seq_len": 16 << i, "micro_batch": 2}
+        | {key: values[i] for key, values in stages.items() if values[i] is not None}
+        for i in range(3)
+    ]
+    return settings(corpus, corpus, curriculum=curriculum, model=model or {})
+
+
+@pytest.mark.parametrize(
+    ("key", "was", "now", "message"),
+    [
+        ("batch_tokens", [None, None, None], [None, 512, None], "curriculum.1.batch_tokens was 256 and is now 512"),
+        ("masking_rate", [None, None, None], [None, 0.3, None], "curriculum.1.masking_rate was 0.15 and is now 0.3"),
+        ("rope_theta", [None, None, None], [None, 2e4, None], "curriculum.1.rope_theta was 10000.0 and is now 20000.0"),
+    ],
+)
+def test_settings_of_stages_to_come_may_change(
+    corpus: Path, key: str, was: list[Any], now: list[Any], message: str
+) -> None:
+    before, after = staged(corpus, **{key: was}), staged(corpus, **{key: now})
+    for tokens in (0, 512, 1024):  # the second stage begins at 1024
+        assert set(resume(before, after, tokens)) == {"curriculum"}
+    for tokens in (1536, 2048, 3072):
+        with pytest.raises(UserError, match="differs in its past: " + message) as refusal:
+            resume(before, after, tokens)
+        assert "stage 1 began at 1024 tokens and the run stands at" in str(refusal.value)
+    later = staged(corpus, **{key: [*was[:2], now[1]]})  # the same change one stage later
+    assert set(resume(before, later, 2048)) == {"curriculum"}
+
+
+def test_what_a_stage_had_counts_and_not_where_it_was_written(corpus: Path) -> None:
+    moved = staged(corpus, batch_tokens=[256, 256, None])
+    moved["batch_tokens"] = 512
+    assert resume(staged(corpus), moved, 2048)["batch_tokens"] == [256, 512]
+    with pytest.raises(UserError, match=r"curriculum.2.batch_tokens was 256 and is now 512"):
+        resume(staged(corpus), moved, 2560)
+    ntk = staged(corpus, {"rope_scaling": "ntk"})
+    assert resume(staged(corpus), ntk, 1024) == {"model.rope_scaling": ["none", "ntk"]}  # it changed nothing so far
+    with pytest.raises(UserError, match=r"curriculum.1.rope_theta was 10000.0 and is now 25198"):
+        resume(staged(corpus), ntk, 1536)
+    linear = staged(corpus, {"rope_scaling": "linear"})
+    with pytest.raises(UserError, match=r"curriculum.1.rope_position_scale was 1.0 and is now 0.5"):
+        resume(staged(corpus), linear, 1536)
+    with pytest.raises(UserError, match=r"curriculum.0.rope_theta was 10000.0 and is now 50000.0"):
+        resume(staged(corpus), staged(corpus, {"rope_theta": 5e4}), 256)
+
+
+def test_other_positions_are_refused_once_and_by_their_own_name(corpus: Path) -> None:
+    with pytest.raises(UserError, match=r"model.positions was 'rotary' and is now 'learned'") as refusal:
+        resume(staged(corpus), staged(corpus, {"positions": "learned"}), 1536)
+    assert "rope_theta" not in str(refusal.value)
+    other = staged(corpus)
+    other["curriculum"][1]["seq_len"] = 16
+    with pytest.raises(UserError, match=r"the stages were \(from, seq_len\) \[\(0, 16\), \(1024, 32\)\] and are now"):
+        resume(staged(corpus), other, 1536)
+    short = {**staged(corpus), "data": {"train": str(corpus / "train"), "block_length": 64}}
+    with pytest.raises(UserError, match="differs in its past: it is over after 1024 tokens, at 2048 tokens"):
+        resume(short, {**short, "curriculum": short["curriculum"][:1]}, 2048)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -59,8 +59,7 @@ class AttentionContext:
             _say_exact(layout.longest, limit)
         rotary = far = None
         if config.positions == "rotary":
-            table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-            rotary = rotary_table(layout.positions(device), config.head_dim, config.rope_theta, table_dtype)
+            rotary = _table(config, layout.positions(device), dtype)
             size = config.segment_length
             segments = -(-layout.length // size)
             if config.has_landmark_query and (segments > config.window_segments or plan is not None):
@@ -68,7 +67,7 @@ class AttentionContext:
                 if not (layout.is_full and layout.length == segments * size):
                     # Every sequence starts at position 0, so one table serves all.
                     every = torch.arange(segments * size, device=device).unsqueeze(0)
-                    table = rotary_table(every, config.head_dim, config.rope_theta, table_dtype)
+                    table = _table(config, every, dtype)
                 far = segment_means(table, size)
         return cls(layout.partition(device, causal=causal, num_landmarks=landmarks), rotary, far, plan)
 
@@ -77,13 +76,16 @@ class AttentionContext:
         """The landmarks are those that the step makes."""
         rotary = far = None
         if config.positions == "rotary":
-            table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-            rotary = rotary_table(step.positions(device), config.head_dim, config.rope_theta, table_dtype)
+            rotary = _table(config, step.positions(device), dtype)
             if config.has_landmark_query and step.completed is not None:
                 tokens = step.completed.positions.flatten().unsqueeze(0)
-                table = rotary_table(tokens, config.head_dim, config.rope_theta, table_dtype)
-                far = segment_means(table, config.segment_length)
+                far = segment_means(_table(config, tokens, dtype), config.segment_length)
         return cls(Partition((), None), rotary, far, step)
+
+
+def _table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> RotaryTable:
+    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return rotary_table(positions, config.head_dim, config.rope_theta, table_dtype, scale=config.rope_position_scale)
 
 
 class SelfAttention(nn.Module):
