@@ -170,9 +170,11 @@ class SavedStates:
         self.layout = Layout(self.world_size, 0, tuple(map(tuple, names)), none)
         for group, entry in zip(names, self.groups, strict=True):
             for name, key in zip(group, entry["params"], strict=True):
-                weights = model["module"][name]
+                weights, state = model["module"][name], optimizer["state"].get(key, {})
+                if any(isinstance(v, torch.Tensor) and v.ndim and v.shape != weights.shape for v in state.values()):
+                    raise UserError(f"checkpoint {self.folder}: the optimizer's state of {name} has another shape")
                 self.shapes[name] = weights.shape
-                owner = _owner(weights, weights.shape, optimizer["state"].get(key, {}))
+                owner = _owner(weights, weights.shape, state)
                 self._stretches[name] = [_Stretch(owner, 0, 0, weights.numel())]
 
 

@@ -13,9 +13,10 @@ from training_case import metrics, settings, write_config, write_corpus
 from data_pipeline.errors import run_cli
 
 STOP_AT = 3  # of 8 steps; the curriculum's edge is after 4
-# Sums in another order, over 8 steps of AdamW: of float32, and where weights and activations are rounded to bfloat16.
-TOLERANCE = {"fp32": {"rtol": 2e-5}, "bf16": {"rtol": 4e-3}}
-WEIGHTS = {"fp32": 2e-4, "bf16": 2e-2}
+# Sums in another order over 8 steps of AdamW, of float32 and where weights and activations are rounded to bfloat16:
+# relative for loss and gradient norm, absolute for the weights. Largest of seven cases: 8e-8, 2e-7, 2e-5 in float32;
+# 4e-5, 2e-3, 8e-3 in bfloat16 (a weight with hardly a gradient takes a step of up to lr = 0.01 either way).
+TOLERANCE = {"fp32": (1e-6, 2e-6, 1e-4), "bf16": (2e-4, 1e-2, 2e-2)}
 
 
 def train(config: str, stop_after: int | None = None) -> int:
@@ -46,6 +47,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def consolidated(folder: str) -> tuple[list[str], str]:
+    """Runs in a rank: names of the second moments in a checkpoint, and what is said of a state that it has not."""
+    from data_pipeline.errors import UserError
+    from pretrain.checkpoint.export import consolidate
+
+    moments = consolidate(Path(folder), "exp_avg_sq")
+    assert {name: value.shape for name, value in moments.items()} == {
+        name: value.shape for name, value in consolidate(Path(folder)).items()
+    }
+    assert all((value >= 0).all() and value.any() for value in moments.values())
+    with pytest.raises(UserError) as refusal:
+        consolidate(Path(folder), "ema")
+    return sorted(moments), str(refusal.value)
+
+
 def exported(run: Path) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
@@ -69,11 +85,12 @@ def go_on(corpus: Path, tmp_path: Path, parts: list[tuple[int, int]], precision:
         outputs.append(ended[0].output)
     expected, got = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
     assert [row["step"] for row in got] == list(range(1, 9))
-    for key in ("loss", "grad_norm"):
+    loss, norm, weight = TOLERANCE[precision]
+    for key, tolerance in (("loss", loss), ("grad_norm", norm)):
         a, b = ([row[key] for row in rows] for rows in (got, expected))
-        np.testing.assert_allclose(a, b, rtol=TOLERANCE[precision]["rtol"] * (1 if key == "loss" else 10), err_msg=key)
+        np.testing.assert_allclose(a, b, rtol=tolerance, err_msg=key)
     for name, value in exported(tmp_path / "whole").items():
-        np.testing.assert_allclose(exported(tmp_path / "parts")[name], value, atol=WEIGHTS[precision], err_msg=name)
+        np.testing.assert_allclose(exported(tmp_path / "parts")[name], value, atol=weight, rtol=0, err_msg=name)
     return outputs
 
 
@@ -82,6 +99,11 @@ def test_fewer_processes(corpus: Path, tmp_path: Path) -> None:
     assert "changed since: processes from 2 to 1" in outputs[1]
     assert "cut anew" in outputs[1]
     assert "new stream of random numbers" in outputs[1]
+    folder = tmp_path / "parts" / "checkpoints" / f"step{STOP_AT:09d}"  # of two processes
+    ((names, refusal),) = values(run_ranks(consolidated, 1, folder=str(folder)))
+    assert names == sorted(exported(tmp_path / "parts"))
+    assert f"checkpoint {folder} has no 'ema' of " in refusal
+    assert "there are fp32, exp_avg, exp_avg_sq" in refusal
 
 
 def test_more_processes_and_another_stage(corpus: Path, tmp_path: Path) -> None:
@@ -95,3 +117,28 @@ def test_another_stage_on_the_same_processes_draws_on(corpus: Path, tmp_path: Pa
     outputs = go_on(corpus, tmp_path, [(2, 3), (2, 1)], "fp32", model={"dropout": 0.2})
     assert "cut anew" in outputs[1]
     assert "new stream" not in outputs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parts", "precision", "objective"),
+    [
+        ([(4, 1), (2, 2)], "bf16", "mlm"),
+        ([(2, 3), (4, 2)], "bf16", "clm"),
+        ([(1, 0), (2, 3), (4, 1)], "fp32", "mlm"),
+        ([(4, 3), (2, 0), (1, 2)], "fp32", "clm"),
+    ],
+)
+def test_again_and_again(
+    corpus: Path, tmp_path: Path, parts: list[tuple[int, int]], precision: str, objective: str
+) -> None:
+    go_on(corpus, tmp_path, parts, precision, model={"objective": objective})
+
+
+def test_new_streams_are_decided_by_seed_position_and_rank() -> None:
+    from pretrain.distributed.randomness import derived_seed
+
+    seeds = [derived_seed(*numbers) for numbers in [(3, 768, 0), (3, 768, 1), (3, 1024, 0), (4, 768, 0)]]
+    assert len(set(seeds)) == 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derived_seed(3, 768, 0) == seeds[0]

@@ -39,6 +39,7 @@ def write(folder: str, stages: list[int], precision: str, extra: dict[str, Any])
         for step in range(STEPS):
             take_step(engine, step)
         engine.module.seen.fill_(stage + 1)
+        engine.optimizer.param_groups[0]["lr"] = 0.5  # of the groups' saved values the one that a fresh engine lacks
         tag = f"from-{world_size}-{stage}"
         engine.save_checkpoint(folder, tag=tag, client_state={GROUPS: group_names(engine)}, save_latest=False)
         states = all_states(engine)
@@ -86,6 +87,8 @@ def read(folder: str, stages: list[int], precision: str, extra: dict[str, Any]) 
             groups = {group["name"]: group for group in engine.optimizer.param_groups}
             assert (groups["decay"]["weight_decay"], groups["no_decay"]["weight_decay"]) == (0.5, 0.0)
             assert (groups["decay"]["betas"], groups["no_decay"]["eps"]) == ((0.8, 0.9), 1e-7)
+            assert (groups["decay"]["lr"], groups["no_decay"]["lr"]) == (0.5, 0.01)
+            groups["decay"]["lr"] = 0.01
             take_step(engine, STEPS)
             ours = all_states(engine)
             if precision == "fp32":  # bias correction, decay and averages all went on: it is the plain optimizer's step
@@ -96,6 +99,7 @@ def read(folder: str, stages: list[int], precision: str, extra: dict[str, Any]) 
                 assert stage == saved.layout.zero_stage
                 again = build_engine(stage, precision, extra)
                 again.load_checkpoint(folder, tag=path.name)
+                again.optimizer.param_groups[0]["lr"] = 0.01
                 take_step(again, STEPS)
                 theirs = all_states(again)
                 assert all(torch.equal(ours[n][s], theirs[n][s]) for n in ours for s in ours[n])
