@@ -79,8 +79,7 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
         changed, state = _check(found[1], inputs, world.world_size), found[1].state
 
     engine = TrainingEngine(config, world, verbose)
-    if found is not None:
-        checkpoints.load(engine, found[0])
+    loaded = checkpoints.load(engine, *found) if found is not None else []
     if world.is_first:
         write_atomic(run_dir / "config.yaml", config.to_yaml().encode())
         write_atomic(run_dir / "deepspeed.json", _json(engine.deepspeed_config))
@@ -109,6 +108,8 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
             telemetry.say(f"Goes on from {found[0]}: step {state.step}, {state.tokens:,} tokens.")
             for key, (old, new) in changed.items():
                 telemetry.say(f"  changed since: {key} from {old} to {new}")
+            for line in loaded:
+                telemetry.say(f"  {line}")
         telemetry.write(
             "event", step=state.step, tokens=state.tokens, seconds=state.seconds, world_size=world.world_size, **event
         )

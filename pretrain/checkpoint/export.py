@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -124,24 +123,26 @@ def weights_hash(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def consolidate(folder: Path) -> dict[str, torch.Tensor]:
-    """The float32 weights of a checkpoint, whatever its ZeRO stage; the master weights of mixed precision."""
-    import torch
+def consolidate(folder: Path, state: str = "fp32") -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint by name and the model's buffers, float32 on the CPU, whatever ZeRO stage wrote it.
 
+    ``state``: ``fp32``, the master weights, or a state of the optimizer that has the shape of the weights, such as
+    ``ema``. A tied weight is there once, under its first name. Raises :class:`UserError` if the checkpoint has no such
+    state.
+    """
     from pretrain.engine.training import import_deepspeed
 
-    import_deepspeed()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    import_deepspeed()  # whose classes are in the files
+    from pretrain.checkpoint.saved import SavedStates
 
-    if any(folder.glob("*_optim_states.pt")):
-        # It prints its progress, for developers; failures are exceptions.
-        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    states = sorted(folder.glob("mp_rank_*_model_states.pt"))
-    if len(states) != 1:
-        raise UserError(f"checkpoint {folder} has no model states that this program can read")
-    # Our own file, named by a manifest that was checked; DeepSpeed's objects in it are beyond weights_only.
-    return torch.load(states[0], map_location="cpu", weights_only=False)["module"]
+    saved = SavedStates(folder)
+    for name in saved.shapes:
+        if state not in saved.state_names(name):
+            there = ", ".join(saved.state_names(name))
+            raise UserError(f"checkpoint {folder} has no '{state}' of {name}: there are {there}")
+    weights = {name: saved.full(name, state) for name in saved.shapes}
+    buffers = {k: v.float() if v.is_floating_point() else v.clone() for k, v in saved.buffers.items()}
+    return {**weights, **buffers}
 
 
 def _load_checkpoint(folder: Path) -> LoadedModel:
