@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 from data_pipeline.files import write_atomic
 from pretrain.config import RunConfig, TelemetryConfig
+from pretrain.telemetry.lines import LineFile
 
 METRICS = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 10.0
@@ -75,7 +77,7 @@ class Telemetry:
         self._active = active
         if not active:
             return
-        self._metrics = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics = LineFile(run_dir / METRICS)
         self._tracker = Tracker(run_dir, config)
         self._total = total_tokens
         self._bar = None
@@ -98,18 +100,21 @@ class Telemetry:
         if not self._active:
             return
         line = {"kind": kind, **{key: _finite(value) for key, value in values.items()}, "time": round(time.time(), 3)}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        problem = self._metrics.append(json.dumps(line))
+        if problem is not None:
+            self.say(problem)
         self._tracker.log(line)
 
     def say(self, text: str) -> None:
         """Print a line without tearing the progress bar."""
         if not self._active:
             return
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        # A log on a full disk, a reader that went away: the run goes on, and saves when it is asked to.
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
 
     def advance(self, tokens: int) -> None:
         """Move the bar to ``tokens``."""
@@ -127,7 +132,7 @@ class Telemetry:
             self._last_line = time.monotonic()
             numbers = "  ".join(f"{key} {value}" for key, value in shown.items())
             speed = f"{values['tokens_per_second']:,.0f} tok/s"
-            print(f"{tokens / self._total:6.1%}  step {values['step']}  {numbers}  {speed}", flush=True)
+            self.say(f"{tokens / self._total:6.1%}  step {values['step']}  {numbers}  {speed}")
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -135,9 +140,9 @@ class Telemetry:
             return
         if self._bar is not None:
             self._bar.close()
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        self._metrics.close()
+        problem = self._metrics.close()
+        if problem is not None:
+            self.say(problem)
         self._tracker.close()
 
 
