@@ -230,7 +230,9 @@ class Trainer:
 
     def _checkpoint_due(self, batch: Batch) -> bool:
         every = self.config.checkpoint.every_tokens
-        return every is not None and self.state.tokens // every > batch.tokens_before // every
+        if every is None or self.state.tokens >= self.plan.total_tokens:  # the last one is saved in any case
+            return False
+        return self.state.tokens // every > batch.tokens_before // every
 
     @property
     def has_unsaved_steps(self) -> bool:
