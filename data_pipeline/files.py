@@ -13,12 +13,17 @@ def write_atomic(path: Path, data: bytes, *, shared: bool = False) -> None:
     """Write ``data`` to ``path.tmp``, fsync, rename: a reader sees the old file or the new one, never half of one.
 
     ``shared``: several processes may be writing this file at once; each then writes to a temporary name of its own.
+    A write that fails (a full disk) leaves no temporary file.
     """
     tmp = path.with_name(path.name + (f".{secrets.token_hex(4)}" if shared else "") + TMP_SUFFIX)
-    with open(tmp, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(tmp, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError:
+        tmp.unlink(missing_ok=True)
+        raise
     publish(tmp, path)
 
 

@@ -23,8 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: nystrom train --config configs/demo-clm.yaml --set optimizer.lr=1e-3 zero_stage=1\n"
         "This is one process; for several: nystrom launch local --nproc 2 --config ..., or\n"
         "deepspeed --num_accelerators 2 --module pretrain --config ...\n\n"
-        "exit status: 0 done; 2 a mistake in configuration or data; 75 stopped by SIGTERM or Ctrl-C with a checkpoint\n"
-        "saved (run the same command to go on); 76 too many steps in a row with numbers that are not finite.",
+        "exit status: 0 done; 2 a mistake in configuration or data; 74 the last checkpoint or the export could not be\n"
+        "written (make room, run the same command); 75 stopped by SIGTERM or Ctrl-C, with a checkpoint saved if there\n"
+        "was anything to save (run the same command to go on); 76 too many steps in a row with numbers that are not\n"
+        "finite.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run_arguments(parser)
@@ -58,9 +60,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. A :class:`UserError` comes from one process only."""
     args = build_parser().parse_args(argv)
+    from pretrain.distributed.leaving import leave_on_signals
+
+    restore = leave_on_signals()
+    try:
+        return _main(args)
+    finally:
+        restore()
+
+
+def _main(args: argparse.Namespace) -> int:
     from pretrain.config import load_config
     from pretrain.distributed.world import Rank, quiet_libraries, read_rank
     from pretrain.run import train
+    from pretrain.telemetry.lines import let_go_of_output
 
     if not args.verbose:
         quiet_libraries()
@@ -76,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except Exception as error:
         return _report_crash(error, rank.rank)
+    finally:
+        let_go_of_output()
 
 
 def _report_crash(error: Exception, rank: int) -> int:

@@ -16,13 +16,15 @@ from pretrain.checkpoint.export import export, read_info
 from pretrain.checkpoint.resume import check_resume, identity
 from pretrain.checks import Inputs, check_inputs
 from pretrain.config import RunConfig
-from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_PREEMPTED, StopFlag
+from pretrain.distributed.leaving import LeaveAtOnce
+from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_NOT_SAVED, EXIT_PREEMPTED, StopFlag
 from pretrain.distributed.world import Rank
+from pretrain.telemetry.lines import tell, write_or_tell
 
 STATUS = "status.json"
 LAUNCH_ID = "NYSTROM_LAUNCH_ID"
 """Environment variable by which a launcher recognises the status that its own start left behind."""
-STATES = {EXIT_DONE: "done", EXIT_PREEMPTED: "preempted", EXIT_BAD_STEPS: "bad_steps"}
+STATES = {EXIT_DONE: "done", EXIT_NOT_SAVED: "not_saved", EXIT_PREEMPTED: "preempted", EXIT_BAD_STEPS: "bad_steps"}
 
 
 def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool = False) -> int:
@@ -53,14 +55,17 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
     stop = StopFlag(launched=rank.world_size > 1)
     from pretrain.distributed.world import World
 
-    world = World(rank)
-    try:
-        return _train_together(inputs, world, stop, resume, verbose)
-    finally:
-        world.close()
+    with LeaveAtOnce(stop) as leaving:
+        world = World(rank)
+        try:
+            return _train_together(inputs, world, stop, leaving, resume, verbose)
+        finally:
+            world.close()
 
 
-def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, verbose: bool) -> int:
+def _train_together(
+    inputs: Inputs, world: Any, stop: StopFlag, leaving: LeaveAtOnce, resume: str, verbose: bool
+) -> int:
     from pretrain.checkpoint.store import Checkpoints
     from pretrain.describe import describe
     from pretrain.distributed.world import first_decides
@@ -71,21 +76,34 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
 
     config, run_dir = inputs.config, inputs.config.run_dir
     first_decides(world, lambda: _prepare_folder(inputs, resume))
-    checkpoints = Checkpoints(run_dir / "checkpoints", world, config.checkpoint.keep_last)
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints", world, config.checkpoint.keep_last, config.checkpoint.keep_every_tokens
+    )
     found, passed_over = checkpoints.find()
     changed: dict[str, Any] = {}
     state = TrainState()
     if found is not None:
         changed, state = _check(found[1], inputs, world.world_size), found[1].state
+    if world.is_first:
+        leaving.last_words = lambda: _leave_preempted(run_dir, state, "starting; nothing was trained")
 
     engine = TrainingEngine(config, world, verbose)
     loaded = checkpoints.load(engine, *found) if found is not None else []
+
+    def describe_folder() -> None:
+        try:
+            write_atomic(run_dir / "config.yaml", config.to_yaml().encode())
+            write_atomic(run_dir / "deepspeed.json", _json(engine.deepspeed_config))
+            record_start(run_dir, world, state)
+            explain(run_dir)
+            truncate_metrics(run_dir / METRICS, state.step)
+        except OSError as error:
+            raise UserError(f"run folder {run_dir} cannot be written: {error}") from None
+
+    first_decides(world, describe_folder)
+    world.barrier()  # all are ready: from here on they stop together, at the edge of a step
+    leaving.end()
     if world.is_first:
-        write_atomic(run_dir / "config.yaml", config.to_yaml().encode())
-        write_atomic(run_dir / "deepspeed.json", _json(engine.deepspeed_config))
-        record_start(run_dir, world, state)
-        explain(run_dir)
-        truncate_metrics(run_dir / METRICS, state.step)
         write_status(run_dir, None, state)
     telemetry = Telemetry(run_dir, config, inputs.plan.total_tokens, state.tokens, world.is_first, state.step)
     trainer = Trainer(
@@ -113,9 +131,16 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
         telemetry.write(
             "event", step=state.step, tokens=state.tokens, seconds=state.seconds, world_size=world.world_size, **event
         )
-        code = trainer.run()
-        if code == EXIT_DONE:
-            _export(checkpoints.root, run_dir, world, telemetry)
+        try:
+            code = trainer.run()
+            if code == EXIT_DONE:
+                code = _export(checkpoints.root, run_dir, world, telemetry, stop, trainer.state)
+        except RuntimeError:
+            # All were asked to stop while there was nothing to save, and another process has left already.
+            if trainer.has_unsaved_steps or not stop():
+                raise
+            leaving.last_words()
+            return EXIT_PREEMPTED
     finally:
         telemetry.close()
     if world.is_first:
@@ -135,7 +160,7 @@ def write_status(run_dir: Path, code: int | None, state: TrainState) -> None:
         "pid": os.getpid(),
         "time": time.time(),
     }
-    write_atomic(run_dir / STATUS, _json(body))
+    write_or_tell(run_dir / STATUS, _json(body))
 
 
 def _check(manifest: Manifest, inputs: Inputs, world_size: int) -> dict[str, Any]:
@@ -166,14 +191,34 @@ def _prepare_folder(inputs: Inputs, resume: str) -> None:
         raise UserError(f"run folder {run_dir} cannot be written: {error}") from None
 
 
-def _export(checkpoints: Path, run_dir: Path, world: Any, telemetry: Any) -> None:
-    """Write ``export/`` from the last checkpoint; the first process does, the others wait."""
-    if world.is_first:
-        found = commit.newest(checkpoints)
-        assert found is not None  # the trainer saved it
-        digest = export(found[0], run_dir / "export")
-        telemetry.say(f"Done. Weights for use: {run_dir / 'export'} (hash {digest[:12]}).")
-    world.barrier()
+def _leave_preempted(run_dir: Path, state: TrainState, when: str) -> None:
+    tell(f"stopped while {when}; the same command goes on from there")
+    write_status(run_dir, EXIT_PREEMPTED, state)
+
+
+def _export(checkpoints: Path, run_dir: Path, world: Any, telemetry: Any, stop: StopFlag, state: TrainState) -> int:
+    """Write ``export/`` from the last checkpoint; the first process does, the others wait. Returns an exit status.
+
+    The checkpoint is there whatever happens, so a request to stop ends the export at once: the same command makes it.
+    """
+    code = EXIT_DONE
+    if world.sum([float(stop())])[0]:
+        code = EXIT_PREEMPTED
+        telemetry.say("stopped before the export; the same command goes on from there")
+    elif world.is_first:
+        try:
+            with LeaveAtOnce(stop, lambda: _leave_preempted(run_dir, state, "exporting the weights")):
+                found = commit.newest(checkpoints)
+                assert found is not None  # the trainer saved it
+                digest = export(found[0], run_dir / "export")
+            telemetry.say(f"Done. Weights for use: {run_dir / 'export'} (hash {digest[:12]}).")
+        except OSError as error:
+            code = EXIT_NOT_SAVED
+            telemetry.say(
+                f"the run is finished and its last checkpoint saved, but the export is NOT written: {error}. Make "
+                "room, then run the same command: it only exports."
+            )
+    return world.broadcast(code)
 
 
 def _json(value: Any) -> bytes:

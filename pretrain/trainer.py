@@ -12,11 +12,11 @@ import torch
 
 from data_pipeline.batches.loader import Batch, TrainLoader
 from pretrain.checkpoint.commit import TrainState
-from pretrain.checkpoint.store import Checkpoints
+from pretrain.checkpoint.store import Checkpoints, SaveFailed
 from pretrain.checks import Inputs
 from pretrain.curriculum.plan import micro_batches
 from pretrain.curriculum.stages import model_at, stage_maskings, stage_model, stage_settings
-from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_PREEMPTED
+from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_NOT_SAVED, EXIT_PREEMPTED
 from pretrain.distributed.world import World
 from pretrain.engine.training import StepResult, TrainingEngine
 from pretrain.optim.schedule import learning_rate
@@ -58,7 +58,7 @@ class Trainer:
         self._profiler = StepProfiler(self.config.run_dir, self.config.telemetry, world.is_first)
 
     def run(self) -> int:
-        """Train; returns an exit status: done, preempted (a checkpoint is saved), or too many bad steps."""
+        """Train; returns an exit status: done, preempted (a checkpoint is saved), not saved, or too many bad steps."""
         loader = TrainLoader(
             self.inputs.train,
             self.plan,
@@ -94,9 +94,10 @@ class Trainer:
                     return EXIT_BAD_STEPS
                 if self._validation_due() and not self._validate():
                     return self._preempt()
-                if self._checkpoint_due(batch):
-                    self.save()
-            self.save()
+                if self._checkpoint_due(batch) and not self.save():
+                    self.telemetry.say("Training goes on; the next checkpoint is tried when it is due.")
+            if not self.save():
+                return self._not_saved()
             self._event("done")
             return EXIT_DONE
         finally:
@@ -201,24 +202,49 @@ class Trainer:
 
     def _checkpoint_due(self, batch: Batch) -> bool:
         every = self.config.checkpoint.every_tokens
-        return every is not None and self.state.tokens // every > batch.tokens_before // every
+        if every is None or self.state.tokens >= self.plan.total_tokens:  # the last one is saved in any case
+            return False
+        return self.state.tokens // every > batch.tokens_before // every
 
-    def save(self) -> None:
-        """Commit a checkpoint of this step, unless there is one."""
+    @property
+    def has_unsaved_steps(self) -> bool:
+        """Whether anything was trained since the last checkpoint, or since the start."""
+        return self.state.step not in (0, self._saved_step)
+
+    def save(self) -> bool:
+        """Commit a checkpoint of this step, unless there is one; False, on all processes, if that did not work."""
         if self._saved_step == self.state.step:
-            return
+            return True
         began = time.monotonic()
         self._reports.settle_now()
         self.state = dataclasses.replace(self.state, seconds=began - self._started, losses=self._reports.losses)
-        self.checkpoints.save(self.engine, self.state, self.identity)
+        try:
+            lines = self.checkpoints.save(self.engine, self.state, self.identity)
+        except SaveFailed as error:
+            self._event("save_failed", reason=str(error), needed=error.needed, free=error.free)
+            self.telemetry.say(f"step {self.state.step}: the checkpoint is NOT saved: {error}.")
+            return False
         self._saved_step = self.state.step
         self._event("checkpoint", took=time.monotonic() - began)
+        for line in lines:
+            self.telemetry.say(line)
+        return True
 
     def _preempt(self) -> int:
-        self.save()
+        if not self.save():
+            return self._not_saved()
         self._event("preempted")
         self.telemetry.say(f"stopped at step {self.state.step} with a checkpoint; the same command goes on from there")
         return EXIT_PREEMPTED
+
+    def _not_saved(self) -> int:
+        lost = f"the steps after {self._saved_step}" if self._saved_step > 0 else "all steps so far"
+        self._event("not_saved", last_saved=self._saved_step)
+        self.telemetry.say(
+            f"stopped at step {self.state.step} WITHOUT a checkpoint of it: {lost} are lost. Make room in "
+            f"{self.checkpoints.root} (or mend what is said above), then run the same command: it trains them again."
+        )
+        return EXIT_NOT_SAVED
 
     def _event(self, name: str, **values: Any) -> None:
         where = {"step": self.state.step, "tokens": self.state.tokens, "seconds": self.state.seconds}

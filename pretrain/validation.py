@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_pipeline.batches.loader import validation_batches
-from data_pipeline.files import write_atomic
 from data_pipeline.shards.shardset import ShardSet
 from pretrain.config import RunConfig
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
+from pretrain.telemetry.lines import write_or_tell
 
 if TYPE_CHECKING:
     from pretrain.engine.training import TrainingEngine
@@ -132,6 +132,5 @@ def write_samples(
         written = generate(engine.model, prompts, max_new_tokens=SAMPLE_TOKENS, seed=config.seed)
     texts = [f"{tokenizer.decode(p)} ⟶ {tokenizer.decode(t)}" for p, t in zip(prompts, written, strict=True)]
     if world.is_first and texts:
-        out.mkdir(exist_ok=True)
-        write_atomic(out / f"step{step:09d}.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
+        write_or_tell(out / f"step{step:09d}.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
     return texts

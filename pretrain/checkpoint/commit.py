@@ -2,9 +2,11 @@
 
 DeepSpeed's own ``save_checkpoint`` moves its pointer before all processes have written (0.19.8, stages 1 and 2), so
 that a kill in between leaves it on a torn checkpoint. Here the order is: all files, fsynced by the process that wrote
-them; a barrier; ``manifest.json`` with every file's size and XXH3-128 and the training state; then the pointer
-``latest``, by rename. A folder without a manifest that checks out is no checkpoint. This module knows files only;
-``pretrain.checkpoint.store`` uses it in step with the other processes.
+them, and the folder; a barrier; ``manifest.json`` with every file's size and XXH3-128 and the training state, by rename
+and fsync of the folder; fsync of the folder above, so that the checkpoint has its name for good. Only then is an older
+one removed, its manifest first. A folder without a manifest that checks out is no checkpoint. ``latest`` names the last
+one for people and scripts; nothing here reads it. This module knows files only; ``pretrain.checkpoint.store`` uses it
+in step with the other processes.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,16 +101,6 @@ def data_files(folder: Path) -> list[str]:
     return sorted(name for name in names if not name.startswith(MANIFEST))
 
 
-def owner(name: str, world_size: int) -> int:
-    """Who wrote a file, by its name: DeepSpeed's ``..._pp_rank_N_...``, our ``rng_rank_N.pt``, else the first."""
-    for marker in ("pp_rank_", "rng_rank_"):
-        _, found, rest = name.partition(marker)
-        digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
-        if found and digits and int(digits) < world_size:
-            return int(digits)
-    return 0
-
-
 def fsync_files(folder: Path, names: Iterable[str]) -> None:
     """Make files and the names they have in ``folder`` durable."""
     for name in names:
@@ -145,10 +137,34 @@ def problem_with(folder: Path, manifest: Manifest, names: Iterable[str]) -> str 
     return None
 
 
+def make_folder(folder: Path) -> None:
+    """Create ``folder`` and those above it that are missing, each with a durable name."""
+    missing = [folder, *folder.parents]
+    missing = missing[: next((i for i, path in enumerate(missing) if path.is_dir()), len(missing))]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        fsync_folder(path.parent)
+
+
 def commit(root: Path, manifest: Manifest) -> None:
-    """Declare ``root/tag`` a checkpoint and point ``latest`` at it. Its files must be durable already."""
+    """Declare ``root/tag`` a checkpoint. Its files must be durable already; so is the checkpoint on return."""
     write_atomic(root / manifest.tag / MANIFEST, manifest.to_bytes())
-    write_atomic(root / LATEST, manifest.tag.encode())
+    fsync_folder(root)
+
+
+def point_to(root: Path, tag: str) -> None:
+    """Have ``latest`` name this checkpoint."""
+    write_atomic(root / LATEST, tag.encode())
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, its marker first: what a removal cut short leaves must not look whole, ever."""
+    manifest = folder / MANIFEST
+    if manifest.is_file():
+        manifest.unlink()
+        fsync_folder(folder)
+    if folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def candidates(root: Path) -> Iterator[tuple[Path, Manifest | str]]:
@@ -183,15 +199,46 @@ def newest(root: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
-def prune(root: Path, keep: int) -> list[str]:
-    """Remove all but the ``keep`` newest whole checkpoints, and torn ones before them; returns what was removed."""
-    whole, removed = 0, []
-    for folder, manifest in list(candidates(root)):
-        if isinstance(manifest, Manifest):
-            whole += 1
-        if whole > keep or (whole and isinstance(manifest, str)):
-            # The marker goes first: a removal cut short must not leave something that looks whole.
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder)
-            removed.append(folder.name)
-    return removed
+def kept(tokens: Sequence[int], keep_last: int, keep_every_tokens: int | None) -> set[int]:
+    """Which of the checkpoints at these positions stay: the ``keep_last`` highest, and the first at or after each
+    multiple of ``keep_every_tokens``.
+
+    The first of each span between two multiples always stays, so that what was removed before makes no difference:
+    pruning after every save keeps what pruning once at the end would. The span from 0 has no multiple before it.
+    """
+    stay = set(sorted(tokens)[-keep_last:])
+    if keep_every_tokens is not None:
+        firsts: dict[int, int] = {}
+        for position in sorted(tokens):
+            firsts.setdefault(position // keep_every_tokens, position)
+        stay |= {position for span, position in firsts.items() if span > 0}
+    return stay
+
+
+def removable(root: Path, keep_last: int, keep_every_tokens: int | None = None) -> list[Path]:
+    """The checkpoints below ``root`` that need not stay (see :func:`kept`), the oldest first, and torn ones before the
+    newest whole one (a newer one may be in the making)."""
+    found = list(candidates(root))
+    whole = {folder: manifest.state.tokens for folder, manifest in found if isinstance(manifest, Manifest)}
+    stay = kept(list(whole.values()), keep_last, keep_every_tokens)
+    newest_whole = max(whole, default=None)
+    out = []
+    for folder, _ in reversed(found):
+        is_torn = folder not in whole
+        if (is_torn and newest_whole is not None and folder < newest_whole) or (
+            not is_torn and whole[folder] not in stay
+        ):
+            out.append(folder)
+    return out
+
+
+def prune(root: Path, keep_last: int, keep_every_tokens: int | None = None) -> list[str]:
+    """Remove what :func:`removable` says; returns a line about each that could not be removed (the next call tries
+    again)."""
+    problems = []
+    for folder in removable(root, keep_last, keep_every_tokens):
+        try:
+            remove(folder)
+        except OSError as error:
+            problems.append(f"old checkpoint {folder.name} could not be removed: {error.strerror or error}")
+    return problems

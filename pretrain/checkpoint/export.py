@@ -68,16 +68,22 @@ def load_model(path: str | Path) -> LoadedModel:
 def export(folder: Path, out: Path) -> str:
     """Consolidate the checkpoint ``folder`` into ``out`` (replaced if there); returns the weights' hash.
 
-    ``out`` gets ``model.safetensors``, ``config.yaml``, the tokenizer's files and, last, ``export.json``.
+    ``out`` gets ``model.safetensors``, ``config.yaml``, the tokenizer's files and, last, ``export.json``. Raises
+    ``OSError`` if that cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     loaded = _load_checkpoint(folder)
     manifest = commit.Manifest.read(folder)
+    (out / INFO).unlink(missing_ok=True)  # the marker first: what an interruption leaves must not look finished
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    commit.make_folder(out)
     tmp = out / (WEIGHTS + ".tmp")
-    save_file(unique_weights(loaded.model), tmp, metadata={"format": "pt"})
+    try:
+        save_file(unique_weights(loaded.model), tmp, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{tmp}: {error}") from None
     commit.fsync_files(out, [tmp.name])
     os.replace(tmp, out / WEIGHTS)
     write_atomic(out / CONFIG, loaded.run_config.to_yaml().encode())

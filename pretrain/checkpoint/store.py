@@ -2,56 +2,163 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import fsync_folder
 from pretrain.checkpoint import commit
-from pretrain.checkpoint.commit import Manifest, TrainState
+from pretrain.checkpoint.commit import FileEntry, Manifest, TrainState
 from pretrain.checkpoint.export import LoadedModel, load_model
+from pretrain.checkpoint.room import SaveFailed, free_bytes, with_margin
+from pretrain.checkpoint.writing import Writes
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 
 if TYPE_CHECKING:
     from pretrain.engine.training import TrainingEngine
 
-__all__ = ["Checkpoints", "LoadedModel", "load_model"]
+__all__ = ["Checkpoints", "LoadedModel", "SaveFailed", "load_model"]
+
+T = TypeVar("T")
+
+
+class _NotAll(Exception):
+    """Some process failed; the reasons are the same list on all."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        self.reasons = reasons
 
 
 class Checkpoints:
     """The folder ``checkpoints`` of a run."""
 
-    def __init__(self, root: Path, world: World, keep_last: int) -> None:
+    def __init__(self, root: Path, world: World, keep_last: int, keep_every_tokens: int | None = None) -> None:
         self.root = root
         self._world = world
-        self._keep_last = keep_last
+        self._keep_last, self._keep_every_tokens = keep_last, keep_every_tokens
 
-    def save(self, engine: TrainingEngine, state: TrainState, identity: dict[str, Any]) -> Path:
-        """Write and commit a checkpoint; returns its folder. All processes call it; none returns before the commit."""
+    def save(self, engine: TrainingEngine, state: TrainState, identity: dict[str, Any]) -> list[str]:
+        """Write and commit a checkpoint; all processes call it, and none returns before the commit.
+
+        Returns lines about what went wrong beside it (an old checkpoint that cannot be removed). Raises
+        :class:`SaveFailed`, on all processes alike, if there is no room or one of them cannot write: the checkpoints
+        before are then as they were, and what was written of this one is removed.
+        """
+        world, tag = self._world, commit.tag_name(state.step)
+        folder, needed = self.root / tag, 0
+        try:
+            needed = self._needed(engine)
+            self._on_first(lambda: commit.remove(folder))  # a torn one of the same step
+            self._make_room(needed)
+            self._on_first(lambda: commit.make_folder(folder))
+            self._together(lambda: self._write(engine, folder))
+            # Now that all have written; each process hashes its share.
+            files = {name: entry for part in self._together(lambda: self._hash(folder)) for name, entry in part.items()}
+            self._on_first(lambda: commit.commit(self.root, Manifest(tag, state, identity, files)))
+        except _NotAll as failed:
+            raise self._give_up(folder, needed, failed.reasons) from None
+        return world.broadcast(self._tidy(tag) if world.is_first else [])
+
+    def _needed(self, engine: TrainingEngine) -> int:
+        """Bytes to ask for: the newest checkpoint's size, before the first one an estimate from the engine."""
+
+        def size() -> int | None:
+            found = commit.newest(self.root)
+            return None if found is None else sum(entry.bytes for entry in found[1].files.values())
+
+        last = self._on_first(size)
+        return with_margin(int(self._world.sum([engine.checkpoint_bytes()])[0]) if last is None else last)
+
+    def _make_room(self, needed: int) -> None:
+        """Refuse a save that cannot fit: a disk filled to the brim takes metrics and logs down too.
+
+        Checkpoints that this save would supersede go before it if that is what makes the room, unless the one to stay
+        is damaged; torn ones go in any case.
+        """
+        if self._has_room(needed):
+            return
+        found = self._on_first(lambda: list(commit.candidates(self.root)))
+        whole = next(((folder, entry) for folder, entry in found if isinstance(entry, Manifest)), None)
+        spare = [folder for folder, entry in found if isinstance(entry, str)]
+        if whole is not None and self.problem(*whole) is None:
+            keep = max(1, self._keep_last - 1)
+            spare += self._on_first(lambda: commit.removable(self.root, keep, self._keep_every_tokens))
+        for folder in dict.fromkeys(spare):
+            self._on_first(partial(commit.remove, folder))
+            if self._has_room(needed):
+                return
+        raise _NotAll(["not enough room, so nothing was written"])
+
+    def _has_room(self, needed: int) -> bool:
+        """Whether every machine, asked once, sees so many bytes free."""
+        free = self._together(lambda: free_bytes(self.root) if self._world.local_rank == 0 else None)
+        return min((size for size in free if size is not None), default=needed) >= needed
+
+    def _write(self, engine: TrainingEngine, folder: Path) -> None:
+        engine.save(folder.parent, folder.name)
+        writes = Writes()
+        writes.save(randomness.get_state(), folder / _rng_file(self._world.rank))
+        writes.check()
+        fsync_folder(folder)
+
+    def _hash(self, folder: Path) -> dict[str, FileEntry]:
+        names = commit.data_files(folder)
+        return {name: commit.hash_file(folder / name) for name in names[self._world.rank :: self._world.world_size]}
+
+    def _tidy(self, tag: str) -> list[str]:
+        """After the commit; a failure here costs nothing but order."""
+        try:
+            commit.point_to(self.root, tag)
+        except OSError as error:
+            return [f"{self.root / commit.LATEST} could not be written: {error.strerror or error}"]
+        return commit.prune(self.root, self._keep_last, self._keep_every_tokens)
+
+    def _give_up(self, folder: Path, needed: int, reasons: list[str]) -> SaveFailed:
+        """What to raise, the same on all processes, once the torn folder is gone."""
+        found: tuple[int | None, str | None] = None, None
+        if self._world.is_first:
+            try:
+                commit.remove(folder)
+            except OSError as error:
+                reasons = [*reasons, f"{folder} could not be removed: {error.strerror or error}"]
+            try:
+                newest = commit.newest(self.root)
+                found = free_bytes(self.root), None if newest is None else newest[0].name
+            except OSError as error:
+                reasons = [*reasons, str(error)]
+        reasons, found = self._world.broadcast((reasons, found))
+        return SaveFailed(reasons, self.root, needed, *found)
+
+    def _on_first(self, action: Callable[[], T]) -> T:
+        """``action()`` on the first process; everybody gets its result, or :class:`_NotAll`."""
+        return cast("T", self._together(lambda: action() if self._world.is_first else None)[0])
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """``action()`` on every process; everybody gets all results, by rank, or :class:`_NotAll` if one failed.
+
+        A barrier at the end, for nobody goes on before all are done.
+        """
+        value, failure = None, None
+        try:
+            value = action()
+        except OSError as error:
+            failure = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        results = self._world.gather((value, failure))
+        failures = {failure: rank for rank, (_, failure) in reversed(list(enumerate(results))) if failure}
+        if failures:
+            raise _NotAll([f"process {rank}: {failure}" for failure, rank in reversed(failures.items())])
+        return [cast("T", value) for value, _ in results]
+
+    def problem(self, folder: Path, manifest: Manifest) -> str | None:
+        """What is wrong with a checkpoint's contents, or None; all processes call it and read a share of it each."""
         world = self._world
-        tag = commit.tag_name(state.step)
-        folder = self.root / tag
-        if world.is_first:
-            shutil.rmtree(folder, ignore_errors=True)  # a torn one of the same step
-            folder.mkdir(parents=True)
-        world.barrier()
-        engine.save(self.root, tag)
-        torch.save(randomness.get_state(), folder / _rng_file(world.rank))
-        names = commit.data_files(folder)
-        commit.fsync_files(folder, [name for name in names if commit.owner(name, world.world_size) == world.rank])
-        world.barrier()
-        # The listing again, now that all have written; each process hashes its share.
-        names = commit.data_files(folder)
-        mine = {name: commit.hash_file(folder / name) for name in names[world.rank :: world.world_size]}
-        files = {name: entry for part in world.gather(mine) for name, entry in part.items()}
-        if world.is_first:
-            commit.commit(self.root, Manifest(tag, state, identity, files))
-            commit.prune(self.root, self._keep_last)
-        world.barrier()
-        return folder
+        share = sorted(manifest.files)[world.rank :: world.world_size]
+        return next((p for p in world.gather(commit.problem_with(folder, manifest, share)) if p), None)
 
     def find(self) -> tuple[tuple[Path, Manifest] | None, list[str]]:
         """The newest checkpoint whose contents match its manifest (or None), and a line about each passed over.
@@ -65,9 +172,7 @@ class Checkpoints:
         for folder, manifest in found:
             problem: str | None
             if isinstance(manifest, Manifest):
-                share = sorted(manifest.files)[world.rank :: world.world_size]
-                problems = world.gather(commit.problem_with(folder, manifest, share))
-                problem = next((p for p in problems if p), None)
+                problem = self.problem(folder, manifest)
                 if problem is None:
                     return (folder, manifest), passed_over
             else:

@@ -10,6 +10,8 @@ LAUNCHER_PID = "NYSTROM_LAUNCHER_PID"
 """Environment variable with the process that a launch stands and falls with."""
 
 EXIT_DONE = 0
+EXIT_NOT_SAVED = 74
+"""EX_IOERR of sysexits.h: the last checkpoint, or the export, could not be written; make room, run the same command."""
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: a checkpoint was saved; run the same command again to go on."""
 EXIT_BAD_STEPS = 76

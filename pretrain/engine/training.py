@@ -20,6 +20,7 @@ import torch
 from data_pipeline.errors import UserError
 from pretrain.checkpoint.reshard import group_names, layout_of, restore
 from pretrain.checkpoint.saved import GROUPS, SavedStates
+from pretrain.checkpoint.writing import Writes
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.curriculum.stages import stage_model
 from pretrain.distributed import randomness
@@ -160,9 +161,33 @@ class TrainingEngine:
         self._engine.train()
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write DeepSpeed's files below ``folder/tag``. No pointer, no commit: that is ``checkpoint/store.py``'s."""
-        state = {GROUPS: group_names(self._engine)}
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+        """Write DeepSpeed's files below ``folder/tag``, durable. No pointer, no commit: those are the store's.
+
+        Raises ``OSError`` if this process could not write, and only after the collectives inside, so that no other
+        waits for it.
+        """
+        writes = Writes()
+        with writes.replace(self._engine):
+            state = {GROUPS: group_names(self._engine)}
+            self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+        writes.check()
+
+    def checkpoint_bytes(self) -> float:
+        """About what this process's share of a checkpoint takes: weights, master weights, optimizer state.
+
+        Of one process, or at stages 1 and 2 the weights of the first, beside each one's part of the rest.
+        """
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())  # 0 where ZeRO-3 parted them
+        state = sum(
+            value.numel() * value.element_size()
+            for values in self._engine.basic_optimizer.state.values()
+            for value in values.values()
+            if torch.is_tensor(value)
+        )
+        if self.zero_stage == 0:
+            return float(weights + state if self.world.is_first else 0)
+        master = 4 * self.num_parameters / self.world.world_size
+        return (weights if self.world.is_first else 0) + master + state
 
     def load(self, folder: Path, tag: str) -> bool:
         """Read DeepSpeed's files of ``folder/tag`` into a fresh engine; the configuration's hyper-parameters stay.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from typing import Any
 
 from data_pipeline.files import write_atomic
 from pretrain.config import RunConfig, TelemetryConfig
+from pretrain.telemetry.lines import LineFile
 from pretrain.telemetry.trackers import Trackers
 
 METRICS = "metrics.jsonl"
@@ -78,7 +79,7 @@ class Telemetry:
         self._active = active
         if not active:
             return
-        self._metrics = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics = LineFile(run_dir / METRICS)
         self._trackers = Trackers(run_dir, config, step)
         self._total = total_tokens
         self._bar = None
@@ -101,8 +102,9 @@ class Telemetry:
         if not self._active:
             return
         line = {"kind": kind, **{key: _finite(value) for key, value in values.items()}, "time": round(time.time(), 3)}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        problem = self._metrics.append(json.dumps(line))
+        if problem is not None:
+            self.say(problem)
         self._trackers.line(line)
 
     def samples(self, step: int, texts: Sequence[str]) -> None:
@@ -114,10 +116,12 @@ class Telemetry:
         """Print a line, if there is one to print, without tearing the progress bar."""
         if not self._active or text is None:
             return
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        # A log on a full disk, a reader that went away: the run goes on, and saves when it is asked to.
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
 
     def advance(self, tokens: int) -> None:
         """Move the bar to ``tokens``."""
@@ -135,7 +139,7 @@ class Telemetry:
             self._last_line = time.monotonic()
             numbers = "  ".join(f"{key} {value}" for key, value in shown.items())
             speed = f"{values['tokens_per_second']:,.0f} tok/s"
-            print(f"{tokens / self._total:6.1%}  step {values['step']}  {numbers}  {speed}", flush=True)
+            self.say(f"{tokens / self._total:6.1%}  step {values['step']}  {numbers}  {speed}")
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -143,9 +147,9 @@ class Telemetry:
             return
         if self._bar is not None:
             self._bar.close()
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        self._metrics.close()
+        problem = self._metrics.close()
+        if problem is not None:
+            self.say(problem)
         self._trackers.close()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ def make(root: Path, step: int, contents: bytes = b"weights") -> Path:
     commit.fsync_files(folder, names)
     files = {name: commit.hash_file(folder / name) for name in names}
     commit.commit(root, Manifest(folder.name, TrainState(step=step, tokens=10 * step), {"world_size": 1}, files))
+    commit.point_to(root, folder.name)
     return folder
 
 
@@ -87,14 +91,64 @@ def test_prune_keeps_the_newest_and_drops_torn_ones(tmp_path: Path) -> None:
     (tmp_path / commit.tag_name(2) / commit.MANIFEST).unlink()
     torn_and_newer = tmp_path / commit.tag_name(9)
     torn_and_newer.mkdir()
-    commit.prune(tmp_path, keep=2)
-    left = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
-    assert left == [commit.tag_name(step) for step in (3, 4, 9)]
+    assert commit.prune(tmp_path, 2) == []
+    assert left(tmp_path) == [3, 4, 9]
 
 
-def test_owner_follows_the_file_names() -> None:
-    assert commit.owner("bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt", 4) == 3
-    assert commit.owner("zero_pp_rank_1_mp_rank_00_model_states.pt", 4) == 1
-    assert commit.owner("rng_rank_00002.pt", 4) == 2
-    assert commit.owner("mp_rank_00_model_states.pt", 4) == 0
-    assert commit.owner("zero_pp_rank_7_mp_rank_00_optim_states.pt", 4) == 0  # left by more processes
+def left(root: Path) -> list[int]:
+    return sorted(int(folder.name.removeprefix("step")) for folder in root.iterdir() if folder.is_dir())
+
+
+def test_prune_keeps_the_first_after_each_multiple(tmp_path: Path) -> None:
+    for step in range(3, 20, 2):  # tokens 30, 50, ... 190; multiples of 60 are passed at 70, 130, 190
+        make(tmp_path, step)
+        commit.prune(tmp_path, 1, 60)
+    assert left(tmp_path) == [7, 13, 19]
+
+
+def test_what_cannot_be_removed_is_said_and_does_not_look_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        make(tmp_path, step)
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(commit.shutil, "rmtree", fail)
+    assert commit.prune(tmp_path, 1) == ["old checkpoint step000000001 could not be removed: Device or resource busy"]
+    assert list(commit.candidates(tmp_path))[1][1] == "it has no manifest: the save did not finish"
+    monkeypatch.undo()
+    assert commit.prune(tmp_path, 1) == []
+    assert left(tmp_path) == [2]
+
+
+def kept_by_a_plain_loop(tokens: list[int], keep_last: int, every: int) -> set[int]:
+    stay = set(tokens[-keep_last:])
+    for multiple in range(every, max(tokens) + 1, every):
+        stay.add(min(position for position in tokens if position >= multiple))
+    return stay
+
+
+def test_pruning_after_every_save_keeps_what_the_rule_says_of_all() -> None:
+    for seed in range(300):
+        draw = random.Random(seed)
+        tokens = list(itertools.accumulate(draw.choices(range(1, 40), k=draw.randint(1, 30))))
+        keep_last, every = draw.randint(1, 4), draw.randint(1, 90)
+        there: list[int] = []
+        for position in tokens:
+            there = sorted(commit.kept([*there, position], keep_last, every))
+        assert set(there) == kept_by_a_plain_loop(tokens, keep_last, every), (seed, tokens, keep_last, every)
+        assert commit.kept(tokens, keep_last, None) == set(tokens[-keep_last:])
+
+
+def test_a_folder_is_created_with_those_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    durable: list[Path] = []
+    monkeypatch.setattr(commit, "fsync_folder", durable.append)
+    commit.make_folder(tmp_path / "a" / "b" / "c")
+    assert durable == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    commit.make_folder(tmp_path / "a")
+    assert len(durable) == 3
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        commit.make_folder(tmp_path / "file")

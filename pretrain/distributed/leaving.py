@@ -1,0 +1,92 @@
+"""The parts of a run in which a request to stop needs no checkpoint: its start, and the export at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from pretrain.distributed.signals import EXIT_PREEMPTED, StopFlag
+
+LAST_WORDS_SECONDS = 5.0
+"""How long message and status may take: the file system may be what the main thread hangs in."""
+
+
+class LeaveAtOnce:
+    """A block in which SIGTERM and SIGINT end this process, with :data:`EXIT_PREEMPTED`, whatever it is doing.
+
+    A flag would be read too late: joining the process group waits for the slowest machine, DeepSpeed compiles for
+    minutes at a first start, a large checkpoint is read for minutes; Python runs no signal handler meanwhile. The
+    system's own handler writes the signal's number to a socket, and a thread that reads it ends the process. After the
+    block the flag counts again; a signal at its very end is in the flag.
+    """
+
+    def __init__(self, stop: StopFlag, last_words: Callable[[], None] = lambda: None) -> None:
+        """``last_words`` leave a status behind; they may be replaced within the block. It needs the main thread."""
+        self.last_words = last_words
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._over = False
+
+    def __enter__(self) -> LeaveAtOnce:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._wait, name="leave-at-once", daemon=True)
+        self._thread.start()
+        if self._stop():  # asked before
+            self._leave()
+        return self
+
+    def end(self) -> None:
+        """From here on the flag counts; the end of the block says it too."""
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+        signal.set_wakeup_fd(self._before)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def _wait(self) -> None:
+        while received := self._reader.recv(1):
+            if received[0] in (signal.SIGTERM, signal.SIGINT):
+                self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            if self._over:
+                return
+            words = threading.Thread(target=self._say_and_leave_status, daemon=True)
+            words.start()
+            words.join(LAST_WORDS_SECONDS)
+            os._exit(EXIT_PREEMPTED)
+
+    def _say_and_leave_status(self) -> None:
+        self.last_words()
+        # Whoever started this may be gone, and the terminal with it.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+
+
+def leave_on_signals() -> Callable[[], None]:
+    """As :class:`LeaveAtOnce`, for the imports before it: only Python's own code runs. Returns what undoes it."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED)) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    return restore

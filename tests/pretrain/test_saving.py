@@ -1,0 +1,496 @@
+"""Saving a checkpoint survives everything: full disks, lost processes, requests to stop, damaged files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import Ended, run_ranks, values
+from training_case import events, metrics, numbers, settings, weights_hash, write_config, write_corpus
+
+from data_pipeline.errors import run_cli
+
+# Where a run can be struck: the place's name and the function at whose beginning it is.
+PLACES = {
+    "joining": "pretrain.distributed.world:World.__init__",
+    "building": "pretrain.engine.training:TrainingEngine.__init__",
+    "loading": "pretrain.checkpoint.store:Checkpoints.load",
+    "validating": "pretrain.trainer:validate",
+    "sampling": "pretrain.model.generation:generate",
+    "writing": "pretrain.checkpoint.writing:Writes.save",  # inside DeepSpeed's own save, once for each file
+    "hashing": "pretrain.checkpoint.store:Checkpoints._hash",  # between the files and the manifest
+    "pointing": "pretrain.checkpoint.commit:point_to",  # between the manifest and `latest`
+    "pruning": "pretrain.checkpoint.commit:shutil.rmtree",  # an old checkpoint has lost its manifest, not its files
+    "exporting": "safetensors.torch:save_file",
+}
+
+
+def train(config: str) -> int:
+    """Runs in the ranks: the command itself."""
+    from pretrain.cli import main
+
+    return run_cli(main, "nystrom train", ["--config", config])
+
+
+def wrap(place: str, before: Callable[[], None]) -> None:
+    """Have the function behind a place call ``before`` first."""
+    import importlib
+
+    module, _, path = place.partition(":")
+    *outer, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in outer:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        before()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, struck)
+
+
+def train_struck(
+    config: str, place: str, number: int, ranks: list[int], clock: str, call: int = 1, again: int = 0
+) -> int:
+    """Runs in the ranks: as :func:`train`, but ``ranks`` get a signal when their first one arrives at a place for the
+    ``call``-th time.
+
+    ``again``: how many more of them follow, 10 ms apart. ``clock``: a file that is written at the first.
+    """
+    me, arrivals = int(os.environ["RANK"]), 0
+    Path(f"{clock}.{me}").write_text(str(os.getpid()))
+
+    def send() -> None:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(Path(f"{clock}.{rank}").read_text()), number)
+
+    def strike() -> None:
+        nonlocal arrivals
+        arrivals += 1
+        if arrivals == call and me == ranks[0]:
+            Path(clock).touch()
+            for i in range(again):
+                threading.Timer(0.01 * (i + 1), send).start()
+            send()
+
+    wrap(PLACES[place], strike)
+    return train(config)
+
+
+def train_stuck_at_start(config: str, clock: str) -> int:
+    """Runs in the ranks: the first process waits in C++ for the second, which never comes; both get SIGTERM."""
+    if os.environ["RANK"] == "1":
+        wrap(PLACES["joining"], lambda: time.sleep(60))
+
+    def strike() -> None:
+        Path(clock).touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Timer(1.0, strike).start()
+    return train(config)
+
+
+def train_with_failing_saves(config: str, fails: list[int], rank: int) -> int:
+    """Runs in the ranks: as :func:`train`, but one of them cannot write files of more than 8 KiB in some saves."""
+    import resource
+
+    from pretrain.checkpoint.store import Checkpoints
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save, count = Checkpoints.save, 0
+
+    def limited(self: Any, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if count in fails and int(os.environ["RANK"]) == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+        try:
+            return save(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    Checkpoints.save = limited  # type: ignore[method-assign]
+    return train(config)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+def run_settings(corpus: Path, runs: Path, **changes: Any) -> dict[str, Any]:
+    """Checkpoints at steps 2, 4, 6, 8; dropout and validation, in which a lost generator or position would show."""
+    base: dict[str, Any] = {
+        "model": {"dropout": 0.2},
+        "data": {"valid": str(corpus / "valid")},
+        "validation": {"every_tokens": 512, "tokens": 1024, "samples": 0},
+        "checkpoint": {"every_tokens": 512},
+        "zero_stage": 2,
+    }
+    return settings(corpus, runs, **{**base, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    runs = tmp_path_factory.mktemp("whole")
+    config = write_config(runs / "whole.yaml", run_settings(corpus, runs))
+    assert values(run_ranks(train, 2, config=config)) == [0, 0]
+    return runs / "run"
+
+
+def exit_codes(ended: list[Ended]) -> list[int]:
+    """How the processes exited: what the command returned, or what ended the process before."""
+    return [end.code if end.value is None else end.value for end in ended]
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(folder.name.removeprefix("step")) for folder in (run / "checkpoints").glob("step*"))
+
+
+def status(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status.json").read_text())
+
+
+def assert_equal_runs(run: Path, whole: Path) -> None:
+    assert numbers(run) == numbers(whole)
+    assert weights_hash(run) == weights_hash(whole)
+
+
+# --- a disk that does not take it -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_save_that_fails_on_one_process_costs_nothing_but_the_checkpoint(
+    corpus: Path, tmp_path: Path, whole: Path, rank: int
+) -> None:
+    config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path))
+    ended = run_ranks(train_with_failing_saves, 2, config=config, fails=[2, 4], rank=rank, timeout=60)
+    assert values(ended) == [74, 74]  # the last one was among them
+    run, output = tmp_path / "run", ended[0].output
+    assert f"step 4: the checkpoint is NOT saved: process {rank}: " in output
+    assert "File too large. A checkpoint needs about 1." in output
+    assert "free; the newest checkpoint is step000000002.\n" in output
+    assert "Training goes on; the next checkpoint is tried when it is due." in output
+    assert "stopped at step 8 WITHOUT a checkpoint of it: the steps after 6 are lost. Make room in" in output
+    assert "Traceback" not in output + ended[1].output
+    assert events(run).count("save_failed") == 2
+    assert steps(run) == [2, 6]  # nothing torn, nothing pruned for what was not written
+    assert (status(run)["state"], status(run)["code"]) == ("not_saved", 74)
+    assert values(run_ranks(train, 2, config=config)) == [0, 0]
+    assert_equal_runs(run, whole)
+
+
+def export_cannot_be_written(config: str, times: int) -> int:
+    """Runs in the ranks: as :func:`train`, on a disk that has no room for the export."""
+    import errno
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if times:
+        wrap(PLACES["exporting"], fail)
+    return train(config)
+
+
+def test_an_export_that_fails_is_made_by_the_next_start(corpus: Path, tmp_path: Path, whole: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path))
+    ended = run_ranks(export_cannot_be_written, 2, config=config, times=1)
+    assert values(ended) == [74, 74]
+    assert "the export is NOT written: [Errno 28] No space left on device. Make room, then run" in ended[0].output
+    assert status(tmp_path / "run")["state"] == "not_saved"
+    assert values(run_ranks(train, 2, config=config)) == [0, 0]
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def crowded_disk(config: str, room: int) -> int:
+    """Runs in the ranks: as :func:`train`, on a disk where checkpoints have ``room`` bytes in all."""
+    from pretrain.checkpoint import store
+
+    def free(root: Path) -> int:
+        return room - sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+
+    store.free_bytes = free
+    return train(config)
+
+
+def checkpoint_size(run: Path) -> int:
+    """Bytes of the newest checkpoint's files, as its manifest counts them."""
+    manifest = json.loads((run / "checkpoints" / "step000000008" / "manifest.json").read_text())
+    return sum(entry["bytes"] for entry in manifest["files"].values())
+
+
+def test_room_for_a_checkpoint_is_made_as_long_as_a_whole_one_stays(corpus: Path, tmp_path: Path, whole: Path) -> None:
+    """Room for two checkpoints where keep_last is 2: the older one has to go before the new one, not after it."""
+    from pretrain.checkpoint.room import with_margin
+
+    room = checkpoint_size(whole) + with_margin(checkpoint_size(whole)) + 50_000  # manifests, and zero_to_fp32.py
+    config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path, zero_stage=1))
+    ended = run_ranks(crowded_disk, 2, config=config, room=room)
+    assert values(ended) == [0, 0]
+    assert events(tmp_path / "run").count("save_failed") == 0
+    assert steps(tmp_path / "run") == [6, 8]
+
+
+def test_a_checkpoint_that_cannot_fit_is_not_begun(corpus: Path, tmp_path: Path) -> None:
+    """The estimate before the first checkpoint, then the size of the last one; the one that is there stays."""
+    config = write_config(
+        tmp_path / "run.yaml", run_settings(corpus, tmp_path, checkpoint={"every_tokens": 512, "keep_last": 1})
+    )
+    ended = run_ranks(crowded_disk, 2, config=config, room=1 << 20)
+    assert values(ended) == [74, 74]
+    output = ended[0].output
+    assert "step 2: the checkpoint is NOT saved: not enough room, so nothing was written. A checkpoint needs" in output
+    assert "has 1.0 MiB free; there is no checkpoint yet." in output
+    assert "all steps so far are lost" in output
+    assert [row["needed"] > row["free"] > 0 for row in metrics(tmp_path / "run", "event") if "needed" in row] == [
+        True
+    ] * 4
+    ended = run_ranks(crowded_disk, 2, config=config, room=(1 << 20) + 200_000)
+    assert values(ended) == [74, 74]
+    assert steps(tmp_path / "run") == [2]
+
+
+def size_and_estimate(config: str) -> tuple[float, float]:
+    """Runs in the ranks: bytes of a checkpoint after a step, and what the engine expected."""
+    import torch
+
+    from pretrain.config import load_config
+    from pretrain.distributed.world import World, read_rank
+    from pretrain.engine.training import TrainingEngine
+
+    run = load_config(config)
+    world = World(read_rank())
+    engine = TrainingEngine(run, world)
+    engine.train()
+    ids = torch.ones(1, 32, dtype=torch.int64)
+    engine.backward(ids, ids, 1.0)
+    engine.step(1e-3)
+    (expected,) = world.sum([engine.checkpoint_bytes()])
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    engine.save(run.run_dir, "here")
+    world.barrier()
+    size = sum(file.stat().st_size for file in (run.run_dir / "here").iterdir())
+    world.close()
+    return size, expected
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision"),
+    [
+        (2, "bf16"),
+        *[
+            pytest.param(stage, precision, marks=pytest.mark.slow)
+            for stage, precision in [(0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "fp32"), (3, "bf16"), (3, "fp32")]
+        ],
+    ],
+)
+def test_the_estimate_of_a_first_checkpoint_s_size(
+    corpus: Path, tmp_path: Path, zero_stage: int, precision: str
+) -> None:
+    changes = {"zero_stage": zero_stage, "precision": precision, "model": {"vocab_size": 3000, "hidden_size": 64}}
+    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, **changes))
+    for size, expected in values(run_ranks(size_and_estimate, 2, config=config)):
+        assert expected == pytest.approx(size, rel=0.03)
+
+
+# --- a process that is gone -------------------------------------------------------------------------------------------
+
+KILLS = [
+    # (place, rank, arrival at that place, step of the newest whole checkpoint afterwards)
+    ("writing", 1, 3, 2),  # of the second checkpoint: each process writes its shard and its generators
+    ("writing", 0, 4, 2),
+    ("hashing", 0, 2, 2),
+    ("hashing", 1, 2, 2),
+    ("pointing", 0, 2, 4),
+    ("pruning", 0, 1, 6),
+    ("exporting", 0, 1, 8),
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "rank", "call", "left"),
+    [KILLS[1], *[pytest.param(*kill, marks=pytest.mark.slow) for kill in KILLS if kill != KILLS[1]]],
+)
+def test_a_process_killed_in_a_save_costs_the_steps_since_the_last_one(
+    corpus: Path, tmp_path: Path, whole: Path, place: str, rank: int, call: int, left: int
+) -> None:
+    from pretrain.checkpoint import commit
+
+    config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path))
+    clock = tmp_path / "clock"
+    struck: dict[str, Any] = {"number": signal.SIGKILL, "ranks": [rank], "clock": str(clock), "call": call}
+    ended = run_ranks(train_struck, 2, config=config, place=place, timeout=90, **struck)
+    assert time.time() - clock.stat().st_mtime < 60
+    assert ended[rank].code == -9
+    assert exit_codes(ended)[1 - rank] == 1
+    assert "another process of this run went away" in ended[1 - rank].output
+    assert "Traceback" not in ended[1 - rank].output
+    found = commit.newest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert found[1].state.step == left
+    ended = run_ranks(train, 2, config=config)
+    assert values(ended) == [0, 0]
+    assert f"Goes on from {found[0]}: step {left}" in ended[0].output
+    assert_equal_runs(tmp_path / "run", whole)
+    assert steps(tmp_path / "run") == [6, 8]
+
+
+# --- files that are not what they were --------------------------------------------------------------------------------
+
+FILES = (
+    "mp_rank_00_model_states.pt",
+    "zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    "rng_rank_00001.pt",
+    "manifest.json",
+)
+
+
+def damage(path: Path, how: str) -> None:
+    contents = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(contents[: len(contents) // 2])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    else:
+        middle = len(contents) // 2
+        path.write_bytes(contents[:middle] + bytes([contents[middle] ^ 1]) + contents[middle + 1 :])
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "emptied"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_found_and_the_checkpoint_before_used(
+    tmp_path: Path, whole: Path, name: str, how: str
+) -> None:
+    from pretrain.checkpoint.store import Checkpoints
+    from pretrain.distributed.world import Rank, World
+
+    root = tmp_path / "checkpoints"
+    shutil.copytree(whole / "checkpoints", root)
+    damage(root / "step000000008" / name, how)
+    alone = World.__new__(World)  # without a process group, which one process does not need to read files
+    alone.rank, alone.world_size, alone.is_first = Rank().rank, Rank().world_size, Rank().is_first
+    found, passed_over = Checkpoints(root, alone, 2).find()
+    assert found is not None
+    assert found[0].name == "step000000006"
+    (line,) = passed_over
+    assert f"checkpoint {root / 'step000000008'} is not used: " in line
+    what = "its manifest is damaged" if name == "manifest.json" else name
+    assert what in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
+    corpus: Path, tmp_path: Path, whole: Path, name: str
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "export" / "export.json").unlink()
+    damage(tmp_path / "run" / "checkpoints" / "step000000008" / name, "flipped")
+    ended = run_ranks(train, 2, config=write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path)))
+    assert values(ended) == [0, 0]
+    assert "step000000008 is not used: " in ended[0].output
+    assert "step000000006: step 6" in ended[0].output
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("contents", ["step000000099", "", None])
+def test_latest_is_for_people_only(corpus: Path, tmp_path: Path, whole: Path, contents: str | None) -> None:
+    from pretrain.checkpoint import commit
+
+    root = tmp_path / "checkpoints"
+    shutil.copytree(whole / "checkpoints", root)
+    (root / "latest").unlink()
+    if contents is not None:
+        (root / "latest").write_text(contents)
+    found = commit.newest(root)
+    assert found is not None
+    assert found[1].state.step == 8
+
+
+# --- asked to stop ----------------------------------------------------------------------------------------------------
+
+BOTH = [0, 1]
+STOPS = [
+    # (place, arrival there, processes that are asked, step of the status; None: no run folder yet)
+    ("joining", 1, BOTH, None),
+    ("building", 1, BOTH, 0),
+    ("building", 1, [0], 0),
+    ("validating", 1, BOTH, 2),
+    ("sampling", 1, BOTH, 2),
+    ("sampling", 1, [0], 2),
+    ("writing", 1, BOTH, 2),
+    ("hashing", 1, [1], 2),
+    ("pruning", 1, [0], 6),
+    ("exporting", 1, BOTH, 8),
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "ranks", "step"),
+    [
+        STOPS[1],
+        *[pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS if stop != STOPS[1]],
+    ],
+)
+def test_a_request_to_stop_is_heard_everywhere(
+    corpus: Path, tmp_path: Path, place: str, call: int, ranks: list[int], step: int | None
+) -> None:
+    run, clock = tmp_path / "run", tmp_path / "clock"
+    writes = {"model": {"objective": "clm", "dropout": 0.2}, "validation": {"every_tokens": 512, "samples": 1}}
+    changes = writes if place == "sampling" else {}
+    config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path, **changes))
+    struck: dict[str, Any] = {"number": signal.SIGTERM, "ranks": ranks, "clock": str(clock), "call": call, "again": 3}
+    ended = run_ranks(train_struck, 2, config=config, place=place, timeout=60, **struck)
+    took = time.time() - clock.stat().st_mtime
+    print(f"{place} {ranks}: {took:.2f} s from the signal to the end")
+    assert took < 10
+    # A process that was not asked loses its peer if that had nothing to save; all launchers end it then.
+    assert [exit_codes(ended)[rank] for rank in ranks] == [75] * len(ranks)
+    assert all("Traceback" not in end.output for end in ended)
+    if step is None:
+        assert not run.exists()
+    else:
+        assert {key: status(run)[key] for key in ("state", "code", "step")} == {
+            "state": "preempted", "code": 75, "step": step,
+        }  # fmt: skip
+    assert not list(tmp_path.rglob("*.tmp")) or place == "exporting"
+    assert values(run_ranks(train, 2, config=config)) == [0, 0]
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert [row["step"] for row in metrics(run)] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_a_request_to_stop_while_a_checkpoint_is_loaded(corpus: Path, tmp_path: Path, whole: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path))
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step000000008")
+    (tmp_path / "run" / "export" / "export.json").unlink()
+    struck: dict[str, Any] = {"number": signal.SIGTERM, "ranks": BOTH, "clock": str(tmp_path / "clock")}
+    ended = run_ranks(train_struck, 2, config=config, place="loading", timeout=60, **struck)
+    assert exit_codes(ended) == [75, 75]
+    assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["step"]) == ("preempted", 6)
+    assert values(run_ranks(train, 2, config=config)) == [0, 0]
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_a_process_that_waits_for_another_to_come_leaves_at_once(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path))
+    ended = run_ranks(train_stuck_at_start, 2, config=config, clock=str(tmp_path / "clock"), timeout=30)
+    assert time.time() - (tmp_path / "clock").stat().st_mtime < 5
+    assert exit_codes(ended) == [75, 75]
+    assert not (tmp_path / "run").exists()
