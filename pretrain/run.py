@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,21 @@ from pretrain.checkpoint.export import export, read_info
 from pretrain.checkpoint.resume import check_resume, identity
 from pretrain.checks import Inputs, check_inputs
 from pretrain.config import RunConfig
-from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_PREEMPTED, StopFlag
+from pretrain.distributed import watchdog
+from pretrain.distributed.signals import (
+    EXIT_BAD_STEPS,
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+    EXIT_STALLED,
+    LAUNCHER_PID,
+    StopFlag,
+)
 from pretrain.distributed.world import Rank
 
 STATUS = "status.json"
 LAUNCH_ID = "NYSTROM_LAUNCH_ID"
 """Environment variable by which a launcher recognises the status that its own start left behind."""
-STATES = {EXIT_DONE: "done", EXIT_PREEMPTED: "preempted", EXIT_BAD_STEPS: "bad_steps"}
+STATES = {EXIT_DONE: "done", EXIT_PREEMPTED: "preempted", EXIT_BAD_STEPS: "bad_steps", EXIT_STALLED: "stalled"}
 
 
 def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool = False) -> int:
@@ -50,10 +59,18 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
     elif resume != "never":
         raise UserError(f"--resume {resume}: choose auto or never")
 
-    stop = StopFlag(launched=rank.world_size > 1)
+    stop = StopFlag(launched=rank.world_size > 1 or LAUNCHER_PID in os.environ)
+    from pretrain.distributed.meeting import NotAllCame, StoppedWhileWaiting
     from pretrain.distributed.world import World
 
-    world = World(rank)
+    try:
+        world = World(rank, config.stall_seconds, stop)
+    except StoppedWhileWaiting:
+        return EXIT_PREEMPTED
+    except NotAllCame as error:
+        if str(error):
+            print(error, file=sys.stderr, flush=True)
+        return EXIT_STALLED
     try:
         return _train_together(inputs, world, stop, resume, verbose)
     finally:
@@ -70,15 +87,19 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
 
     config, run_dir = inputs.config, inputs.config.run_dir
     first_decides(world, lambda: _prepare_folder(inputs, resume))
+    state = TrainState()
+    world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, state)
+    watchdog.at("reading checkpoints")
     checkpoints = Checkpoints(run_dir / "checkpoints", world, config.checkpoint.keep_last)
     found, passed_over = checkpoints.find()
     changed: dict[str, Any] = {}
-    state = TrainState()
     if found is not None:
         changed, state = _check(found[1], inputs, world.world_size), found[1].state
 
+    watchdog.at("building the model", state.step)
     engine = TrainingEngine(config, world, verbose)
     if found is not None:
+        watchdog.at("loading a checkpoint")
         checkpoints.load(engine, found[0])
     if world.is_first:
         write_atomic(run_dir / "config.yaml", config.to_yaml().encode())
@@ -97,6 +118,7 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
         state,
         stop,
     )
+    world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, trainer.state)
     try:
         for line in passed_over:
             telemetry.say(line)
@@ -165,6 +187,7 @@ def _prepare_folder(inputs: Inputs, resume: str) -> None:
 
 def _export(checkpoints: Path, run_dir: Path, world: Any, telemetry: Any) -> None:
     """Write ``export/`` from the last checkpoint; the first process does, the others wait."""
+    watchdog.at("exporting the weights")
     if world.is_first:
         found = commit.newest(checkpoints)
         assert found is not None  # the trainer saved it

@@ -15,6 +15,7 @@ from pretrain.checkpoint.commit import TrainState
 from pretrain.checkpoint.store import Checkpoints
 from pretrain.checks import Inputs
 from pretrain.curriculum.plan import micro_batches
+from pretrain.distributed import watchdog
 from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_PREEMPTED
 from pretrain.distributed.world import World, memory_gib
 from pretrain.engine.training import StepResult, TrainingEngine
@@ -76,8 +77,10 @@ class Trainer:
             batches = iter(loader)
             while self.state.tokens < self.plan.total_tokens:
                 began = time.monotonic()
+                watchdog.at("reading data", self.state.step + 1)
                 batch = next(batches)
                 waited = time.monotonic() - began
+                watchdog.at("training")
                 # The one collective of the control plane in a step: targets to divide by, and whether anybody must
                 # stop.
                 targets, stopping = self.world.sum([float((batch.labels != IGNORE).sum()), float(self.stop())])
@@ -110,6 +113,7 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for part in micro_batches(len(input_ids), self.config.curriculum[batch.stage].micro_batch):
             documents = None if batch.document_ids is None else batch.document_ids[part]
+            watchdog.at("training")  # each micro-batch is progress
             loss_sum += self.engine.backward(input_ids[part], labels[part], 1.0 / max(targets, 1.0), documents)
         result = self.engine.step(lr)
 
@@ -219,6 +223,7 @@ class Trainer:
             f"{took:.1f} s)"
         )
         if self.config.model.objective == "clm" and self.config.validation.samples:
+            watchdog.at("writing samples")
             texts = write_samples(
                 self.engine, self.inputs.valid, self.config, self.world, self.config.run_dir / "samples", state.step
             )
@@ -236,6 +241,7 @@ class Trainer:
         if self._saved_step == self.state.step:
             return
         began = time.monotonic()
+        watchdog.at("saving a checkpoint", self.state.step)
         self.state = dataclasses.replace(self.state, seconds=began - self._started)
         self.checkpoints.save(self.engine, self.state, self.identity)
         self._saved_step = self.state.step
