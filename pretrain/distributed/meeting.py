@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from data_pipeline.errors import UserError
 from pretrain.distributed.blame import processes
@@ -16,8 +16,8 @@ from pretrain.distributed.watchdog import process_key, store_is_torchrun_s
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-POLL_SECONDS = 1.0
-_GIVEN_UP = "given up"
+POLL_SECONDS = 0.2
+_ARRIVED, _EVERYBODY, _GIVEN_UP = "arrived", "everybody", "given up"
 
 
 class NotAllCame(Exception):
@@ -52,28 +52,32 @@ def meet(
     except dist.DistNetworkError as error:
         raise UserError(f"process {rank} cannot meet the others at {address}:{port}: {error}") from None
     store.set(process_key(rank), arrival)
-    keys = [process_key(other) for other in range(world_size)]
-    while True:
-        try:
-            store.wait(keys, timedelta(seconds=POLL_SECONDS))
-            return store
-        except dist.DistStoreError:
-            if stop is not None and stop():
-                raise StoppedWhileWaiting from None
-            if store.check([_GIVEN_UP]):
-                raise NotAllCame("") from None
-            if time.monotonic() > deadline:
-                break
-    present = [other for other in range(world_size) if store.check([keys[other]])]
+    # Counted, so that a look costs the same for any number of processes.
+    if store.add(_ARRIVED, 1) == world_size:
+        store.set(_EVERYBODY, "")
+    # store.wait() would do, but logs a warning of PyTorch's at each time-out, and does not hear a signal before.
+    while not store.check([_EVERYBODY]):
+        if stop is not None and stop():
+            raise StoppedWhileWaiting
+        if store.check([_GIVEN_UP]):
+            raise NotAllCame("")
+        if time.monotonic() > deadline:
+            _give_up(store, rank, world_size, patience, holds)
+        time.sleep(POLL_SECONDS)
+    return store
+
+
+def _give_up(store: dist.Store, rank: int, world_size: int, patience: float, holds: bool) -> NoReturn:
+    present = [other for other in range(world_size) if store.check([process_key(other)])]
     missing = sorted(set(range(world_size)) - set(present))
     message = (
-        f"{processes(missing)} of {world_size} did not come to {address}:{port} within {patience:g} s; "
+        f"{processes(missing)} of {world_size} did not come within {patience:g} s; "
         f"{processes(present)} {'are' if len(present) > 1 else 'is'} there. Look at the logs of the missing and at "
         "their network"
     )
     first = store.compare_set(_GIVEN_UP, "", str(rank)) == str(rank).encode()
     if holds:
-        time.sleep(3 * POLL_SECONDS)  # so that the others read it before the store is gone
+        time.sleep(5 * POLL_SECONDS)  # so that the others read it before the store is gone
     raise NotAllCame(message if first else "")
 
 
@@ -93,4 +97,4 @@ def _wait_for_port(address: str, port: int, deadline: float, patience: float, ra
                 f"{address}:{port} for {patience:g} s ({problem}). Look at the log of process 0, at MASTER_ADDR and "
                 "MASTER_PORT, and at the network"
             )
-        time.sleep(POLL_SECONDS / 10)
+        time.sleep(POLL_SECONDS)

@@ -37,6 +37,7 @@ LONGEST_BEAT = 5.0
 LAST_WORDS_SECONDS = 10.0
 """How long message, status and stack may take: the file system or the terminal may be what hangs."""
 _VERDICT = "stalled"
+_THREAD_PREFIX = "watchdog"
 
 
 class _Here:
@@ -124,7 +125,7 @@ class Watchdog:
             time.sleep(0.1)
 
     def _thread(self, target: Callable[[], None]) -> None:
-        thread = threading.Thread(target=target, name=f"watchdog{target.__name__}", daemon=True)
+        thread = threading.Thread(target=target, name=f"{_THREAD_PREFIX}{target.__name__}", daemon=True)
         thread.start()
         self._threads.append(thread)
 
@@ -206,17 +207,17 @@ class Watchdog:
         self._end(None, guilty)
 
     def _end(self, message: str | None, with_stack: bool, leave: Callable[[], None] = lambda: None) -> None:
-        """Say ``message``, show where the main thread stands, and end this process."""
+        """Say ``message``, show where it stands, and end this process."""
 
         def last_words() -> None:
             if message is not None:
                 print(message, file=sys.stderr, flush=True)
             if with_stack:
-                print(f"process {self.rank} stands here:\n{main_stack()}", file=sys.stderr, flush=True)
+                print(f"process {self.rank} stands here:\n{stacks()}", file=sys.stderr, flush=True)
             leave()
 
         began = time.monotonic()
-        words = threading.Thread(target=last_words, daemon=True)
+        words = threading.Thread(target=last_words, name=f"{_THREAD_PREFIX} last words", daemon=True)
         words.start()
         words.join(LAST_WORDS_SECONDS)
         # The others must have heard the verdict before they see this process go, or they would report its loss.
@@ -236,8 +237,12 @@ def collectives_entered() -> int:
         return 0
 
 
-def main_stack() -> str:
-    """The stack of the main thread, outermost call first."""
-    identity = threading.main_thread().ident
-    frame = None if identity is None else sys._current_frames().get(identity)
-    return "".join(traceback.format_stack(frame)) if frame is not None else "(unknown)"
+def stacks() -> str:
+    """Where this process's threads stand, the main one first; a hanging read of data shows in the prefetching one."""
+    threads = sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread())
+    frames = sys._current_frames()
+    return "".join(
+        f"thread {thread.name}:\n{''.join(traceback.format_stack(frames[thread.ident]))}"
+        for thread in threads
+        if thread.ident in frames and not thread.name.startswith(_THREAD_PREFIX)
+    )

@@ -107,7 +107,7 @@ def test_a_process_that_hangs_is_named(corpus: Path, tmp_path: Path, how: str, z
     assert "stalled: process 1 (host " in said
     assert words in said
     assert "; process 0 waits for it" in said
-    assert "process 1 stands here:" in ended[1].output
+    assert "process 1 stands here:\nthread MainThread:" in ended[1].output
     assert "time.sleep(3600)" in ended[1].output
     assert "went away" not in said
     assert (status(tmp_path)["state"], status(tmp_path)["code"]) == ("stalled", 77)
@@ -154,7 +154,7 @@ def test_a_single_process_is_watched_too(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("who", "words"),
     [
-        (1, ["process 1 of 2 did not come to 127.0.0.1:", "; process 0 is there"]),
+        (1, ["process 1 of 2 did not come within 3 s; process 0 is there"]),
         pytest.param(0, ["process 0 did not come: process 1 (host ", "found nobody at"], marks=pytest.mark.slow),
     ],
 )
@@ -164,7 +164,7 @@ def test_a_process_that_never_comes_is_named(corpus: Path, tmp_path: Path, who: 
     assert ended[1 - who].value == 77
     for word in words:
         assert word in ended[1 - who].output
-    assert "Traceback" not in ended[1 - who].output
+    assert len(ended[1 - who].output.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -233,9 +233,8 @@ def test_judge() -> None:
 
     assert verdict(seen(0), seen(1, age=3.0)) is None  # somebody moves on
     behind = verdict(seen(0), seen(1), seen(2, collectives=6, place="reading data"), seen(3))
-    assert behind == Verdict(
-        0, (2,), "stalled: process 2 (host h, pid 0) has been reading data at step 5 for 10 s; processes 0-1, 3 wait for it"
-    )  # fmt: skip
+    words = "process 2 (host h, pid 0) has been reading data at step 5 for 10 s; processes 0-1, 3 wait for it"
+    assert behind == Verdict(0, (2,), f"stalled: {words}")
     two = verdict(seen(0), seen(1, collectives=5), seen(2, collectives=6))
     assert two is not None
     assert two.guilty == (1, 2)
