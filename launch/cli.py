@@ -38,6 +38,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long processes may take to save after SIGTERM before they are killed (default: 120)",
     )
+    local.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after a crash or a stall, start again from the last whole checkpoint, at most N times, and only while "
+        "that gets the run further (default: 0)",
+    )
     prepare = places.add_parser(
         "array",
         help="`nystrom data prepare` as a Slurm job array",
@@ -68,8 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--nproc {nproc}: at least one process is needed")
     if args.stop_timeout <= 0:
         raise UserError(f"--stop-timeout {args.stop_timeout}: must be above 0 seconds")
+    if args.max_restarts < 0:
+        raise UserError(f"--max-restarts {args.max_restarts}: must be 0 or more")
     config = load_config(args.config, args.overrides)  # mistakes are told here, before anything is started
     words = ["--config", args.config, "--resume", args.resume]
     words += ["--set", *args.overrides] if args.overrides else []
     words += ["--verbose"] if args.verbose else []
-    return launch_local(nproc, words, config.run_dir, stop_timeout=args.stop_timeout, verbose=args.verbose)
+    return launch_local(
+        nproc,
+        words,
+        config.run_dir,
+        stop_timeout=args.stop_timeout,
+        verbose=args.verbose,
+        max_restarts=args.max_restarts,
+    )

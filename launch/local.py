@@ -24,26 +24,63 @@ from typing import Any
 import psutil
 
 from data_pipeline.errors import UserError
-from pretrain.distributed.signals import LAUNCHER_PID
+from launch.restarts import Restarts, resumed
+from pretrain.distributed.signals import EXIT_PREEMPTED, LAUNCHER_PID
 from pretrain.run import LAUNCH_ID, STATUS
 
 POLL_SECONDS = 0.2
+LOOK_SECONDS = 2.0
+"""Between two looks at the processes while all is well: each reads the machine's whole list of them."""
+LOSS_SECONDS = 45.0
+"""How long the others may outlive the first process that ended, before they are killed."""
 SHARED_MEMORY = Path("/dev/shm")
 REPOSITORY = Path(__file__).resolve().parent.parent
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def launch_local(nproc: int, words: Sequence[str], run_dir: Path, *, stop_timeout: float, verbose: bool = False) -> int:
+def launch_local(
+    nproc: int,
+    words: Sequence[str],
+    run_dir: Path,
+    *,
+    stop_timeout: float,
+    verbose: bool = False,
+    max_restarts: int = 0,
+) -> int:
     """Run ``python -m pretrain *words`` on ``nproc`` processes of this machine; returns the run's own exit status.
 
     On SIGTERM or SIGINT the workers get SIGTERM and ``stop_timeout`` seconds to save; then everything is killed. All
-    processes that this call started are gone when it returns.
+    processes that this call started are gone when it returns. After a crash it starts again, ``max_restarts`` times.
     """
-    launch_id, port = uuid.uuid4().hex, _free_port()
-    command = runner_command(nproc, words, port, verbose)
     _become_subreaper()
     request = _StopRequest()
+    restarts = Restarts(run_dir, max_restarts, anew="never" in words)
     try:
+        while True:
+            launch_id = uuid.uuid4().hex
+            code = _attempt(nproc, words, run_dir, launch_id, request, stop_timeout, verbose)
+            if request.number is not None or not restarts.wanted(code):
+                return code
+            if restarts.pause(lambda: request.number is not None):
+                return EXIT_PREEMPTED
+            if _read_status(run_dir).get("launch_id") == launch_id:
+                words = resumed(words)
+    finally:
+        request.restore()
+
+
+def _attempt(
+    nproc: int,
+    words: Sequence[str],
+    run_dir: Path,
+    launch_id: str,
+    request: _StopRequest,
+    stop_timeout: float,
+    verbose: bool,
+) -> int:
+    port = _free_port()
+    try:
+        command = runner_command(nproc, words, port, verbose)
         runner = subprocess.Popen(command, env=_environment(launch_id), start_new_session=True)
         watch = _Watch(launch_id, runner)
         deadline: float | None = None
@@ -53,12 +90,12 @@ def launch_local(nproc: int, words: Sequence[str], run_dir: Path, *, stop_timeou
                 deadline = time.monotonic() + stop_timeout
                 watch.signal_workers(signal.SIGTERM)
             if deadline is not None and time.monotonic() > deadline:
-                print(f"processes still there {stop_timeout:g} s after SIGTERM are killed", file=sys.stderr, flush=True)
-                watch.kill_all()
+                watch.kill_all(f"{stop_timeout:g} s after SIGTERM")
+            elif watch.seconds_since_a_loss() > LOSS_SECONDS:
+                watch.kill_all(f"{LOSS_SECONDS:g} s after another one ended")
             time.sleep(POLL_SECONDS)
         return _exit_status(runner.wait(), run_dir, launch_id)
     finally:
-        request.restore()
         _remove_shared_memory(port)
 
 
@@ -98,6 +135,9 @@ class _Watch:
     def __init__(self, launch_id: str, runner: subprocess.Popen[bytes]) -> None:
         self._launch_id, self._runner = launch_id, runner
         self._seen: set[int] = set()
+        self._ranks, self._looked_at = 0, 0.0
+        self._lost_at: float | None = None
+        self._killed = False
 
     def alive(self) -> list[psutil.Process]:
         """All that have not ended; reaps those that were orphaned to us."""
@@ -116,17 +156,37 @@ class _Watch:
                 continue
         return found
 
+    def seconds_since_a_loss(self) -> float:
+        """How long there have been fewer training processes than there were, but still some; 0 for no loss.
+
+        No run goes on without one of them. DeepSpeed's launcher gives each of the others 30 s after SIGTERM, one after
+        another, and all of them may be deaf to it.
+        """
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_SECONDS:
+            self._looked_at = now
+            ranks = len(self._workers())
+            self._ranks = max(self._ranks, ranks)
+            self._lost_at = (self._lost_at or now) if 0 < ranks < self._ranks else None
+        return 0.0 if self._lost_at is None else now - self._lost_at
+
+    def _workers(self) -> list[psutil.Process]:
+        """The training processes, and not what they started."""
+        return [process for process in self.alive() if _is_rank(process) and not _is_rank(process.parent())]
+
     def signal_workers(self, number: int) -> None:
         """Signal the training processes, and not what they started: a tracker's helper must live to write its files."""
-        for process in self.alive():
-            if _is_rank(process) and not _is_rank(process.parent()):
-                try:
-                    process.send_signal(number)
-                except psutil.Error:
-                    continue
+        for process in self._workers():
+            try:
+                process.send_signal(number)
+            except psutil.Error:
+                continue
 
-    def kill_all(self) -> None:
-        """SIGKILL to everything."""
+    def kill_all(self, when: str) -> None:
+        """SIGKILL to everything; says so the first time."""
+        if not self._killed:
+            print(f"processes still there {when} are killed", file=sys.stderr, flush=True)
+        self._killed = True
         for process in self.alive():
             try:
                 process.kill()

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from data_pipeline.errors import UserError
+from pretrain.distributed.signals import EXIT_STALLED
 
 SPEAKING_SECONDS = 10.0
 """How long the other processes give the first one to print the error that they share with it."""
@@ -26,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         "exit status: 0 done; 2 a mistake in configuration or data; 74 the last checkpoint or the export could not be\n"
         "written (make room, run the same command); 75 stopped by SIGTERM or Ctrl-C, with a checkpoint saved if there\n"
         "was anything to save (run the same command to go on); 76 too many steps in a row with numbers that are not\n"
-        "finite.",
+        "finite; 77 a process hung or never came (the message names it; stall_seconds in the configuration).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run_arguments(parser)
@@ -96,7 +97,18 @@ def _main(args: argparse.Namespace) -> int:
 def _report_crash(error: Exception, rank: int) -> int:
     """Print a traceback that says whose it is; for a process that merely lost a peer, one line."""
     text = str(error)
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "remote process exited",
+        "Connection was likely closed",
+    )
+    if isinstance(error, RuntimeError) and "Timed out waiting" in text:
+        print(
+            f"process {rank}: the others did not answer in a collective operation: {text}", file=sys.stderr, flush=True
+        )
+        return EXIT_STALLED
     lost_peer = isinstance(error, RuntimeError) and any(sign in text for sign in signs)
     if lost_peer:
         print(f"process {rank}: another process of this run went away; ending", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,30 @@ from pretrain.checkpoint.export import export, read_info
 from pretrain.checkpoint.resume import check_resume, identity
 from pretrain.checks import Inputs, check_inputs
 from pretrain.config import RunConfig
+from pretrain.distributed import watchdog
 from pretrain.distributed.leaving import LeaveAtOnce
-from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_NOT_SAVED, EXIT_PREEMPTED, StopFlag
+from pretrain.distributed.signals import (
+    EXIT_BAD_STEPS,
+    EXIT_DONE,
+    EXIT_NOT_SAVED,
+    EXIT_PREEMPTED,
+    EXIT_STALLED,
+    LAUNCHER_PID,
+    StopFlag,
+)
 from pretrain.distributed.world import Rank
 from pretrain.telemetry.lines import tell, write_or_tell
 
 STATUS = "status.json"
 LAUNCH_ID = "NYSTROM_LAUNCH_ID"
 """Environment variable by which a launcher recognises the status that its own start left behind."""
-STATES = {EXIT_DONE: "done", EXIT_NOT_SAVED: "not_saved", EXIT_PREEMPTED: "preempted", EXIT_BAD_STEPS: "bad_steps"}
+STATES = {
+    EXIT_DONE: "done",
+    EXIT_NOT_SAVED: "not_saved",
+    EXIT_PREEMPTED: "preempted",
+    EXIT_BAD_STEPS: "bad_steps",
+    EXIT_STALLED: "stalled",
+}
 
 
 def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool = False) -> int:
@@ -52,11 +68,19 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
     elif resume != "never":
         raise UserError(f"--resume {resume}: choose auto or never")
 
-    stop = StopFlag(launched=rank.world_size > 1)
+    stop = StopFlag(launched=rank.world_size > 1 or LAUNCHER_PID in os.environ)
+    from pretrain.distributed.meeting import NotAllCame, StoppedWhileWaiting
     from pretrain.distributed.world import World
 
     with LeaveAtOnce(stop) as leaving:
-        world = World(rank)
+        try:
+            world = World(rank, config.stall_seconds, stop)
+        except StoppedWhileWaiting:
+            return EXIT_PREEMPTED
+        except NotAllCame as error:
+            if str(error):
+                print(error, file=sys.stderr, flush=True)
+            return EXIT_STALLED
         try:
             return _train_together(inputs, world, stop, leaving, resume, verbose)
         finally:
@@ -76,18 +100,22 @@ def _train_together(
 
     config, run_dir = inputs.config, inputs.config.run_dir
     first_decides(world, lambda: _prepare_folder(inputs, resume))
+    state = TrainState()
+    world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, state)
+    watchdog.at("reading checkpoints")
     checkpoints = Checkpoints(
         run_dir / "checkpoints", world, config.checkpoint.keep_last, config.checkpoint.keep_every_tokens
     )
     found, passed_over = checkpoints.find()
     changed: dict[str, Any] = {}
-    state = TrainState()
     if found is not None:
         changed, state = _check(found[1], inputs, world.world_size), found[1].state
     if world.is_first:
         leaving.last_words = lambda: _leave_preempted(run_dir, state, "starting; nothing was trained")
 
+    watchdog.at("building the model", state.step)
     engine = TrainingEngine(config, world, verbose)
+    watchdog.at("loading a checkpoint")
     loaded = checkpoints.load(engine, *found) if found is not None else []
 
     def describe_folder() -> None:
@@ -116,6 +144,7 @@ def _train_together(
         state,
         stop,
     )
+    world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, trainer.state)
     try:
         for line in passed_over:
             telemetry.say(line)
@@ -201,6 +230,7 @@ def _export(checkpoints: Path, run_dir: Path, world: Any, telemetry: Any, stop: 
 
     The checkpoint is there whatever happens, so a request to stop ends the export at once: the same command makes it.
     """
+    watchdog.at("exporting the weights")
     code = EXIT_DONE
     if world.sum([float(stop())])[0]:
         code = EXIT_PREEMPTED

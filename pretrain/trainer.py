@@ -16,6 +16,7 @@ from pretrain.checkpoint.store import Checkpoints, SaveFailed
 from pretrain.checks import Inputs
 from pretrain.curriculum.plan import micro_batches
 from pretrain.curriculum.stages import model_at, stage_maskings, stage_model, stage_settings
+from pretrain.distributed import watchdog
 from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_NOT_SAVED, EXIT_PREEMPTED
 from pretrain.distributed.world import World
 from pretrain.engine.training import StepResult, TrainingEngine
@@ -78,8 +79,10 @@ class Trainer:
             while self.state.tokens < self.plan.total_tokens:
                 self._profiler.begin(self.state.step + 1)
                 began = time.monotonic()
+                watchdog.at("reading data", self.state.step + 1)
                 batch = next(batches)
                 waited = time.monotonic() - began
+                watchdog.at("training")
                 # The one collective of the control plane in a step: targets to divide by, whether anybody must stop,
                 # and the loss of the step before.
                 targets, stopping, loss_sum = self.world.sum(
@@ -117,6 +120,7 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for part in micro_batches(len(input_ids), self.config.curriculum[batch.stage].micro_batch):
             documents = None if batch.document_ids is None else batch.document_ids[part]
+            watchdog.at("training")  # each micro-batch is progress
             loss_sum += self.engine.backward(input_ids[part], labels[part], 1.0 / max(targets, 1.0), documents)
         result = self.engine.step(lr)
 
@@ -191,6 +195,7 @@ class Trainer:
             f"{took:.1f} s){beyond}"
         )
         if self.config.model.objective == "clm" and self.config.validation.samples:
+            watchdog.at("writing samples")
             texts = write_samples(
                 self.engine, self.inputs.valid, self.config, self.world, self.config.run_dir / "samples", state.step
             )
@@ -216,6 +221,7 @@ class Trainer:
         if self._saved_step == self.state.step:
             return True
         began = time.monotonic()
+        watchdog.at("saving a checkpoint", self.state.step)
         self._reports.settle_now()
         self.state = dataclasses.replace(self.state, seconds=began - self._started, losses=self._reports.losses)
         try:

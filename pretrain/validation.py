@@ -12,7 +12,7 @@ import torch
 from data_pipeline.batches.loader import validation_batches
 from data_pipeline.shards.shardset import ShardSet
 from pretrain.config import RunConfig
-from pretrain.distributed import randomness
+from pretrain.distributed import randomness, watchdog
 from pretrain.distributed.world import World
 from pretrain.telemetry.lines import write_or_tell
 
@@ -55,6 +55,7 @@ def validate(
     )
     with randomness.preserved():
         for batch in batches:
+            watchdog.at("validating")
             part = _evaluate(engine, batch.input_ids.to(world.device), batch.labels.to(world.device), masked)
             *sums, stopped = world.sum([*part, float(stop())])
             if stopped:

@@ -16,6 +16,11 @@ EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: a checkpoint was saved; run the same command again to go on."""
 EXIT_BAD_STEPS = 76
 """Too many steps in a row with a loss or gradient that was not finite."""
+EXIT_STALLED = 77
+"""A process made no progress for ``stall_seconds``, or never came; the log names it. The last checkpoint is good."""
+
+ORPHAN_SECONDS = 300.0
+"""A process without a launcher that has not saved and ended by itself after so long is ended by its watchdog."""
 
 
 class StopFlag:
@@ -40,9 +45,10 @@ class StopFlag:
         self._set = True
 
     def __call__(self) -> bool:
-        return self._set or self._is_orphan()
+        return self._set or self.is_orphan()
 
-    def _is_orphan(self) -> bool:
+    def is_orphan(self) -> bool:
+        """Whether the launcher is gone."""
         if self._parent is not None and os.getppid() != self._parent:
             return True
         if self._launcher is None:

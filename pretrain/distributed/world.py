@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from data_pipeline.errors import UserError
+from pretrain.distributed.meeting import meet
+from pretrain.distributed.signals import StopFlag
+from pretrain.distributed.watchdog import Watchdog, group_timeout
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +73,10 @@ def quiet_libraries() -> None:
 class World:
     """The process group and the device of this process; every collective of the control plane goes through it."""
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: Rank, stall_seconds: float = 1800.0, stop: StopFlag | None = None) -> None:
         """Choose the device and threads and join the process group: NCCL on GPUs, gloo on CPUs.
+
+        From here on a watchdog ends this process when the run stands still for ``stall_seconds``.
 
         Threads: cores of this process's machine divided by the processes on it, unless OMP_NUM_THREADS says otherwise.
         PyTorch's default, all cores for every process, has them fight: two threads where one core was free took 2 to 5
@@ -106,13 +111,19 @@ class World:
             "MASTER_PORT": 0,
         }.items():
             os.environ.setdefault(name, str(value))
+        self.timeout = group_timeout(stall_seconds)
+        self.watchdog = Watchdog(rank.rank, rank.world_size, stall_seconds, stop)
         if rank.world_size == 1:
             # A store in memory: no port to find, none to collide with.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store: dist.Store = dist.HashStore()
+            self.watchdog.start(None)
         else:
-            dist.init_process_group(backend, rank=rank.rank, world_size=rank.world_size)
+            hello = self.watchdog.record()
+            store = meet(rank.rank, rank.world_size, stall_seconds, self.timeout, hello, stop)
+            self.watchdog.start(store)
+        dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=self.timeout)
         # Counts, flags and small objects do not belong on the GPU: there they would wait for its queue.
-        self._group = dist.new_group(backend="gloo") if backend != "gloo" else None
+        self._group = dist.new_group(backend="gloo", timeout=self.timeout) if backend != "gloo" else None
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over all processes, in float64 (exact for counts up to 2^53; a NaN stays one)."""
@@ -153,6 +164,7 @@ class World:
         """Leave the process group."""
         import torch.distributed as dist
 
+        self.watchdog.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,11 +44,12 @@ class StepResult(NamedTuple):
     loss_scale: float
 
 
-def import_deepspeed(verbose: bool = False) -> Any:
+def import_deepspeed(verbose: bool = False, timeout: timedelta | None = None) -> Any:
     """Import DeepSpeed without its start-up notes, its compiled operators and their leftovers.
 
     ``deepspeed_shm_comm`` would be compiled for minutes at a first start and leaves 69 MB a process in /dev/shm for
-    ever; gloo takes its place. It must be off before DeepSpeed's communication is initialised.
+    ever; gloo takes its place. It must be off before DeepSpeed's communication is initialised. ``timeout`` is that of
+    ZeRO's process groups, to which DeepSpeed passes none, whatever ``init_distributed`` was given.
     """
     # Otherwise it goes looking, and warns on a machine without a GPU.
     os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,6 +62,10 @@ def import_deepspeed(verbose: bool = False) -> Any:
     for handler in logger.handlers:
         handler.setLevel(logger.level)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if timeout is not None:
+        from deepspeed.comm.torch import TorchBackend
+
+        TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout=timeout)
     return deepspeed
 
 
@@ -77,7 +83,7 @@ class TrainingEngine:
 
         on_gpu = world.device.type == "cuda"
         check_device(config, world.device.type, not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False))
-        deepspeed = import_deepspeed(verbose)
+        deepspeed = import_deepspeed(verbose, world.timeout)
         from deepspeed.runtime.config import DeepSpeedConfigError
 
         self.config, self.world = config, world

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import psutil
 import pytest
 from training_case import events, metrics, numbers, settings, write_config, write_corpus
 
-from launch import local
+from launch import local, restarts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -39,10 +39,10 @@ if role == "runner":
     sys.exit(0 if code < 0 else code)  # DeepSpeed's own mistake
 if role == "launch":
     workers = [child("worker", RANK=str(rank)) for rank in range(2)]
-    if mode == "launch dies":
-        while not os.path.exists(f"{run}/ready1"):
+    if mode in ("launch dies", "runner dies"):
+        while not (os.path.exists(f"{run}/ready0") and os.path.exists(f"{run}/ready1")):
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid() if mode == "launch dies" else os.getppid(), signal.SIGKILL)
     sys.exit(max(worker.wait() % 256 for worker in workers))
 rank = os.environ.get("RANK")
 if role == "helper":
@@ -54,6 +54,22 @@ if role == "helper":
 if mode == "done":
     status(0)
     sys.exit(0)
+if mode in ("crashes", "gets on"):
+    if rank == "0":
+        attempts = len(open(f"{run}/metrics.jsonl").readlines()) if os.path.exists(f"{run}/metrics.jsonl") else 0
+        if mode == "gets on":
+            status(0 if attempts == 3 else None)
+            with open(f"{run}/metrics.jsonl", "a") as f:
+                f.write(json.dumps({"kind": "train", "step": 10 * (attempts + 1)}) + "\\n")
+            sys.exit(0 if attempts == 3 else 1)
+    sys.exit(1 if mode == "crashes" else 0)
+if mode == "loses one":
+    if rank == "1":
+        mark("ready1")
+        time.sleep(0.5)
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    time.sleep(3600)
 if mode == "killed":
     if rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -80,10 +96,14 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
 
-    def launch(mode: str, stop_timeout: float = 20) -> int:
-        command = [sys.executable, str(script), "runner", str(tmp_path), mode]
-        monkeypatch.setattr(local, "runner_command", lambda *args: command)
-        code = local.launch_local(2, [], tmp_path, stop_timeout=stop_timeout)
+    def launch(mode: str, stop_timeout: float = 20, max_restarts: int = 0, words: Sequence[str] = ()) -> int:
+        def command(nproc: int, words: Sequence[str], *more: Any) -> list[str]:
+            with open(tmp_path / "words", "a") as record:
+                record.write(" ".join(words) + "\n")
+            return [sys.executable, str(script), "runner", str(tmp_path), mode]
+
+        monkeypatch.setattr(local, "runner_command", command)
+        code = local.launch_local(2, words, tmp_path, stop_timeout=stop_timeout, max_restarts=max_restarts)
         assert leftovers(str(script)) == []
         return code
 
@@ -117,8 +137,11 @@ def test_a_status_of_another_launch_does_not_count(stand_in: Callable[[str], int
     assert stand_in("forgets") == 1
 
 
-def test_workers_whose_launcher_died_are_asked_to_save(stand_in: Callable[[str], int], tmp_path: Path) -> None:
-    assert stand_in("launch dies") == 75
+@pytest.mark.parametrize("mode", ["launch dies", "runner dies"])
+def test_workers_whose_launcher_died_are_asked_to_save(
+    stand_in: Callable[[str], int], tmp_path: Path, mode: str
+) -> None:
+    assert stand_in(mode) == 75
     assert not (tmp_path / "helper-signalled").exists()
 
 
@@ -148,6 +171,96 @@ def test_sigterm_reaches_the_workers_and_not_their_helpers(stand_in: Callable[[s
     os.waitpid(pid, 0)
     assert not (tmp_path / "helper-signalled").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back
+
+
+def test_nobody_outlives_a_lost_process_for_long(
+    stand_in: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "LOSS_SECONDS", 0.6)
+    monkeypatch.setattr(local, "LOOK_SECONDS", 0.2)
+    assert stand_in("loses one") == 137
+    assert "still there 0.6 s after another one ended are killed" in capsys.readouterr().err
+
+
+def test_a_crash_is_followed_by_another_attempt_while_the_run_gets_on(
+    stand_in: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(restarts, "PAUSE_SECONDS", 0.1)
+    assert stand_in("gets on", max_restarts=5, words=["--resume", "never"]) == 0
+    said = capsys.readouterr().err
+    assert "attempt 1 of 6 crashed with exit status 1 at step 10; the next starts in 0.1 s from the beginning" in said
+    assert "attempt 3 of 6 crashed with exit status 1 at step 30" in said
+    # The old run is moved aside once.
+    assert (tmp_path / "words").read_text().split("\n") == ["--resume never", *["--resume auto"] * 3, ""]
+
+
+def test_the_last_attempt_s_status_stands(
+    stand_in: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts, "PAUSE_SECONDS", 0.1)
+    assert stand_in("gets on", max_restarts=1) == 1
+    assert "attempt 2 of 2 crashed with exit status 1 at step 20; it was the last" in capsys.readouterr().err
+
+
+def test_a_run_that_crashes_at_once_is_given_up(
+    stand_in: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(restarts, "PAUSE_SECONDS", 0.1)
+    assert stand_in("crashes", max_restarts=5) == 1
+    assert "attempt 2 of 6 crashed with exit status 1 at the start; 2 attempts in a row" in capsys.readouterr().err
+    assert len((tmp_path / "words").read_text().splitlines()) == 2
+
+
+def test_sigterm_between_two_attempts_ends_it_all(
+    stand_in: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say = restarts._say
+
+    def say_and_stop(text: str) -> None:
+        say(text)
+        if "the next starts" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(restarts, "_say", say_and_stop)
+    began = time.monotonic()
+    assert stand_in("crashes", max_restarts=5) == 75
+    assert time.monotonic() - began < 4.9  # less than the pause alone
+    assert "asked to stop" in capsys.readouterr().err
+    assert len((tmp_path / "words").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("code", [0, 2, 74, 75, 76])
+def test_what_would_end_the_same_way_is_not_started_again(tmp_path: Path, code: int) -> None:
+    assert not restarts.Restarts(tmp_path, 5).wanted(code)
+    assert not restarts.Restarts(tmp_path, 0).wanted(137)
+
+
+@pytest.mark.parametrize("code", [1, 77, 137])
+def test_getting_no_further_than_before_is_no_progress(
+    tmp_path: Path, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reach(step: int) -> None:
+        rows = [{"kind": "train", "step": step}, {"kind": "valid", "step": 99}]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tr')
+
+    reach(40)
+    attempts = restarts.Restarts(tmp_path, 9)
+    reach(50)
+    assert attempts.wanted(code)
+    reach(45)  # not as far as an earlier one
+    assert attempts.wanted(code)
+    reach(60)
+    assert attempts.wanted(code)
+    assert attempts.wanted(code)
+    assert not attempts.wanted(code)
+    assert "no further" in capsys.readouterr().err
+    assert restarts.Restarts(tmp_path, 9, anew=True)._best == (0, 0)
 
 
 @pytest.mark.parametrize(("code", "expected"), [(247, 137), (-9, 137), (2, 2), (1, 1), (0, 1)])
@@ -190,6 +303,7 @@ def test_a_mistake_in_the_configuration_is_told_before_anything_starts(
         (["local", "--config", str(tmp_path / "none.yaml")], "does not exist"),
         (["local", "--nproc", "0", "--config", "x"], "--nproc 0"),
         (["local", "--stop-timeout", "0", "--config", "x"], "--stop-timeout"),
+        (["local", "--max-restarts", "-1", "--config", "x"], "--max-restarts -1"),
     ]:
         assert run_cli(main, "nystrom launch", argv) == 2
         assert words in capsys.readouterr().err

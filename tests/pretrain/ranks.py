@@ -37,8 +37,13 @@ class Ended:
     output: str
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *, timeout: float = 120, **kwargs: Any) -> list[Ended]:
-    """Run ``function(**kwargs)`` (JSON values) in ``world_size`` processes."""
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *, timeout: float = 120, grace: float | None = None, **kwargs: Any
+) -> list[Ended]:
+    """Run ``function(**kwargs)`` (JSON values) in ``world_size`` processes.
+
+    Those still there after ``timeout`` seconds, or ``grace`` seconds after the first has ended, are killed.
+    """
     server = _start_server()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -52,6 +57,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *, timeout: float =
             "port": port,
             "out": out,
             "timeout": timeout,
+            "grace": grace,
         }
         assert server.stdin is not None
         assert server.stdout is not None
@@ -112,6 +118,8 @@ def _serve() -> None:
                     done, status = os.waitpid(pid, os.WNOHANG)
                     if done:
                         codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes and request["grace"] is not None and deadline < float("inf"):
+                deadline, request["grace"] = min(deadline, time.monotonic() + request["grace"]), None
             if time.monotonic() > deadline:
                 for pid in set(pids) - set(codes):
                     os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,115 @@
+"""Whether a run that crashed is started again: only what may go better the next time, and only while it gets on."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pretrain.checkpoint import commit
+from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_PREEMPTED, EXIT_STALLED
+
+PAUSE_SECONDS = 5.0
+"""Between two attempts: for ports, GPU memory and file systems to recover."""
+ATTEMPTS_WITHOUT_PROGRESS = 2
+METRICS = "metrics.jsonl"
+_TAIL_BYTES = 1 << 16
+_USER_ERROR = 2
+FINAL = (EXIT_DONE, _USER_ERROR, EXIT_PREEMPTED, EXIT_BAD_STEPS, os.EX_IOERR)
+"""Done, the user's mistake, asked to stop, bad steps in a row, could not save: again would be the same again."""
+
+
+class Standing(NamedTuple):
+    """How far a run got: the step of its newest whole checkpoint, and of its last line of metrics."""
+
+    checkpoint: int
+    metrics: int
+
+
+class Restarts:
+    """The attempts of one launch."""
+
+    def __init__(self, run_dir: Path, limit: int, anew: bool = False) -> None:
+        """At most ``limit`` restarts; ``anew``: what the folder holds now is of a run that will be moved aside."""
+        self._run_dir, self._limit = run_dir, limit
+        self._made, self._without_progress = 0, 0
+        self._best = Standing(0, 0) if anew else standing(run_dir)
+
+    def wanted(self, code: int) -> bool:
+        """Whether to start again after an attempt that ended with ``code``; says why, or why not."""
+        if code in FINAL or self._limit == 0:
+            return False
+        now = standing(self._run_dir)
+        self._without_progress = 0 if now > self._best else self._without_progress + 1
+        self._best = max(self._best, now)
+        why = f"attempt {self._made + 1} of {self._limit + 1} {_reason(code)} at {_stands(now)}"
+        if self._without_progress >= ATTEMPTS_WITHOUT_PROGRESS:
+            _say(f"{why}; {ATTEMPTS_WITHOUT_PROGRESS} attempts in a row got no further, so there is no other")
+            return False
+        if self._made == self._limit:
+            _say(f"{why}; it was the last")
+            return False
+        self._made += 1
+        goes_on = f"from the checkpoint of step {now.checkpoint}" if now.checkpoint else "from the beginning"
+        _say(f"{why}; the next starts in {PAUSE_SECONDS:g} s {goes_on}")
+        return True
+
+    def pause(self, stopped: Callable[[], bool]) -> bool:
+        """Wait before the next attempt; True as soon as ``stopped`` says so."""
+        deadline = time.monotonic() + PAUSE_SECONDS
+        while time.monotonic() < deadline:
+            if stopped():
+                _say("asked to stop; the same command goes on from the last checkpoint")
+                return True
+            time.sleep(0.05)
+        return stopped()
+
+
+def resumed(words: Sequence[str]) -> list[str]:
+    """The arguments of a later attempt: ``--resume never`` was meant for the first, which has moved the old run."""
+    words = list(words)
+    if "--resume" in words:
+        words[words.index("--resume") + 1] = "auto"
+    return words
+
+
+def standing(run_dir: Path) -> Standing:
+    """How far the run in this folder got; zeros for none."""
+    found = commit.newest(run_dir / "checkpoints")
+    return Standing(found[1].state.step if found else 0, _last_step(run_dir / METRICS))
+
+
+def _last_step(path: Path) -> int:
+    """The step of the last whole line of training metrics; 0 for none."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = stream.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+            if row["kind"] == "train":
+                return int(row["step"])
+        except (ValueError, TypeError, KeyError):
+            continue
+    return 0
+
+
+def _reason(code: int) -> str:
+    if code == EXIT_STALLED:
+        return "hung"
+    return f"was killed by signal {code - 128}" if code > 128 else f"crashed with exit status {code}"
+
+
+def _stands(now: Standing) -> str:
+    return f"step {max(now)}" if max(now) else "the start"
+
+
+def _say(text: str) -> None:
+    print(f"nystrom launch: {text}", file=sys.stderr, flush=True)

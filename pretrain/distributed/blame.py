@@ -1,0 +1,122 @@
+"""From what the processes last said of themselves to whom a run that stands still is waiting for. Pure functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+SILENT_SHARE = 0.25
+"""A process without a sign of life for this share of ``stall_seconds`` is called silent."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of one process."""
+
+    rank: int
+    beat: int = 0
+    silence: float = 0.0  # seconds since its last sign of life
+    age: float = 0.0  # seconds that its main thread had stood still by then
+    place: str = "starting"
+    step: int = 0
+    collectives: int = 0  # entered so far
+    host: str = "unknown"
+    pid: int = 0
+
+    @property
+    def name(self) -> str:
+        """The process, so that a person finds it."""
+        return f"process {self.rank} (host {self.host}, pid {self.pid})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who is to blame (nobody: all stand in the same operation), in whose words."""
+
+    speaker: int
+    guilty: tuple[int, ...]
+    message: str
+
+    def to_json(self) -> str:
+        """For the store."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> Verdict:
+        """From the store."""
+        body = json.loads(text)
+        return cls(body["speaker"], tuple(body["guilty"]), body["message"])
+
+    @classmethod
+    def of_silent_holder(cls, holder: Seen, own: Seen, world_size: int) -> Verdict:
+        """The verdict of a process that cannot ask any more: process 0, which holds the store, does not answer."""
+        waiting = [rank for rank in range(world_size) if rank != holder.rank]
+        message = (
+            f"stalled: {holder.name} does not answer: it is stopped, frozen, or its machine or network is gone; "
+            f"{_wait(waiting)} for it ({_stands(own)})"
+        )
+        return cls(waiting[0], (holder.rank,), message)
+
+
+def judge(seen: Sequence[Seen], speaker: int, stall_seconds: float) -> Verdict | None:
+    """Whom all wait for, or None if the run moves on somewhere.
+
+    Called by a process that has stood still for ``stall_seconds``. To blame is a process without a sign of life; else,
+    once nobody has moved for ``stall_seconds``, whoever has entered fewer collective operations than the others.
+    """
+    everyone = {s.rank: s for s in seen}
+    silent = [s for s in seen if s.silence >= SILENT_SHARE * stall_seconds]
+    if not silent and any(s.age < stall_seconds for s in seen):
+        return None
+    most = max(s.collectives for s in seen)
+    guilty = silent or [s for s in seen if s.collectives < most] or (list(seen) if len(seen) == 1 else [])
+    guilty = sorted(guilty, key=lambda s: s.rank)
+    waiting = sorted(set(everyone) - {s.rank for s in guilty})
+    if silent:
+        parts = [
+            f"{s.name} has given no sign of life for {s.silence:.0f} s (it was {s.place} at step {s.step}): it is "
+            "stopped, frozen, or its machine or network is gone"
+            for s in guilty
+        ]
+    elif guilty:
+        parts = [f"{s.name} has been {s.place} at step {s.step} for {s.age:.0f} s" for s in guilty]
+    else:
+        parts = [
+            f"no process has moved for {min(s.age for s in seen):.0f} s, and none is behind the others: they stand in "
+            f"the same collective operation ({'; '.join(_places(seen))}). Look at the network between the machines, "
+            "and at the GPUs"
+        ]
+    wait = f"; {_wait(waiting)} for {'it' if len(guilty) == 1 else 'them'}" if guilty and waiting else ""
+    return Verdict(speaker, tuple(s.rank for s in guilty), f"stalled: {'; '.join(parts)}{wait}")
+
+
+def ranks_in_words(ranks: Iterable[int]) -> str:
+    """``0-3, 5`` for 0, 1, 2, 3, 5."""
+    ordered, parts, start = sorted(ranks), [], 0
+    for i, rank in enumerate(ordered):
+        if i + 1 == len(ordered) or ordered[i + 1] != rank + 1:
+            parts.append(str(rank) if start == i else f"{ordered[start]}-{rank}")
+            start = i + 1
+    return ", ".join(parts)
+
+
+def processes(ranks: Sequence[int]) -> str:
+    """``process 1``, or ``processes 0-3, 5``."""
+    return f"process{'es' if len(ranks) > 1 else ''} {ranks_in_words(ranks)}"
+
+
+def _wait(ranks: Sequence[int]) -> str:
+    return f"{processes(ranks)} {'wait' if len(ranks) > 1 else 'waits'}"
+
+
+def _stands(seen: Seen) -> str:
+    return f"process {seen.rank} has been {seen.place} at step {seen.step} for {seen.age:.0f} s"
+
+
+def _places(seen: Sequence[Seen]) -> list[str]:
+    """Where the processes are, those at the same place together."""
+    where: dict[tuple[str, int], list[int]] = {}
+    for s in sorted(seen, key=lambda s: s.rank):
+        where.setdefault((s.place, s.step), []).append(s.rank)
+    return [f"{processes(ranks)} {place} at step {step}" for (place, step), ranks in where.items()]

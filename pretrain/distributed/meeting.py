@@ -1,0 +1,100 @@
+"""How the processes of a run find each other, and what is said when one does not come."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn
+
+from data_pipeline.errors import UserError
+from pretrain.distributed.blame import processes
+from pretrain.distributed.signals import StopFlag
+from pretrain.distributed.watchdog import process_key, store_is_torchrun_s
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+POLL_SECONDS = 0.2
+_ARRIVED, _EVERYBODY, _GIVEN_UP = "arrived", "everybody", "given up"
+
+
+class NotAllCame(Exception):
+    """Some process of the run did not come in time. The message is empty where another process says it."""
+
+
+class StoppedWhileWaiting(Exception):
+    """This process was asked to stop before all had come; nothing was begun."""
+
+
+def meet(
+    rank: int, world_size: int, patience: float, timeout: timedelta, arrival: str, stop: StopFlag | None = None
+) -> dist.TCPStore:
+    """Wait at MASTER_ADDR:MASTER_PORT until all processes are there; returns the store they share.
+
+    ``arrival`` is what this process leaves there under :func:`process_key`. ``patience`` is how many seconds it waits
+    for the others, ``timeout`` that of later calls on the store. Raises :class:`NotAllCame` with the names of those
+    missing, :class:`StoppedWhileWaiting`.
+    """
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    holds = rank == 0 and not store_is_torchrun_s()
+    deadline = time.monotonic() + patience
+    if not holds:
+        _wait_for_port(address, port, deadline, patience, rank, stop)
+    try:
+        # The number of processes is left out: the constructor would wait for them without saying who is missing.
+        store = dist.TCPStore(
+            address, port, is_master=holds, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
+    except dist.DistNetworkError as error:
+        raise UserError(f"process {rank} cannot meet the others at {address}:{port}: {error}") from None
+    store.set(process_key(rank), arrival)
+    # Counted, so that a look costs the same for any number of processes.
+    if store.add(_ARRIVED, 1) == world_size:
+        store.set(_EVERYBODY, "")
+    # store.wait() would do, but logs a warning of PyTorch's at each time-out, and does not hear a signal before.
+    while not store.check([_EVERYBODY]):
+        if stop is not None and stop():
+            raise StoppedWhileWaiting
+        if store.check([_GIVEN_UP]):
+            raise NotAllCame("")
+        if time.monotonic() > deadline:
+            _give_up(store, rank, world_size, patience, holds)
+        time.sleep(POLL_SECONDS)
+    return store
+
+
+def _give_up(store: dist.Store, rank: int, world_size: int, patience: float, holds: bool) -> NoReturn:
+    present = [other for other in range(world_size) if store.check([process_key(other)])]
+    missing = sorted(set(range(world_size)) - set(present))
+    message = (
+        f"{processes(missing)} of {world_size} did not come within {patience:g} s; "
+        f"{processes(present)} {'are' if len(present) > 1 else 'is'} there. Look at the logs of the missing and at "
+        "their network"
+    )
+    first = store.compare_set(_GIVEN_UP, "", str(rank)) == str(rank).encode()
+    if holds:
+        time.sleep(5 * POLL_SECONDS)  # so that the others read it before the store is gone
+    raise NotAllCame(message if first else "")
+
+
+def _wait_for_port(address: str, port: int, deadline: float, patience: float, rank: int, stop: StopFlag | None) -> None:
+    """Wait until somebody listens there: TCPStore itself would wait without hearing a signal."""
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5.0).close()
+            return
+        except OSError as error:
+            problem = error.strerror or error
+        if stop is not None and stop():
+            raise StoppedWhileWaiting
+        if time.monotonic() > deadline:
+            raise NotAllCame(
+                f"process 0 did not come: process {rank} (host {socket.gethostname()}) found nobody at "
+                f"{address}:{port} for {patience:g} s ({problem}). Look at the log of process 0, at MASTER_ADDR and "
+                "MASTER_PORT, and at the network"
+            )
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,248 @@
+"""A process that hangs ends the run, by name.
+
+A process that dies closes its connections, and the others raise at once. One that hangs (a file system that does not
+answer, a stopped process, a machine that lost its network) leaves the others in a collective operation for ever. So
+each process has two threads beside the main one: one publishes every few seconds where the main thread is, in the
+store through which the processes met; the other sees when the main thread stands still for ``stall_seconds``, finds
+out whom all wait for, and ends the process with :data:`EXIT_STALLED`.
+
+The main thread says where it is with :func:`at`, which costs well under a microsecond. Collective operations count as
+movement too, and are what tells the process that is waited for from those that wait: PyTorch numbers them, and the one
+that hangs has entered fewer (the same idea as NCCL's desynchronisation report in PyTorch, but for any backend).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from pretrain.distributed.blame import Seen, Verdict, judge
+from pretrain.distributed.signals import EXIT_STALLED, ORPHAN_SECONDS, StopFlag
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+BEATS_PER_STALL = 20
+LONGEST_BEAT = 5.0
+"""Seconds between two signs of life: a twentieth of ``stall_seconds``, but no more than this."""
+LAST_WORDS_SECONDS = 10.0
+"""How long message, status and stack may take: the file system or the terminal may be what hangs."""
+_VERDICT = "stalled"
+_THREAD_PREFIX = "watchdog"
+
+
+class _Here:
+    """Where the main thread is."""
+
+    place, step, moves = "starting", 0, 0
+
+
+_here = _Here()
+
+
+def at(place: str, step: int | None = None) -> None:
+    """Say that the main thread is alive and now at ``place`` ("reading data"), at optimizer step ``step``.
+
+    ``place`` completes the sentence "process 3 has been ... at step 120"; ``step`` stays what it was if left out.
+    """
+    _here.place = place
+    if step is not None:
+        _here.step = step
+    _here.moves += 1
+
+
+def process_key(rank: int) -> str:
+    """The store's key for what a process last said about itself; it exists from the process's arrival on."""
+    return f"process/{rank}"
+
+
+def store_is_torchrun_s() -> bool:
+    """Whether torchrun holds the store, in a process of its own, and not process 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def group_timeout(stall_seconds: float) -> timedelta:
+    """The time-out of collective operations: the last resort, for when the watchdog itself cannot run.
+
+    Above ``stall_seconds``, so that the watchdog speaks first, and twice that, because a wait for a process that moves
+    on (the first one exporting) is no stall.
+    """
+    return timedelta(seconds=2 * stall_seconds + 30)
+
+
+class Watchdog:
+    """The two threads of one process. ``store`` is None for a single process."""
+
+    def __init__(self, rank: int, world_size: int, stall_seconds: float, stop: StopFlag | None = None) -> None:
+        """Make it; nothing runs before :meth:`start`."""
+        self.rank, self.world_size, self.stall_seconds = rank, world_size, stall_seconds
+        self.interval = min(stall_seconds / BEATS_PER_STALL, LONGEST_BEAT)
+        self.on_stall: Callable[[], None] = lambda: None
+        """Called by the process that speaks for all, before the end: to leave a status behind."""
+        self._ending = False
+        self._orphaned = stop.is_orphan if stop is not None else lambda: False
+        self._store: dist.Store | None = None
+        self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._beat, self._age, self._orphan_age = 0, 0.0, 0.0
+        self._seen: dict[int, Seen] = {}
+        self._answers, self._store_silence = 0, 0.0
+        self._proposed: Verdict | None = None
+        self._agreed: Verdict | None = None
+
+    def record(self) -> str:
+        """What this process says of itself now."""
+        values = {"host": socket.gethostname(), "pid": os.getpid(), "collectives": collectives_entered()}
+        where = {"beat": self._beat, "age": self._age, "place": _here.place, "step": _here.step}
+        return json.dumps({**values, **where})
+
+    def start(self, store: dist.Store | None) -> None:
+        """Begin to watch; ``store`` has the record of every process already."""
+        if store is not None:
+            # A connection of its own: the main thread may hang inside a call on the other.
+            self._store = store.clone()  # type: ignore[attr-defined]  # missing from torch's stubs
+            self._thread(self._report)
+        self._thread(self._watch)
+
+    def stop(self) -> None:
+        """End both threads; one that hangs in a call to the store is left behind.
+
+        Does not return if this process is about to be ended for a stall: that it just lost a peer is part of it.
+        """
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(timeout=1.0)
+        while self._ending:
+            time.sleep(0.1)
+
+    def _thread(self, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=f"{_THREAD_PREFIX}{target.__name__}", daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    # --- the thread that talks to the store; it alone may hang there --------------------------------------------------
+
+    def _report(self) -> None:
+        assert self._store is not None
+        # A store that is gone (its process has ended) shows as silence.
+        with contextlib.suppress(RuntimeError):
+            self._listen(self._store, first=True)
+            while not self._closed.wait(self.interval):
+                self._beat += 1
+                self._store.set(process_key(self.rank), self.record())
+                if self._proposed is not None and self._agreed is None:
+                    # The first to say so is the one that all agree with, and that speaks.
+                    agreed = self._store.compare_set(_VERDICT, "", self._proposed.to_json())
+                    self._agreed = Verdict.from_json(agreed)
+                elif self._age >= self.stall_seconds / 2:
+                    self._listen(self._store)
+                self._answers += 1
+
+    def _listen(self, store: dist.Store, first: bool = False) -> None:
+        """Read what the others say; once at the start, then only while this process stands still."""
+        if not first and self._agreed is None and store.check([_VERDICT]):
+            self._agreed = Verdict.from_json(store.get(_VERDICT))
+        # At the start only the one that holds the store: it cannot be asked any more when it hangs.
+        ranks = range(1 if first else self.world_size)
+        for rank, text in zip(ranks, store.multi_get([process_key(rank) for rank in ranks]), strict=True):
+            values = json.loads(text)
+            before = self._seen.get(rank)
+            beat = values.pop("beat")
+            silence = 0.0 if before is None or before.beat != beat else before.silence + self.interval
+            self._seen[rank] = Seen(rank=rank, beat=beat, silence=silence, **values)
+
+    # --- the thread that decides --------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        before, answers, last = (-1, -1), -1, time.monotonic()
+        while not self._closed.wait(self.interval):
+            now = time.monotonic()
+            # Time in which the whole process was stopped (a suspended job, a laptop asleep) is nobody's hang.
+            passed, last = min(now - last, 2 * self.interval), now
+            position = (_here.moves, collectives_entered())
+            self._age = 0.0 if position != before else self._age + passed
+            before = position
+            self._store_silence = 0.0 if self._answers != answers else self._store_silence + passed
+            answers = self._answers
+            self._orphan_age = self._orphan_age + passed if self._orphaned() else 0.0
+            if self._orphan_age >= ORPHAN_SECONDS:
+                self._end(f"process {self.rank}: its launcher is gone, and it could not save and end by itself", True)
+            if self._agreed is not None:
+                self._obey(self._agreed)
+            elif self._age >= self.stall_seconds:
+                self._decide()
+
+    def _decide(self) -> None:
+        """Propose a verdict; without a store to agree through, it holds at once."""
+        own = Seen(rank=self.rank, **json.loads(self.record()))
+        if self._store is None:
+            self._obey(judge([own], self.rank, self.stall_seconds))
+        elif self._store_silence >= self.stall_seconds / 4:
+            if self.rank == 0 or store_is_torchrun_s():
+                return  # no process of the run is to blame; the time-out of the groups remains
+            holder = self._seen.get(0) or Seen(rank=0)
+            self._obey(Verdict.of_silent_holder(holder, own, self.world_size))
+        elif self._proposed is None and len(self._seen) == self.world_size:
+            self._proposed = judge([*self._others(), own], self.rank, self.stall_seconds)
+
+    def _others(self) -> list[Seen]:
+        return [seen for rank, seen in self._seen.items() if rank != self.rank]
+
+    def _obey(self, verdict: Verdict | None) -> None:
+        if verdict is None:
+            return
+        self._ending = True
+        if verdict.speaker == self.rank:
+            self._end(verdict.message, True, self.on_stall)
+        guilty = not verdict.guilty or self.rank in verdict.guilty
+        self._end(None, guilty)
+
+    def _end(self, message: str | None, with_stack: bool, leave: Callable[[], None] = lambda: None) -> None:
+        """Say ``message``, show where it stands, and end this process."""
+
+        def last_words() -> None:
+            if message is not None:
+                print(message, file=sys.stderr, flush=True)
+            if with_stack:
+                print(f"process {self.rank} stands here:\n{stacks()}", file=sys.stderr, flush=True)
+            leave()
+
+        began = time.monotonic()
+        words = threading.Thread(target=last_words, name=f"{_THREAD_PREFIX} last words", daemon=True)
+        words.start()
+        words.join(LAST_WORDS_SECONDS)
+        # The others must have heard the verdict before they see this process go, or they would report its loss.
+        time.sleep(max(0.0, 4 * self.interval - (time.monotonic() - began)))
+        os._exit(EXIT_STALLED)
+
+
+def collectives_entered() -> int:
+    """How many collective operations this process has entered, over all groups; 0 before there is one."""
+    import torch.distributed as dist
+
+    # No public name for it in torch 2.13; reading it costs the main thread nothing.
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    try:
+        return sum(group._get_sequence_number_for_group() for group in groups)
+    except RuntimeError:  # a backend that does not number them
+        return 0
+
+
+def stacks() -> str:
+    """Where this process's threads stand, the main one first; a hanging read of data shows in the prefetching one."""
+    threads = sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread())
+    frames = sys._current_frames()
+    return "".join(
+        f"thread {thread.name}:\n{''.join(traceback.format_stack(frames[thread.ident]))}"
+        for thread in threads
+        if thread.ident in frames and not thread.name.startswith(_THREAD_PREFIX)
+    )

@@ -1,0 +1,272 @@
+"""A process that hangs, or never comes, ends the run by name."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ranks import Ended, run_ranks, values
+from training_case import metrics, settings, write_config, write_corpus
+
+from data_pipeline.errors import run_cli
+from pretrain.distributed.blame import Seen, Verdict, judge, ranks_in_words
+
+STALL_SECONDS = 3.0
+HANG_STEP = 3
+
+
+def train(config: str) -> int:
+    """Runs in the ranks: the command itself."""
+    from pretrain.cli import main
+
+    return run_cli(main, "nystrom train", ["--config", config])
+
+
+def train_and_hang(config: str, how: str, who: int = 1, without_watchdog: bool = False) -> int:
+    """Runs in the ranks: as :func:`train`, but process ``who`` hangs in step :data:`HANG_STEP`."""
+    import os
+    import signal
+
+    from pretrain import trainer
+    from pretrain.distributed import watchdog
+    from pretrain.engine.training import TrainingEngine
+
+    here = os.environ["RANK"] == str(who)
+    backward = TrainingEngine.backward
+    steps = {"begun": 0}
+
+    class Loader(trainer.TrainLoader):
+        def __iter__(self) -> Any:
+            for number, batch in enumerate(super().__iter__(), 1):
+                if number == HANG_STEP and here and how == "reading":
+                    time.sleep(3600)
+                steps["begun"] = number
+                yield batch
+
+    def hanging_backward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if here and steps["begun"] == HANG_STEP:
+            if how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if how == "sleeping":
+                time.sleep(3600)
+        return backward(self, *args, **kwargs)
+
+    if here and how == "absent":
+        time.sleep(3600)
+    trainer.TrainLoader = Loader  # type: ignore[misc]
+    TrainingEngine.backward = hanging_backward  # type: ignore[method-assign]
+    if without_watchdog:
+        from datetime import timedelta
+
+        from pretrain.distributed import world
+
+        watchdog.Watchdog.start = lambda self, store: None  # type: ignore[method-assign]
+        world.group_timeout = lambda stall_seconds: timedelta(seconds=stall_seconds)
+    return train(config)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+def hang(corpus: Path, runs: Path, how: str, world_size: int, zero_stage: int = 2, **more: Any) -> list[Ended]:
+    """Run it; nobody may take longer than the time-out allows."""
+    changes = {"checkpoint": {"every_tokens": 512}, "stall_seconds": STALL_SECONDS}
+    config = write_config(runs / "run.yaml", settings(corpus, runs, zero_stage=zero_stage, **changes))
+    began = time.monotonic()
+    ended = run_ranks(train_and_hang, world_size, config=config, how=how, timeout=60, grace=3.0, **more)
+    assert time.monotonic() - began < 40
+    return ended
+
+
+def status(runs: Path) -> dict[str, Any]:
+    return json.loads((runs / "run" / "status.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("how", "zero_stage", "words"),
+    [
+        pytest.param("reading", 2, "has been reading data at step 3 for", marks=pytest.mark.slow),
+        pytest.param("reading", 3, "has been reading data at step 3 for", marks=pytest.mark.slow),
+        pytest.param("sleeping", 2, "has been training at step 3 for", marks=pytest.mark.slow),
+        ("sleeping", 3, "has been training at step 3 for"),
+    ],
+)
+def test_a_process_that_hangs_is_named(corpus: Path, tmp_path: Path, how: str, zero_stage: int, words: str) -> None:
+    ended = hang(corpus, tmp_path, how, 2, zero_stage)
+    assert [end.code for end in ended] == [77, 77]
+    said = "".join(end.output for end in ended)
+    assert said.count("stalled: ") == 1
+    assert "stalled: process 1 (host " in said
+    assert words in said
+    assert "; process 0 waits for it" in said
+    assert "process 1 stands here:\nthread MainThread:" in ended[1].output
+    assert "time.sleep(3600)" in ended[1].output
+    assert "went away" not in said
+    assert (status(tmp_path)["state"], status(tmp_path)["code"]) == ("stalled", 77)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "who"),
+    [(2, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(3, 1), (2, 0), (3, 0)])],
+)
+def test_a_process_that_was_stopped_is_named(corpus: Path, tmp_path: Path, zero_stage: int, who: int) -> None:
+    """Process 0 holds the store: once it is stopped, the others cannot ask anybody."""
+    ended = hang(corpus, tmp_path, "stopped", 2, zero_stage, who=who)
+    assert (ended[1 - who].code, ended[who].code) == (77, -9)
+    said = ended[1 - who].output
+    assert said.count("stalled: ") == 1
+    assert f"stalled: process {who} (host " in said
+    assert ("has given no sign of life" if who else "does not answer") in said
+    assert f"; process {1 - who} waits for it" in said
+    assert "stands here" in said
+    assert status(tmp_path)["state"] == "stalled"
+
+
+@pytest.mark.slow
+def test_among_three_one_speaks_and_all_end(corpus: Path, tmp_path: Path) -> None:
+    curriculum = [{"until_tokens": 1536, "seq_len": 32, "micro_batch": 1}]
+    changes = {"stall_seconds": STALL_SECONDS, "curriculum": curriculum, "batch_tokens": 192}
+    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=2, **changes))
+    ended = run_ranks(train_and_hang, 3, config=config, how="reading", who=1, timeout=60, grace=3.0)
+    assert [end.code for end in ended] == [77, 77, 77]
+    said = "".join(end.output for end in ended)
+    assert said.count("stalled: ") == 1
+    assert "; processes 0, 2 wait for it" in said
+    assert "went away" not in said
+
+
+def test_a_single_process_is_watched_too(corpus: Path, tmp_path: Path) -> None:
+    (end,) = hang(corpus, tmp_path, "reading", 1, who=0)
+    assert end.code == 77
+    assert "has been reading data at step 3 for" in end.output
+    assert "time.sleep(3600)" in end.output
+    assert status(tmp_path)["state"] == "stalled"
+
+
+@pytest.mark.parametrize(
+    ("who", "words"),
+    [
+        (1, ["process 1 of 2 did not come within 3 s; process 0 is there"]),
+        pytest.param(0, ["process 0 did not come: process 1 (host ", "found nobody at"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_never_comes_is_named(corpus: Path, tmp_path: Path, who: int, words: list[str]) -> None:
+    ended = hang(corpus, tmp_path, "absent", 2, who=who)
+    assert ended[who].code == -9
+    assert ended[1 - who].value == 77
+    for word in words:
+        assert word in ended[1 - who].output
+    assert len(ended[1 - who].output.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_the_groups_time_out_where_the_watchdog_cannot_run(corpus: Path, tmp_path: Path, zero_stage: int) -> None:
+    """DeepSpeed's groups have none of their own; a process that sleeps in a step hangs the others in one of those."""
+    first, _ = hang(corpus, tmp_path, "sleeping", 2, zero_stage, without_watchdog=True)
+    assert first.value == 77
+    assert "did not answer in a collective operation" in first.output
+
+
+def train_slowly(config: str) -> int:
+    """Runs in the ranks: validation takes longer than ``stall_seconds`` in sum, each batch less."""
+    from pretrain import validation
+
+    evaluate = validation._evaluate
+
+    def slow(*args: Any) -> Any:
+        time.sleep(STALL_SECONDS / 5)
+        return evaluate(*args)
+
+    validation._evaluate = slow
+    return train(config)
+
+
+def test_a_long_validation_that_moves_is_no_stall(corpus: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "data": {"valid": str(corpus / "valid")},
+        "validation": {"tokens": 768, "samples": 0},
+        "curriculum": [{"until_tokens": 1024, "seq_len": 32, "micro_batch": 2}],
+        "stall_seconds": STALL_SECONDS,
+    }
+    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=2, **changes))
+    assert values(run_ranks(train_slowly, 2, config=config)) == [0, 0]
+    (valid,) = metrics(tmp_path / "run", "valid")
+    assert valid["took"] > STALL_SECONDS
+
+
+def pause() -> bool:
+    """Runs in a rank: a watchdog through a stop of the whole process that is longer than its patience."""
+    import os
+    import subprocess
+
+    from pretrain.distributed import watchdog
+
+    watch = watchdog.Watchdog(0, 1, 1.0)
+    watch.start(None)
+    pid = os.getpid()
+    subprocess.Popen(["sh", "-c", f"kill -STOP {pid}; sleep 2; kill -CONT {pid}"]).wait()
+    time.sleep(0.4)
+    watch.stop()
+    return True
+
+
+def test_a_job_that_was_suspended_is_no_stall() -> None:
+    assert values(run_ranks(pause, 1)) == [True]
+
+
+def seen(rank: int, age: float = 10.0, **values: Any) -> Seen:
+    return Seen(rank=rank, age=age, **{"place": "training", "step": 5, "collectives": 7, "host": "h", **values})
+
+
+def test_judge() -> None:
+    def verdict(*processes: Seen) -> Verdict | None:
+        return judge(processes, 0, 10.0)
+
+    assert verdict(seen(0), seen(1, age=3.0)) is None  # somebody moves on
+    behind = verdict(seen(0), seen(1), seen(2, collectives=6, place="reading data"), seen(3))
+    words = "process 2 (host h, pid 0) has been reading data at step 5 for 10 s; processes 0-1, 3 wait for it"
+    assert behind == Verdict(0, (2,), f"stalled: {words}")
+    two = verdict(seen(0), seen(1, collectives=5), seen(2, collectives=6))
+    assert two is not None
+    assert two.guilty == (1, 2)
+    assert two.message.endswith("; process 0 waits for them")
+    silent = verdict(seen(0), seen(1, silence=4.0), seen(2, age=1.0))  # even while another moves
+    assert silent is not None
+    assert silent.guilty == (1,)
+    assert "no sign of life for 4 s (it was training at step 5)" in silent.message
+    together = verdict(seen(0), seen(1))
+    assert together is not None
+    assert together.guilty == ()
+    assert "none is behind the others" in together.message
+    assert "processes 0-1 training at step 5" in together.message
+    assert Verdict.from_json(two.to_json()) == two
+
+
+def test_ranks_in_words() -> None:
+    assert ranks_in_words([5, 0, 1, 3, 2]) == "0-3, 5"
+    assert ranks_in_words([4]) == "4"
+
+
+def test_saying_where_one_is_costs_next_to_nothing() -> None:
+    from pretrain.distributed import watchdog
+
+    began = time.perf_counter()
+    for step in range(10_000):
+        watchdog.at("training", step)
+    assert (time.perf_counter() - began) / 10_000 < 20e-6  # 0.2 microseconds on an idle core
+
+
+def test_nothing_is_left_behind() -> None:
+    """After the tests above: no stopped process, nothing in shared memory."""
+    stopped = [p.pid for p in psutil.Process().children(recursive=True) if p.status() == psutil.STATUS_STOPPED]
+    assert stopped == []
+    assert not list(Path("/dev/shm").glob("deepspeed_*"))
