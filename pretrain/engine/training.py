@@ -21,6 +21,8 @@ from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
+from pretrain.engine.layers import layer_runner
+from pretrain.engine.stage_1 import zero_optimizer_at_stage_1
 from pretrain.model.attention.layout import Layout
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
 
@@ -75,21 +77,26 @@ class TrainingEngine:
 
         self.config, self.world = config, world
         self.zero_stage = config.zero_stage
-        self.deepspeed_config = build_deepspeed_config(config)
+        self.deepspeed_config = build_deepspeed_config(config, pin_memory=on_gpu)
         randomness.seed_everything(config.seed)
         self.model: NystromformerLM = build_model(config.model)
+        self.model.run_layer = layer_runner(config.activation_checkpointing, config.compile)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         optimizer = build_optimizer(self.model, config.optimizer)
         self._guard = StepGuard(optimizer, config.optimizer) if self.zero_stage == 0 else None
         try:
-            self._engine, _, _, _ = deepspeed.initialize(
-                model=self.model, optimizer=optimizer, config=copy.deepcopy(self.deepspeed_config)
-            )
+            with zero_optimizer_at_stage_1():
+                self._engine, _, _, _ = deepspeed.initialize(
+                    model=self.model, optimizer=optimizer, config=copy.deepcopy(self.deepspeed_config)
+                )
         except (DeepSpeedConfigError, ValidationError) as error:
             faults = str(error)
             if isinstance(error, ValidationError):
                 faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {faults}") from None
+        if config.precision == "fp16":
+            # An overflow at the smallest scale is a bad step like any other, not an exception.
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         randomness.seed_everything(config.seed + 1 + world.rank)
 
     def backward(
