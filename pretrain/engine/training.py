@@ -144,6 +144,19 @@ class TrainingEngine:
         """Put the model into training mode."""
         self._engine.train()
 
+    @property
+    def state_device(self) -> torch.device:
+        """Where the optimizer's state is kept."""
+        return torch.device("cpu") if self.config.offload_optimizer else self.world.device
+
+    def missing_state_bytes(self) -> int:
+        """Bytes of AdamW's two float32 moments that this process has still to make, in its first step."""
+        zero = self._engine.optimizer
+        partitions = {0: "", 1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups"}
+        name = partitions.get(self.zero_stage, "fp32_partitioned_groups_flat")
+        weights = list(self.model.parameters()) if not name else getattr(zero, name)
+        return sum(8 * weight.numel() for weight in weights if not zero.state.get(weight))
+
     def save(self, folder: Path, tag: str) -> None:
         """Write DeepSpeed's files below ``folder/tag``. No pointer, no commit: that is ``checkpoint/store.py``'s."""
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)

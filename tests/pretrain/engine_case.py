@@ -40,20 +40,26 @@ def engine_settings(**changes: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def engine_of(config: dict[str, Any]) -> Iterator[Any]:
-    """Runs in the ranks: the engine of a configuration, with ``engine.world``."""
-    from pretrain.config import parse_config
+def one_world() -> Iterator[Any]:
+    """Runs in the ranks: the process group, for any number of engines one after another."""
     from pretrain.distributed.world import World, quiet_libraries, read_rank
-    from pretrain.engine.training import TrainingEngine
 
     quiet_libraries()
     world = World(read_rank())
     try:
-        engine = TrainingEngine(parse_config(config), world)
-        engine.train()
-        yield engine
+        yield world
     finally:
         world.close()
+
+
+def build(config: dict[str, Any], world: Any) -> Any:
+    """Runs in the ranks: the engine of a configuration, in training mode."""
+    from pretrain.config import parse_config
+    from pretrain.engine.training import TrainingEngine
+
+    engine = TrainingEngine(parse_config(config), world)
+    engine.train()
+    return engine
 
 
 def draw(number: int, rows: int, length: int, objective: str = "mlm", kind: str = "full") -> tuple[Any, Any, Any]:

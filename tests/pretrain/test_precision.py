@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from engine_case import draw, engine_of, engine_settings, first_gradients, master_weights, share, train_steps
+from engine_case import build, draw, engine_settings, first_gradients, one_world, share
 from ranks import run_ranks, values
 
 MICROS = 32
@@ -18,7 +18,8 @@ def accumulate(config: dict[str, Any], micros: int) -> tuple[float, str]:
 
     from pretrain.model import build_model
 
-    with engine_of(config) as engine:
+    with one_world() as world:
+        engine = build(config, world)
         stage = engine.config.curriculum[0]
         batch = [draw(i, stage.micro_batch, stage.seq_len) for i in range(micros)]
         scale = 1.0 / sum(float((labels >= 0).sum()) for _, labels, _ in batch)
@@ -56,7 +57,9 @@ def test_gradients_of_many_micro_batches_and_processes_add_up_in_float32(zero_st
     assert max(accumulation(zero_stage)) < 1e-6
 
 
-@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_sums_in_bfloat16_would_be_measurably_worse(zero_stage: int) -> None:
     """So that the test above could fail: what the default is better than, and what the keys still allow."""
     assert min(accumulation(zero_stage, data_types={"grad_accum_dtype": "bf16"})) > 2e-3
