@@ -22,7 +22,7 @@ from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
 from pretrain.engine.layers import layer_runner
-from pretrain.engine.stage_1 import zero_optimizer_at_stage_1
+from pretrain.engine.repairs import forget_gradients, zero_optimizer_at_stage_1
 from pretrain.model.attention.layout import Layout
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
 
@@ -128,6 +128,7 @@ class TrainingEngine:
         optimizer = engine.optimizer
         scale = float(optimizer.loss_scale) if self.config.precision == "fp16" else 1.0
         if optimizer.overflow:
+            forget_gradients(optimizer)
             return StepResult(False, math.inf, scale)
         return StepResult(True, float(engine.get_global_grad_norm()), scale)
 

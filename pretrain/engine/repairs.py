@@ -1,4 +1,4 @@
-"""One ZeRO optimizer for all precisions at stage 1."""
+"""What DeepSpeed 0.19.8 gets wrong inside its ZeRO optimizers, put right from outside."""
 
 from __future__ import annotations
 
@@ -29,3 +29,14 @@ def zero_optimizer_at_stage_1() -> Iterator[None]:
         yield
     finally:
         DeepSpeedEngine._do_optimizer_sanity_check = choose
+
+
+def forget_gradients(optimizer: Any) -> None:
+    """After a step that DeepSpeed skipped: drop the gradients that it keeps.
+
+    With offloading and float32 accumulation, ZeRO 1 and 2 clear the sums of the gradients after an applied step only
+    (``DeepSpeedZeroOptimizer.step``): one infinite gradient would make every later step infinite.
+    """
+    if getattr(optimizer, "cpu_offload", False):
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
