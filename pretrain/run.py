@@ -93,6 +93,7 @@ def _train_together(
     from pretrain.checkpoint.store import Checkpoints
     from pretrain.describe import describe
     from pretrain.distributed.world import first_decides
+    from pretrain.engine.probe import run_probe
     from pretrain.engine.training import TrainingEngine
     from pretrain.telemetry.folder import explain, record_start
     from pretrain.telemetry.telemetry import METRICS, Telemetry, truncate_metrics
@@ -160,6 +161,8 @@ def _train_together(
         telemetry.write(
             "event", step=state.step, tokens=state.tokens, seconds=state.seconds, world_size=world.world_size, **event
         )
+        watchdog.at("trying the longest rows")
+        telemetry.say(run_probe(engine, config, inputs.plan, world, state.tokens).sentence())
         try:
             code = trainer.run()
             if code == EXIT_DONE:

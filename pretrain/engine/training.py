@@ -27,7 +27,9 @@ from pretrain.curriculum.stages import stage_model
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
+from pretrain.engine.layers import layer_runner
 from pretrain.engine.positions import extend_positions
+from pretrain.engine.repairs import forget_gradients, zero_optimizer_at_stage_1
 from pretrain.model.attention.layout import Layout
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
 
@@ -88,21 +90,26 @@ class TrainingEngine:
 
         self.config, self.world = config, world
         self.zero_stage = config.zero_stage
-        self.deepspeed_config = build_deepspeed_config(config)
+        self.deepspeed_config = build_deepspeed_config(config, pin_memory=on_gpu)
         randomness.seed_everything(config.seed)
         self.model: NystromformerLM = build_model(stage_model(config, 0))
+        self.model.run_layer = layer_runner(config.activation_checkpointing, config.compile)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         optimizer = build_optimizer(self.model, config.optimizer)
         self._guard = StepGuard(optimizer, config.optimizer) if self.zero_stage == 0 else None
         try:
-            self._engine, _, _, _ = deepspeed.initialize(
-                model=self.model, optimizer=optimizer, config=copy.deepcopy(self.deepspeed_config)
-            )
+            with zero_optimizer_at_stage_1():
+                self._engine, _, _, _ = deepspeed.initialize(
+                    model=self.model, optimizer=optimizer, config=copy.deepcopy(self.deepspeed_config)
+                )
         except (DeepSpeedConfigError, ValidationError) as error:
             faults = str(error)
             if isinstance(error, ValidationError):
                 faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {faults}") from None
+        if config.precision == "fp16":
+            # An overflow at the smallest scale is a bad step like any other, not an exception.
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         randomness.seed_everything(config.seed + 1 + world.rank)
 
     def backward(
@@ -134,6 +141,7 @@ class TrainingEngine:
         optimizer = engine.optimizer
         scale = float(optimizer.loss_scale) if self.config.precision == "fp16" else 1.0
         if optimizer.overflow:
+            forget_gradients(optimizer)
             return StepResult(False, math.inf, scale)
         return StepResult(True, float(engine.get_global_grad_norm()), scale)
 
@@ -165,6 +173,19 @@ class TrainingEngine:
     def train(self) -> None:
         """Put the model into training mode."""
         self._engine.train()
+
+    @property
+    def state_device(self) -> torch.device:
+        """Where the optimizer's state is kept."""
+        return torch.device("cpu") if self.config.offload_optimizer else self.world.device
+
+    def missing_state_bytes(self) -> int:
+        """Bytes of AdamW's two float32 moments that this process has still to make, in its first step."""
+        zero = self._engine.optimizer
+        partitions = {0: "", 1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups"}
+        name = partitions.get(self.zero_stage, "fp32_partitioned_groups_flat")
+        weights = list(self.model.parameters()) if not name else getattr(zero, name)
+        return sum(8 * weight.numel() for weight in weights if not zero.state.get(weight))
 
     def save(self, folder: Path, tag: str) -> None:
         """Write DeepSpeed's files below ``folder/tag``, durable. No pointer, no commit: those are the store's.

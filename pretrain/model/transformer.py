@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,10 @@ IGNORE = -100
 
 LOSS_CHUNK_ELEMENTS = 2**26
 """Logits held at a time in the loss: 256 MiB in float32. More are computed in chunks and again in the backward pass."""
+
+
+LayerRunner = Callable[["Block", Tensor, AttentionContext], Tensor]
+"""Another way of computing ``block(x, context)``."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,9 @@ class NystromformerLM(nn.Module):
                 "model.vocab_size is not set: give it, or take it from the tokenizer or the shards' manifest"
             )
         self.config = config
+        self.run_layer: LayerRunner | None = None
+        """How layers run in training mode, if not by calling them: whoever trains the model may set it, to compute a
+        layer again in the backward pass or to run a compiled one. Evaluation and decoding never use it."""
         self.embeddings = Embeddings(config, config.vocab_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if config.norm == "pre" else None
@@ -198,7 +206,10 @@ class NystromformerLM(nn.Module):
         x = self.embeddings(input_ids, layout, self.config.trained_positions)
         context = AttentionContext.build(self.config, layout, x.device, x.dtype, None if cache is None else cache.plan)
         for number, layer in enumerate(self.layers):
-            x = layer(x, context, None if cache is None else cache.layers[number])
+            if self.run_layer is not None and self.training and cache is None:
+                x = self.run_layer(layer, x, context)
+            else:
+                x = layer(x, context, None if cache is None else cache.layers[number])
         if self.norm is not None:
             x = self.norm(x)
         states = x if hidden else None

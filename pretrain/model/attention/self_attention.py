@@ -149,22 +149,18 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         """With a cache (causal models, no gradients): keep the batch in it, or read and extend it by a token."""
         q, k, v = self.project(x, context)
-        partition = context.partition
         gamma, offset = self.gamma(), self.landmark_offset(context)
         if cache is not None and isinstance(context.plan, Step):
             out = cache.extend(q, k, v, context.plan, offset=offset, gamma=gamma, conv_weight=self.conv_weight)
             return self.output(out.flatten(2))
         if cache is not None and isinstance(context.plan, Prompts):
             cache.fill(q, k, v, context.plan, offset=offset, gamma=gamma)
-        outputs = [self._attend(r.take(q), r.take(k), r.take(v), gamma, offset, r) for r in partition.rectangles]
-        merged = partition.merge(outputs, v) if outputs else 0 * (q + k + v)
-        window = self.config.window_segments * self.config.segment_length
-        if all(r.length <= window for r in partition.rectangles):
-            # Nothing reached beyond the window. Every parameter gets a gradient all the same, if zero: ranks whose
-            # batches differ must reduce the same parameters.
-            for parameter in (self.gamma_logit, self.landmark_query):
-                if parameter is not None:
-                    merged = merged + 0 * parameter.sum().to(merged.dtype)
+        # Number and shapes of the rectangles change with every batch of packed rows, and each would be compiled anew:
+        # that part of a compiled layer runs as it is.
+        packed = context.partition.slots is not None
+        interrupted = packed and torch.compiler.is_compiling()
+        attend = torch.compiler.disable(self._attend_all) if interrupted else self._attend_all
+        merged = attend(q, k, v, gamma, offset, context.partition)
         return self.output(merged.flatten(2))
 
     def project(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,6 +170,23 @@ class SelfAttention(nn.Module):
         if context.rotary is not None:
             q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
         return q, k, v
+
+    def _attend_all(
+        self, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, offset: Tensor | None, partition: Partition
+    ) -> Tensor:
+        """(B, N, H, d) each -> (B, N, H, d): attention on every rectangle, put back."""
+        outputs = [self._attend(r.take(q), r.take(k), r.take(v), gamma, offset, r) for r in partition.rectangles]
+        merged = partition.merge(outputs, v) if outputs else 0 * (q + k + v)
+        window = self.config.window_segments * self.config.segment_length
+        # Every parameter gets a gradient, if zero, whatever the batch holds: ranks whose batches differ must reduce the
+        # same parameters, and ZeRO-3 adds a step's later gradients to what an earlier step left of a missing first one.
+        unused = [] if outputs else [self.conv_weight]
+        if all(r.length <= window for r in partition.rectangles):  # nothing reached beyond the window
+            unused += [self.gamma_logit, self.landmark_query]
+        for parameter in unused:
+            if parameter is not None:
+                merged = merged + 0 * parameter.sum().to(merged.dtype)
+        return merged
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, offset: Tensor | None, rectangle: Rectangle
