@@ -12,7 +12,10 @@ from pretrain.config import RunConfig, parse_config
 from pretrain.curriculum.plan import build_plan, slice_length
 
 # Dotted keys that the weights, the optimizer's state or the order of the data depend on.
-FIXED = ("model", "seed", "batch_tokens", "precision", "zero_stage", "data.masking", "data.packing")
+FIXED = (
+    "model", "seed", "batch_tokens", "precision", "zero_stage", "data.masking", "data.packing",
+    "optimizer.kind", "optimizer.decay_embeddings",
+)  # fmt: skip
 # Where something is, not what it is (the contents are compared by fingerprint), and what has a comparison of its own.
 _ELSEWHERE = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
 

@@ -21,7 +21,9 @@ from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
+from pretrain.engine.partitions import flat_partitions
 from pretrain.model.attention.layout import Layout
+from pretrain.optim.muon import Muon
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def import_deepspeed(verbose: bool = False) -> Any:
 
 
 class TrainingEngine:
-    """A model, its AdamW and DeepSpeed's engine around both."""
+    """A model, its optimizer and DeepSpeed's engine around both."""
 
     def __init__(self, config: RunConfig, world: World, verbose: bool = False) -> None:
         """Build everything from a configuration whose ``model.vocab_size`` is set.
@@ -90,6 +92,9 @@ class TrainingEngine:
             if isinstance(error, ValidationError):
                 faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {faults}") from None
+        if isinstance(optimizer, Muon) and self.zero_stage:
+            zero = self._engine.optimizer
+            optimizer.cut(flat_partitions(zero, self.zero_stage), zero.dp_process_group, world.device)
         randomness.seed_everything(config.seed + 1 + world.rank)
 
     def backward(
@@ -154,10 +159,10 @@ class TrainingEngine:
 
 
 class StepGuard:
-    """Clipping, norm and the non-finite check for ZeRO stage 0, where DeepSpeed steps AdamW directly and does none.
+    """Clipping, norm and the non-finite check for ZeRO stage 0, where DeepSpeed steps the optimizer directly and does none.
 
-    It runs as AdamW's pre-hook: by then the gradients are summed over processes, hence equal on all of them, and so is
-    the decision. A gradient that is not finite is dropped; AdamW passes over parameters without one.
+    It runs as the optimizer's pre-hook: by then the gradients are summed over processes, hence equal on all of them,
+    and so is the decision. A gradient that is not finite is dropped; optimizers pass over parameters without one.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
