@@ -21,9 +21,9 @@ from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
-from pretrain.engine.partitions import flat_partitions
+from pretrain.engine.fragments import full_shape, places
 from pretrain.model.attention.layout import Layout
-from pretrain.optim.muon import Muon
+from pretrain.optim.muon import Muon, Piece
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
 
 if TYPE_CHECKING:
@@ -93,8 +93,11 @@ class TrainingEngine:
                 faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {faults}") from None
         if isinstance(optimizer, Muon) and self.zero_stage:
-            zero = self._engine.optimizer
-            optimizer.cut(flat_partitions(zero, self.zero_stage), zero.dp_process_group, world.device)
+            pieces = [
+                (place.owner, Piece(tuple(full_shape(parameter)), place.start, place.numel, place.offset))
+                for parameter, place in places(self._engine).items()
+            ]
+            optimizer.cut(pieces, self._engine.optimizer.dp_process_group, world.device)
         randomness.seed_everything(config.seed + 1 + world.rank)
 
     def backward(

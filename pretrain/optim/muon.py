@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,15 +14,18 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al. 2024)."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What one process holds of a weight: elements [start, start + count) of it lie at ``at`` of its flat partition."""
+COMPUTE_DTYPE = torch.bfloat16
+"""What matrices are sent and orthogonalised in, as in PyTorch's Muon: the iteration needs no more."""
+
+
+class Piece(NamedTuple):
+    """What one process holds of a weight: elements [start, start + count) of it lie at ``at`` of a flat tensor."""
 
     shape: tuple[int, ...]
     start: int
     count: int
     at: int
-    shared: bool  # between processes
+    shared: bool = False  # between processes
 
 
 class Muon(torch.optim.Optimizer):
@@ -45,18 +47,25 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
-        self._pieces: Mapping[torch.Tensor, Sequence[Piece]] = {}
+        self._pieces: dict[torch.Tensor, list[Piece]] = {}
         self._process_group: dist.ProcessGroup | None = None
         self._device: torch.device | None = None
 
     def cut(
-        self,
-        pieces: Mapping[torch.Tensor, Sequence[Piece]],
-        process_group: dist.ProcessGroup | None,
-        device: torch.device,
+        self, pieces: Iterable[tuple[torch.Tensor, Piece]], process_group: dist.ProcessGroup, device: torch.device
     ) -> None:
-        """Tell what the flat partitions hold that ZeRO has put in the parameters' place, and where to compute."""
-        self._pieces, self._process_group, self._device = pieces, process_group, device
+        """Tell what this process holds of each weight, by the flat tensor that ZeRO has put in the parameters' place.
+
+        Every process of the group must call it with the same weights in the same order; ``device`` is where it
+        computes, which with offload is not where the partitions are.
+        """
+        held = list(pieces)
+        cut = [0 < piece.count < math.prod(piece.shape) for _, piece in held]
+        shared = torch.tensor(cut, dtype=torch.int32, device=device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=process_group)
+        self._pieces, self._process_group, self._device = {}, process_group, device
+        for (owner, piece), lies_across in zip(held, shared.tolist(), strict=True):
+            self._pieces.setdefault(owner, []).append(piece._replace(shared=bool(lies_across)))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -83,7 +92,7 @@ class Muon(torch.optim.Optimizer):
         buffer.lerp_(p.grad, 1 - group["momentum"])
         nesterov = p.grad.lerp(buffer, group["momentum"]).view(-1)
         p.mul_(1 - lr * group["weight_decay"])
-        for piece in self._pieces.get(p) or [Piece(tuple(p.shape), 0, p.numel(), 0, shared=False)]:
+        for piece in self._pieces.get(p) or [Piece(tuple(p.shape), 0, p.numel(), 0)]:
             matrix = self._whole(nesterov, piece)
             if piece.count:
                 step = orthogonalize(matrix).reshape(-1)[piece.start : piece.start + piece.count]
@@ -91,9 +100,9 @@ class Muon(torch.optim.Optimizer):
                 p.view(-1)[piece.at : piece.at + piece.count].add_(step.to(p.device), alpha=-lr * scale)
 
     def _whole(self, flat: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """The whole matrix in bf16, put together from the processes' pieces. Zero on a process that has none of it."""
+        """The whole matrix, put together from the processes' pieces; what comes of it matters where one has some."""
         own = flat[piece.at : piece.at + piece.count]
-        whole = torch.zeros(math.prod(piece.shape), dtype=torch.bfloat16, device=self._device or flat.device)
+        whole = torch.zeros(math.prod(piece.shape), dtype=COMPUTE_DTYPE, device=self._device or flat.device)
         whole[piece.start : piece.start + piece.count] = own.to(whole)
         if piece.shared:
             dist.all_reduce(whole, group=self._process_group)  # each element is zero on all but one: the sum is exact
@@ -125,9 +134,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """U V^T of a bf16 matrix's singular value decomposition, roughly: its singular values become 0.7 to 1.2.
+    """U V^T of a matrix's singular value decomposition, roughly: the singular values become 0.7 to 1.2.
 
-    The Newton-Schulz iteration of Jordan et al. 2024, in bf16. ``matrix`` (n, m) is overwritten.
+    The Newton-Schulz iteration of Jordan et al. 2024, in the type that ``matrix`` (n, m) has; it is overwritten.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.size(0) > matrix.size(1)
