@@ -37,8 +37,8 @@ class Muon(torch.optim.Optimizer):
     matrices this is ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` to the bit.
 
     PyTorch's own refuses flat partitions. The one in DeepSpeed 0.19.8 orthogonalises gradients before their norm is
-    taken, so that clipping acts on the orthogonal steps and the norm reported is theirs; keeps the momentum in bf16
-    under bf16 at stages 1 and 2; and is compiled at the first step. Here momentum and weights are the partition's own
+    taken, so that clipping acts on the orthogonal steps (5.6 long where the gradient was 0.44) and the norm reported is
+    theirs; keeps the momentum in bf16 under bf16; and is compiled at the first step, 6 to 70 s on a CPU. Here momentum and weights are the partition's own
     float32 values. Only the matrices that lie across processes are put together, one at a time, in bf16 as the
     iteration wants them: at ZeRO 1 and 2 at most one for each edge between partitions. At stage 3 every matrix is cut
     over all processes, so each is sent once, in bf16, and every process repeats the iteration (about 20 n operations

@@ -12,6 +12,7 @@ import pytest
 import torch
 from optimizer_case import KINDS, optimizer_settings, plain_loop, train
 from ranks import run_ranks, values
+from test_run import train as train_as_is
 from test_run import train_until
 from test_training import train_with_a_bad_step
 from training_case import settings, weights_hash, write_config, write_corpus
@@ -127,10 +128,10 @@ def test_a_resume_leaves_weights_and_average_equal_to_the_bit(
     common["optimizer"] = optimizer_settings(kind, ema_decay=DECAY)
     whole = write_config(tmp_path / "whole.yaml", settings(corpus, tmp_path, name="whole", **common))
     parts = write_config(tmp_path / "parts.yaml", settings(corpus, tmp_path, name="parts", **common))
-    assert values(run_ranks(train, 2, config=whole)) == [0, 0]
+    assert values(run_ranks(train_as_is, 2, config=whole)) == [0, 0]
     assert values(run_ranks(train_until, 2, config=parts, step=3, how="step")) == [75, 75]
     assert not (tmp_path / "parts" / "export-ema").exists()
-    assert values(run_ranks(train, 2, config=parts)) == [0, 0]
+    assert values(run_ranks(train_as_is, 2, config=parts)) == [0, 0]
     assert weights_hash(tmp_path / "parts") == weights_hash(tmp_path / "whole")
     assert average_hash(tmp_path / "parts") == average_hash(tmp_path / "whole")
 
@@ -143,7 +144,7 @@ def test_an_average_may_begin_and_end_at_a_resume(corpus: Path, tmp_path: Path) 
     def start(how: str | None, step: int = 0, **optimizer: Any) -> None:
         write_config(config, settings(corpus, tmp_path, **until, optimizer=optimizer_settings("adamw", **optimizer)))
         if how is None:
-            assert values(run_ranks(train, 2, config=str(config))) == [0, 0]
+            assert values(run_ranks(train_as_is, 2, config=str(config))) == [0, 0]
         else:
             assert values(run_ranks(train_until, 2, config=str(config), step=step, how=how)) == [75, 75]
 
