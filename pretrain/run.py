@@ -78,8 +78,7 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
         changed, state = _check(found[1], inputs, world.world_size), found[1].state
 
     engine = TrainingEngine(config, world, verbose)
-    if found is not None:
-        checkpoints.load(engine, found[0])
+    loaded = checkpoints.load(engine, *found) if found is not None else []
     if world.is_first:
         write_atomic(run_dir / "config.yaml", config.to_yaml().encode())
         write_atomic(run_dir / "deepspeed.json", _json(engine.deepspeed_config))
@@ -107,6 +106,8 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
             telemetry.say(f"Goes on from {found[0]}: step {state.step}, {state.tokens:,} tokens.")
             for key, (old, new) in changed.items():
                 telemetry.say(f"  changed since: {key} from {old} to {new}")
+            for line in loaded:
+                telemetry.say(f"  {line}")
         telemetry.write(
             "event", step=state.step, tokens=state.tokens, seconds=state.seconds, world_size=world.world_size, **event
         )
@@ -140,10 +141,17 @@ def _check(manifest: Manifest, inputs: Inputs, world_size: int) -> dict[str, Any
 
 
 def _is_finished(manifest: Manifest, inputs: Inputs) -> bool:
-    info = read_info(inputs.config.run_dir / "export")
-    return (
-        manifest.state.tokens >= inputs.plan.total_tokens and info is not None and info["step"] == manifest.state.step
+    infos = [read_info(inputs.config.run_dir / name) for name in _exports(manifest)]
+    return manifest.state.tokens >= inputs.plan.total_tokens and all(
+        info is not None and info["step"] == manifest.state.step for info in infos
     )
+
+
+def _exports(manifest: Manifest) -> dict[str, str]:
+    """Folders that a run leaves behind, and the state of the checkpoint that each one holds."""
+    # As the checkpoint was written, which may be with another configuration than now.
+    averaged = manifest.identity["config"]["optimizer"].get("ema_decay") is not None
+    return {"export": "fp32", "export-ema": "ema"} if averaged else {"export": "fp32"}
 
 
 def _prepare_folder(inputs: Inputs, resume: str) -> None:
@@ -164,12 +172,14 @@ def _prepare_folder(inputs: Inputs, resume: str) -> None:
 
 
 def _export(checkpoints: Path, run_dir: Path, world: Any, telemetry: Any) -> None:
-    """Write ``export/`` from the last checkpoint; the first process does, the others wait."""
+    """Write ``export/`` (and ``export-ema/``) from the last checkpoint; the first process does, the others wait."""
     if world.is_first:
         found = commit.newest(checkpoints)
         assert found is not None  # the trainer saved it
-        digest = export(found[0], run_dir / "export")
-        telemetry.say(f"Done. Weights for use: {run_dir / 'export'} (hash {digest[:12]}).")
+        for name, state in _exports(found[1]).items():
+            digest = export(found[0], run_dir / name, state)
+            what = "Weights for use" if state == "fp32" else "Their running average"
+            telemetry.say(f"Done. {what}: {run_dir / name} (hash {digest[:12]}).")
     world.barrier()
 
 

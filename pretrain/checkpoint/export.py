@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -65,14 +64,15 @@ def load_model(path: str | Path) -> LoadedModel:
     raise UserError(f"{path} is neither a run folder, nor a checkpoint, nor an export folder")
 
 
-def export(folder: Path, out: Path) -> str:
+def export(folder: Path, out: Path, state: str = "fp32") -> str:
     """Consolidate the checkpoint ``folder`` into ``out`` (replaced if there); returns the weights' hash.
 
+    ``state``: ``fp32`` for the weights, ``ema`` for their average, if the run kept one (see :func:`consolidate`).
     ``out`` gets ``model.safetensors``, ``config.yaml``, the tokenizer's files and, last, ``export.json``.
     """
     from safetensors.torch import save_file
 
-    loaded = _load_checkpoint(folder)
+    loaded = _load_checkpoint(folder, state)
     manifest = commit.Manifest.read(folder)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -123,27 +123,29 @@ def weights_hash(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def consolidate(folder: Path) -> dict[str, torch.Tensor]:
-    """The float32 weights of a checkpoint, whatever its ZeRO stage; the master weights of mixed precision."""
-    import torch
+def consolidate(folder: Path, state: str = "fp32") -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint by name and the model's buffers, float32 on the CPU, whatever ZeRO stage wrote it.
 
+    ``state``: ``fp32``, the master weights, or a state of the optimizer that has the shape of the weights, such as
+    ``ema``. A tied weight is there once, under its first name. Raises :class:`UserError` if the checkpoint has no such
+    state.
+    """
     from pretrain.engine.training import import_deepspeed
 
-    import_deepspeed()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    import_deepspeed()  # whose classes are in the files
+    from pretrain.checkpoint.saved import SavedStates
 
-    if any(folder.glob("*_optim_states.pt")):
-        # It prints its progress, for developers; failures are exceptions.
-        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    states = sorted(folder.glob("mp_rank_*_model_states.pt"))
-    if len(states) != 1:
-        raise UserError(f"checkpoint {folder} has no model states that this program can read")
-    # Our own file, named by a manifest that was checked; DeepSpeed's objects in it are beyond weights_only.
-    return torch.load(states[0], map_location="cpu", weights_only=False)["module"]
+    saved = SavedStates(folder)
+    for name in saved.shapes:
+        if state not in saved.state_names(name):
+            there = ", ".join(saved.state_names(name))
+            raise UserError(f"checkpoint {folder} has no '{state}' of {name}: there are {there}")
+    weights = {name: saved.full(name, state) for name in saved.shapes}
+    buffers = {k: v.float() if v.is_floating_point() else v.clone() for k, v in saved.buffers.items()}
+    return {**weights, **buffers}
 
 
-def _load_checkpoint(folder: Path) -> LoadedModel:
+def _load_checkpoint(folder: Path, state: str = "fp32") -> LoadedModel:
     try:
         manifest = commit.Manifest.read(folder)
     except ValueError as error:
@@ -153,7 +155,7 @@ def _load_checkpoint(folder: Path) -> LoadedModel:
         raise UserError(f"checkpoint {folder} cannot be used: {problem}")
     run_dir = folder.resolve().parent.parent
     config = parse_config(manifest.identity["config"], where=str(folder / commit.MANIFEST))
-    return _loaded(consolidate(folder), config, run_dir / "tokenizer", manifest.state.tokens, folder, run_dir)
+    return _loaded(consolidate(folder, state), config, run_dir / "tokenizer", manifest.state.tokens, folder, run_dir)
 
 
 def _load_export(folder: Path) -> LoadedModel:

@@ -11,11 +11,9 @@ from pretrain.checkpoint.commit import Manifest
 from pretrain.config import RunConfig, parse_config
 from pretrain.curriculum.plan import build_plan, slice_length
 
-# Dotted keys that the weights, the optimizer's state or the order of the data depend on.
-FIXED = (
-    "model", "seed", "batch_tokens", "precision", "zero_stage", "data.masking", "data.packing",
-    "optimizer.kind", "optimizer.decay_embeddings",
-)  # fmt: skip
+# Dotted keys that the weights, the optimizer's state or the order of the data depend on. What only decides where the
+# same numbers lie or are computed (processes, zero_stage, offload_optimizer, compile ...) may change.
+FIXED = ("model", "seed", "batch_tokens", "precision", "optimizer.kind", "data.masking", "data.packing")
 # Where something is, not what it is (the contents are compared by fingerprint), and what has a comparison of its own.
 _ELSEWHERE = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
 
@@ -31,7 +29,8 @@ def check_resume(
     """Compare a checkpoint with what is asked for now.
 
     Returns the changes that are allowed, {dotted key: [old, new]}: learning rate and its schedule, stages to come,
-    micro-batches, validation, checkpoints, telemetry. Raises :class:`UserError` that names every change that is not.
+    micro-batches, validation, checkpoints, telemetry, the ZeRO stage and, as ``processes``, their number. Raises
+    :class:`UserError` that names every change that is not.
     """
     old = manifest.identity
     old_config = parse_config(old["config"], where=f"checkpoint {manifest.tag}")
@@ -75,10 +74,7 @@ def check_resume(
         were = f" (its sources were {names})" if len(old_config.data.sources) > 1 else ""
         refused.append(f"the shards in {paths} are not those that the run was started with{were}")
     if old["world_size"] != world_size:
-        refused.append(
-            f"the checkpoint was written by {old['world_size']} process(es) and this is {world_size}: start with "
-            f"{old['world_size']} (another number is not supported yet)"
-        )
+        changed["processes"] = [old["world_size"], world_size]
     if refused:
         raise UserError(
             f"run {config.run_dir} stands at step {manifest.state.step} and cannot go on with these changes:\n  "

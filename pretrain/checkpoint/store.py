@@ -77,10 +77,21 @@ class Checkpoints:
             raise UserError("no whole checkpoint is left:\n  " + "\n  ".join(passed_over))
         return None, passed_over
 
-    def load(self, engine: TrainingEngine, folder: Path) -> None:
-        """Put weights, optimizer and this process's generators back as they were."""
-        engine.load(folder.parent, folder.name)
-        randomness.set_state(torch.load(folder / _rng_file(self._world.rank), weights_only=True))
+    def load(self, engine: TrainingEngine, folder: Path, manifest: Manifest) -> list[str]:
+        """Put weights, optimizer and this process's generators back; returns what is to be said about it.
+
+        Other processes than those that wrote the checkpoint draw from new streams, decided by seed, position and rank.
+        """
+        lines = []
+        if engine.load(folder.parent, folder.name):
+            lines.append("The states of the checkpoint were cut anew for these processes and this ZeRO stage.")
+        rank, world_size = self._world.rank, self._world.world_size
+        if manifest.identity["world_size"] == world_size:
+            randomness.set_state(torch.load(folder / _rng_file(rank), weights_only=True))
+        else:
+            randomness.seed_everything(randomness.derived_seed(engine.config.seed, manifest.state.tokens, rank))
+            lines.append("Other processes than before: each draws (for dropout) from a new stream of random numbers.")
+        return lines
 
 
 def _rng_file(rank: int) -> str:

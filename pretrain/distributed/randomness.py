@@ -18,6 +18,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def derived_seed(*numbers: int) -> int:
+    """A seed of 63 bits decided by these numbers (>= 0); other numbers give an unrelated one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def get_state() -> dict[str, Any]:
     """The states of all generators of this process; plain values and tensors that ``torch.load`` reads safely."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from data_pipeline.errors import UserError
+from pretrain.checkpoint.reshard import group_names, layout_of, restore
+from pretrain.checkpoint.saved import GROUPS, SavedStates
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
@@ -147,14 +149,23 @@ class TrainingEngine:
 
     def save(self, folder: Path, tag: str) -> None:
         """Write DeepSpeed's files below ``folder/tag``. No pointer, no commit: that is ``checkpoint/store.py``'s."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        state = {GROUPS: group_names(self._engine)}
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Read DeepSpeed's files of ``folder/tag`` into a fresh engine; the configuration's hyper-parameters stay."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
+    def load(self, folder: Path, tag: str) -> bool:
+        """Read DeepSpeed's files of ``folder/tag`` into a fresh engine; the configuration's hyper-parameters stay.
+
+        Whatever processes and ZeRO stage wrote them; returns whether those were others, so that the states were cut
+        anew. Where nothing has changed DeepSpeed's own load does it, to the bit.
+        """
+        saved = SavedStates(folder / tag)
+        anew = saved.layout != layout_of(self._engine)
+        if anew:
+            restore(self._engine, saved)
+        elif self._engine.load_checkpoint(str(folder), tag=tag)[0] is None:
             raise UserError(f"DeepSpeed could not read the checkpoint {folder / tag}")
         apply_hyperparameters(self._engine.optimizer, self.config.optimizer)
+        return anew
 
     def close(self) -> None:
         """Let go of DeepSpeed's engine."""

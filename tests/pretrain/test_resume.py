@@ -103,6 +103,21 @@ def test_other_sources_are_refused(corpus: Path) -> None:
         resume(case(corpus, packing="stream"), {**case(corpus, packing="stream"), "data": single["data"]}, 512)
 
 
+def test_where_the_same_numbers_lie_may_change(corpus: Path) -> None:
+    inputs = check_inputs(parse_config(settings(corpus, corpus, precision="bf16", zero_stage=1)), 1)
+    kept = json.loads(json.dumps(identity(inputs.config, inputs.fingerprint, 4)))
+    manifest = Manifest("step2", TrainState(step=2, tokens=512), kept, {})
+    changes = {"zero_stage": 3, "offload_optimizer": True, "activation_checkpointing": True, "compile": True}
+    config = inputs.config.model_copy(update=changes)
+    assert check_resume(manifest, config, inputs.plan, inputs.fingerprint, 2) == {
+        **{key: [int(key == "zero_stage"), value] for key, value in changes.items()},
+        "processes": [4, 2],
+    }
+    for key, value in {"precision": "fp16", "optimizer": config.optimizer.model_copy(update={"kind": "muon"})}.items():
+        with pytest.raises(UserError, match=rf"{key}.* was '(bf16|adamw)' and is now '(fp16|muon)'"):
+            check_resume(manifest, config.model_copy(update={key: value}), inputs.plan, inputs.fingerprint, 2)
+
+
 def test_a_checkpoint_from_before_there_were_mixtures_goes_on(corpus: Path) -> None:
     inputs = check_inputs(parse_config(settings(corpus, corpus)), 1)
     kept = json.loads(json.dumps(identity(inputs.config, inputs.train.shards.fingerprint, 1)))

@@ -221,7 +221,7 @@ def test_what_a_resume_refuses(
         ({"seed": 4}, "seed was 3 and is now 4"),
         ({"batch_tokens": 512}, "batch_tokens was 256 and is now 512"),
         ({"model": {"hidden_size": 32}}, "model.hidden_size was 16 and is now 32"),
-        ({"zero_stage": 1}, "zero_stage was 0 and is now 1"),
+        ({"optimizer": {"kind": "lion"}}, "optimizer.kind was 'adamw' and is now 'lion'"),
         ({"curriculum": shorter}, "curriculum differs in its past"),
         ({"curriculum": STAGES[:1]}, "block_length was 64 and is now 32"),
         ({"data": {"masking": {"rate": 0.3}}}, "data.masking.rate was 0.15 and is now 0.3"),
@@ -233,9 +233,9 @@ def test_what_a_resume_refuses(
         assert words in error
         assert "--resume never" in error
     write_config(path, settings(corpus, tmp_path))
-    pretend_to_be_a_rank(monkeypatch, world_size=2)
+    pretend_to_be_a_rank(monkeypatch, world_size=3)
     assert train(config) == 2
-    assert "written by 1 process(es) and this is 2" in capsys.readouterr().err
+    assert "3 processes cannot share evenly" in capsys.readouterr().err
 
 
 def train_anew(config: str) -> int:

@@ -1,0 +1,97 @@
+"""A run that goes on with other processes and another ZeRO stage, against one that nobody interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranks import run_ranks, values
+from training_case import metrics, settings, write_config, write_corpus
+
+from data_pipeline.errors import run_cli
+
+STOP_AT = 3  # of 8 steps; the curriculum's edge is after 4
+# Sums in another order, over 8 steps of AdamW: of float32, and where weights and activations are rounded to bfloat16.
+TOLERANCE = {"fp32": {"rtol": 2e-5}, "bf16": {"rtol": 4e-3}}
+WEIGHTS = {"fp32": 2e-4, "bf16": 2e-2}
+
+
+def train(config: str, stop_after: int | None = None) -> int:
+    """Runs in the ranks: the command itself, asked to stop after some steps."""
+    import os
+    import signal
+
+    from pretrain.cli import main
+    from pretrain.engine.training import TrainingEngine
+
+    count = {"steps": 0}
+    take_step = TrainingEngine.step
+
+    def counting_step(self: Any, lr: float) -> Any:
+        count["steps"] += 1
+        if count["steps"] == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(self, lr)
+
+    TrainingEngine.step = counting_step  # type: ignore[method-assign]
+    return run_cli(main, "nystrom train", ["--config", config])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+def exported(run: Path) -> dict[str, Any]:
+    from safetensors.numpy import load_file
+
+    return load_file(run / "export" / "model.safetensors")
+
+
+def go_on(corpus: Path, tmp_path: Path, parts: list[tuple[int, int]], precision: str, **changes: Any) -> list[str]:
+    """Runs 8 steps at once and in parts, each with (processes, stage) of its own; compares; returns the outputs."""
+    common = {"precision": precision, "optimizer": {"weight_decay": 0.5}, **changes}
+    whole = settings(corpus, tmp_path, name="whole", zero_stage=parts[0][1], **common)
+    processes = parts[0][0]
+    assert values(run_ranks(train, processes, config=write_config(tmp_path / "whole.yaml", whole))) == [0] * processes
+    outputs = []
+    for i, (processes, stage) in enumerate(parts):
+        path = write_config(
+            tmp_path / "parts.yaml", settings(corpus, tmp_path, name="parts", zero_stage=stage, **common)
+        )
+        last = i == len(parts) - 1
+        ended = run_ranks(train, processes, config=path, stop_after=None if last else STOP_AT if i == 0 else 2)
+        assert values(ended) == [0 if last else 75] * processes, ended[0].output
+        outputs.append(ended[0].output)
+    expected, got = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert [row["step"] for row in got] == list(range(1, 9))
+    for key in ("loss", "grad_norm"):
+        a, b = ([row[key] for row in rows] for rows in (got, expected))
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE[precision]["rtol"] * (1 if key == "loss" else 10), err_msg=key)
+    for name, value in exported(tmp_path / "whole").items():
+        np.testing.assert_allclose(exported(tmp_path / "parts")[name], value, atol=WEIGHTS[precision], err_msg=name)
+    return outputs
+
+
+def test_fewer_processes(corpus: Path, tmp_path: Path) -> None:
+    outputs = go_on(corpus, tmp_path, [(2, 2), (1, 2)], "bf16", model={"objective": "clm"})
+    assert "changed since: processes from 2 to 1" in outputs[1]
+    assert "cut anew" in outputs[1]
+    assert "new stream of random numbers" in outputs[1]
+
+
+def test_more_processes_and_another_stage(corpus: Path, tmp_path: Path) -> None:
+    outputs = go_on(corpus, tmp_path, [(1, 0), (2, 3)], "fp32")
+    assert "changed since: processes from 1 to 2" in outputs[1]
+    assert "changed since: zero_stage from 0 to 3" in outputs[1]
+
+
+def test_another_stage_on_the_same_processes_draws_on(corpus: Path, tmp_path: Path) -> None:
+    """With dropout: the generators go on where they were."""
+    outputs = go_on(corpus, tmp_path, [(2, 3), (2, 1)], "fp32", model={"dropout": 0.2})
+    assert "cut anew" in outputs[1]
+    assert "new stream" not in outputs[1]
