@@ -200,10 +200,17 @@ def _check(manifest: Manifest, inputs: Inputs, world_size: int) -> dict[str, Any
 
 
 def _is_finished(manifest: Manifest, inputs: Inputs) -> bool:
-    info = read_info(inputs.config.run_dir / "export")
-    return (
-        manifest.state.tokens >= inputs.plan.total_tokens and info is not None and info["step"] == manifest.state.step
+    infos = [read_info(inputs.config.run_dir / name) for name in _exports(manifest)]
+    return manifest.state.tokens >= inputs.plan.total_tokens and all(
+        info is not None and info["step"] == manifest.state.step for info in infos
     )
+
+
+def _exports(manifest: Manifest) -> dict[str, str]:
+    """Folders that a run leaves behind, and the state of the checkpoint that each one holds."""
+    # As the checkpoint was written, which may be with another configuration than now.
+    averaged = manifest.identity["config"]["optimizer"].get("ema_decay") is not None
+    return {"export": "fp32", "export-ema": "ema"} if averaged else {"export": "fp32"}
 
 
 def _prepare_folder(inputs: Inputs, resume: str) -> None:
@@ -229,9 +236,10 @@ def _leave_preempted(run_dir: Path, state: TrainState, when: str) -> None:
 
 
 def _export(checkpoints: Path, run_dir: Path, world: Any, telemetry: Any, stop: StopFlag, state: TrainState) -> int:
-    """Write ``export/`` from the last checkpoint; the first process does, the others wait. Returns an exit status.
+    """Write ``export/`` (and ``export-ema/``) from the last checkpoint; the first process does, the others wait.
 
-    The checkpoint is there whatever happens, so a request to stop ends the export at once: the same command makes it.
+    Returns an exit status. The checkpoint is there whatever happens, so a request to stop ends the export at once: the
+    same command makes it.
     """
     watchdog.at("exporting the weights")
     code = EXIT_DONE
@@ -243,8 +251,10 @@ def _export(checkpoints: Path, run_dir: Path, world: Any, telemetry: Any, stop: 
             with LeaveAtOnce(stop, lambda: _leave_preempted(run_dir, state, "exporting the weights")):
                 found = commit.newest(checkpoints)
                 assert found is not None  # the trainer saved it
-                digest = export(found[0], run_dir / "export")
-            telemetry.say(f"Done. Weights for use: {run_dir / 'export'} (hash {digest[:12]}).")
+                for name, kind in _exports(found[1]).items():
+                    digest = export(found[0], run_dir / name, kind)
+                    what = "Weights for use" if kind == "fp32" else "Their running average"
+                    telemetry.say(f"Done. {what}: {run_dir / name} (hash {digest[:12]}).")
         except OSError as error:
             code = EXIT_NOT_SAVED
             telemetry.say(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.attention_ablation.tasks import Examples, Task
 from data_pipeline.batches.masking import IGNORE
-from pretrain.config import ScheduleConfig
+from pretrain.config import OptimizerConfig, ScheduleConfig
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import NystromformerLM, build_model
 from pretrain.optim.optimizer import parameter_groups
@@ -87,7 +87,9 @@ class TrainStep:
     def __init__(self, model: NystromformerLM, recipe: Recipe) -> None:
         self.model, self.recipe = model.to(recipe.device).train(), recipe
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
+            parameter_groups(model, OptimizerConfig(weight_decay=recipe.weight_decay, betas=recipe.betas)),
+            lr=recipe.lr,
+            fused=True,
         )
 
     def loss(self, batch: Examples) -> Tensor:

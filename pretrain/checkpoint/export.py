@@ -65,16 +65,17 @@ def load_model(path: str | Path) -> LoadedModel:
     raise UserError(f"{path} is neither a run folder, nor a checkpoint, nor an export folder")
 
 
-def export(folder: Path, out: Path) -> str:
+def export(folder: Path, out: Path, state: str = "fp32") -> str:
     """Consolidate the checkpoint ``folder`` into ``out`` (replaced if there); returns the weights' hash.
 
+    ``state``: ``fp32`` for the weights, ``ema`` for their average, if the run kept one (see :func:`consolidate`).
     ``out`` gets ``model.safetensors``, ``config.yaml``, the tokenizer's files and, last, ``export.json``. Raises
     ``OSError`` if that cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    loaded = _load_checkpoint(folder)
+    loaded = _load_checkpoint(folder, state)
     manifest = commit.Manifest.read(folder)
     (out / INFO).unlink(missing_ok=True)  # the marker first: what an interruption leaves must not look finished
     shutil.rmtree(out, ignore_errors=True)
@@ -151,7 +152,7 @@ def consolidate(folder: Path, state: str = "fp32") -> dict[str, torch.Tensor]:
     return {**weights, **buffers}
 
 
-def _load_checkpoint(folder: Path) -> LoadedModel:
+def _load_checkpoint(folder: Path, state: str = "fp32") -> LoadedModel:
     try:
         manifest = commit.Manifest.read(folder)
     except ValueError as error:
@@ -161,7 +162,7 @@ def _load_checkpoint(folder: Path) -> LoadedModel:
         raise UserError(f"checkpoint {folder} cannot be used: {problem}")
     run_dir = folder.resolve().parent.parent
     config = parse_config(manifest.identity["config"], where=str(folder / commit.MANIFEST))
-    return _loaded(consolidate(folder), config, run_dir / "tokenizer", manifest.state.tokens, folder, run_dir)
+    return _loaded(consolidate(folder, state), config, run_dir / "tokenizer", manifest.state.tokens, folder, run_dir)
 
 
 def _load_export(folder: Path) -> LoadedModel:

@@ -27,10 +27,12 @@ from pretrain.curriculum.stages import stage_model
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
+from pretrain.engine.fragments import full_shape, places
 from pretrain.engine.layers import layer_runner
 from pretrain.engine.positions import extend_positions
 from pretrain.engine.repairs import forget_gradients, zero_optimizer_at_stage_1
 from pretrain.model.attention.layout import Layout
+from pretrain.optim.muon import Muon, Piece
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def import_deepspeed(verbose: bool = False, timeout: timedelta | None = None) ->
 
 
 class TrainingEngine:
-    """A model, its AdamW and DeepSpeed's engine around both."""
+    """A model, its optimizer and DeepSpeed's engine around both."""
 
     def __init__(self, config: RunConfig, world: World, verbose: bool = False) -> None:
         """Build everything from a configuration whose ``model.vocab_size`` is set.
@@ -110,6 +112,12 @@ class TrainingEngine:
         if config.precision == "fp16":
             # An overflow at the smallest scale is a bad step like any other, not an exception.
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+        if isinstance(optimizer, Muon) and self.zero_stage:
+            pieces = [
+                (place.owner, Piece(tuple(full_shape(parameter)), place.start, place.numel, place.offset))
+                for parameter, place in places(self._engine).items()
+            ]
+            optimizer.cut(pieces, self._engine.optimizer.dp_process_group, world.device)
         randomness.seed_everything(config.seed + 1 + world.rank)
 
     def backward(
@@ -237,10 +245,10 @@ class TrainingEngine:
 
 
 class StepGuard:
-    """Clipping, norm and the non-finite check for ZeRO stage 0, where DeepSpeed steps AdamW directly and does none.
+    """Clipping, norm and the non-finite check for ZeRO stage 0, where DeepSpeed steps the optimizer directly and does none.
 
-    It runs as AdamW's pre-hook: by then the gradients are summed over processes, hence equal on all of them, and so is
-    the decision. A gradient that is not finite is dropped; AdamW passes over parameters without one.
+    It runs as the optimizer's pre-hook: by then the gradients are summed over processes, hence equal on all of them,
+    and so is the decision. A gradient that is not finite is dropped; optimizers pass over parameters without one.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:

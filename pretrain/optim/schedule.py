@@ -22,15 +22,22 @@ def learning_rate(tokens: int, *, total_tokens: int, peak: float, schedule: Sche
     - ``constant``: ``peak``.
     - ``linear``, ``cosine`` (Loshchilov & Hutter 2017, eq. 5, one cycle): from ``peak`` down to ``floor`` at the end.
     - ``wsd``: ``peak`` until the last ``decay_tokens``, then ``1 - sqrt(x)`` down to ``floor``, the shape that Hägele
-      et al. 2024 (section 4) found best. A decay longer than what warm-up leaves starts right after warm-up.
+      et al. 2024 (section 4) found best, or ``1 - x``. A decay longer than what warm-up leaves starts right after
+      warm-up.
+    - ``inverse_sqrt`` (Vaswani et al. 2017, eq. 3): ``peak * sqrt(warmup_tokens / tokens)``, never below ``floor``; the
+      only one besides ``constant`` that does not depend on the length of the run, and like it is above ``floor`` at
+      its end.
 
     ``tokens`` includes the step's own batch, so the first step of a run has a learning rate above 0 and the last one
-    has exactly ``floor``; beyond ``total_tokens`` it stays there.
+    of those that end at ``floor`` has exactly that; beyond ``total_tokens`` it stays there.
     """
     if tokens < schedule.warmup_tokens:
         return peak * tokens / schedule.warmup_tokens
     if schedule.kind == "constant":
         return peak
+    floor = schedule.min_lr_ratio * peak
+    if schedule.kind == "inverse_sqrt":
+        return max(floor, peak * math.sqrt(schedule.warmup_tokens / tokens))
     start = schedule.warmup_tokens
     if schedule.kind == "wsd":
         decay = schedule.decay_tokens or round(DEFAULT_DECAY_SHARE * total_tokens)
@@ -38,11 +45,10 @@ def learning_rate(tokens: int, *, total_tokens: int, peak: float, schedule: Sche
     if tokens <= start:
         return peak
     progress = min(1.0, (tokens - start) / (total_tokens - start)) if total_tokens > start else 1.0
-    if schedule.kind == "linear":
+    if schedule.kind == "linear" or (schedule.kind == "wsd" and schedule.decay_shape == "linear"):
         share = 1.0 - progress
     elif schedule.kind == "cosine":
         share = 0.5 * (1.0 + math.cos(math.pi * progress))
     else:
         share = 1.0 - math.sqrt(progress)
-    floor = schedule.min_lr_ratio * peak
     return floor + (peak - floor) * share
