@@ -175,6 +175,11 @@ def test_rows_that_are_not_finite_or_stand_out_are_named() -> None:
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
     assert done[0].grad_norm == pytest.approx(float(norm), rel=1e-5)
     assert done[0].loss == pytest.approx(float(reference.loss_sum) / 8, rel=1e-5)
+    documents = torch.tensor([0] * 5 + [1] * 3)
+    (packed,) = compute(model, [Row(0, 0, 0, ids[1], ids[1].roll(-1), documents)], targets=8)
+    apart = [model(ids[1:2, part], labels=ids[1].roll(-1)[None, part]) for part in (slice(5), slice(5, 8))]
+    assert packed.loss == pytest.approx(sum(float(out.loss_sum) for out in apart) / 8, rel=1e-5)
+    assert packed.loss != pytest.approx(done[1].loss, rel=1e-4)
     lines = "\n".join(findings("float32", done, lambda row: f"text {row.sample}"))
     assert "1 of 4 rows are not finite:\n    sample 102 (row 2 of process 1): loss nan" in lines
     assert "text 102" in lines
