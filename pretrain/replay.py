@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.batches.masking import IGNORE
 from data_pipeline.tokenization.tokenizer import Tokenizer
+from pretrain.checkpoint import commit
 from pretrain.telemetry.spikes import bounds
 from pretrain.telemetry.suspects import checkpoint_at, read_batch
 
@@ -51,8 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Compute the rows of a saved batch again, one by one, in one process and in float32, and name "
         "those whose loss or gradient is not finite or out of line with the others'.",
         epilog="example: nystrom replay runs/demo-clm/bad_steps/step000000012 --bf16\n\n"
-        "The weights are those of the newest whole checkpoint before the step, without dropout: further back, a fault\n"
-        "that lies in the weights may not show. Set checkpoint.every_tokens lower to come closer.",
+        "The weights are those of the newest whole checkpoint before the step (of the oldest after it, if those were\n"
+        "removed), without dropout: further off, a fault that lies in the weights may not show. Set\n"
+        "checkpoint.every_tokens lower to come closer.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("batch", type=Path, help="a folder below bad_steps/ or spikes/ of a run")
@@ -99,21 +101,18 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
     """The model in evaluation mode (on the GPU if there is one), the tokenizer, and a line about the weights.
 
     From ``path``, else from the newest whole checkpoint that holds the weights the step began with or older ones, else,
-    for a run that has none, as the run's seed initialised them.
+    if those were removed to make room, from the oldest of the newer ones, else, for a run that had none, as the run's
+    seed initialised them.
     """
     import torch
 
     from pretrain.checkpoint.export import load_model
     from pretrain.model.transformer import NystromformerLM
 
-    step = facts["step"]
-    # A step that was skipped left the weights as they were; one whose loss was high did not.
-    if path is None:
-        found = checkpoint_at(run_dir / "checkpoints", step - 1 if facts["what"] == "spike" else step)
-        path = None if found is None else found[0]
+    path = path or _nearest(run_dir / "checkpoints", facts)
     if path is None:
         model, tokenizer = _initial(run_dir)
-        whose = f"Weights: as initialised, for the run has no whole checkpoint from before step {step}."
+        whose = f"Weights: as initialised, for the run has no whole checkpoint from before step {facts['step']}."
     else:
         loaded = load_model(path)
         assert isinstance(loaded.model, NystromformerLM)
@@ -121,6 +120,18 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
         whose = f"Weights: {loaded.path}, after {loaded.tokens:,} tokens; the step began at {facts['tokens_before']:,}."
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return model, tokenizer, whose
+
+
+def _nearest(checkpoints: Path, facts: dict[str, Any]) -> Path | None:
+    # A step that was skipped left the weights as they were; one whose loss was high did not.
+    found = checkpoint_at(checkpoints, facts["step"] - 1 if facts["what"] == "spike" else facts["step"])
+    if found is not None:
+        return found[0]
+    if facts["checkpoint"] is None:
+        return None
+    # There was one, which made room for newer ones since: of those that are left the oldest is the nearest.
+    whole = [folder for folder, manifest in commit.candidates(checkpoints) if isinstance(manifest, commit.Manifest)]
+    return whole[-1] if whole else None
 
 
 def _initial(run_dir: Path) -> tuple[NystromformerLM, Tokenizer]:

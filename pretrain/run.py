@@ -95,7 +95,7 @@ def _train_together(
     from pretrain.distributed.world import first_decides
     from pretrain.engine.probe import run_probe
     from pretrain.engine.training import TrainingEngine
-    from pretrain.telemetry.folder import explain, record_start
+    from pretrain.telemetry.folder import explain, write_start
     from pretrain.telemetry.telemetry import METRICS, Telemetry, truncate_metrics
     from pretrain.trainer import Trainer
 
@@ -123,7 +123,7 @@ def _train_together(
         try:
             write_atomic(run_dir / "config.yaml", config.to_yaml().encode())
             write_atomic(run_dir / "deepspeed.json", _json(engine.deepspeed_config))
-            record_start(run_dir, world, state)
+            write_start(run_dir, world, state)
             explain(run_dir)
             truncate_metrics(run_dir / METRICS, state.step)
         except OSError as error:

@@ -43,7 +43,7 @@ def explain(run_dir: Path) -> None:
     write_atomic(run_dir / "README.txt", README.encode())
 
 
-def record_start(run_dir: Path, world: World, state: TrainState) -> None:
+def write_start(run_dir: Path, world: World, state: TrainState) -> None:
     """Write ``environment.json`` of this start, and append it to ``starts.jsonl`` with where the run stood."""
     facts = environment(world)
     write_atomic(run_dir / "environment.json", (json.dumps(facts, indent=2, default=str) + "\n").encode())

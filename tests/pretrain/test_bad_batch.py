@@ -126,6 +126,11 @@ def test_replay_takes_the_weights_that_the_step_began_with(corpus: Path, tmp_pat
     assert f"Weights: {run / 'checkpoints' / 'step000000003'}, after 768 tokens" in end.output
     assert end.output.count("nothing is wrong with any of the 8 rows") == 2
     assert end.output.index("In float32") < end.output.index("In bfloat16")
+    for step in (1, 2, 3):
+        (run / "checkpoints" / f"step{step:09d}").rename(run / f"aside{step}")
+    (end,) = run_ranks(replay, 1, folder=str(folder), words=[])
+    assert f"Weights: {run / 'checkpoints' / 'step000000004'}, after 1,024 tokens; the step began at 512" in end.output
+    (run / "aside1").rename(run / "checkpoints" / "step000000001")
     (end,) = run_ranks(replay, 1, folder=str(folder), words=["--checkpoint", str(run / "checkpoints/step000000001")])
     assert f"Weights: {run / 'checkpoints' / 'step000000001'}, after 256 tokens" in end.output
 
@@ -151,8 +156,9 @@ def poisoned_model(word: int) -> Any:
 
     torch.manual_seed(0)
     config = ModelConfig(
-        objective="clm", vocab_size=50, hidden_size=16, num_layers=1, num_heads=2, num_landmarks=4, segment_length=4
-    )
+        objective="clm", vocab_size=50, hidden_size=16, num_layers=1, num_heads=2, num_landmarks=4, segment_length=4,
+        init_std=0.5,
+    )  # fmt: skip
     model = build_model(config.model_copy(update={"tie_embeddings": False})).eval()
     model.embeddings.word_embeddings.weight.data[word] = math.inf
     return model
@@ -174,7 +180,12 @@ def test_rows_that_are_not_finite_or_stand_out_are_named() -> None:
     (reference.loss_sum / 32).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
     assert done[0].grad_norm == pytest.approx(float(norm), rel=1e-5)
-    assert done[0].loss == pytest.approx(float(reference.loss_sum) / 8, rel=1e-5)
+    assert done[0].loss == pytest.approx(float(reference.loss_sum.detach()) / 8, rel=1e-5)
+    documents = torch.tensor([0] * 5 + [1] * 3)
+    (packed,) = compute(model, [Row(0, 0, 0, ids[1], ids[1].roll(-1), documents)], targets=8)
+    apart = [model(ids[1:2, part], labels=ids[1].roll(-1)[None, part]) for part in (slice(5), slice(5, 8))]
+    assert packed.loss == pytest.approx(sum(float(out.loss_sum.detach()) for out in apart) / 8, rel=1e-5)
+    assert packed.loss != pytest.approx(done[1].loss, rel=1e-4)
     lines = "\n".join(findings("float32", done, lambda row: f"text {row.sample}"))
     assert "1 of 4 rows are not finite:\n    sample 102 (row 2 of process 1): loss nan" in lines
     assert "text 102" in lines

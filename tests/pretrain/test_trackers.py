@@ -16,7 +16,7 @@ from test_telemetry import config, lines
 from data_pipeline.errors import UserError
 from pretrain.config import RunConfig, TelemetryConfig
 from pretrain.telemetry import trackers
-from pretrain.telemetry.telemetry import Telemetry
+from pretrain.telemetry.telemetry import Telemetry, truncate_metrics
 
 
 def with_tensorboard() -> RunConfig:
@@ -182,3 +182,25 @@ telemetry.close()
     assert len(written) == 8 * 3 + 1
     (page,) = tmp_path.glob("wandb/offline-run-*/files/media/html/*.html")
     assert "<pre>a &lt;b&gt; c</pre>" in page.read_text()
+
+
+@pytest.mark.slow
+def test_event_files_have_what_metrics_have_once_also_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last, change in ((1, 6, 0.0), (5, 8, 0.5)):  # the second start goes on from step 4, with other numbers
+        truncate_metrics(tmp_path / "metrics.jsonl", first - 1)
+        telemetry = Telemetry(tmp_path, with_tensorboard(), 1000, 0, active=True, step=first - 1)
+        for step in range(first, last + 1):
+            telemetry.write("train", step=step, tokens=64 * step, loss=1 / step + change)
+        telemetry.samples(last, ["written"])
+        telemetry.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = lines(tmp_path / "metrics.jsonl")
+    for name in ("tokens", "loss"):
+        seen = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert seen == [(row["step"], pytest.approx(row[name])) for row in rows]
+    text = events.Tensors("samples/0/text_summary")[-1]
+    assert (text.step, text.tensor_proto.string_val) == (8, [b"written"])
