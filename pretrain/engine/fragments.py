@@ -14,7 +14,6 @@ forgets the order of ``round_robin_gradients`` and, after a load, the optimizer'
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -42,19 +41,17 @@ class Place(NamedTuple):
     start: int  # of the piece, in the flattened parameter
 
 
-_places: WeakKeyDictionary[nn.Module, dict[nn.Parameter, Place]] = WeakKeyDictionary()
-
-
 def places(engine: Any) -> dict[nn.Parameter, Place]:
     """Every parameter that is optimized, group by group in the order of its group's flat tensors, with its place.
 
     ``engine`` is DeepSpeed's. Raises :class:`UserError` if the states are not in memory (offloaded to NVMe).
     """
-    if engine not in _places:
+    found: dict[nn.Parameter, Place] | None = engine.__dict__.get("_nystrom_places")
+    if found is None:
         stage = engine.zero_optimization_stage()
         find = _whole_parameters if stage == 0 else _stretches_of_parameters if stage == 3 else _stretches_of_groups
-        _places[engine] = find(engine.optimizer)
-    return _places[engine]
+        found = engine.__dict__["_nystrom_places"] = find(engine.optimizer)
+    return found
 
 
 def state_names(engine: Any, parameter: nn.Parameter) -> list[str]:
@@ -67,13 +64,13 @@ def state_names(engine: Any, parameter: nn.Parameter) -> list[str]:
     if place is None:
         return []
     state = engine.optimizer.state.get(place.owner, {})
-    return [MASTER, *(name for name, value in state.items() if is_per_element(name, value, place.owner))]
+    return [MASTER, *(name for name, value in state.items() if is_per_element(name, value, place.owner.shape))]
 
 
-def is_per_element(name: str, value: Any, owner: torch.Tensor) -> bool:
-    """Whether an entry of an optimizer's state belongs to the elements of ``owner`` one by one."""
+def is_per_element(name: str, value: Any, shape: torch.Size) -> bool:
+    """Whether an entry of the optimizer's state of a tensor of this shape belongs to its elements one by one."""
     # By name too: a parameter of no axis has the shape of a step count.
-    return isinstance(value, torch.Tensor) and value.shape == owner.shape and name != "step"
+    return isinstance(value, torch.Tensor) and value.shape == shape and name != "step"
 
 
 def fragment(engine: Any, parameter: nn.Parameter, name: str) -> Fragment:
