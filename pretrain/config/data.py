@@ -14,7 +14,12 @@ from pretrain.config.strict import Strict
 class MaskingConfig(Strict):
     """What masked language modeling hides (``data_pipeline/batches/masking.py``); read only for ``objective: mlm``."""
 
-    rate: float = Field(0.15, gt=0.0, lt=1.0, description="share of ordinary tokens that become targets")
+    rate: float = Field(
+        0.15,
+        gt=0.0,
+        lt=1.0,
+        description="share of ordinary tokens that become targets, in validation and where a stage says nothing else",
+    )
     mask_share: float = Field(
         0.8, ge=0.0, le=1.0, description="of the targets, how many are replaced by the mask token"
     )

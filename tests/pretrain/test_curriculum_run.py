@@ -132,15 +132,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("model", "zero_stage"),
     [
         ("learned", 0),
-        ("learned", 2),
         ("learned", 3),
         ("ntk", 2),
-        ("linear", 0),
-        *(pytest.param("learned", stage, marks=pytest.mark.slow) for stage in (1,)),
+        *(pytest.param("learned", stage, marks=pytest.mark.slow) for stage in (1, 2)),
         *(pytest.param("learned causal", stage, marks=pytest.mark.slow) for stage in (0, 2, 3)),
         *(pytest.param("own base", stage, marks=pytest.mark.slow) for stage in (0, 3)),
         *(pytest.param("ntk", stage, marks=pytest.mark.slow) for stage in (0, 3)),
-        *(pytest.param("linear", stage, marks=pytest.mark.slow) for stage in (2, 3)),
+        *(pytest.param("linear", stage, marks=pytest.mark.slow) for stage in (0, 2, 3)),
     ],
 )
 def test_three_stages_equal_a_plain_loop(corpus: Path, tmp_path: Path, model: str, zero_stage: int) -> None:
