@@ -167,6 +167,23 @@ def test_a_process_that_never_comes_is_named(corpus: Path, tmp_path: Path, who: 
     assert len(ended[1 - who].output.splitlines()) == 1
 
 
+def wait_for_nobody(config: str) -> int | None:
+    """Runs in the ranks: the second never comes, and the first gets SIGTERM while it waits."""
+    import os
+    import signal
+    import threading
+
+    if os.environ["RANK"] == "1":
+        return None
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    return train(config)
+
+
+def test_sigterm_is_heard_while_waiting_for_the_others(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path))
+    assert values(run_ranks(wait_for_nobody, 2, config=config, timeout=30)) == [75, None]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_the_groups_time_out_where_the_watchdog_cannot_run(corpus: Path, tmp_path: Path, zero_stage: int) -> None:
@@ -221,6 +238,28 @@ def pause() -> bool:
 
 def test_a_job_that_was_suspended_is_no_stall() -> None:
     assert values(run_ranks(pause, 1)) == [True]
+
+
+def hang_as_an_orphan() -> None:
+    """Runs in a rank: the main thread hears nothing any more, and the launcher is gone."""
+    from pretrain.distributed import watchdog
+    from pretrain.distributed.signals import StopFlag
+
+    class Orphan(StopFlag):
+        def is_orphan(self) -> bool:
+            return True
+
+    watchdog.ORPHAN_SECONDS = 0.5
+    watchdog.Watchdog(0, 1, 4.0, Orphan()).start(None)
+    for _ in range(100):
+        watchdog.at("training")  # it moves, so it is no stall
+        time.sleep(0.1)
+
+
+def test_an_orphan_that_does_not_end_by_itself_is_ended() -> None:
+    (end,) = run_ranks(hang_as_an_orphan, 1, timeout=30)
+    assert end.code == 77
+    assert "process 0: its launcher is gone, and it could not save and end by itself" in end.output
 
 
 def seen(rank: int, age: float = 10.0, **values: Any) -> Seen:
