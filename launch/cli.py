@@ -26,7 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
         "after them, and answer with what became of the run.",
         epilog="example: nystrom launch local --nproc 2 --config configs/demo-clm.yaml --set optimizer.lr=1e-3\n\n"
         "SIGTERM or Ctrl-C lets the processes save a checkpoint and end (exit status 75: run the same command to go\n"
-        "on); those still there after --stop-timeout are killed. No process outlives this command.",
+        "on); those still there after --stop-timeout are killed. A process that hangs for stall_seconds ends the run\n"
+        "with status 77 and is named. No process outlives this command; if it is itself killed, they save and end at\n"
+        "the next step, or after 300 s at the latest.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     local.add_argument("--nproc", type=int, default=None, help="processes (default: one for each GPU, or one)")

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from data_pipeline.errors import UserError
-from launch.restarts import Restarts, resumed
+from launch.restarts import Restarts, resumed, starts_anew
 from pretrain.distributed.signals import EXIT_PREEMPTED, LAUNCHER_PID
 from pretrain.run import LAUNCH_ID, STATUS
 
@@ -54,7 +54,7 @@ def launch_local(
     """
     _become_subreaper()
     request = _StopRequest()
-    restarts = Restarts(run_dir, max_restarts, anew="never" in words)
+    restarts = Restarts(run_dir, max_restarts, anew=starts_anew(words))
     try:
         while True:
             launch_id = uuid.uuid4().hex

@@ -69,10 +69,15 @@ class Restarts:
         return stopped()
 
 
+def starts_anew(words: Sequence[str]) -> bool:
+    """Whether these arguments move an existing run aside."""
+    return "--resume" in words and words[words.index("--resume") + 1] == "never"
+
+
 def resumed(words: Sequence[str]) -> list[str]:
     """The arguments of a later attempt: ``--resume never`` was meant for the first, which has moved the old run."""
     words = list(words)
-    if "--resume" in words:
+    if starts_anew(words):
         words[words.index("--resume") + 1] = "auto"
     return words
 

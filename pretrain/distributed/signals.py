@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 from types import FrameType
 
@@ -37,7 +38,7 @@ class StopFlag:
         """``launched``: the parent process is a launcher, without which there is no going on."""
         self._set = False
         self._parent = os.getppid() if launched else None
-        self._launcher = int(os.environ[LAUNCHER_PID]) if launched and LAUNCHER_PID in os.environ else None
+        self._launcher = _Process(int(os.environ[LAUNCHER_PID])) if launched and LAUNCHER_PID in os.environ else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
@@ -51,10 +52,27 @@ class StopFlag:
         """Whether the launcher is gone."""
         if self._parent is not None and os.getppid() != self._parent:
             return True
-        if self._launcher is None:
-            return False
+        return self._launcher is not None and self._launcher.ended()
+
+
+class _Process:
+    """Whether another process has ended, also one that nobody has reaped yet: signal 0 still finds that one."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._poll: select.poll | None = None
         try:
-            os.kill(self._launcher, 0)  # asks whether it is there
+            handle = os.pidfd_open(pid)
+        except (AttributeError, OSError):
+            return  # not Linux, or one before 5.3; or it is gone already
+        self._poll = select.poll()
+        self._poll.register(handle, select.POLLIN)
+
+    def ended(self) -> bool:
+        if self._poll is not None:
+            return bool(self._poll.poll(0))
+        try:
+            os.kill(self._pid, 0)  # asks whether it is there
         except ProcessLookupError:
             return True
         return False

@@ -40,6 +40,24 @@ def test_a_launcher_that_is_gone_sets_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not alone()
 
 
+def test_a_killed_launcher_that_nobody_has_reaped_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent that waits for the end of the workers' output before it reaps would keep them going for ever."""
+    launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    monkeypatch.setenv(LAUNCHER_PID, str(launcher.pid))
+    stop = StopFlag(launched=True)
+    assert not stop()
+    launcher.kill()
+    os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
+    assert stop()
+    launcher.communicate()
+    assert StopFlag(launched=True)()  # gone before the flag was made
+
+
+def test_where_the_system_has_no_handles_of_processes_it_asks_with_signal_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    test_a_launcher_that_is_gone_sets_it(monkeypatch)
+
+
 def test_another_parent_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = StopFlag(launched=True)
     assert not stop()

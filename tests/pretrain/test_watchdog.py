@@ -167,6 +167,23 @@ def test_a_process_that_never_comes_is_named(corpus: Path, tmp_path: Path, who: 
     assert len(ended[1 - who].output.splitlines()) == 1
 
 
+def wait_for_nobody(config: str) -> int | None:
+    """Runs in the ranks: the second never comes, and the first gets SIGTERM while it waits."""
+    import os
+    import signal
+    import threading
+
+    if os.environ["RANK"] == "1":
+        return None
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    return train(config)
+
+
+def test_sigterm_is_heard_while_waiting_for_the_others(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path))
+    assert values(run_ranks(wait_for_nobody, 2, config=config, timeout=30)) == [75, None]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_the_groups_time_out_where_the_watchdog_cannot_run(corpus: Path, tmp_path: Path, zero_stage: int) -> None:
@@ -193,12 +210,12 @@ def train_slowly(config: str) -> int:
 def test_a_long_validation_that_moves_is_no_stall(corpus: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "data": {"valid": str(corpus / "valid")},
-        "validation": {"tokens": 768, "samples": 0},
+        "validation": {"tokens": 384, "samples": 0},
         "curriculum": [{"until_tokens": 1024, "seq_len": 32, "micro_batch": 2}],
         "stall_seconds": STALL_SECONDS,
     }
     config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=2, **changes))
-    assert values(run_ranks(train_slowly, 2, config=config)) == [0, 0]
+    assert values(run_ranks(train_slowly, 1, config=config)) == [0]  # one process: no collective operation counts
     (valid,) = metrics(tmp_path / "run", "valid")
     assert valid["took"] > STALL_SECONDS
 
@@ -213,7 +230,7 @@ def pause() -> bool:
     watch = watchdog.Watchdog(0, 1, 1.0)
     watch.start(None)
     pid = os.getpid()
-    subprocess.Popen(["sh", "-c", f"kill -STOP {pid}; sleep 2; kill -CONT {pid}"]).wait()
+    subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -STOP {pid}; sleep 2; kill -CONT {pid}"]).wait()
     time.sleep(0.4)
     watch.stop()
     return True
@@ -221,6 +238,46 @@ def pause() -> bool:
 
 def test_a_job_that_was_suspended_is_no_stall() -> None:
     assert values(run_ranks(pause, 1)) == [True]
+
+
+def lose_a_peer_in_a_stall() -> None:
+    """Runs in a rank: the main thread is about to report the loss of a peer while the watchdog ends the process."""
+    import os
+    import threading
+
+    from pretrain.distributed import watchdog
+
+    watch = watchdog.Watchdog(0, 1, 60.0)
+    watch._ending = True
+    threading.Timer(0.5, lambda: os._exit(77)).start()
+    watch.stop()
+
+
+def test_who_ends_for_a_stall_does_not_report_the_loss_of_those_that_went_before() -> None:
+    (end,) = run_ranks(lose_a_peer_in_a_stall, 1)
+    assert end.code == 77
+
+
+def hang_as_an_orphan() -> None:
+    """Runs in a rank: the main thread hears nothing any more, and the launcher is gone."""
+    from pretrain.distributed import watchdog
+    from pretrain.distributed.signals import StopFlag
+
+    class Orphan(StopFlag):
+        def is_orphan(self) -> bool:
+            return True
+
+    watchdog.ORPHAN_SECONDS = 0.5
+    watchdog.Watchdog(0, 1, 4.0, Orphan()).start(None)
+    for _ in range(100):
+        watchdog.at("training")  # it moves, so it is no stall
+        time.sleep(0.1)
+
+
+def test_an_orphan_that_does_not_end_by_itself_is_ended() -> None:
+    (end,) = run_ranks(hang_as_an_orphan, 1, timeout=30)
+    assert end.code == 77
+    assert "process 0: its launcher is gone, and it could not save and end by itself" in end.output
 
 
 def seen(rank: int, age: float = 10.0, **values: Any) -> Seen:
