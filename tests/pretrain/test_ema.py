@@ -100,9 +100,7 @@ def test_equals_a_plain_average_over_the_run(
     assert load_model(tmp_path / "run").weights_hash == weights_hash(tmp_path / "run") != loaded.weights_hash
 
 
-@pytest.mark.parametrize(
-    "zero_stage", [0, 2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))]
-)
+@pytest.mark.parametrize("zero_stage", [0, 2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
 def test_a_skipped_step_does_not_move_it(corpus: Path, tmp_path: Path, zero_stage: int) -> None:
     optimizer = optimizer_settings("adamw", ema_decay=DECAY)
     config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=zero_stage, optimizer=optimizer))
