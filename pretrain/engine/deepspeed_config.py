@@ -39,8 +39,8 @@ def build_deepspeed_config(config: RunConfig, *, pin_memory: bool = False) -> di
             # Below stage 2 it would lose gradients (see passthrough.py).
             "overlap_comm": stage == 3,
         },
-        # ZeRO asks for it unless the optimizer's exact type is on its list, as torch.optim.AdamW's is. Lion's and Muon's
-        # equality with a plain loop at every stage is tested here.
+        # ZeRO asks for it unless the optimizer's exact type is on its list, as torch.optim.AdamW's is. Lion and Muon
+        # are tested here, at every stage.
         "zero_allow_untested_optimizer": config.optimizer.kind != "adamw",
         # Lets offload take our optimizers; DeepSpeed's own CPU Adam would be compiled for minutes at the first start.
         "zero_force_ds_cpu_optimizer": False,

@@ -245,7 +245,7 @@ class TrainingEngine:
 
 
 class StepGuard:
-    """Clipping, norm and the non-finite check for ZeRO stage 0, where DeepSpeed steps the optimizer directly and does none.
+    """Clipping, norm and the non-finite check for ZeRO stage 0, where DeepSpeed steps the optimizer and does none.
 
     It runs as the optimizer's pre-hook: by then the gradients are summed over processes, hence equal on all of them,
     and so is the decision. A gradient that is not finite is dropped; optimizers pass over parameters without one.

@@ -32,9 +32,7 @@ class WeightAverage:
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # Not into the state yet: AdamW takes a parameter whose state is not empty for one that it knows.
-        self._starts = {
-            p: p.detach().clone() for p in _moving(optimizer) if AVERAGE not in optimizer.state.get(p, {})
-        }
+        self._starts = {p: p.detach().clone() for p in _moving(optimizer) if AVERAGE not in optimizer.state.get(p, {})}
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -32,9 +32,10 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        spared = id(parameter) in tables and not config.decay_embeddings
         if config.kind == "muon" and id(parameter) in linear:
             members[MUON].append(parameter)
-        elif parameter.ndim < 2 or name.endswith("landmark_query") or (id(parameter) in tables and not config.decay_embeddings):
+        elif spared or parameter.ndim < 2 or name.endswith("landmark_query"):
             members[NO_DECAY].append(parameter)
         else:
             members[DECAY].append(parameter)

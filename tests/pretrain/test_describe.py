@@ -34,3 +34,12 @@ def config(**changes: Any) -> RunConfig:
 def test_state_bytes(precision: str, stage: int, expected: tuple[float, float, float]) -> None:
     sizes = state_bytes(1000, config(precision=precision, zero_stage=stage), world_size=4)
     assert tuple(sizes[part] / 1000 for part in ("weights", "gradients", "optimizer")) == expected
+
+
+def test_state_bytes_follow_the_optimizer() -> None:
+    def optimizer_bytes(**optimizer: Any) -> int:
+        return state_bytes(1000, config(zero_stage=1, optimizer=optimizer), world_size=1)["optimizer"]
+
+    assert optimizer_bytes() == optimizer_bytes(kind="muon") == 12_000
+    assert optimizer_bytes(kind="lion") == 8_000
+    assert optimizer_bytes(kind="lion", ema_decay=0.9) == 12_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,7 @@ def test_equals_a_plain_average_over_the_run(
     assert load_model(tmp_path / "run").weights_hash == weights_hash(tmp_path / "run") != loaded.weights_hash
 
 
-@pytest.mark.parametrize(
-    "zero_stage", [0, 2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))]
-)
+@pytest.mark.parametrize("zero_stage", [0, 2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
 def test_a_skipped_step_does_not_move_it(corpus: Path, tmp_path: Path, zero_stage: int) -> None:
     optimizer = optimizer_settings("adamw", ema_decay=DECAY)
     config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=zero_stage, optimizer=optimizer))
@@ -116,9 +115,11 @@ def test_a_skipped_step_does_not_move_it(corpus: Path, tmp_path: Path, zero_stag
     ("kind", "zero_stage", "precision"),
     [
         ("lion", 0, "fp32"),
-        ("adamw", 2, "bf16"),
         ("muon", 3, "bf16"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("muon", 1, "bf16"), ("lion", 3, "bf16")]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("adamw", 2, "bf16"), ("muon", 1, "bf16"), ("lion", 3, "bf16")]
+        ),
     ],
 )
 def test_a_resume_leaves_weights_and_average_equal_to_the_bit(
@@ -134,6 +135,29 @@ def test_a_resume_leaves_weights_and_average_equal_to_the_bit(
     assert values(run_ranks(train_as_is, 2, config=parts)) == [0, 0]
     assert weights_hash(tmp_path / "parts") == weights_hash(tmp_path / "whole")
     assert average_hash(tmp_path / "parts") == average_hash(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lion", "muon"])
+def test_other_processes_and_another_stage_take_it_over(corpus: Path, tmp_path: Path, kind: str) -> None:
+    optimizer = optimizer_settings(kind, ema_decay=DECAY)
+    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=1, optimizer=optimizer))
+    (expected,) = values(run_ranks(plain_loop, 1, config=config))
+    for world_size, zero_stage, step in ((2, 1, 3), (1, 3, 2)):
+        write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=zero_stage, optimizer=optimizer))
+        assert values(run_ranks(stop_early, world_size, config=config, step=step)) == [75] * world_size
+    write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=2, optimizer=optimizer))
+    assert values(run_ranks(train, 4, config=config)) == [0] * 4
+    for name, value in averages(tmp_path / "run").items():
+        np.testing.assert_allclose(value, expected["average"][name], atol=2e-5, err_msg=name)
+
+
+def stop_early(config: str, step: int) -> int:
+    """Runs in the ranks: :func:`train_until` with Muon's matrices in float32, as :func:`train` has them."""
+    from pretrain.optim import muon
+
+    muon.COMPUTE_DTYPE = torch.float32
+    return train_until(config, step, "step")
 
 
 def test_an_average_may_begin_and_end_at_a_resume(corpus: Path, tmp_path: Path) -> None:
@@ -159,3 +183,8 @@ def test_an_average_may_begin_and_end_at_a_resume(corpus: Path, tmp_path: Path) 
     for name, value in averages(tmp_path / "run").items():
         expected = 0.5 * (0.75 * before[name] + 0.25 * after[name]) + 0.5 * after_2[name]
         np.testing.assert_allclose(value, expected.numpy(), atol=1e-6, err_msg=name)
+
+    finished = average_hash(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "export-ema")  # a kill between the two exports
+    start(None, ema_decay=1 - 1e-9)
+    assert average_hash(tmp_path / "run") == finished

@@ -22,6 +22,7 @@ from pretrain.curriculum.plan import build_plan
 from pretrain.engine.deepspeed_config import build_deepspeed_config
 from pretrain.model import build_model
 from pretrain.model.config import ModelConfig
+from pretrain.optim import lion
 from pretrain.optim.lion import Lion
 from pretrain.optim.muon import Muon, orthogonalize
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, parameter_groups, set_learning_rate
@@ -33,7 +34,7 @@ def test_lion_is_algorithm_2_of_the_paper() -> None:
     """The pseudo-code of arXiv 2302.06675, line by line, in float64."""
     torch.manual_seed(0)
     lr, (beta1, beta2), decay = 0.03, (0.9, 0.99), 0.2
-    ours = [torch.nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (5, 7)]
+    ours = [torch.nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (5, lion.CPU_CHUNK + 7)]
     theta, m = [p.detach().clone() for p in ours], [torch.zeros_like(p) for p in ours]
     optimizer = Lion(ours, lr=lr, betas=(beta1, beta2), weight_decay=decay)
     for _ in range(20):
@@ -168,9 +169,9 @@ def test_defaults_and_refusals(tmp_path: Path) -> None:
     assert OptimizerConfig().betas == OptimizerConfig(kind="muon").betas == (0.9, 0.95)
     assert OptimizerConfig(kind="lion").betas == (0.9, 0.99)
     assert OptimizerConfig(kind="lion", betas=(0.95, 0.98)).betas == (0.95, 0.98)
-    with pytest.raises(UserError, match="optimizer.betas.1: .*less than 1, got 1.0"):
+    with pytest.raises(UserError, match=r"optimizer\.betas.1: .*less than 1, got 1.0"):
         run_config(tmp_path, betas=[0.9, 1.0])
-    with pytest.raises(UserError, match="optimizer.kind: .*'adamw', 'lion' or 'muon'"):
+    with pytest.raises(UserError, match=r"optimizer\.kind: .*'adamw', 'lion' or 'muon'"):
         run_config(tmp_path, kind="lamb")
     for kind in KINDS:
         generated = build_deepspeed_config(run_config(tmp_path, kind=kind))
@@ -187,7 +188,7 @@ def test_a_run_keeps_its_kind_but_not_its_hyperparameters(tmp_path: Path) -> Non
 
     changes = {"ema_decay": None, "betas": [0.8, 0.9], "decay_embeddings": False}
     assert resumed(**changes).keys() == {f"optimizer.{key}" for key in changes}
-    with pytest.raises(UserError, match="optimizer.kind was 'lion' and is now 'muon'"):
+    with pytest.raises(UserError, match=r"optimizer\.kind was 'lion' and is now 'muon'"):
         resumed(kind="muon")
 
 
@@ -201,33 +202,36 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+THREE_LAYERS = {"num_layers": 3}
+"""So that at stages 1 and 2 a matrix lies across two processes."""
+
+
 @pytest.fixture(scope="module")
 def references(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("references")
     out = {}
     for kind in KINDS:
-        case = settings(corpus, folder, optimizer=optimizer_settings(kind))
+        case = settings(corpus, folder, model=THREE_LAYERS, optimizer=optimizer_settings(kind))
         (out[kind],) = values(run_ranks(plain_loop, 1, config=write_config(folder / f"{kind}.yaml", case)))
         assert max(out[kind]["norms"]) > 0.5  # so that clipping acts
     return out
 
 
-SLOW = pytest.mark.slow
-FAST_CASES = [("adamw", 2, 2), ("lion", 0, 2), ("lion", 1, 1), ("lion", 3, 2)]
+FAST_CASES = [("adamw", 2, 2), ("lion", 0, 2), ("lion", 3, 2)]
 FAST_CASES += [("muon", 0, 1), ("muon", 1, 2), ("muon", 2, 2), ("muon", 3, 2)]
 ALL_CASES = itertools.product(KINDS, (0, 1, 2, 3), (1, 2, 4))
 
 
 @pytest.mark.parametrize(
     ("kind", "zero_stage", "world_size"),
-    [*FAST_CASES, *(pytest.param(*case, marks=SLOW) for case in ALL_CASES if case not in FAST_CASES)],
+    [*FAST_CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL_CASES if case not in FAST_CASES)],
 )
 def test_equals_a_plain_loop(
     corpus: Path, references: dict[str, dict[str, Any]], tmp_path: Path, kind: str, zero_stage: int, world_size: int
 ) -> None:
     from safetensors.numpy import load_file
 
-    case = settings(corpus, tmp_path, zero_stage=zero_stage, optimizer=optimizer_settings(kind))
+    case = settings(corpus, tmp_path, model=THREE_LAYERS, zero_stage=zero_stage, optimizer=optimizer_settings(kind))
     assert values(run_ranks(train, world_size, config=write_config(tmp_path / "run.yaml", case))) == [0] * world_size
     rows, expected = metrics(tmp_path / "run"), references[kind]
     np.testing.assert_allclose([row["loss"] for row in rows], expected["losses"], rtol=2e-6)
