@@ -107,6 +107,8 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
     import torch
 
     from pretrain.checkpoint.export import load_model
+    from pretrain.config import load_config
+    from pretrain.curriculum.stages import stage_model
     from pretrain.model.transformer import NystromformerLM
 
     path = path or _nearest(run_dir / "checkpoints", facts)
@@ -118,6 +120,11 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
         assert isinstance(loaded.model, NystromformerLM)
         model, tokenizer = loaded.model, loaded.tokenizer
         whose = f"Weights: {loaded.path}, after {loaded.tokens:,} tokens; the step began at {facts['tokens_before']:,}."
+    # The weights may be from before the edge at which the batch's stage began: the angles are the stage's, while learned
+    # positions repeat as they do there, which is what the copies at the edge were made from.
+    stage = stage_model(load_config(run_dir / "config.yaml"), facts["stage"])
+    angles = {"rope_theta": stage.rope_theta, "rope_position_scale": stage.rope_position_scale}
+    model.set_positions(model.config.model_copy(update=angles))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return model, tokenizer, whose
 
@@ -136,12 +143,13 @@ def _nearest(checkpoints: Path, facts: dict[str, Any]) -> Path | None:
 
 def _initial(run_dir: Path) -> tuple[NystromformerLM, Tokenizer]:
     from pretrain.config import load_config
+    from pretrain.curriculum.stages import stage_model
     from pretrain.distributed import randomness
     from pretrain.model.transformer import build_model
 
     config = load_config(run_dir / "config.yaml")
     randomness.seed_everything(config.seed)
-    return build_model(config.model), Tokenizer.load(run_dir / "tokenizer")
+    return build_model(stage_model(config, 0)), Tokenizer.load(run_dir / "tokenizer")
 
 
 def compute(model: NystromformerLM, rows: Sequence[Row], targets: int) -> Iterator[Row]:
