@@ -120,7 +120,7 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
         assert isinstance(loaded.model, NystromformerLM)
         model, tokenizer = loaded.model, loaded.tokenizer
         whose = f"Weights: {loaded.path}, after {loaded.tokens:,} tokens; the step began at {facts['tokens_before']:,}."
-    # The weights may be from before the edge at which the batch's stage began: the angles are the stage's, while learned
+    # The weights may be from before the edge at which the stage of the batch began: the angles are the stage's, learned
     # positions repeat as they do there, which is what the copies at the edge were made from.
     stage = stage_model(load_config(run_dir / "config.yaml"), facts["stage"])
     angles = {"rope_theta": stage.rope_theta, "rope_position_scale": stage.rope_position_scale}
