@@ -41,7 +41,7 @@ def train(config: str) -> int:
     return run_cli(main, "nystrom train", ["--config", config])
 
 
-def wrap(place: str, before: Callable[[], None]) -> None:
+def wrap(place: str, before: Callable[[], Any]) -> None:
     """Have the function behind a place call ``before`` first."""
     import importlib
 
@@ -68,17 +68,20 @@ def train_struck(
     ``again``: how many more of them follow, 10 ms apart. ``clock``: a file that is written at the first.
     """
     me, arrivals = int(os.environ["RANK"]), 0
-    Path(f"{clock}.{me}").write_text(str(os.getpid()))
+    pids = [Path(f"{clock}.{rank}") for rank in range(int(os.environ["WORLD_SIZE"]))]
+    wrap("pretrain.run:LeaveAtOnce.__enter__", lambda: pids[me].write_text(str(os.getpid())))
 
     def send() -> None:
-        for rank in ranks:
+        for rank in reversed(ranks):  # this process last: it may be gone at once
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(Path(f"{clock}.{rank}").read_text()), number)
+                os.kill(int(pids[rank].read_text()), number)
 
     def strike() -> None:
         nonlocal arrivals
         arrivals += 1
         if arrivals == call and me == ranks[0]:
+            while not all(path.exists() and path.read_text() for path in pids):  # before its handlers are there,
+                time.sleep(0.01)  # a process would not be struck but killed
             Path(clock).touch()
             for i in range(again):
                 threading.Timer(0.01 * (i + 1), send).start()
