@@ -75,7 +75,7 @@ def judge(seen: Sequence[Seen], speaker: int, stall_seconds: float) -> Verdict |
     waiting = sorted(set(everyone) - {s.rank for s in guilty})
     if silent:
         parts = [
-            f"{s.name} has given no sign of life for {s.silence:.0f} s (it was {s.place} at step {s.step}): it is "
+            f"{s.name} has given no sign of life for {s.silence:.0f} s (last seen {s.place} at step {s.step}): it is "
             "stopped, frozen, or its machine or network is gone"
             for s in guilty
         ]

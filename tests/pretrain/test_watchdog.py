@@ -299,7 +299,7 @@ def test_judge() -> None:
     silent = verdict(seen(0), seen(1, silence=4.0), seen(2, age=1.0))  # even while another moves
     assert silent is not None
     assert silent.guilty == (1,)
-    assert "no sign of life for 4 s (it was training at step 5)" in silent.message
+    assert "no sign of life for 4 s (last seen training at step 5)" in silent.message
     together = verdict(seen(0), seen(1))
     assert together is not None
     assert together.guilty == ()
