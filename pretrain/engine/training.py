@@ -23,8 +23,11 @@ from pretrain.distributed.world import World
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
 from pretrain.engine.layers import layer_runner
 from pretrain.engine.repairs import (
-    forget_gradients, grow_scale, keep_scale_until_applied, zero_optimizer_at_stage_1,
-)  # fmt: skip
+    forget_gradients,
+    grow_scale,
+    keep_scale_until_applied,
+    zero_optimizer_at_stage_1,
+)
 from pretrain.model.attention.layout import Layout
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
 

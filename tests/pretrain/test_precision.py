@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_case import (
-    build, draw, engine_settings, first_gradients, one_world, share, train_steps, whole_and_resumed,
-)  # fmt: skip
+    build,
+    draw,
+    engine_settings,
+    first_gradients,
+    one_world,
+    share,
+    train_steps,
+    whole_and_resumed,
+)
 from ranks import run_ranks, values
 from training_case import events, metrics, settings, write_config, write_corpus
 
@@ -122,7 +130,7 @@ def test_the_loss_scale_is_found_and_lost_and_found_again(zero_stage: int, offlo
         assert 2 <= first <= 6
         assert scales[: first + 1] == [2.0 ** (22 - i) for i in range(first + 1)]  # halved at each overflow
         assert len(set(searched["losses"][: first + 1])) == first + 1  # each on its own batch
-        assert any(after == 2 * before for before, after in zip(scales, scales[1:], strict=False))  # grows again
+        assert any(after == 2 * before for before, after in itertools.pairwise(scales))  # grows again
         assert growing["scales"][-1] > 2.0**16
         assert constant["scales"] == [2.0**14] * 8
         np.testing.assert_allclose(growing["norms"], constant["norms"], rtol=1e-4)  # growing changes no step
