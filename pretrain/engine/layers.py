@@ -47,6 +47,6 @@ def _checkpointed(run: LayerRunner) -> LayerRunner:
 
 
 def _compiled() -> LayerRunner:
-    return torch.compile(  # type: ignore[call-overload,no-any-return]  # torch 2.13's overloads lack the last two
+    return torch.compile(  # type: ignore[call-overload]  # torch 2.13's overloads lack the last two
         _call, backend=COMPILE_BACKEND, dynamic=False, recompile_limit=COMPILED_SHAPES, isolate_recompiles=True
     )
