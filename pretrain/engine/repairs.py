@@ -40,3 +40,25 @@ def forget_gradients(optimizer: Any) -> None:
     if getattr(optimizer, "cpu_offload", False):
         for group in optimizer.averaged_gradients:
             optimizer.averaged_gradients[group] = None
+
+
+def keep_scale_until_applied(optimizer: Any) -> None:
+    """float16: let the loss scale grow after a step and not within it; the caller does so with :func:`grow_scale`.
+
+    ZeRO 1 to 3 update the scale before they divide the gradients by it: a step after which the scale doubles would be
+    taken with half the gradient (and at stage 3 report half its norm).
+
+    Nor is an overflow at the smallest scale an exception any more: it is a bad step like any other.
+    """
+    optimizer.loss_scaler.raise_error_at_min_scale = False
+
+    def shrink_only(overflow: bool = False) -> None:
+        if overflow:
+            optimizer.loss_scaler.update_scale(True)
+
+    optimizer._update_scale = shrink_only
+
+
+def grow_scale(optimizer: Any) -> None:
+    """Tell float16's loss scaler about a step that was applied."""
+    optimizer.loss_scaler.update_scale(False)

@@ -30,7 +30,12 @@ from pretrain.engine.deepspeed_config import build_deepspeed_config, check_devic
 from pretrain.engine.fragments import full_shape, places
 from pretrain.engine.layers import layer_runner
 from pretrain.engine.positions import extend_positions
-from pretrain.engine.repairs import forget_gradients, zero_optimizer_at_stage_1
+from pretrain.engine.repairs import (
+    forget_gradients,
+    grow_scale,
+    keep_scale_until_applied,
+    zero_optimizer_at_stage_1,
+)
 from pretrain.model.attention.layout import Layout
 from pretrain.optim.muon import Muon, Piece
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
@@ -110,8 +115,7 @@ class TrainingEngine:
                 faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {faults}") from None
         if config.precision == "fp16":
-            # An overflow at the smallest scale is a bad step like any other, not an exception.
-            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+            keep_scale_until_applied(self._engine.optimizer)
         if isinstance(optimizer, Muon) and self.zero_stage:
             pieces = [
                 (place.owner, Piece(tuple(full_shape(parameter)), place.start, place.numel, place.offset))
@@ -147,6 +151,8 @@ class TrainingEngine:
         if self._guard is not None:
             return StepResult(self._guard.applied, self._guard.grad_norm, 1.0)
         optimizer = engine.optimizer
+        if self.config.precision == "fp16" and not optimizer.overflow:
+            grow_scale(optimizer)
         scale = float(optimizer.loss_scale) if self.config.precision == "fp16" else 1.0
         if optimizer.overflow:
             forget_gradients(optimizer)
