@@ -88,13 +88,14 @@ def _attempt(
             if deadline is None and (request.number is not None or runner.poll() is not None):
                 # Asked to stop, or the launcher is gone and workers are not.
                 deadline = time.monotonic() + stop_timeout
+            if deadline is not None:
                 watch.signal_workers(signal.SIGTERM)
             if deadline is not None and time.monotonic() > deadline:
                 watch.kill_all(f"{stop_timeout:g} s after SIGTERM")
             elif watch.seconds_since_a_loss() > LOSS_SECONDS:
                 watch.kill_all(f"{LOSS_SECONDS:g} s after another one ended")
             time.sleep(POLL_SECONDS)
-        return _exit_status(runner.wait(), run_dir, launch_id)
+        return _exit_status(runner.wait(), run_dir, launch_id, asked=request.number is not None)
     finally:
         _remove_shared_memory(port)
 
@@ -135,6 +136,7 @@ class _Watch:
     def __init__(self, launch_id: str, runner: subprocess.Popen[bytes]) -> None:
         self._launch_id, self._runner = launch_id, runner
         self._seen: set[int] = set()
+        self._signalled: set[int] = set()
         self._ranks, self._looked_at = 0, 0.0
         self._lost_at: float | None = None
         self._killed = False
@@ -175,8 +177,14 @@ class _Watch:
         return [process for process in self.alive() if _is_rank(process) and not _is_rank(process.parent())]
 
     def signal_workers(self, number: int) -> None:
-        """Signal the training processes, and not what they started: a tracker's helper must live to write its files."""
+        """Signal each training process once, also those that appear later: a launch takes seconds to start them.
+
+        Not what they started: a tracker's helper must live to write its files.
+        """
         for process in self._workers():
+            if process.pid in self._signalled:
+                continue
+            self._signalled.add(process.pid)
             try:
                 process.send_signal(number)
             except psutil.Error:
@@ -201,14 +209,20 @@ def _is_rank(process: psutil.Process | None) -> bool:
         return False
 
 
-def _exit_status(runner_code: int, run_dir: Path, launch_id: str) -> int:
-    """The status that the run wrote for this launch; else the launcher's, never 0 for a run without a final word."""
+def _exit_status(runner_code: int, run_dir: Path, launch_id: str, asked: bool = False) -> int:
+    """The status that the run wrote for this launch; else the launcher's, never 0 for a run without a final word.
+
+    ``asked``: the launch was asked to stop; then a process that SIGTERM killed had not come to the point of listening.
+    """
     status = _read_status(run_dir)
     if status.get("launch_id") == launch_id and isinstance(status.get("code"), int):
         return int(status["code"])
     # DeepSpeed exits with -N, modulo 256, for a worker killed by signal N.
     if runner_code < 0 or runner_code > 128 + 64:
         number = -runner_code if runner_code < 0 else 256 - runner_code
+        if asked and number == signal.SIGTERM:
+            print("stopped while starting; the same command goes on from there", file=sys.stderr)
+            return EXIT_PREEMPTED
         print(
             f"a process was killed by signal {number} ({_signal_name(number)}); the run is not finished",
             file=sys.stderr,

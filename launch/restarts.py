@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.checkpoint import commit
-from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_PREEMPTED, EXIT_STALLED
+from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_NOT_SAVED, EXIT_PREEMPTED, EXIT_STALLED
 
 PAUSE_SECONDS = 5.0
 """Between two attempts: for ports, GPU memory and file systems to recover."""
@@ -19,7 +19,7 @@ ATTEMPTS_WITHOUT_PROGRESS = 2
 METRICS = "metrics.jsonl"
 _TAIL_BYTES = 1 << 16
 _USER_ERROR = 2
-FINAL = (EXIT_DONE, _USER_ERROR, EXIT_PREEMPTED, EXIT_BAD_STEPS, os.EX_IOERR)
+FINAL = (EXIT_DONE, _USER_ERROR, EXIT_PREEMPTED, EXIT_BAD_STEPS, EXIT_NOT_SAVED)
 """Done, the user's mistake, asked to stop, bad steps in a row, could not save: again would be the same again."""
 
 

@@ -39,6 +39,9 @@ if role == "runner":
     code = child("launch").wait()
     sys.exit(0 if code < 0 else code)  # DeepSpeed's own mistake
 if role == "launch":
+    if mode == "slow to start":
+        mark("starting")
+        time.sleep(0.7)
     workers = [child("worker", RANK=str(rank)) for rank in range(2)]
     if mode in ("launch dies", "runner dies"):
         while not (os.path.exists(f"{run}/ready0") and os.path.exists(f"{run}/ready1")):
@@ -174,6 +177,17 @@ def test_sigterm_reaches_the_workers_and_not_their_helpers(stand_in: Callable[[s
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back
 
 
+def test_sigterm_before_there_are_workers_is_not_lost(stand_in: Callable[..., int], tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        while not (tmp_path / "starting").exists():
+            time.sleep(0.02)
+        os.kill(os.getppid(), signal.SIGTERM)
+        os._exit(0)
+    assert stand_in("slow to start", stop_timeout=10) == 75
+    os.waitpid(pid, 0)
+
+
 def test_nobody_outlives_a_lost_process_for_long(
     stand_in: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +276,12 @@ def test_getting_no_further_than_before_is_no_progress(
     assert not attempts.wanted(code)
     assert "no further" in capsys.readouterr().err
     assert restarts.Restarts(tmp_path, 9, anew=True)._best == (0, 0)
+
+
+def test_a_process_that_the_request_to_stop_killed_was_starting(tmp_path: Path) -> None:
+    assert local._exit_status(256 - signal.SIGTERM, tmp_path, "id", asked=True) == 75
+    assert local._exit_status(256 - signal.SIGTERM, tmp_path, "id") == 143
+    assert local._exit_status(256 - signal.SIGKILL, tmp_path, "id", asked=True) == 137
 
 
 @pytest.mark.parametrize(("code", "expected"), [(247, 137), (-9, 137), (2, 2), (1, 1), (0, 1)])
