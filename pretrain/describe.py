@@ -24,15 +24,17 @@ if TYPE_CHECKING:
 def state_bytes(parameters: int, config: RunConfig, world_size: int) -> dict[str, int]:
     """Bytes that weights, gradients and optimizer state take on one process, activations not counted.
 
-    The accounting of Rajbhandari et al. 2020 (ZeRO, section 3): in 16 bits 2 + 2 bytes for a weight and its gradient
-    and 12 for the float32 master copy and AdamW's two moments (Lion has one, and an average of the weights is one
-    more); in float32 4 + 4 + 8, and 4 more for the copy that ZeRO 1 to 3 keep. Stage 1 divides the optimizer's part
-    among the processes, stage 2 the gradients too, stage 3 also the weights.
+    The accounting of Rajbhandari et al. 2020 (ZeRO, section 3), but for gradients, which are added up in float32 unless
+    ``grad_accum_dtype`` says otherwise: in 16 bits 2 + 4 bytes for a weight and its gradient and 12 for the float32
+    master copy and AdamW's two moments (Lion has one, and an average of the weights is one more); in float32 4 + 4 + 8,
+    and 4 more for the copy that ZeRO 1 to 3 keep. Stage 1 divides the optimizer's part among the processes, stage 2 the
+    gradients too, stage 3 also the weights.
     """
     stage, width = config.zero_stage, 4 if config.precision == "fp32" else 2
     optimizer = 4 * (moments(config.optimizer) + (stage > 0))
     shared = {"weights": stage >= 3, "gradients": stage >= 2, "optimizer": stage >= 1}
-    sizes = {"weights": width, "gradients": width, "optimizer": optimizer}
+    sums = config.deepspeed.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    sizes = {"weights": width, "gradients": 4 if sums == "fp32" else width, "optimizer": optimizer}
     return {part: parameters * sizes[part] // (world_size if shared[part] else 1) for part in sizes}
 
 

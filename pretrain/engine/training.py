@@ -38,7 +38,7 @@ from pretrain.engine.repairs import (
 )
 from pretrain.model.attention.layout import Layout
 from pretrain.optim.muon import Muon, Piece
-from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
+from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, moments, set_learning_rate
 
 if TYPE_CHECKING:
     from pretrain.model.config import ModelConfig
@@ -194,12 +194,12 @@ class TrainingEngine:
         return torch.device("cpu") if self.config.offload_optimizer else self.world.device
 
     def missing_state_bytes(self) -> int:
-        """Bytes of AdamW's two float32 moments that this process has still to make, in its first step."""
+        """Bytes of the optimizer's float32 values for each weight that this process has still to make in a first step."""
         zero = self._engine.optimizer
         partitions = {0: "", 1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups"}
         name = partitions.get(self.zero_stage, "fp32_partitioned_groups_flat")
         weights = list(self.model.parameters()) if not name else getattr(zero, name)
-        return sum(8 * weight.numel() for weight in weights if not zero.state.get(weight))
+        return 4 * moments(self.config.optimizer) * sum(w.numel() for w in weights if not zero.state.get(w))
 
     def save(self, folder: Path, tag: str) -> None:
         """Write DeepSpeed's files below ``folder/tag``, durable. No pointer, no commit: those are the store's.

@@ -24,9 +24,9 @@ def config(**changes: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("precision", "stage", "expected"),
     [  # bytes of one parameter on each of 4 processes: (weights, gradients, optimizer)
-        ("bf16", 1, (2, 2, 3)),
-        ("bf16", 2, (2, 0.5, 3)),
-        ("bf16", 3, (0.5, 0.5, 3)),
+        ("bf16", 1, (2, 4, 3)),
+        ("bf16", 2, (2, 1, 3)),
+        ("bf16", 3, (0.5, 1, 3)),
         ("fp32", 0, (4, 4, 8)),
         ("fp32", 2, (4, 1, 3)),
     ],
@@ -43,3 +43,8 @@ def test_state_bytes_follow_the_optimizer() -> None:
     assert optimizer_bytes() == optimizer_bytes(kind="muon") == 12_000
     assert optimizer_bytes(kind="lion") == 8_000
     assert optimizer_bytes(kind="lion", ema_decay=0.9) == 12_000
+
+
+def test_gradients_added_up_in_16_bits_take_half() -> None:
+    block = {"data_types": {"grad_accum_dtype": "bf16"}}
+    assert state_bytes(1000, config(precision="bf16", zero_stage=1, deepspeed=block), world_size=4)["gradients"] == 2000
