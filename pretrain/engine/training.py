@@ -194,7 +194,7 @@ class TrainingEngine:
         return torch.device("cpu") if self.config.offload_optimizer else self.world.device
 
     def missing_state_bytes(self) -> int:
-        """Bytes of the optimizer's float32 values for each weight that this process has still to make in a first step."""
+        """Bytes of the optimizer's float32 state that this process has still to make, in its first step."""
         zero = self._engine.optimizer
         partitions = {0: "", 1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups"}
         name = partitions.get(self.zero_stage, "fp32_partitioned_groups_flat")

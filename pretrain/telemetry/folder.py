@@ -26,6 +26,7 @@ metrics.jsonl     every number of the training, a JSON object a line: kind "trai
 status.json       how the last start ended, or that it is running
 checkpoints/      weights, optimizer and position, to go on from; only a folder with a manifest.json is whole
 export/           the weights alone, float32, when the run is done; `nystrom eval` takes this folder or the run's
+export-ema/       the same of their running average, if the run kept one
 tokenizer/        the tokenizer of the data
 samples/          texts that a causal model wrote at each validation
 bad_steps/        batches of steps that were skipped: loss or gradient not finite; `nystrom replay FOLDER` reads them

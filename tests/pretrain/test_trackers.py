@@ -186,7 +186,6 @@ telemetry.close()
 
 @pytest.mark.slow
 def test_event_files_have_what_metrics_have_once_also_after_a_resume(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for first, last, change in ((1, 6, 0.0), (5, 8, 0.5)):  # the second start goes on from step 4, with other numbers
