@@ -25,8 +25,8 @@ class Gate:
         self._times: list[float] = []
         self._last = time.perf_counter()
 
-    def __call__(self) -> bool:
-        """True when no further turn comes."""
+    def __call__(self) -> None:
+        """Return when the step may be taken; when no further turn comes, end the process."""
         now = time.perf_counter()
         if self._left:
             self._times.append(now - self._last)
@@ -35,10 +35,9 @@ class Gate:
             self.report()
             self._left = self._connection.recv()
             if not self._left:
-                return True
+                os._exit(0)
             now = time.perf_counter()
         self._last = now
-        return False
 
     def report(self) -> None:
         """Send the times of the turn's steps."""
@@ -59,17 +58,21 @@ def _serve(serve: Serve, config: dict[str, Any], connection: Connection, log: Pa
 
 
 def serve_run(raw: dict[str, Any], gate: Gate) -> None:
-    """``nystrom train`` with the gate in the place of the flag that SIGTERM sets: data, telemetry, everything."""
-    from pretrain import run, trainer
+    """``nystrom train``, with data, telemetry and everything, that waits at the gate before each step."""
     from pretrain.config import parse_config
     from pretrain.distributed.world import Rank, quiet_libraries
+    from pretrain.run import train
+    from pretrain.trainer import Trainer
 
     quiet_libraries()
-    validate = trainer.validate
-    # The flag is asked in validation too, and there it must not count a step.
-    setattr(trainer, "validate", lambda *args, **named: validate(*args, **{**named, "stop": lambda: False}))  # noqa: B010
-    setattr(run, "StopFlag", lambda launched=False: gate)  # noqa: B010
-    run.train(parse_config(raw), Rank())
+    step = Trainer._train_step
+
+    def step_in_turn(self: Trainer, *args: Any) -> None:
+        gate()
+        step(self, *args)
+
+    setattr(Trainer, "_train_step", step_in_turn)  # noqa: B010
+    train(parse_config(raw), Rank())
 
 
 class Turns:
@@ -113,7 +116,7 @@ class Turns:
         return self._receive(name)
 
     def stop(self, name: str) -> None:
-        """Let it end before its next step."""
+        """End it before its next step."""
         self._lines[name].send(0)
 
     def _receive(self, name: str) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +39,7 @@ def serve(raw: dict[str, Any], gate: Gate) -> None:
         serve_run({**raw, "precision": contender.precision, "zero_stage": contender.zero_stage}, gate)
 
 
-def plain_loop(raw: dict[str, Any], gate: Callable[[], bool]) -> None:
+def plain_loop(raw: dict[str, Any], gate: Gate) -> None:
     """The loop that one would write: the same rows, micro-batches, AdamW, clipping; bf16 by autocast.
 
     Autocast keeps the weights in float32, as ZeRO's 16-bit modes do beside theirs; weights in bfloat16 alone train
@@ -72,8 +71,7 @@ def plain_loop(raw: dict[str, Any], gate: Callable[[], bool]) -> None:
     masking = config.data.masking.build()
     loader = TrainLoader(inputs.train, plan, objective=config.model.objective, seed=config.seed, masking=masking)
     for batch in loader:
-        if gate():
-            break
+        gate()
         input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
         targets = max(int((batch.labels != IGNORE).sum()), 1)
         total = torch.zeros((), device=device)
@@ -89,4 +87,3 @@ def plain_loop(raw: dict[str, Any], gate: Callable[[], bool]) -> None:
         optimizer.step()
         optimizer.zero_grad()
         float(total)
-    loader.close()
