@@ -86,7 +86,7 @@ def _rehearse(engine: TrainingEngine, config: RunConfig, world: World, stage: in
         labels = torch.where(target.view(rows, length), input_ids, IGNORE)
     error = None
     try:
-        engine.backward(input_ids, labels, scale=0.0)
+        engine.backward(input_ids, labels, 0.0)
     except RuntimeError as failure:
         if not _is_out_of_memory(failure):
             raise
