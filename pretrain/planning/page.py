@@ -9,6 +9,7 @@ from typing import Any
 from pretrain.planning.estimate import Estimate
 from pretrain.planning.memory import StageMemory
 from pretrain.planning.time import TRAINING
+from pretrain.planning.units import bytes_text
 
 GIB = 2**30
 
@@ -105,10 +106,10 @@ def _rest(found: Estimate) -> list[str]:
     keep = config.checkpoint.keep_last
     lines = [
         f"{found.tokens:,} tokens, {found.tokens / found.num_parameters:.1f} for each parameter",
-        f"{_bytes(found.checkpoint_bytes)} a checkpoint; {keep} kept and one being written: "
-        f"{_bytes((keep + 1) * found.checkpoint_bytes)}",
-        f"{_bytes(found.host_bytes)} of host memory for a process (each builds the whole model in float32 first), "
-        f"{_bytes(question.processes_per_node * found.host_bytes)} for {question.processes_per_node}",
+        f"{bytes_text(found.checkpoint_bytes)} a checkpoint; {keep} kept and one being written: "
+        f"{bytes_text((keep + 1) * found.checkpoint_bytes)}",
+        f"{bytes_text(found.host_bytes)} of host memory for a process (each builds the whole model in float32 first), "
+        f"{bytes_text(question.processes_per_node * found.host_bytes)} for {question.processes_per_node}",
     ]
     if found.data is None:
         lines.append("the shards of data.train are not there: nothing is said of epochs")
@@ -171,11 +172,3 @@ def _duration(seconds: float) -> str:
     return (
         f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours" if hours >= 1 else f"{seconds / 60:.0f} min"
     )
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -92,6 +92,7 @@ def _trace(
     config: ModelConfig, layout: Layout, targets: int, dtype: torch.dtype, on_gpu: bool, checkpointing: bool
 ) -> Trace:
     gradients: list[Gradient] = []
+    layout = replace(layout, _cache={})  # a layout keeps what is derived from it, which here is fake
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, _default_dtype(dtype):
         model = build_model(config)

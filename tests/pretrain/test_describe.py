@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pretrain.config import RunConfig
-from pretrain.describe import state_bytes
+from pretrain.planning.state import Group, state_bytes
 
 
 def config(**changes: Any) -> RunConfig:
@@ -24,13 +24,15 @@ def config(**changes: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("precision", "stage", "expected"),
     [  # bytes of one parameter on each of 4 processes: (weights, gradients, optimizer)
-        ("bf16", 1, (2, 2, 3)),
-        ("bf16", 2, (2, 0.5, 3)),
-        ("bf16", 3, (0.5, 0.5, 3)),
+        ("bf16", 1, (2, 4, 3)),
+        ("bf16", 2, (2, 1, 3)),
+        ("bf16", 3, (0.5, 1, 3)),
         ("fp32", 0, (4, 4, 8)),
         ("fp32", 2, (4, 1, 3)),
+        ("fp32", 3, (1, 1, 2)),
     ],
 )
 def test_state_bytes(precision: str, stage: int, expected: tuple[float, float, float]) -> None:
-    sizes = state_bytes(1000, config(precision=precision, zero_stage=stage), world_size=4)
-    assert tuple(sizes[part] / 1000 for part in ("weights", "gradients", "optimizer")) == expected
+    groups = (Group("decay", (1_000_000,)),)
+    sizes = state_bytes(groups, config(precision=precision, zero_stage=stage), 4)
+    assert tuple(x / 1_000_000 for x in (sizes.weights, sizes.gradients, sizes.optimizer)) == expected
