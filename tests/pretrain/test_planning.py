@@ -268,11 +268,11 @@ def test_changes_that_make_it_fit_do() -> None:
     assert ("offload_optimizer=true",) in changes
     assert any(overrides[0].startswith("curriculum.0.micro_batch=") for overrides in changes)
     # Too little for any one of them, enough for all together.
-    alone = min(change.peak for change in changes_that_fit(config, room))
-    (together,) = changes_that_fit(config, Room(2, alone // 2))
+    tight = Room(2, peak(plan_memory(with_micro_batch(config, 0, 1), 2)) - 1)
+    (together,) = changes_that_fit(config, tight)
     assert together.overrides[0] == "activation_checkpointing=true"
     assert len(together.overrides) > 1
-    assert together.peak <= alone // 2
+    assert together.peak <= tight.limit
     assert changes_that_fit(config, Room(2, 1000)) == []
 
 
