@@ -64,6 +64,7 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
     from pretrain.checkpoint.store import Checkpoints
     from pretrain.describe import describe, environment
     from pretrain.distributed.world import first_decides
+    from pretrain.engine.probe import run_probe
     from pretrain.engine.training import TrainingEngine
     from pretrain.telemetry.telemetry import METRICS, Telemetry, truncate_metrics
     from pretrain.trainer import Trainer
@@ -110,6 +111,7 @@ def _train_together(inputs: Inputs, world: Any, stop: StopFlag, resume: str, ver
         telemetry.write(
             "event", step=state.step, tokens=state.tokens, seconds=state.seconds, world_size=world.world_size, **event
         )
+        telemetry.say(run_probe(engine, config, inputs.plan, world, state.tokens).sentence())
         code = trainer.run()
         if code == EXIT_DONE:
             _export(checkpoints.root, run_dir, world, telemetry)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from pretrain.model.attention.self_attention import AttentionContext
-    from pretrain.model.transformer import Block, LayerRunner
+    from pretrain.model.transformer import LayerRunner
 
 COMPILE_BACKEND = "inductor"
 COMPILED_SHAPES = 64
@@ -35,18 +35,18 @@ def layer_runner(checkpointing: bool, compiled: bool) -> LayerRunner | None:
     return run
 
 
-def _call(layer: Block, x: Tensor, context: AttentionContext) -> Tensor:
+def _call(layer: nn.Module, x: Tensor, context: AttentionContext) -> Tensor:
     return layer(x, context)
 
 
 def _checkpointed(run: LayerRunner) -> LayerRunner:
-    def run_again_in_backward(layer: Block, x: Tensor, context: AttentionContext) -> Tensor:
+    def run_again_in_backward(layer: nn.Module, x: Tensor, context: AttentionContext) -> Tensor:
         return checkpoint(run, layer, x, context, use_reentrant=False)
 
     return run_again_in_backward
 
 
 def _compiled() -> LayerRunner:
-    return torch.compile(
+    return torch.compile(  # type: ignore[call-overload]  # torch 2.13's overloads lack the last two
         _call, backend=COMPILE_BACKEND, dynamic=False, recompile_limit=COMPILED_SHAPES, isolate_recompiles=True
     )

@@ -22,7 +22,12 @@ from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
 from pretrain.engine.layers import layer_runner
-from pretrain.engine.stage_1 import zero_optimizer_at_stage_1
+from pretrain.engine.repairs import (
+    forget_gradients,
+    grow_scale,
+    keep_scale_until_applied,
+    zero_optimizer_at_stage_1,
+)
 from pretrain.model.attention.layout import Layout
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, set_learning_rate
 
@@ -95,8 +100,7 @@ class TrainingEngine:
                 faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {faults}") from None
         if config.precision == "fp16":
-            # An overflow at the smallest scale is a bad step like any other, not an exception.
-            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+            keep_scale_until_applied(self._engine.optimizer)
         randomness.seed_everything(config.seed + 1 + world.rank)
 
     def backward(
@@ -126,8 +130,11 @@ class TrainingEngine:
         if self._guard is not None:
             return StepResult(self._guard.applied, self._guard.grad_norm, 1.0)
         optimizer = engine.optimizer
+        if self.config.precision == "fp16" and not optimizer.overflow:
+            grow_scale(optimizer)
         scale = float(optimizer.loss_scale) if self.config.precision == "fp16" else 1.0
         if optimizer.overflow:
+            forget_gradients(optimizer)
             return StepResult(False, math.inf, scale)
         return StepResult(True, float(engine.get_global_grad_norm()), scale)
 
@@ -143,6 +150,19 @@ class TrainingEngine:
     def train(self) -> None:
         """Put the model into training mode."""
         self._engine.train()
+
+    @property
+    def state_device(self) -> torch.device:
+        """Where the optimizer's state is kept."""
+        return torch.device("cpu") if self.config.offload_optimizer else self.world.device
+
+    def missing_state_bytes(self) -> int:
+        """Bytes of AdamW's two float32 moments that this process has still to make, in its first step."""
+        zero = self._engine.optimizer
+        partitions = {0: "", 1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups"}
+        name = partitions.get(self.zero_stage, "fp32_partitioned_groups_flat")
+        weights = list(self.model.parameters()) if not name else getattr(zero, name)
+        return sum(8 * weight.numel() for weight in weights if not zero.state.get(weight))
 
     def save(self, folder: Path, tag: str) -> None:
         """Write DeepSpeed's files below ``folder/tag``. No pointer, no commit: that is ``checkpoint/store.py``'s."""

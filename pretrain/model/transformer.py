@@ -30,8 +30,8 @@ LOSS_CHUNK_ELEMENTS = 2**26
 """Logits held at a time in the loss: 256 MiB in float32. More are computed in chunks and again in the backward pass."""
 
 
-LayerRunner = Callable[["Block", Tensor, AttentionContext], Tensor]
-"""Another way of computing ``block(x, context)``."""
+LayerRunner = Callable[[nn.Module, Tensor, AttentionContext], Tensor]
+"""Another way of computing ``layer(x, context)`` for a :class:`Block`."""
 
 
 @dataclass(frozen=True)

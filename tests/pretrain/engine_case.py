@@ -40,20 +40,26 @@ def engine_settings(**changes: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def engine_of(config: dict[str, Any]) -> Iterator[Any]:
-    """Runs in the ranks: the engine of a configuration, with ``engine.world``."""
-    from pretrain.config import parse_config
+def one_world() -> Iterator[Any]:
+    """Runs in the ranks: the process group, for any number of engines one after another."""
     from pretrain.distributed.world import World, quiet_libraries, read_rank
-    from pretrain.engine.training import TrainingEngine
 
     quiet_libraries()
     world = World(read_rank())
     try:
-        engine = TrainingEngine(parse_config(config), world)
-        engine.train()
-        yield engine
+        yield world
     finally:
         world.close()
+
+
+def build(config: dict[str, Any], world: Any) -> Any:
+    """Runs in the ranks: the engine of a configuration, in training mode."""
+    from pretrain.config import parse_config
+    from pretrain.engine.training import TrainingEngine
+
+    engine = TrainingEngine(parse_config(config), world)
+    engine.train()
+    return engine
 
 
 def draw(number: int, rows: int, length: int, objective: str = "mlm", kind: str = "full") -> tuple[Any, Any, Any]:
@@ -140,3 +146,28 @@ def first_gradients(engine: Any) -> dict[str, Any]:
         )
         out[name] = moment.double().cpu().numpy() / share
     return out
+
+
+def outcome(engine: Any, steps: dict[str, list[float]]) -> dict[str, Any]:
+    """Everything that must be equal between two runs, to the bit."""
+    return {**steps, "weights": {name: value.tobytes() for name, value in master_weights(engine).items()}}
+
+
+def whole_and_resumed(config: dict[str, Any], world: Any, folder: Any, **options: Any) -> tuple[Any, Any, Any]:
+    """Runs in the ranks: (steps 2 and 3 of an uninterrupted run, of a resumed one, what the export would hold)."""
+    from pretrain.checkpoint.export import consolidate
+    from pretrain.distributed import randomness
+
+    whole = build(config, world)
+    train_steps(whole, 0, 2, **options)
+    whole.save(folder, "two")
+    generators = randomness.get_state()
+    world.barrier()
+    weights = {name: value.tobytes() for name, value in master_weights(whole).items()}
+    exported = {name: value.detach().numpy().tobytes() for name, value in consolidate(folder / "two").items()}
+    same_export = {name: exported[name] == value for name, value in weights.items()}
+    expected = outcome(whole, train_steps(whole, 2, 4, **options))
+    resumed = build(config, world)
+    resumed.load(folder, "two")
+    randomness.set_state(generators)
+    return expected, outcome(resumed, train_steps(resumed, 2, 4, **options)), same_export

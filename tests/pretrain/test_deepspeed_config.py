@@ -9,6 +9,7 @@ import pytest
 from data_pipeline.errors import UserError
 from pretrain.config import RunConfig
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
+from pretrain.engine.passthrough import ALLOWED, REFUSED
 
 
 def config(**changes: Any) -> RunConfig:
@@ -56,6 +57,11 @@ def test_blocks_are_merged_and_defaults_give_way() -> None:
         ({"zero_optimization": {"stage": 1}}, ["deepspeed.zero_optimization.stage", "zero_stage"]),
         ({"bf16": {"enabled": False}}, ["precision"]),
         ({"fp16": {"initial_scale_power": 8}}, ["no effect with precision bf16"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["run's configuration: offload_optimizer"]),
+        ({"zero_optimization": {"reduce_bucket_sise": 1}}, ["did you mean 'reduce_bucket_size'"]),
+        ({"data_types": {"param_dtype": "fp32"}}, ["deepspeed.data_types.param_dtype", "precision"]),
+        ({"activation_checkpointing": {}}, ["activation_checkpointing, at the top level"]),
+        ({"compile": {"deepcompile": True}}, ["compile, at the top level"]),
         ({"optimizer": {"type": "Lamb"}}, ["block optimizer"]),
         ({"curriculum_learning": {}}, ["block curriculum"]),
         ({"zero_optimization": 3}, ["must be a block"]),
@@ -69,11 +75,61 @@ def test_refusals_name_the_key_and_the_way_out(block: dict[str, Any], words: lis
         assert word in str(error.value)
 
 
-def test_gradient_accumulation_in_float32_only_where_checkpoints_stay_readable() -> None:
-    block = {"data_types": {"grad_accum_dtype": "fp32"}}
-    assert build_deepspeed_config(config(zero_stage=2, deepspeed=block))["data_types"] == {"grad_accum_dtype": "fp32"}
-    with pytest.raises(UserError, match="zero_stage 2 or 3"):
-        build_deepspeed_config(config(zero_stage=1, deepspeed=block))
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bit_gradients_are_added_up_in_float32_unless_asked_otherwise(stage: int, precision: str) -> None:
+    json = build_deepspeed_config(config(zero_stage=stage, precision=precision))
+    assert json["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert json["communication_data_type"] == "fp32"
+    block = {"data_types": {"grad_accum_dtype": precision}, "communication_data_type": precision}
+    json = build_deepspeed_config(config(zero_stage=stage, precision=precision, deepspeed=block))
+    assert json["data_types"] == {"grad_accum_dtype": precision}
+    assert json["communication_data_type"] == precision
+    other = {"bf16": "fp16", "fp16": "bf16"}[precision]
+    with pytest.raises(UserError, match=f"deepspeed.communication_data_type is '{other}'.*can be fp32 or {precision}"):
+        build_deepspeed_config(
+            config(zero_stage=stage, precision=precision, deepspeed={"communication_data_type": other})
+        )
+
+
+def test_float32_is_not_added_up_in_less() -> None:
+    json = build_deepspeed_config(config(precision="fp32"))
+    assert "data_types" not in json
+    with pytest.raises(UserError, match="grad_accum_dtype is 'bf16'; with precision fp32 it can be fp32"):
+        build_deepspeed_config(config(precision="fp32", deepspeed={"data_types": {"grad_accum_dtype": "bf16"}}))
+
+
+@pytest.mark.parametrize(("stage", "default"), [(0, False), (1, False), (2, False), (3, True)])
+def test_communication_overlaps_where_gradients_are_reduced_in_the_backward_pass(stage: int, default: bool) -> None:
+    values = {"zero_stage": stage, "precision": "fp32"}
+    assert build_deepspeed_config(config(**values))["zero_optimization"]["overlap_comm"] is default
+    block = {"zero_optimization": {"overlap_comm": True}}
+    if stage >= 2:
+        assert build_deepspeed_config(config(**values, deepspeed=block))["zero_optimization"]["overlap_comm"] is True
+    else:
+        with pytest.raises(UserError, match=f"overlap_comm is refused at zero_stage {stage}: gradients are reduced in"):
+            build_deepspeed_config(config(**values, deepspeed=block))
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_known_to_go_wrong_is_refused_by_name_and_reason(name: str) -> None:
+    block, key = name.split(".")
+    precision = block if block in ("bf16", "fp16") else "bf16"
+    with pytest.raises(UserError) as error:
+        build_deepspeed_config(config(precision=precision, deepspeed={block: {key: 1}}))
+    assert str(error.value) == f"deepspeed.{name} is refused: {REFUSED[name]}"
+
+
+def test_every_key_of_zero_that_deepspeed_knows_is_let_through_or_refused() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for key in [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]:
+        block = {"zero_optimization": {key: 7}}
+        if key in ALLOWED["zero_optimization"]:
+            assert build_deepspeed_config(config(deepspeed=block))["zero_optimization"][key] == 7
+        else:
+            with pytest.raises(UserError, match=rf"deepspeed.zero_optimization.{key} is "):
+                build_deepspeed_config(config(deepspeed=block))
 
 
 def test_precision_must_exist_on_the_device() -> None:

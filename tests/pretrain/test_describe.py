@@ -36,3 +36,9 @@ def test_state_bytes(precision: str, stage: int, expected: tuple[float, float, f
     groups = (Group("decay", (1_000_000,)),)
     sizes = state_bytes(groups, config(precision=precision, zero_stage=stage), 4)
     assert tuple(x / 1_000_000 for x in (sizes.weights, sizes.gradients, sizes.optimizer)) == expected
+
+
+def test_gradients_added_up_in_16_bits_take_half() -> None:
+    block = {"data_types": {"grad_accum_dtype": "bf16"}}
+    groups = (Group("decay", (1_000_000,)),)
+    assert state_bytes(groups, config(precision="bf16", zero_stage=1, deepspeed=block), 4).gradients == 2_000_000

@@ -222,7 +222,7 @@ def test_loss_is_the_sum_over_targets(variant: dict[str, object], kind: str) -> 
 @variants
 def test_a_batch_without_targets_gives_zero_and_zero_gradients(variant: dict[str, object]) -> None:
     model, ids = model_of(**variant), tokens(2, 40)
-    for layout in (None, Layout.from_lengths([3, 40], 40)):
+    for layout in (None, Layout.from_lengths([3, 40], 40), Layout.from_lengths([0, 0], 40)):
         model.zero_grad()
         out = model(ids, labels=torch.full_like(ids, -100), layout=layout)
         assert float(out.loss_sum.detach()) == 0
