@@ -12,7 +12,7 @@ from pretrain.curriculum.plan import build_plan
 from pretrain.model.config import ModelConfig
 from pretrain.planning.fit import Change, Room, changes_that_fit, largest_micro_batch, peak
 from pretrain.planning.memory import StageMemory, plan_memory
-from pretrain.planning.state import parameter_sizes
+from pretrain.planning.state import Zero, parameter_sizes, state_bytes
 from pretrain.planning.time import TRAINING, StageTime, plan_time
 from pretrain.sources import open_sources
 
@@ -50,6 +50,8 @@ class Estimate:
     parameters: dict[str, int]
     """By part of the model."""
     memory: list[StageMemory]
+    other_peaks: list[int]
+    """Of each stage, with activation_checkpointing the other way."""
     time: list[StageTime]
     host_bytes: int
     """Of one process, at the start or while it trains with an offloaded optimizer, whichever is more."""
@@ -102,26 +104,30 @@ def estimate(config: RunConfig, question: Question) -> Estimate:
     memory = plan_memory(config, question.gpus, on_gpu=question.on_gpu)
     parameters = parameters_by_part(config.model)
     total = sum(parameters.values())
-    limit = largest = changes = None
+    limit: int | None = None
+    largest: list[int] = []
+    changes: list[Change] = []
     if question.gpu_memory is not None:
         limit = int(question.gpu_memory * 2**30 * (1 - question.margin))
         room = Room(question.gpus, limit, question.on_gpu)
         if question.search:
             largest = [largest_micro_batch(config, stage, room) for stage in range(len(memory))]
-            changes = changes_that_fit(config, room) if peak(memory) > limit else None
+            changes = changes_that_fit(config, room) if peak(memory) > limit else []
     state = memory[0].state
+    other = config.model_copy(update={"activation_checkpointing": not config.activation_checkpointing})
     return Estimate(
         config=config,
         question=question,
         parameters=parameters,
         memory=memory,
+        other_peaks=[stage.peak for stage in plan_memory(other, question.gpus, on_gpu=question.on_gpu)],
         time=plan_time(config, question.gpus, mfu=question.mfu, peak_flops=question.peak_flops),
         host_bytes=LIBRARIES + max(FLOAT32 * total, state.host_optimizer),
         checkpoint_bytes=checkpoint_bytes(config, total, question.gpus),
         data=_data(config),
         limit=limit,
-        largest=largest or [],
-        changes=changes or [],
+        largest=largest,
+        changes=changes,
     )
 
 
@@ -149,8 +155,6 @@ def _part_of(name: str) -> str:
 
 def checkpoint_bytes(config: RunConfig, parameters: int, processes: int) -> int:
     """Of one checkpoint on disk, all processes' files together: weights as they are trained with, and the state."""
-    from pretrain.planning.state import Zero, state_bytes
-
     groups = parameter_sizes(config.model, config.optimizer)
     zero = Zero.of(config, processes)
     state = state_bytes(groups, config.model_copy(update={"offload_optimizer": False}), processes)

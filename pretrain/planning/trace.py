@@ -26,8 +26,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pretrain.engine.layers import layer_runner
 from pretrain.model.attention.kernels import assume_device
 from pretrain.model.attention.layout import Layout
+from pretrain.model.attention.self_attention import SelfAttention
 from pretrain.model.config import ModelConfig
-from pretrain.model.transformer import Block, Embeddings, Head, NystromformerLM, build_model
+from pretrain.model.transformer import Block, Embeddings, FeedForward, Head, NystromformerLM, build_model
 
 TRACED_LAYERS = 3
 """The first, the last and one between: a deeper model repeats the one between."""
@@ -153,9 +154,6 @@ def _watch(model: NystromformerLM, live: _Live, gradients: list[Gradient]) -> li
 
 
 def _part(module: nn.Module) -> str | None:
-    from pretrain.model.attention.self_attention import SelfAttention
-    from pretrain.model.transformer import FeedForward
-
     kinds = {Embeddings: PARTS[0], SelfAttention: PARTS[1], FeedForward: PARTS[2], Block: PARTS[3], Head: PARTS[4]}
     return kinds.get(type(module))
 
