@@ -14,36 +14,29 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan
 from pretrain.config import RunConfig
-from pretrain.curriculum.stages import describe_changes
-from pretrain.optim.optimizer import moments
+from pretrain.curriculum.stages import describe_changes, stage_model
+from pretrain.planning.state import parameter_sizes, state_bytes
+from pretrain.planning.units import bytes_text
 
 if TYPE_CHECKING:
     from pretrain.distributed.world import World
-
-
-def state_bytes(parameters: int, config: RunConfig, world_size: int) -> dict[str, int]:
-    """Bytes that weights, gradients and optimizer state take on one process, activations not counted.
-
-    The accounting of Rajbhandari et al. 2020 (ZeRO, section 3), but for gradients, which are added up in float32 unless
-    ``grad_accum_dtype`` says otherwise: in 16 bits 2 + 4 bytes for a weight and its gradient and 12 for the float32
-    master copy and AdamW's two moments (Lion has one, and an average of the weights is one more); in float32 4 + 4 + 8,
-    and 4 more for the copy that ZeRO 1 to 3 keep. Stage 1 divides the optimizer's part among the processes, stage 2 the
-    gradients too, stage 3 also the weights.
-    """
-    stage, width = config.zero_stage, 4 if config.precision == "fp32" else 2
-    optimizer = 4 * (moments(config.optimizer) + (stage > 0))
-    shared = {"weights": stage >= 3, "gradients": stage >= 2, "optimizer": stage >= 1}
-    sums = config.deepspeed.get("data_types", {}).get("grad_accum_dtype", "fp32")
-    sizes = {"weights": width, "gradients": 4 if sums == "fp32" else width, "optimizer": optimizer}
-    return {part: parameters * sizes[part] // (world_size if shared[part] else 1) for part in sizes}
 
 
 def describe(config: RunConfig, plan: Plan, data: TrainingData, parameters: int, world: World) -> str:
     """Several lines for somebody who has not read the configuration."""
     model = config.model
     kind = {"mlm": "masked", "clm": "causal"}[model.objective]
-    memory = state_bytes(parameters, config, world.world_size)
-    parts = ", ".join(f"{part} {_bytes(size)}" for part, size in memory.items())
+    memory = state_bytes(parameter_sizes(stage_model(config, 0), config.optimizer), config, world.world_size)
+    parts = ", ".join(
+        f"{part} {bytes_text(size)}"
+        for part, size in (
+            ("weights", memory.weights),
+            ("gradients", memory.gradients),
+            ("optimizer", memory.optimizer),
+            ("buffers", memory.buffers),
+        )
+        if size
+    )
     stages = "; ".join(
         f"{stage.num_batches} steps of {stage.rows} x {stage.seq_len}, {stage_config.micro_batch} rows at a time"
         for stage, stage_config in zip(plan.stages, config.curriculum, strict=True)
@@ -56,8 +49,8 @@ def describe(config: RunConfig, plan: Plan, data: TrainingData, parameters: int,
             f"Lengths: {stages}.",
             *describe_changes(config),
             f"On {world.world_size} {'GPU' if world.device.type == 'cuda' else 'CPU'} process(es), {config.precision}, "
-            f"ZeRO stage {config.zero_stage}; each expects {_bytes(sum(memory.values()))} for its state ({parts}), "
-            "activations on top.",
+            f"ZeRO stage {config.zero_stage}; each expects {bytes_text(memory.total)} for its state ({parts}); "
+            "`nystrom plan` says how much activations take on top.",
         ]
     )
 
@@ -142,11 +135,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

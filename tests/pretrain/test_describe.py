@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pretrain.config import RunConfig
-from pretrain.describe import state_bytes
+from pretrain.planning.state import Group, state_bytes
 
 
 def config(**changes: Any) -> RunConfig:
@@ -29,16 +29,19 @@ def config(**changes: Any) -> RunConfig:
         ("bf16", 3, (0.5, 1, 3)),
         ("fp32", 0, (4, 4, 8)),
         ("fp32", 2, (4, 1, 3)),
+        ("fp32", 3, (1, 1, 2)),
     ],
 )
 def test_state_bytes(precision: str, stage: int, expected: tuple[float, float, float]) -> None:
-    sizes = state_bytes(1000, config(precision=precision, zero_stage=stage), world_size=4)
-    assert tuple(sizes[part] / 1000 for part in ("weights", "gradients", "optimizer")) == expected
+    groups = (Group("decay", (1_000_000,)),)
+    sizes = state_bytes(groups, config(precision=precision, zero_stage=stage), 4)
+    assert tuple(x / 1_000_000 for x in (sizes.weights, sizes.gradients, sizes.optimizer)) == expected
 
 
 def test_state_bytes_follow_the_optimizer() -> None:
     def optimizer_bytes(**optimizer: Any) -> int:
-        return state_bytes(1000, config(zero_stage=1, optimizer=optimizer), world_size=1)["optimizer"]
+        groups = (Group("decay", (1000,)),)
+        return state_bytes(groups, config(zero_stage=1, optimizer=optimizer), 1).optimizer
 
     assert optimizer_bytes() == optimizer_bytes(kind="muon") == 12_000
     assert optimizer_bytes(kind="lion") == 8_000
@@ -47,4 +50,5 @@ def test_state_bytes_follow_the_optimizer() -> None:
 
 def test_gradients_added_up_in_16_bits_take_half() -> None:
     block = {"data_types": {"grad_accum_dtype": "bf16"}}
-    assert state_bytes(1000, config(precision="bf16", zero_stage=1, deepspeed=block), world_size=4)["gradients"] == 2000
+    groups = (Group("decay", (1_000_000,)),)
+    assert state_bytes(groups, config(precision="bf16", zero_stage=1, deepspeed=block), 4).gradients == 2_000_000

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain.model.attention.kernels import kernels_for
+
 
 class Window(NamedTuple):
     """A token of segment i sees tokens of segments i - w + 1 to i up to itself, and landmarks 0 to i - w."""
@@ -68,7 +70,7 @@ def _tiles(q: Tensor, landmarks: int, window: Window) -> Iterator[_Tile]:
     """q: (B, S, c, d). Later segments come later for every head: the backward pass relies on it."""
     heads, segments, size, _ = q.shape
     columns = landmarks + window.segments * size
-    limit = _TILE_BYTES.get(q.device.type, _TILE_BYTES_GPU) // q.element_size()
+    limit = _TILE_BYTES.get(kernels_for(q), _TILE_BYTES_GPU) // q.element_size()
     most = max(1, limit // (size * columns))  # segments of one head that fill a tile
     step = min(segments, most, max(-(-segments // _PARTS), most // heads))
     group = max(1, most // step)

@@ -1,0 +1,137 @@
+"""Arguments of ``python -m benchmarks.memory``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.files import write_atomic
+
+GOAL = 0.15
+"""The prediction may be off by so much of the measurement."""
+
+DESCRIPTION = """Real training steps, each case in fresh processes: the most memory that PyTorch had allocated at once,
+against what `nystrom plan` predicts. On CPUs by the allocator's events (torch.profiler), and for the largest cases by
+the resident memory that the system counts; on GPUs by torch.cuda.max_memory_allocated."""
+
+EPILOG = """example:
+  OMP_NUM_THREADS=1 python -m benchmarks.memory --check --out memory.json"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.memory",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--cases", default="all", metavar="C,C", help="a wrong name lists them (default: all)")
+    parser.add_argument("--check", action="store_true", help=f"exit status 1 if one is off by more than {GOAL:.0%}")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="all numbers as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write. Returns 1 if ``--check`` and a prediction is too far off."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(arguments)
+    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise UserError(f"--out {args.out}: must be a file in a folder that is there")
+    from benchmarks.memory.cases import CASES
+
+    known = {case.name: case for case in CASES}
+    names = list(known) if args.cases == "all" else args.cases.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"--cases: no '{name}'; there are {', '.join(known)}")
+
+    import torch
+
+    from benchmarks.presentation import provenance
+
+    gpus = torch.cuda.device_count()
+    made = provenance("benchmarks.memory", arguments, torch.device("cuda" if gpus else "cpu"))
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        case = known[name]
+        if gpus and case.processes > gpus:
+            print(f"{name}: left out, {case.processes} GPUs are needed", file=sys.stderr, flush=True)
+            continue
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        rows += _measure(case, on_gpu=gpus > 0)
+        if args.out is not None:
+            content = {"schema": 1, "complete": name == names[-1], "provenance": made, "goal": GOAL, "rows": rows}
+            write_atomic(args.out, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    print(_table(rows))
+    return int(args.check and any(abs(row["ratio"] - 1) > GOAL for row in rows))
+
+
+def _measure(case: Any, *, on_gpu: bool) -> list[dict[str, Any]]:
+    from pretrain.planning.memory import plan_memory
+
+    stage = plan_memory(case.config(), case.processes, on_gpu=on_gpu)[0]
+    # On a CPU what is offloaded stays where everything else is.
+    predicted = stage.peak + (0 if on_gpu else stage.state.host_optimizer)
+    ways = ["allocated", "resident"] if case.resident and not on_gpu else ["allocated"]
+    return [
+        {
+            "case": case.name,
+            "rows": f"{case.rows} x {case.length}",
+            "precision": case.precision,
+            "zero_stage": case.zero_stage,
+            "processes": case.processes,
+            "measured_by": way,
+            "predicted_bytes": predicted,
+            "measured_bytes": measured,
+            "ratio": predicted / measured,
+        }
+        for way in ways
+        for measured in [_run(case, way)]
+    ]
+
+
+def _run(case: Any, way: str) -> int:
+    """Bytes that the first of the case's processes measured."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": str(case.processes), "LOCAL_SIZE": str(case.processes), "MASTER_PORT": port}
+    command = [sys.executable, "-m", "benchmarks.memory.worker", case.name, way]
+    started = []
+    for rank in range(case.processes):
+        env = {**os.environ, **world, "MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    ended = [process.communicate() for process in started]
+    if any(process.returncode for process in started):
+        raise RuntimeError(f"{case.name} failed:\n" + "\n".join(err[-2000:] for _, err in ended))
+    return json.loads(ended[0][0].strip().splitlines()[-1])["bytes"]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    from benchmarks.presentation import markdown
+
+    head = ["case", "rows", "precision", "ZeRO", "processes", "measured by", "predicted, MB", "measured, MB", "ratio"]
+    lines = [
+        [
+            row["case"],
+            row["rows"],
+            row["precision"],
+            str(row["zero_stage"]),
+            str(row["processes"]),
+            row["measured_by"],
+            f"{row['predicted_bytes'] / 1e6:.1f}",
+            f"{row['measured_bytes'] / 1e6:.1f}",
+            f"{row['ratio']:.3f}",
+        ]
+        for row in rows
+    ]
+    return markdown(head, lines)

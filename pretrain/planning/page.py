@@ -1,0 +1,181 @@
+"""An estimate as a page to read, and as plain values for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pretrain.planning.estimate import Estimate
+from pretrain.planning.memory import StageMemory
+from pretrain.planning.time import TRAINING
+from pretrain.planning.units import bytes_text
+
+GIB = 2**30
+
+
+def page(found: Estimate) -> str:
+    """Some tens of lines."""
+    return "\n".join([*_model(found), "", *_memory(found), "", *_fit(found), *_time(found), "", *_rest(found)])
+
+
+def _model(found: Estimate) -> list[str]:
+    config, model = found.config, found.config.model
+    kind = {"mlm": "masked", "clm": "causal"}[model.objective]
+    parts = ", ".join(f"{part} {count:,}" for part, count in found.parameters.items() if count)
+    head = "shared with the embeddings" if model.tie_embeddings else "its own matrix"
+    rows = [
+        [
+            f"{stage.seq_len:,}",
+            f"{stage.steps:,}",
+            f"{stage.tokens:,}",
+            f"{stage.forward_flops / 1e9:.3g}",
+            f"{TRAINING * stage.forward_flops / 1e9:.3g}",
+            f"{stage.attention_share:.1%}",
+        ]
+        for stage in found.time
+    ]
+    columns = ["length", "steps", "tokens", "GFLOP/token forward", "training", "attention proper"]
+    return [
+        f"{config.name}: a {kind} {model.attention} model of {found.num_parameters:,} parameters",
+        f"  {parts}; the head's words are {head}",
+        f"  {model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads, vocabulary {model.vocab_size:,}",
+        "",
+        *_table(columns, rows),
+    ]
+
+
+def _memory(found: Estimate) -> list[str]:
+    config, question = found.config, found.question
+    stages = found.memory
+    checkpointing, other = ("on", "off") if config.activation_checkpointing else ("off", "on")
+    where = "GPU" if question.on_gpu else "process"
+    out = [
+        f"Memory of one {where} in GiB ({question.gpus} of them, {config.precision}, ZeRO stage {config.zero_stage}, "
+        f"activation_checkpointing {checkpointing}, offload_optimizer {'on' if config.offload_optimizer else 'off'})"
+    ]
+    head = ["", *(f"{stage.seq_len:,} x {stage.micro_batch}" for stage in stages)]
+    rows = [
+        _row("weights", [stage.state.weights for stage in stages]),
+        _row("gradients", [stage.state.gradients for stage in stages]),
+        _row("optimizer", [stage.state.optimizer for stage in stages]),
+        _row("inputs", [stage.inputs for stage in stages]),
+        *(_row(f"kept: {part}", [stage.kept[part] for stage in stages]) for part in stages[0].kept),
+        _row("buffers and temporaries", [stage.transient + stage.state.buffers for stage in stages]),
+        _row("at its fullest", [stage.peak for stage in stages]),
+        _row(f"with activation_checkpointing {other}", found.other_peaks),
+    ]
+    return [*out, *_table(head, rows)]
+
+
+def _fit(found: Estimate) -> list[str]:
+    if found.limit is None:
+        return []
+    question = found.question
+    allowed = f"{found.limit / GIB:.1f} GiB ({question.gpu_memory:g} less a margin of {question.margin:.0%})"
+    out = [f"It {'fits' if found.fits else 'does NOT fit'} in {allowed}."]
+    if found.largest:
+        rows = ", ".join(
+            f"{rows} at {stage.seq_len:,}" for rows, stage in zip(found.largest, found.memory, strict=True)
+        )
+        out.append(f"  the largest micro_batch that fits: {rows}")
+    if not found.fits and question.search:
+        out += [
+            f"  it would with --set {' '.join(change.overrides)}: {change.peak / GIB:.1f} GiB ({change.cost})"
+            for change in found.changes
+        ] or ["  no micro_batch, activation_checkpointing, zero_stage 3 or offload_optimizer makes it fit"]
+    return [*out, ""]
+
+
+def _time(found: Estimate) -> list[str]:
+    question = found.question
+    if found.seconds is None or found.gpu_hours is None or question.peak_flops is None:
+        return [f"{found.training_flops:.3g} FLOP of training; for hours and cost give --gpu or --peak-flops."]
+    speeds = ", ".join(f"{stage.tokens_per_second or 0:,.0f} at {stage.seq_len:,}" for stage in found.time)
+    lines = [
+        f"{found.training_flops:.3g} FLOP of training: {_duration(found.seconds)}, {found.gpu_hours:,.1f} GPU-hours, "
+        f"if {question.mfu:.0%} of {question.peak_flops / 1e12:g} TFLOP/s are reached",
+        f"  tokens/s: {speeds}",
+    ]
+    if question.price is not None:
+        lines.append(f"  cost: {found.gpu_hours * question.price:,.2f} at {question.price:g} a GPU-hour")
+    return lines
+
+
+def _rest(found: Estimate) -> list[str]:
+    config, question = found.config, found.question
+    keep = config.checkpoint.keep_last
+    lines = [
+        f"{found.tokens:,} tokens, {found.tokens / found.num_parameters:.1f} for each parameter",
+        f"{bytes_text(found.checkpoint_bytes)} a checkpoint; {keep} kept and one being written: "
+        f"{bytes_text((keep + 1) * found.checkpoint_bytes)}",
+        f"{bytes_text(found.host_bytes)} of host memory for a process (each builds the whole model in float32 first), "
+        f"{bytes_text(question.processes_per_node * found.host_bytes)} for {question.processes_per_node}",
+    ]
+    if found.data is None:
+        lines.append("the shards of data.train are not there: nothing is said of epochs")
+    else:
+        epochs = ", ".join(
+            f"{value:.2f} times" + (f" {name}" if len(found.data["epochs"]) > 1 else "")
+            for name, value in found.data["epochs"].items()
+        )
+        lines.append(f"reads {epochs} the {found.data['tokens']:,} tokens of data.train")
+    return lines
+
+
+def as_dict(found: Estimate) -> dict[str, Any]:
+    """Plain values; bytes, seconds, FLOPs."""
+    return {
+        "name": found.config.name,
+        "question": asdict(found.question),
+        "parameters": {"total": found.num_parameters, **found.parameters},
+        "stages": [
+            {
+                **_stage(memory),
+                "peak_with_the_other_activation_checkpointing": other,
+                **asdict(time),
+                "training_flops": TRAINING * time.forward_flops,
+                "seconds": time.seconds,
+            }
+            for memory, other, time in zip(found.memory, found.other_peaks, found.time, strict=True)
+        ],
+        "fits": found.fits,
+        "limit_bytes": found.limit,
+        "largest_micro_batch": found.largest or None,
+        "changes_that_fit": [asdict(change) for change in found.changes],
+        "tokens": found.tokens,
+        "tokens_per_parameter": found.tokens / found.num_parameters,
+        "training_flops": found.training_flops,
+        "seconds": found.seconds,
+        "gpu_hours": found.gpu_hours,
+        "cost": None
+        if found.gpu_hours is None or found.question.price is None
+        else found.gpu_hours * found.question.price,
+        "checkpoint_bytes": found.checkpoint_bytes,
+        "host_bytes_per_process": found.host_bytes,
+        "data": found.data,
+    }
+
+
+def _stage(memory: StageMemory) -> dict[str, Any]:
+    return {**asdict(memory), "activations": memory.activations, "transient": memory.transient, "peak": memory.peak}
+
+
+def _row(name: str, sizes: Sequence[int]) -> list[str]:
+    return [name, *(f"{size / GIB:.2f}" for size in sizes)]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = []
+    for first, *others in [head, *rows]:
+        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
+        lines.append("  " + "  ".join(cells))
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    hours = seconds / 3600
+    return (
+        f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours" if hours >= 1 else f"{seconds / 60:.0f} min"
+    )
