@@ -5,42 +5,26 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
-from pretrain.checkpoint.export import export, read_info
 from pretrain.checkpoint.resume import check_resume, identity
 from pretrain.checks import Inputs, check_inputs
 from pretrain.config import RunConfig
 from pretrain.distributed import watchdog
 from pretrain.distributed.leaving import LeaveAtOnce
 from pretrain.distributed.signals import (
-    EXIT_BAD_STEPS,
     EXIT_DONE,
-    EXIT_NOT_SAVED,
     EXIT_PREEMPTED,
     EXIT_STALLED,
     LAUNCHER_PID,
     StopFlag,
 )
 from pretrain.distributed.world import Rank
-from pretrain.telemetry.lines import tell, write_or_tell
-
-STATUS = "status.json"
-LAUNCH_ID = "NYSTROM_LAUNCH_ID"
-"""Environment variable by which a launcher recognises the status that its own start left behind."""
-STATES = {
-    EXIT_DONE: "done",
-    EXIT_NOT_SAVED: "not_saved",
-    EXIT_PREEMPTED: "preempted",
-    EXIT_BAD_STEPS: "bad_steps",
-    EXIT_STALLED: "stalled",
-}
+from pretrain.ending import export_weights, is_finished, leave_preempted, write_status
 
 
 def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool = False) -> int:
@@ -57,7 +41,7 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
         found = commit.newest(config.run_dir / "checkpoints")
         if found is not None:
             _check(found[1], inputs, rank.world_size)
-            if _is_finished(found[1], inputs):
+            if is_finished(config.run_dir, found[1], inputs.plan.total_tokens):
                 if rank.is_first:
                     print(
                         f"run {config.run_dir} is finished ({found[1].state.tokens:,} tokens); nothing to do",
@@ -112,7 +96,7 @@ def _train_together(
     if found is not None:
         changed, state = _check(found[1], inputs, world.world_size), found[1].state
     if world.is_first:
-        leaving.last_words = lambda: _leave_preempted(run_dir, state, "starting; nothing was trained")
+        leaving.last_words = lambda: leave_preempted(run_dir, state, "starting; nothing was trained")
 
     watchdog.at("building the model", state.step)
     engine = TrainingEngine(config, world, verbose)
@@ -166,7 +150,7 @@ def _train_together(
         try:
             code = trainer.run()
             if code == EXIT_DONE:
-                code = _export(checkpoints.root, run_dir, world, telemetry, stop, trainer.state)
+                code = export_weights(checkpoints.root, run_dir, world, telemetry, stop, trainer.state)
         except RuntimeError:
             # All were asked to stop while there was nothing to save, and another process has left already.
             if trainer.has_unsaved_steps or not stop():
@@ -181,36 +165,8 @@ def _train_together(
     return code
 
 
-def write_status(run_dir: Path, code: int | None, state: TrainState) -> None:
-    """Write ``status.json``: ``running`` (code None), or how this start ended. The launcher trusts nothing else."""
-    body = {
-        "state": "running" if code is None else STATES[code],
-        "code": code,
-        "step": state.step,
-        "tokens": state.tokens,
-        "launch_id": os.environ.get(LAUNCH_ID),
-        "pid": os.getpid(),
-        "time": time.time(),
-    }
-    write_or_tell(run_dir / STATUS, _json(body))
-
-
 def _check(manifest: Manifest, inputs: Inputs, world_size: int) -> dict[str, Any]:
     return check_resume(manifest, inputs.config, inputs.plan, inputs.fingerprint, world_size)
-
-
-def _is_finished(manifest: Manifest, inputs: Inputs) -> bool:
-    infos = [read_info(inputs.config.run_dir / name) for name in _exports(manifest)]
-    return manifest.state.tokens >= inputs.plan.total_tokens and all(
-        info is not None and info["step"] == manifest.state.step for info in infos
-    )
-
-
-def _exports(manifest: Manifest) -> dict[str, str]:
-    """Folders that a run leaves behind, and the state of the checkpoint that each one holds."""
-    # As the checkpoint was written, which may be with another configuration than now.
-    averaged = manifest.identity["config"]["optimizer"].get("ema_decay") is not None
-    return {"export": "fp32", "export-ema": "ema"} if averaged else {"export": "fp32"}
 
 
 def _prepare_folder(inputs: Inputs, resume: str) -> None:
@@ -228,40 +184,6 @@ def _prepare_folder(inputs: Inputs, resume: str) -> None:
         inputs.train.shards.tokenizer().save(tokenizer)
     except OSError as error:
         raise UserError(f"run folder {run_dir} cannot be written: {error}") from None
-
-
-def _leave_preempted(run_dir: Path, state: TrainState, when: str) -> None:
-    tell(f"stopped while {when}; the same command goes on from there")
-    write_status(run_dir, EXIT_PREEMPTED, state)
-
-
-def _export(checkpoints: Path, run_dir: Path, world: Any, telemetry: Any, stop: StopFlag, state: TrainState) -> int:
-    """Write ``export/`` (and ``export-ema/``) from the last checkpoint; the first process does, the others wait.
-
-    Returns an exit status. The checkpoint is there whatever happens, so a request to stop ends the export at once: the
-    same command makes it.
-    """
-    watchdog.at("exporting the weights")
-    code = EXIT_DONE
-    if world.sum([float(stop())])[0]:
-        code = EXIT_PREEMPTED
-        telemetry.say("stopped before the export; the same command goes on from there")
-    elif world.is_first:
-        try:
-            with LeaveAtOnce(stop, lambda: _leave_preempted(run_dir, state, "exporting the weights")):
-                found = commit.newest(checkpoints)
-                assert found is not None  # the trainer saved it
-                for name, kind in _exports(found[1]).items():
-                    digest = export(found[0], run_dir / name, kind)
-                    what = "Weights for use" if kind == "fp32" else "Their running average"
-                    telemetry.say(f"Done. {what}: {run_dir / name} (hash {digest[:12]}).")
-        except OSError as error:
-            code = EXIT_NOT_SAVED
-            telemetry.say(
-                f"the run is finished and its last checkpoint saved, but the export is NOT written: {error}. Make "
-                "room, then run the same command: it only exports."
-            )
-    return world.broadcast(code)
 
 
 def _json(value: Any) -> bytes:

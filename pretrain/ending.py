@@ -1,0 +1,101 @@
+"""How a start of a run ends: its status, which is all that a launcher trusts, and the weights for use."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint import commit
+from pretrain.checkpoint.commit import Manifest, TrainState
+from pretrain.checkpoint.export import export, read_info
+from pretrain.distributed import watchdog
+from pretrain.distributed.leaving import LeaveAtOnce
+from pretrain.distributed.signals import (
+    EXIT_BAD_STEPS,
+    EXIT_DONE,
+    EXIT_NOT_SAVED,
+    EXIT_PREEMPTED,
+    EXIT_STALLED,
+    StopFlag,
+)
+from pretrain.telemetry.lines import tell, write_or_tell
+
+STATUS = "status.json"
+LAUNCH_ID = "NYSTROM_LAUNCH_ID"
+"""Environment variable by which a launcher recognises the status that its own start left behind."""
+STATES = {
+    EXIT_DONE: "done",
+    EXIT_NOT_SAVED: "not_saved",
+    EXIT_PREEMPTED: "preempted",
+    EXIT_BAD_STEPS: "bad_steps",
+    EXIT_STALLED: "stalled",
+}
+
+
+def write_status(run_dir: Path, code: int | None, state: TrainState) -> None:
+    """Write ``status.json``: ``running`` (code None), or how this start ended. The launcher trusts nothing else."""
+    body = {
+        "state": "running" if code is None else STATES[code],
+        "code": code,
+        "step": state.step,
+        "tokens": state.tokens,
+        "launch_id": os.environ.get(LAUNCH_ID),
+        "pid": os.getpid(),
+        "time": time.time(),
+    }
+    write_or_tell(run_dir / STATUS, (json.dumps(body, indent=2) + "\n").encode())
+
+
+def is_finished(run_dir: Path, manifest: Manifest, total_tokens: int) -> bool:
+    """Whether this checkpoint is the run's last one, and its weights are exported."""
+    infos = [read_info(run_dir / name) for name in _exports(manifest)]
+    return manifest.state.tokens >= total_tokens and all(
+        info is not None and info["step"] == manifest.state.step for info in infos
+    )
+
+
+def _exports(manifest: Manifest) -> dict[str, str]:
+    """Folders that a run leaves behind, and the state of the checkpoint that each one holds."""
+    # As the checkpoint was written, which may be with another configuration than now.
+    averaged = manifest.identity["config"]["optimizer"].get("ema_decay") is not None
+    return {"export": "fp32", "export-ema": "ema"} if averaged else {"export": "fp32"}
+
+
+def leave_preempted(run_dir: Path, state: TrainState, when: str) -> None:
+    """The last words of a process that was asked to stop where there is nothing to save."""
+    tell(f"stopped while {when}; the same command goes on from there")
+    write_status(run_dir, EXIT_PREEMPTED, state)
+
+
+def export_weights(
+    checkpoints: Path, run_dir: Path, world: Any, telemetry: Any, stop: StopFlag, state: TrainState
+) -> int:
+    """Write ``export/`` (and ``export-ema/``) from the last checkpoint; the first process does, the others wait.
+
+    Returns an exit status. The checkpoint is there whatever happens, so a request to stop ends the export at once: the
+    same command makes it.
+    """
+    watchdog.at("exporting the weights")
+    code = EXIT_DONE
+    if world.sum([float(stop())])[0]:
+        code = EXIT_PREEMPTED
+        telemetry.say("stopped before the export; the same command goes on from there")
+    elif world.is_first:
+        try:
+            with LeaveAtOnce(stop, lambda: leave_preempted(run_dir, state, "exporting the weights")):
+                found = commit.newest(checkpoints)
+                assert found is not None  # the trainer saved it
+                for name, kind in _exports(found[1]).items():
+                    digest = export(found[0], run_dir / name, kind)
+                    what = "Weights for use" if kind == "fp32" else "Their running average"
+                    telemetry.say(f"Done. {what}: {run_dir / name} (hash {digest[:12]}).")
+        except OSError as error:
+            code = EXIT_NOT_SAVED
+            telemetry.say(
+                f"the run is finished and its last checkpoint saved, but the export is NOT written: {error}. Make "
+                "room, then run the same command: it only exports."
+            )
+    return world.broadcast(code)
