@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 from ranks import run_ranks, values
 from test_training import train, train_with_a_bad_step
-from training_case import metrics, settings, write_config, write_corpus
+from training_case import metrics, settings, write_config
 
 from data_pipeline.errors import UserError, run_cli
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 def bad_step(config: str, step: int, kind: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks, values
-from training_case import events, metrics, numbers, settings, weights_hash, write_config, write_corpus
+from training_case import events, metrics, numbers, settings, weights_hash, write_config
 
 from data_pipeline.errors import run_cli
 
@@ -119,13 +119,6 @@ def plain_loop(config: str) -> dict[str, Any]:
         losses.append(float(loss))
         optimizer.step()
     return {"losses": losses, "norms": norms, "weights": {k: v.numpy() for k, v in model.state_dict().items()}}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 @pytest.mark.parametrize(

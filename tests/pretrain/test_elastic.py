@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ranks import run_ranks, values
-from training_case import metrics, settings, write_config, write_corpus
+from training_case import metrics, settings, write_config
 
 from data_pipeline.errors import run_cli
 
@@ -38,13 +38,6 @@ def train(config: str, stop_after: int | None = None) -> int:
 
     TrainingEngine.step = counting_step  # type: ignore[method-assign]
     return run_cli(main, "nystrom train", ["--config", config])
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 def consolidated(folder: str) -> tuple[list[str], str]:

@@ -16,7 +16,7 @@ from ranks import run_ranks, values
 from test_run import train as train_as_is
 from test_run import train_until
 from test_training import train_with_a_bad_step
-from training_case import settings, weights_hash, write_config, write_corpus
+from training_case import settings, weights_hash, write_config
 
 from pretrain.checkpoint.export import load_model
 from pretrain.config import OptimizerConfig
@@ -25,13 +25,6 @@ from pretrain.model.config import ModelConfig
 from pretrain.optim.optimizer import build_optimizer
 
 DECAY = 0.6
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 def averages(run: Path) -> dict[str, Any]:

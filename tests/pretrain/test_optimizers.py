@@ -12,7 +12,7 @@ import pytest
 import torch
 from optimizer_case import KINDS, optimizer_settings, plain_loop, train
 from ranks import run_ranks, values
-from training_case import metrics, settings, write_config, write_corpus
+from training_case import metrics, settings, write_config
 
 from data_pipeline.errors import UserError
 from pretrain.checkpoint.commit import Manifest, TrainState
@@ -193,13 +193,6 @@ def test_a_run_keeps_its_kind_but_not_its_hyperparameters(tmp_path: Path) -> Non
 
 
 # ---- under ZeRO ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 THREE_LAYERS = {"num_layers": 3}

@@ -9,18 +9,11 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks, values
-from training_case import metrics, numbers, settings, write_config, write_corpus
+from training_case import metrics, numbers, settings, write_config
 
 from data_pipeline.errors import run_cli
 
 ONE_STAGE = [{"until_tokens": 4096, "seq_len": 32, "micro_batch": 3}]  # 16 steps
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 def train(config: str) -> int:

@@ -7,20 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_case import settings, write_corpus
+from training_case import settings
 
 from data_pipeline.errors import UserError
 from pretrain.checkpoint.commit import Manifest, TrainState
 from pretrain.checkpoint.resume import check_resume, identity
 from pretrain.checks import check_inputs
 from pretrain.config import parse_config
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 def case(corpus: Path, weights: dict[str, float] | None = None, **data: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks, values
 from test_run import resumable, train, train_until
-from training_case import metrics, numbers, weights_hash, write_config, write_corpus
+from training_case import metrics, numbers, weights_hash, write_config
 
 STAGES = [
     {"until_tokens": 1024, "seq_len": 32, "micro_batch": 3},
@@ -15,13 +15,6 @@ STAGES = [
     {"until_tokens": 4096, "seq_len": 128, "micro_batch": 1},
 ]
 STEPS = 16
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks, values
-from training_case import STAGES, events, metrics, numbers, settings, weights_hash, write_config, write_corpus
+from training_case import STAGES, events, metrics, numbers, settings, weights_hash, write_config
 
 from data_pipeline.errors import UserError, run_cli
 
@@ -67,13 +67,6 @@ def pretend_to_be_a_rank(monkeypatch: pytest.MonkeyPatch, world_size: int) -> No
     env = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     for name, value in env.items():
         monkeypatch.setenv(name, str(value))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 def resumable(corpus: Path, runs: Path, **changes: Any) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plain_loop import plain_loop, train
 from ranks import run_ranks, values
-from test_training import plain_loop, train
-from training_case import metrics, settings, write_config, write_corpus
+from training_case import metrics, settings, write_config
 
 STEPS = 20
 LOSS_TOLERANCE = 2e-6
@@ -27,13 +27,6 @@ def case(corpus: Path, runs: Path, objective: str, micro_batch: int, **changes: 
         {"until_tokens": STEPS * 256, "seq_len": 64, "micro_batch": max(1, micro_batch // 2)},
     ]
     return settings(corpus, runs, model={"objective": objective}, curriculum=stages, **changes)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

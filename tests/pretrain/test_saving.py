@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from ranks import Ended, run_ranks, values
-from training_case import events, metrics, numbers, settings, weights_hash, write_config, write_corpus
+from training_case import events, metrics, numbers, settings, weights_hash, write_config
 
 from data_pipeline.errors import run_cli
 
@@ -126,13 +126,6 @@ def train_with_failing_saves(config: str, fails: list[int], rank: int) -> int:
 
     Checkpoints.save = limited  # type: ignore[method-assign]
     return train(config)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 def run_settings(corpus: Path, runs: Path, **changes: Any) -> dict[str, Any]:

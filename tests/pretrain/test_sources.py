@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from training_case import settings, write_corpus
+from training_case import settings
 
 from data_pipeline.errors import UserError
 from data_pipeline.prepare.plan import plan_preparation
@@ -19,13 +19,6 @@ from data_pipeline.tokenization.training import train_tokenizer
 from pretrain.checks import Inputs, check_inputs
 from pretrain.config import parse_config
 from pretrain.describe import describe
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 def add_shards(folder: Path, name: str, texts: list[str], tokenizer: Any) -> Path:

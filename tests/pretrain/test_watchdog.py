@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 from ranks import Ended, run_ranks, values
-from training_case import metrics, settings, write_config, write_corpus
+from training_case import metrics, settings, write_config
 
 from data_pipeline.errors import run_cli
 from pretrain.distributed.blame import Seen, Verdict, judge, ranks_in_words
@@ -67,13 +67,6 @@ def train_and_hang(config: str, how: str, who: int = 1, without_watchdog: bool =
         watchdog.Watchdog.start = lambda self, store: None  # type: ignore[method-assign]
         world.group_timeout = lambda stall_seconds: timedelta(seconds=stall_seconds)
     return train(config)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 def hang(corpus: Path, runs: Path, how: str, world_size: int, zero_stage: int = 2, **more: Any) -> list[Ended]:
