@@ -195,3 +195,16 @@ def test_bad_files_and_overrides(tmp_path: Path, text: str | None, overrides: li
         path.write_text(text)
     with pytest.raises(UserError, match=message):
         load_config(path, overrides)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_that_come_along_are_right(path: Path) -> None:
+    """Each loads, its stages are possible, one process or two can share its batches, and DeepSpeed's JSON follows."""
+    from pretrain.curriculum.plan import build_plan, check_world_size
+    from pretrain.engine.deepspeed_config import build_deepspeed_config
+
+    config = load_config(path)
+    plan = build_plan(config)
+    for processes in (1, 2):
+        check_world_size(plan, processes)
+    assert build_deepspeed_config(config)["zero_optimization"]["stage"] == config.zero_stage
