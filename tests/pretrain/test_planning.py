@@ -189,12 +189,12 @@ def engine_parts(config: dict[str, Any], scratch: str) -> dict[str, int]:
     return {**sizes, "disk": disk}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     ("precision", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2), ("fp32", 3), ("bf16", 3)]
 )
 def test_state_is_that_of_a_real_engine(precision: str, stage: int, world_size: int, tmp_path: Path) -> None:
-    raw = settings(precision=precision, zero_stage=stage)
+    raw = settings(precision=precision, zero_stage=stage, model={"num_layers": 3})  # a number that has to be padded
     raw["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 10_000}}
     if stage == 3:  # some parameters stay whole
         raw["deepspeed"]["zero_optimization"]["stage3_param_persistence_threshold"] = 200
@@ -216,6 +216,14 @@ def test_accumulation_and_sharing_between_processes() -> None:
     assert two.state.optimizer * 2 == one.state.optimizer
     with pytest.raises(UserError, match="3 processes cannot share evenly"):
         plan_memory(run_config(), 3)
+
+
+def test_gradients_of_earlier_micro_batches_are_there_at_the_fullest_moment() -> None:
+    config = run_config(precision="fp32", zero_stage=0, model={"vocab_size": 5000})  # the largest gradient comes last
+    many, once = (plan_memory(config, processes)[0] for processes in (1, 8))
+    assert (many.micro_batches, once.micro_batches) == (8, 1)
+    more = (many.backward - many.inputs) - (once.backward - once.inputs)
+    assert 0.5 * many.state.gradients < more <= many.state.gradients
 
 
 def test_offload_moves_the_optimizer_to_the_host() -> None:
