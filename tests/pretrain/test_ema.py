@@ -108,7 +108,7 @@ def test_a_skipped_step_does_not_move_it(corpus: Path, tmp_path: Path, zero_stag
     ("kind", "zero_stage", "precision"),
     [
         ("lion", 0, "fp32"),
-        ("muon", 3, "bf16"),
+        pytest.param("muon", 3, "bf16", marks=pytest.mark.slow),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [("adamw", 2, "bf16"), ("muon", 1, "bf16"), ("lion", 3, "bf16")]
@@ -153,6 +153,7 @@ def stop_early(config: str, step: int) -> int:
     return train_until(config, step, "step")
 
 
+@pytest.mark.slow
 def test_an_average_may_begin_and_end_at_a_resume(corpus: Path, tmp_path: Path) -> None:
     """It starts from the weights of that step; one that ended leaves the checkpoints."""
     until = {"zero_stage": 2, "name": "run"}

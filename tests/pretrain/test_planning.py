@@ -255,6 +255,7 @@ BIG = {
 }
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     config = run_config(**BIG)
     limit = (peak(plan_memory(config, 2)) + peak(plan_memory(with_micro_batch(config, 0, 8), 2))) // 2
@@ -267,6 +268,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     assert largest_micro_batch(config, 0, Room(2, 10**6)) == 0
 
 
+@pytest.mark.slow
 def test_changes_that_make_it_fit_do() -> None:
     config = run_config(**BIG, zero_stage=1)
     room = Room(2, peak(plan_memory(config, 2)) - 1)

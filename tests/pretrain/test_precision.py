@@ -74,6 +74,7 @@ def test_gradients_of_many_micro_batches_and_processes_add_up_in_float32(zero_st
 @pytest.mark.parametrize(
     "zero_stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_sums_in_bfloat16_would_be_measurably_worse(zero_stage: int) -> None:
     """So that the test above could fail: what the default is better than, and what the keys still allow."""
     assert min(accumulation(zero_stage, data_types={"grad_accum_dtype": "bf16"})) > 2e-3

@@ -194,6 +194,7 @@ def missing_file(folder: str) -> str:
     return str(refusal.value)
 
 
+@pytest.mark.slow
 def test_parameters_that_changed_their_group_are_found_by_name(tmp_path: Path) -> None:
     for stage in (0, 2, 3):
         case = {"folder": str(tmp_path), "extra": SMALL}

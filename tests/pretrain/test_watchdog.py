@@ -136,6 +136,7 @@ def test_among_three_one_speaks_and_all_end(corpus: Path, tmp_path: Path) -> Non
     assert "went away" not in said
 
 
+@pytest.mark.slow
 def test_a_single_process_is_watched_too(corpus: Path, tmp_path: Path) -> None:
     (end,) = hang(corpus, tmp_path, "reading", 1, who=0)
     assert end.code == 77
