@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
-from eval.results import ModelInfo
+from eval.results.schema import ModelInfo
 from pretrain.curriculum.stages import trained_length
 
 if TYPE_CHECKING:
@@ -60,8 +61,11 @@ class Subject:
     def held_out(self) -> ShardSet:
         """The shards; raises :class:`UserError` where the run has none."""
         if self.shards is None:
+            named = self.loaded.run_config.data.valid
+            what = f"held-out shards {named} (data.valid of the run) are not there"
             raise UserError(
-                f"run {self.loaded.run_config.name} names no held-out shards (data.valid): give some with --data SHARDS"
+                (what if named else f"run {self.loaded.run_config.name} names no held-out shards (data.valid)")
+                + ": say where some are with --data SHARDS"
             )
         return self.shards
 
@@ -91,6 +95,38 @@ class Subject:
         """Logits (T, V) in float32 where ``targets`` (B, N) bool is set: the head runs on those positions only."""
         hidden = self.model(input_ids.to(self.device), hidden=True).hidden
         return self.model.head(hidden[targets.to(self.device)]).float()
+
+
+def load_subject(checkpoint: str | Path, data: str | Path | None = None, device: str = "auto") -> Subject:
+    """Load a run, one of its checkpoints or an export, with the held-out shards ``data`` (default: its data.valid).
+
+    Shards that the run names but are not there leave the subject without any. Raises :class:`UserError` for a
+    checkpoint that is not whole, shards of another tokenizer, or a device that cannot be used.
+    """
+    from pretrain.checkpoint.store import load_model
+
+    if not Path(checkpoint).exists():
+        raise UserError(f"checkpoint {checkpoint} does not exist")
+    chosen = choose_device(device)
+    loaded = load_model(checkpoint)
+    loaded.model.to(chosen).eval()
+    path = data or loaded.run_config.data.valid
+    shards = None
+    if path and (data or Path(path).exists()):
+        shards = ShardSet.open(path, expect_tokenizer=loaded.tokenizer.hash)
+    return Subject(loaded, shards, chosen)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """auto: a GPU where there is one; raises :class:`UserError` for a device that cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def batches(total: int, size: int) -> Iterator[slice]:

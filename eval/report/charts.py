@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from data_pipeline.report.svg import embed
 from eval.report.runs import Run, Stage
-from eval.results import Series
+from eval.results.schema import Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,12 +13,12 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from eval.classification import MODEL_ROW, SCRATCH_ROW, TABLE
-from eval.language_modeling import POSITION_SERIES
+from eval.classification.task import MODEL_ROW, SCRATCH_ROW, TABLE
+from eval.language_modeling.task import POSITION_SERIES
 from eval.report import charts
 from eval.report.runs import Run, flatten
-from eval.results import Metric, Result
-from eval.validity import CHECKS_TABLE
+from eval.results.schema import Metric, Result
+from eval.validity.checks import CHECKS_TABLE
 
 FOLDER = Path(__file__).parent
 OBJECTIVES = {"mlm": "masked", "clm": "causal"}
@@ -167,7 +167,7 @@ def best_of(metrics: Sequence[Metric | None]) -> int | None:
     found = [(m, i) for i, m in enumerate(metrics) if m and math.isfinite(m.value)]
     if len(found) < 2:
         return None
-    found.sort(key=lambda pair: pair[0].value, reverse=found[0][0].higher_is_better)
+    found.sort(key=lambda pair: pair[0].value, reverse=bool(found[0][0].higher_is_better))
     (first, place), (second, _) = found[:2]
     clear = abs(first.value - second.value) > max(first.std or 0.0, second.std or 0.0)
     return place if clear else None
@@ -216,7 +216,7 @@ def lm_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
             tokens = min(result.settings.get("max_tokens") or math.inf, result.data.get("tokens", math.inf))
             note = (
                 f"{charts.engineering(tokens)} tokens of {result.data.get('path')}, in windows of "
-                f"{result.settings['seq_len']:,} that do not overlap"
+                f"{result.settings['length']:,} that do not overlap"
             )
             notes += [note] if note not in notes else []
         if rows:
@@ -301,7 +301,7 @@ def _facts(label: str, texts: list[str]) -> dict[str, Any]:
 
 def _comparable(results: Sequence[Result]) -> bool:
     """Same data and the same settings of the measurement (precision and the like may differ)."""
-    keys = ("seq_len", "max_tokens", "mask_rate", "seed", "seeds", "max_length", "num_samples", "prompts")
+    keys = ("length", "max_tokens", "mask_rate", "seed", "seeds", "max_length", "num_samples", "prompt")
     return len({(r.data["hash"], str([r.settings.get(key) for key in keys])) for r in results}) == 1
 
 

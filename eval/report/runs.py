@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
-from eval.results import Result, read_result
+from eval.results.schema import Result, read_result
 
 
 @dataclass(frozen=True)

@@ -82,3 +82,17 @@ def causal(export: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def masked(export: Callable[..., Path]) -> Path:
     return export("masked", objective="mlm")
+
+
+@pytest.fixture(scope="module")
+def labelled(root: Path) -> tuple[Path, Path]:
+    """Texts whose label is which of two words they hold, among much else."""
+    rng = np.random.default_rng(1)
+    paths = (root / "train.jsonl", root / "test.jsonl")
+    for path, count in zip(paths, (90, 40), strict=True):
+        with path.open("w", encoding="utf-8") as file:
+            for _ in range(count):
+                label = int(rng.random() < 0.4)
+                words = [*rng.choice(WORDS[2:], size=int(rng.integers(3, 25))), *[WORDS[label]] * 3]
+                file.write(json.dumps({"text": " ".join(rng.permutation(words)), "label": label}) + "\n")
+    return paths

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from suites_case import no_mask, subject_of
 
 from data_pipeline.shards.shardset import ShardSet
-from eval import validity
 from eval.subject import Subject
+from eval.validity import checks as validity
+from eval.validity.settings import ValiditySettings
 from pretrain.model.attention import self_attention
 from pretrain.model.attention.cache import LayerCache
 
 
 def checks_of(subject: Subject) -> dict[str, bool]:
-    outcome = validity.run(subject, validity.ValiditySettings(positions=16))
+    outcome = validity.run(subject, ValiditySettings(positions=16))
     return {row[0]: row[3] for row in outcome.tables[0].rows}
 
 
@@ -109,7 +110,7 @@ def test_dependence_on_padding_is_caught(masked: Path, shards: ShardSet, monkeyp
 def test_positions_reach_both_sides_of_segment_edges(causal: Path) -> None:
     subject = subject_of(causal, None)
     length = validity.check_length(subject)
-    positions = validity.check_positions(subject, length, validity.ValiditySettings(positions=500))
+    positions = validity.check_positions(subject, length, ValiditySettings(positions=500))
     assert {7, 8, 15, 16, 0, length - 2} <= set(positions)
     assert max(positions) == length - 2
     assert length > 8 * 2 + 8  # landmarks take part only beyond the window

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.errors import UserError
-from eval.labelled import Labelled, carve, class_names, read_labelled
+from eval.classification.labelled import Labelled, carve, class_names, read_labelled
 
 TEXTS = ['a, "quoted"\nline', "b\tüber", "c" * 200_000]  # the last is longer than csv's own limit for a field
 LABELS = ["pos", "neg", "pos"]

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import UserError, run_cli
-from eval.classification import MAJORITY_ROW, MODEL_ROW, SCRATCH_ROW, TABLE, TFIDF_ROW
-from eval.language_modeling import POSITION_SERIES
+from eval.classification.task import MAJORITY_ROW, MODEL_ROW, SCRATCH_ROW, TABLE, TFIDF_ROW
+from eval.language_modeling.task import POSITION_SERIES
 from eval.report.cli import main
 from eval.report.page import best_of, differences, number, visible
 from eval.report.runs import Run, flatten, read_run
-from eval.results import Metric, ModelInfo, Outcome, Series, Table, run_task
-from eval.validity import CHECKS_TABLE
+from eval.results.schema import Metric, ModelInfo, Outcome, Series, Table
+from eval.results.store import obtain
+from eval.validity.checks import CHECKS_TABLE
 
 EVIL = '<script>alert("x")</script> & http://evil.example/a.png'
 
@@ -88,9 +89,9 @@ def write_results(run: Path, objective: str) -> None:
         "train_records": 10, "test_records": 5,
     }  # fmt: skip
     for task, outcome in outcomes.items():
-        run_task(
-            run / "eval" / f"{task}.json", task=task, version=1, model=model, data=data,
-            settings={"seq_len": 128, "max_tokens": None, "max_length": 128}, compute=lambda outcome=outcome: outcome,
+        obtain(
+            run / "eval", task, task=task, version=1, model=model, data=data, gate="passed",
+            settings={"length": 128, "max_tokens": None, "max_length": 128}, compute=lambda _, outcome=outcome: outcome,
         )  # fmt: skip
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import UserError
-from eval.results import (
+from eval.results.schema import (
+    Estimator,
+    Grid,
     Metric,
     ModelInfo,
     Outcome,
@@ -18,25 +20,28 @@ from eval.results import (
     Table,
     read_result,
     read_result_or_none,
-    result_key,
-    run_task,
 )
+from eval.results.store import obtain, result_key
 
 MODEL = ModelInfo("abc", "run", "clm", "nystrom", 10, 20)
-PINNED = "dfeaf42f6b95acab096b04c05345add0f508ecb88c1fd960cf2008cfee4744e6"
+PINNED = "f87ef19af56b104e68a0d2dc88ac0dd524696263d569eef4cdf7ffc4b52a0e43"
 OUTCOME = Outcome(
     {"accuracy": Metric(0.5, True, 0.1, 3), "loss": Metric(1.25, False)},
     [Table("t", ["a", "b"], [["x", 1.5], ["ü", None], ["z", True]])],
     [Series("s", [1.0, 2.0], [3.0, 4.0], "x", "y")],
+    [Grid("g", ["a"], ["b", "c"], [[0.5], [None]], "x", "y", low=0.0)],
     [{"kind": "continuation", "text": "<b>"}],
+    [{"id": "1", "correct": 1}, {"id": "2", "correct": 0}],
+    {"accuracy": Estimator("correct")},
 )
 
 
 def run(path: Path, compute=lambda: OUTCOME, **changes):  # type: ignore[no-untyped-def]
     arguments = {
         "task": "lm", "version": 1, "model": MODEL, "settings": {"seq_len": 8, "x": [1, 2]}, "data": {"hash": "d"},
+        "gate": "passed",
     } | changes  # fmt: skip
-    return run_task(path, compute=compute, **arguments)
+    return obtain(path.parent, path.stem, compute=lambda parts: compute(), **arguments)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -46,7 +51,8 @@ def test_round_trip(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "deep" / "lm.json").read_text())
     assert raw["metrics"]["loss"] == {"value": 1.25, "higher_is_better": False}
     assert {"schema", "task", "key", "model", "settings", "data", "metrics", "tables", "series", "samples"} <= set(raw)
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["lm.json"]  # no temporary file is left
+    names = sorted(p.name for p in (tmp_path / "deep").iterdir())
+    assert names == ["lm.json", "lm.samples.jsonl"]  # no temporary file is left
 
 
 def test_finished_key_is_not_run_again(tmp_path: Path) -> None:
@@ -87,7 +93,7 @@ def test_not_finite_numbers_are_null(tmp_path: Path) -> None:
     assert math.isnan(read_result(path).metrics["perplexity"].value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 99}', '{"schema": 1}', '{"schema": 1, "model": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 99}', '{"schema": 2}', '{"schema": 2, "model": 3}'])
 def test_damaged_files_are_user_errors_and_computed_anew(tmp_path: Path, content: str) -> None:
     path = tmp_path / "lm.json"
     path.write_text(content)

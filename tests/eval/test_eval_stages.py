@@ -14,8 +14,9 @@ from suites_case import subject_of
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
-from eval import validity
 from eval.subject import Subject
+from eval.validity import checks as validity
+from eval.validity.settings import ValiditySettings
 from pretrain.model.attention import self_attention
 from pretrain.model.positions import rotary_table
 
@@ -40,7 +41,7 @@ def staged(export: Callable[..., Path], shards: ShardSet) -> Callable[..., Subje
 
 
 def checks_of(subject: Subject) -> dict[str, bool]:
-    outcome = validity.run(subject, validity.ValiditySettings(positions=12))
+    outcome = validity.run(subject, ValiditySettings(positions=12))
     return {row[0]: row[3] for row in outcome.tables[0].rows}
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from eval.results import Metric, ModelInfo, Outcome, Table, read_result_or_none, result_key
+from eval.results.parts import Parts
+from eval.results.schema import Metric, ModelInfo, Outcome, Table, read_result_or_none
+from eval.results.store import result_key
 from eval.subject import Subject
+from eval.validity.settings import ValiditySettings
 from pretrain.model.attention.layout import Layout
 from pretrain.model.decoding import decode, prefill
 from pretrain.model.transformer import build_model
@@ -35,14 +38,6 @@ CHECKS_TABLE = "checks"
 LOGIT_BOUND = 1e-4
 LIKELIHOOD_BOUND = 1e-3  # nats per token
 TINY = 1e-30  # for a model whose logits are all zero
-
-
-@dataclass(frozen=True)
-class ValiditySettings:
-    """Where the checks look: ``positions`` of perturbation and prefix likelihood, segment edges first."""
-
-    positions: int = 32
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,18 @@ class Check:
         return self.measured <= self.bound if self.sense == "<=" else self.measured >= self.bound
 
 
-def run(subject: Subject, settings: ValiditySettings) -> Outcome:
+def resolve(subject: Subject, settings: ValiditySettings) -> ValiditySettings:
+    """The settings as they are."""
+    return settings
+
+
+def data(subject: Subject, settings: ValiditySettings) -> dict[str, Any]:
+    """The held-out text that is looked at, where there is some."""
+    shards = subject.shards
+    return {"path": str(shards.path), "hash": shards.fingerprint} if shards else {"path": None, "hash": "random tokens"}
+
+
+def run(subject: Subject, settings: ValiditySettings, parts: Parts | None = None) -> Outcome:
     """All checks that apply to the model's objective, as a table and a metric ``passed`` of 1 or 0."""
     tokens = _tokens(subject, settings)
     positions = check_positions(subject, len(tokens), settings)
@@ -258,11 +264,6 @@ def save_and_load(subject: Subject, tokens: Tensor) -> list[Check]:
         ),
         Check("save and load: logits", float(gap), 0.0, detail="largest difference in a model built anew"),
     ]
-
-
-def settings_dict(settings: ValiditySettings) -> dict[str, Any]:
-    """The settings as plain values, for the key."""
-    return asdict(settings)
 
 
 def _tokens(subject: Subject, settings: ValiditySettings) -> Tensor:

@@ -1,20 +1,11 @@
-"""The one schema of evaluation results, and the store that never computes the same result twice.
-
-A result is keyed by what determines it: the weights, the task with its settings, the data, and the version of the code
-that computes it. A file that holds a finished result of the same key is returned as it is; any other is replaced,
-atomically, so that a killed evaluation leaves either the old result or the new one.
-"""
+"""The one schema of evaluation results: what a suite computes, and the file that holds it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,65 +13,128 @@ from typing import Any
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number: with ``std`` a mean over ``n`` seeds, else a figure over ``n`` items."""
+    """One number: with ``std`` a mean over ``n`` seeds, else a figure over ``n`` items.
+
+    ``higher_is_better`` is None where neither is (the variety of generated text). ``low`` and ``high`` are the bounds
+    of the 95% interval, over the items.
+    """
 
     value: float
-    higher_is_better: bool
+    higher_is_better: bool | None
     std: float | None = None
     n: int | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of plain values (text, numbers, booleans, None) under named columns."""
+    """Rows of plain values (text, numbers, booleans, None) under named columns; ``note`` stands below."""
 
     name: str
     columns: list[str]
     rows: list[list[Any]]
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve."""
+    """A curve. Curves of one ``chart`` (default: their own name) are drawn in one picture, those of several runs too.
+
+    ``low`` and ``high`` bound a band around ``y``. ``scale`` is of the x axis. ``reference``: a control or a published
+    value, drawn without the run's colour.
+    """
 
     name: str
     x: list[float]
     y: list[float]
     xlabel: str
     ylabel: str
+    chart: str = ""
+    low: list[float] | None = None
+    high: list[float] | None = None
+    scale: str = "log2"
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A heat map: ``values[i][j]`` (None where there is none) at row ``y[i]`` and column ``x[j]``, both as text.
+
+    ``low`` and ``high`` are the ends of the colours (chance and 1 for an accuracy, say), the least and greatest value
+    where None.
+    """
+
+    name: str
+    x: list[str]
+    y: list[str]
+    values: list[list[float | None]]
+    xlabel: str
+    ylabel: str
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How a metric follows from the records of single samples: ``scale`` · Σ numerator / Σ denominator.
+
+    Both name a field of the records; without ``denominator`` it is the mean of the numerator. ``log2``-like
+    transforms belong into ``scale``; ``exponential`` takes exp of the whole (perplexities). It is what the intervals
+    and the paired comparison of two models resample.
+    """
+
+    numerator: str
+    denominator: str | None = None
+    scale: float = 1.0
+    exponential: bool = False
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which weights were evaluated."""
+    """Which weights were evaluated; empty (``weights_hash`` "") for a suite that trains its own models from nothing."""
 
-    weights_hash: str
-    run: str
-    objective: str
-    attention: str
-    parameters: int
-    tokens: int
+    weights_hash: str = ""
+    run: str = ""
+    objective: str = ""
+    attention: str = ""
+    parameters: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task computes, before it is dressed as a :class:`Result`."""
+    """What a task computes, before it is dressed as a :class:`Result`.
+
+    ``samples``: a few, to be looked at in the report. ``records``: one for every item that was scored, with a unique
+    ``id`` that is a hash of the item (so that the records of two models can be paired) and plain numbers or text;
+    they go to ``NAME.samples.jsonl``. ``estimators``: of the metrics that can be computed from the records.
+    """
 
     metrics: dict[str, Metric]
     tables: list[Table] = field(default_factory=list)
     series: list[Series] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    estimators: dict[str, Estimator] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished task on one set of weights: what ``RUN/eval/<task>.json`` holds."""
+    """One finished suite on one set of weights: what ``RUN/eval/<suite>.json`` holds.
 
+    ``gate``: "passed", "forced" (it failed, and --force was given) or "none" (no checkpoint was looked at).
+    ``records``: how many stand in the file of samples beside it, and the SHA-256 of that file.
+    """
+
+    suite: str
     task: str
     key: str
     model: ModelInfo
@@ -89,7 +143,11 @@ class Result:
     metrics: dict[str, Metric]
     tables: list[Table]
     series: list[Series]
+    grids: list[Grid]
     samples: list[dict[str, Any]]
+    estimators: dict[str, Estimator]
+    records: dict[str, Any]
+    gate: str
     seconds: float
     created: str
     environment: dict[str, Any]
@@ -100,65 +158,12 @@ class Result:
         return next((table for table in self.tables if table.name == name), None)
 
 
-def result_key(task: str, version: int, weights_hash: str, settings: dict[str, Any], data_hash: str) -> str:
-    """The sha256 of all that determines a result; ``version`` is the task's own, raised when its numbers change."""
-    parts = {
-        "schema": SCHEMA,
-        "task": task,
-        "version": version,
-        "weights": weights_hash,
-        "settings": settings,
-        "data": data_hash,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def run_task(
-    path: Path,
-    *,
-    task: str,
-    version: int,
-    model: ModelInfo,
-    settings: dict[str, Any],
-    data: dict[str, Any],
-    compute: Callable[[], Outcome],
-    rerun: bool = False,
-) -> tuple[Result, bool]:
-    """Return the finished result at ``path`` if its key is this one, else compute and write it.
-
-    ``data`` must have a ``hash``. The second value tells whether it was computed now.
-    """
-    key = result_key(task, version, model.weights_hash, settings, data["hash"])
-    if not rerun:
-        old = read_result_or_none(path)
-        if old is not None and old.key == key:
-            return old, False
-    started = time.perf_counter()
-    outcome = compute()
-    result = Result(
-        task=task,
-        key=key,
-        model=model,
-        settings=settings,
-        data=data,
-        metrics=outcome.metrics,
-        tables=outcome.tables,
-        series=outcome.series,
-        samples=outcome.samples,
-        seconds=round(time.perf_counter() - started, 3),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        environment=environment(),
-    )
-    write_result(path, result)
-    return result, True
-
-
 def write_result(path: Path, result: Result) -> None:
     """Write atomically: a reader sees the old file or the whole new one. Numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = asdict(result)
     raw["metrics"] = {
-        name: {k: v for k, v in metric.items() if v is not None or k == "value"}
+        name: {k: v for k, v in metric.items() if v is not None or k in ("value", "higher_is_better")}
         for name, metric in raw["metrics"].items()
     }
     text = json.dumps(_finite(raw), ensure_ascii=False, indent=1, allow_nan=False)
@@ -184,6 +189,8 @@ def read_result(path: Path) -> Result:
         }
         raw["tables"] = [Table(**table) for table in raw["tables"]]
         raw["series"] = [Series(**series) for series in raw["series"]]
+        raw["grids"] = [Grid(**grid) for grid in raw["grids"]]
+        raw["estimators"] = {name: Estimator(**item) for name, item in raw["estimators"].items()}
         return Result(**raw)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not follow the result schema ({error}): delete it and evaluate again") from None

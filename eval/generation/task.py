@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -16,52 +15,33 @@ import numpy as np
 import torch
 
 from data_pipeline.errors import UserError
-from eval.language_modeling import perplexity
-from eval.results import Metric, Outcome, Table
+from eval.generation.settings import GenerateSettings
+from eval.language_modeling.task import perplexity
+from eval.results.parts import Parts
+from eval.results.schema import Metric, Outcome, Table
 from eval.subject import Subject
 from pretrain.model.generation import generate
 
-TASK = "generate"
-VERSION = 2
+VERSION = 3
 TABLE = "generated text"
 FILL_TABLE = "filled masks"
 
 
-@dataclass(frozen=True)
-class GenerateSettings:
-    """``prompts``: own texts instead of held-out prefixes; lengths in tokens. ``masks``: tokens hidden in a passage."""
-
-    prompts: tuple[str, ...] = ()
-    num_samples: int = 8
-    prompt_tokens: int = 32
-    max_new_tokens: int = 64
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    masks: int = 3
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for the key."""
-        return asdict(self) | {"prompts": list(self.prompts)}
+def resolve(subject: Subject, settings: GenerateSettings) -> GenerateSettings:
+    """The settings as they are; lengths are checked where the prompts are known."""
+    return settings
 
 
-def describe_data(subject: Subject, settings: GenerateSettings) -> dict[str, Any]:
+def data(subject: Subject, settings: GenerateSettings) -> dict[str, Any]:
     """Where the prompts come from."""
-    if settings.prompts:
-        return {"prompts": len(settings.prompts), "hash": hashlib.sha256(repr(settings.prompts).encode()).hexdigest()}
+    if settings.prompt:
+        return {"prompts": len(settings.prompt), "hash": hashlib.sha256(repr(settings.prompt).encode()).hexdigest()}
     shards = subject.held_out()
     return {"path": str(shards.path), "hash": shards.fingerprint}
 
 
-def run(subject: Subject, settings: GenerateSettings) -> Outcome:
+def run(subject: Subject, settings: GenerateSettings, parts: Parts) -> Outcome:
     """Samples and their statistics; raises :class:`UserError` for impossible settings or too little held-out text."""
-    for option, value in (("--num-samples", settings.num_samples), ("--max-new-tokens", settings.max_new_tokens)):
-        if value < 1:
-            raise UserError(f"{option} {value}: at least 1")
-    if settings.temperature < 0:
-        raise UserError(f"--temperature {settings.temperature}: 0 (the likeliest token) or more")
     return _continue(subject, settings) if subject.causal else _fill(subject, settings)
 
 
@@ -132,10 +112,10 @@ def _continue(subject: Subject, settings: GenerateSettings) -> Outcome:
     columns = ["text", "distinct-1", "distinct-2", "repetition of 4-grams", "perplexity under the model", "tokens"]
     values = rows[0]
     metrics = {
-        "distinct_1": Metric(values[1], True, n=len(written)),
-        "distinct_2": Metric(values[2], True, n=len(written)),
-        "repetition_4": Metric(values[3], False, n=len(written)),
-        "own_perplexity": Metric(values[4], False, n=len(written)),
+        "distinct_1": Metric(values[1], None, n=len(written)),
+        "distinct_2": Metric(values[2], None, n=len(written)),
+        "repetition_4": Metric(values[3], None, n=len(written)),
+        "own_perplexity": Metric(values[4], None, n=len(written)),
     }
     return Outcome(metrics, [Table(TABLE, columns, rows)], samples=samples)
 
@@ -148,7 +128,7 @@ def _statistics(name: str, sequences: list[list[int]], nats: float) -> list[Any]
 
 def _own_prompts(subject: Subject, settings: GenerateSettings) -> list[tuple[list[int], list[int]]]:
     tokenizer = subject.loaded.tokenizer
-    return [(tokenizer.encode(text) or [tokenizer.eos_id], []) for text in settings.prompts]
+    return [(tokenizer.encode(text) or [tokenizer.eos_id], []) for text in settings.prompt]
 
 
 def _held_out_prompts(subject: Subject, settings: GenerateSettings) -> list[tuple[list[int], list[int]]]:
@@ -170,7 +150,7 @@ def _passages(subject: Subject, settings: GenerateSettings, advice: str) -> list
 
 def _fill(subject: Subject, settings: GenerateSettings) -> Outcome:
     """Hide a few ordinary tokens of each held-out passage and list the five likeliest for each."""
-    if settings.prompts:
+    if settings.prompt:
         raise UserError(
             "--prompt is for causal models; a masked model fills in tokens of the held-out text: leave it out"
         )

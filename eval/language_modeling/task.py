@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -27,35 +26,36 @@ from data_pipeline.batches.masking import Masking
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.tokenizer import Tokenizer
-from eval.results import Metric, Outcome, Series, Table
+from eval.language_modeling.settings import LMSettings
+from eval.results.parts import Parts
+from eval.results.schema import Metric, Outcome, Series, Table
 from eval.subject import Subject, batches
 
-TASK = "lm"
-VERSION = 1
+VERSION = 2
 TABLE = "held-out loss"
 POSITION_SERIES = "loss by position"
 
 
-@dataclass(frozen=True)
-class LMSettings:
-    """``seq_len``: window in tokens; ``max_tokens``: so many, spread evenly (None: all); the others: masked models."""
-
-    seq_len: int
-    max_tokens: int | None = None
-    seed: int = 0
-    mask_rate: float = 0.15
-    mask_share: float = 0.8
-    random_share: float = 0.1
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for the key."""
-        return asdict(self)
+def resolve(subject: Subject, settings: LMSettings) -> LMSettings:
+    """The window: the longest length of the run unless given, and one the model can read."""
+    length = settings.length or subject.trained_length
+    return settings.model_copy(update={"length": subject.check_length(length, "--length")})
 
 
-def run(subject: Subject, settings: LMSettings) -> Outcome:
+def data(subject: Subject, settings: LMSettings) -> dict[str, Any]:
+    """The held-out shards."""
+    shards = subject.held_out()
+    return {
+        "path": str(shards.path),
+        "tokens": shards.num_tokens,
+        "documents": shards.num_documents,
+        "hash": shards.fingerprint,
+    }
+
+
+def run(subject: Subject, settings: LMSettings, parts: Parts) -> Outcome:
     """Evaluate by the model's objective; raises :class:`UserError` without held-out shards, or with too few tokens."""
     shards = subject.held_out()
-    subject.check_length(settings.seq_len, "--length")
     if shards.num_tokens < 2:
         raise UserError(f"{shards.path} holds {shards.num_tokens} tokens: nothing to predict")
     return _causal(subject, shards, settings) if subject.causal else _masked(subject, shards, settings)
@@ -136,7 +136,7 @@ class TextCounter:
 
 
 def _causal(subject: Subject, shards: ShardSet, settings: LMSettings) -> Outcome:
-    length = settings.seq_len
+    length = settings.length or 0
     starts, rest = window_starts(shards.num_tokens - 1, length, settings.max_tokens)
     targets = len(starts) * length + rest
     sums = np.zeros(length)  # float64, nats by position in the window
@@ -199,7 +199,7 @@ def position_series(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> Ser
 
 
 def _masked(subject: Subject, shards: ShardSet, settings: LMSettings) -> Outcome:
-    length = settings.seq_len
+    length = settings.length or 0
     max_tokens = min(settings.max_tokens or shards.num_tokens, shards.num_tokens)
     mask_id = subject.loaded.tokenizer.mask_id
     assert mask_id is not None  # without one a masked model is not loaded

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,40 +18,29 @@ import torch
 from tqdm import tqdm
 
 from data_pipeline.errors import UserError
-from eval.finetune import Classifier, Examples, Recipe, fit, predict
-from eval.labelled import Labelled, carve, class_names, read_labelled
-from eval.results import Metric, Outcome, Table
+from eval.classification.finetune import (
+    Classifier,
+    Examples,
+    Recipe,
+    default_lr,
+    fast_precision,
+    fit,
+    predict,
+)
+from eval.classification.labelled import Labelled, carve, class_names, read_labelled
+from eval.classification.settings import ClassifySettings
+from eval.results.parts import Parts
+from eval.results.schema import Metric, Outcome, Table
 from eval.subject import Subject
 from pretrain.model.transformer import build_model
 
-TASK = "classify"
-VERSION = 1
+VERSION = 2
 TABLE = "classification"
 SEEDS_TABLE = "by seed"
 MODEL_ROW = "fine-tuned"
 SCRATCH_ROW = "same network from scratch"
 TFIDF_ROW = "TF-IDF + logistic regression"
 MAJORITY_ROW = "majority class"
-
-
-@dataclass(frozen=True)
-class ClassifySettings:
-    """``max_length``: tokens read of each text, the rest is cut; ``scratch_seeds``: of the seeds, how many are also
-    run from random weights (0: none); ``dev_share``: share of the training file on which the epoch is chosen.
-    """
-
-    max_length: int
-    seeds: int = 3
-    scratch_seeds: int = 3
-    dev_share: float = 0.15
-    precision: str = "fp32"
-    text_field: str = "text"
-    label_field: str = "label"
-    recipe: Recipe = field(default_factory=Recipe)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for the key."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -94,20 +83,54 @@ class Score:
     macro_f1: float
 
 
-def run(subject: Subject, settings: ClassifySettings, data: ClassifyData) -> Outcome:
+def resolve(subject: Subject, settings: ClassifySettings) -> ClassifySettings:
+    """The length, the learning rate and the precision filled in from the model; raises for data that is not named."""
+    if not (settings.train and settings.test):
+        raise UserError("classify needs labelled text: --train FILE --test FILE (JSONL, CSV, TSV or Parquet)")
+    max_length = settings.max_length or subject.trained_length
+    return settings.model_copy(
+        update={
+            "max_length": subject.check_length(max_length, "--max-length"),
+            "scratch_seeds": settings.seeds if settings.scratch_seeds is None else settings.scratch_seeds,
+            "precision": fast_precision(subject.device) if settings.precision == "auto" else settings.precision,
+            "lr": settings.lr or default_lr(subject.loaded.model_config.hidden_size),
+        }
+    )
+
+
+def data(subject: Subject, settings: ClassifySettings) -> dict[str, Any]:
+    """Both files, read."""
+    return _read(settings).describe()
+
+
+def _read(settings: ClassifySettings) -> ClassifyData:
+    assert settings.train
+    assert settings.test
+    return ClassifyData.read(settings.train, settings.test, settings.text_field, settings.label_field)
+
+
+def run(subject: Subject, settings: ClassifySettings, parts: Parts) -> Outcome:
     """Fine-tune for every seed, from the checkpoint and from random weights, and set the baselines beside them."""
-    subject.check_length(settings.max_length, "--max-length")
-    if settings.seeds < 1:
-        raise UserError(f"--seeds {settings.seeds}: at least 1")
+    data = _read(settings)
+    assert settings.max_length
+    assert settings.lr
+    assert settings.scratch_seeds is not None
+    recipe = Recipe(
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        head_lr=settings.head_lr,
+        weight_decay=settings.weight_decay,
+        dropout=settings.dropout,
+        grad_clip=settings.grad_clip,
+    )
     config = subject.loaded.model_config
     train, cut_train = _tokenize(subject, data.train, data, settings.max_length)
     test, cut_test = _tokenize(subject, data.test, data, settings.max_length)
     scores: dict[str, list[Score]] = {MODEL_ROW: []}
     scratch_seeds = min(settings.scratch_seeds, settings.seeds)
     seed_rows: list[list[Any]] = []
-    total = (
-        (settings.seeds + scratch_seeds) * settings.recipe.epochs * len(carve(train.labels, settings.dev_share, 0)[0])
-    )
+    total = (settings.seeds + scratch_seeds) * recipe.epochs * len(carve(train.labels, settings.dev_share, 0)[0])
     with tqdm(total=total, desc="classify", unit="doc", disable=None) as bar:
         for seed in range(settings.seeds):
             rest, dev = carve(train.labels, settings.dev_share, seed)
@@ -115,10 +138,10 @@ def run(subject: Subject, settings: ClassifySettings, data: ClassifyData) -> Out
                 torch.manual_seed(seed)
                 backbone = copy.deepcopy(subject.model) if row == MODEL_ROW else build_model(config)
                 backbone.requires_grad_(True)
-                network = Classifier(backbone, config.hidden_size, len(data.classes), settings.recipe.dropout)
+                network = Classifier(backbone, config.hidden_size, len(data.classes), recipe.dropout)
                 bar.set_postfix_str(f"seed {seed}, {row}")
                 fitted = fit(
-                    network, train, rest, dev, settings.recipe,
+                    network, train, rest, dev, recipe,
                     seed=seed, device=subject.device, precision=settings.precision, progress=bar,
                 )  # fmt: skip
                 logits, labels = predict(

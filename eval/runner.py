@@ -1,0 +1,70 @@
+"""Running a suite: the gate, the key, the result. What the command line does, for Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+from eval.results.schema import ModelInfo, Result
+from eval.results.store import obtain
+from eval.subject import Subject
+from eval.suites.load import Suite
+from eval.validity.gate import Verdict, check
+from eval.validity.settings import ValiditySettings
+
+
+@dataclass
+class Runner:
+    """Runs suites on one subject (None: suites that need no checkpoint only) and keeps their results in ``folder``.
+
+    The validity gate is asked once, before the first suite that scores the model; its failure raises
+    :class:`UserError` unless ``force``.
+    """
+
+    subject: Subject | None
+    folder: Path
+    force: bool = False
+    rerun: bool = False
+    verdict: Verdict | None = None
+
+    def run(self, suite: Suite, name: str | None = None) -> tuple[Result, bool]:
+        """The suite's result, and whether it was computed now. ``name``: of its file, if not the suite's own."""
+        task = suite.task
+        subject = self.subject if task.needs_checkpoint else None
+        if task.needs_checkpoint and subject is None:
+            raise UserError(f"suite {suite.name} evaluates a model: say which with --checkpoint RUN")
+        if task.name == "validity":
+            assert subject is not None
+            assert isinstance(suite.settings, ValiditySettings)
+            self.verdict = check(subject, self.folder, asked=True, rerun=self.rerun, settings=suite.settings)
+            return self.verdict.result, self.verdict.fresh
+        gate = self._gate() if task.gated and subject is not None else "none"
+        module = task.load()
+        settings = module.resolve(subject, suite.settings)
+        return obtain(
+            self.folder,
+            name or suite.name,
+            task=task.name,
+            version=module.VERSION,
+            model=subject.info() if subject is not None else ModelInfo(),
+            settings=settings.as_dict(),
+            data=module.data(subject, settings),
+            gate=gate,
+            compute=lambda parts: module.run(subject, settings, parts),
+            rerun=self.rerun,
+        )
+
+    def _gate(self) -> str:
+        assert self.subject is not None
+        if self.verdict is None:
+            self.verdict = check(self.subject, self.folder)
+        if self.verdict.passed:
+            return "passed"
+        if not self.force:
+            raise UserError(
+                "the validity gate failed, so no score is computed:\n  "
+                + "\n  ".join(self.verdict.failures)
+                + "\n--force scores the model all the same"
+            )
+        return "forced"

@@ -1,0 +1,160 @@
+"""Suites: a task with its settings under a name, from YAML files of the project and of the user."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_pipeline.errors import UserError
+from eval.suites.settings import Settings
+from eval.suites.tasks import TASKS, Task
+
+BUILT_IN = Path(__file__).resolve().parents[2] / "configs" / "suites"
+
+
+class _File(BaseModel):
+    """A suite's YAML: either a ``task`` with ``settings``, or a list of other ``suites``."""
+
+    model_config = ConfigDict(extra="forbid")
+    description: str = ""
+    task: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    suites: list[str] = Field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named task with settings. ``origin``: the file it comes from, or "" for a task with its defaults."""
+
+    name: str
+    task: Task
+    settings: Settings
+    description: str = ""
+    origin: str = ""
+
+
+def load_suites(
+    names: Sequence[str],
+    suite_path: Sequence[str | Path] = (),
+    overrides: Sequence[tuple[str | None, str, Any]] = (),
+) -> list[Suite]:
+    """The suites of these names, groups opened, each once, in order.
+
+    A name is a YAML file's path, a file NAME.yaml in a folder of ``suite_path`` or among the project's own
+    (``configs/suites``), or a task, with its defaults. ``overrides``: (suite or None for all, key, value). Raises
+    :class:`UserError` for an unknown name, a file at fault, a key no suite has, or a value out of range.
+    """
+    files: dict[str, _File] = {}
+    origins: dict[str, str] = {}
+    order: list[str] = []
+
+    def add(name: str, above: tuple[str, ...]) -> None:
+        if name in above:
+            raise UserError(f"suite {name} contains itself: {' -> '.join([*above, name])}")
+        found = find(name, suite_path)
+        if found is None:
+            if name not in TASKS:
+                raise UserError(_unknown(name, suite_path))
+            file, origin = _File(task=name), ""
+        else:
+            file, origin = _read(found), str(found)
+            name = found.stem
+        for member in file.suites:
+            add(member, (*above, name))
+        if file.task is not None and name not in files:
+            files[name], origins[name] = file, origin
+            order.append(name)
+
+    for name in names:
+        add(name, ())
+    used: set[int] = set()
+    suites: list[Suite] = []
+    for name in order:
+        file = files[name]
+        task = TASKS[file.task or ""]
+        values = dict(file.settings)
+        fields = task.settings_class().model_fields
+        for place, (target, key, value) in enumerate(overrides):
+            if target == name or (target is None and key in fields):
+                values[key] = value
+                used.add(place)
+        suites.append(Suite(name, task, parse(task, values, origins[name] or name), file.description, origins[name]))
+    for place, (target, key, _) in enumerate(overrides):
+        if place not in used:
+            what = f"no suite '{target}' is run" if target else "none of the suites has such a setting"
+            raise UserError(f"'{key}' has no effect: {what}; the suites are {', '.join(order)}")
+    return suites
+
+
+def find(name: str, suite_path: Sequence[str | Path]) -> Path | None:
+    """The file of a suite, or None: the user's folders first, so that they can have another under a known name."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UserError(f"suite file {name} does not exist")
+        return Path(name)
+    for folder in [*map(Path, suite_path), BUILT_IN]:
+        if not folder.is_dir():
+            raise UserError(f"--suite-path {folder} is not a folder")
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    return None
+
+
+def available(suite_path: Sequence[str | Path] = ()) -> list[Path]:
+    """Files of all suites that can be named, the user's own first."""
+    found: dict[str, Path] = {}
+    for folder in [*map(Path, suite_path), BUILT_IN]:
+        if not folder.is_dir():
+            raise UserError(f"--suite-path {folder} is not a folder")
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return list(found.values())
+
+
+def parse(task: Task, values: dict[str, Any], where: str) -> Settings:
+    """Settings of a task from plain values; raises :class:`UserError` that lists every fault with its key."""
+    cls = task.settings_class()
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            key = ".".join(map(str, fault["loc"]))
+            if fault["type"] == "extra_forbidden":
+                close = difflib.get_close_matches(key, cls.model_fields, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(cls.model_fields)}"
+                lines.append(f"unknown setting '{key}' of task {task.name}: {hint}")
+            elif key and fault["type"] != "value_error":
+                lines.append(f"{key}: {fault['msg']}, got {fault['input']!r}")
+            else:
+                lines.append((f"{key}: " if key else "") + fault["msg"].removeprefix("Value error, "))
+        raise UserError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _read(path: Path) -> _File:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        file = _File.model_validate(raw)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"suite {path} cannot be read: {error}") from None
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"suite {path}: {faults}") from None
+    if (file.task is None) == (not file.suites):
+        raise UserError(f"suite {path} must have either a task (with settings) or a list of suites")
+    if file.task is not None and file.task not in TASKS:
+        raise UserError(f"suite {path}: no task '{file.task}'; there are {', '.join(TASKS)}")
+    return file
+
+
+def _unknown(name: str, suite_path: Sequence[str | Path]) -> str:
+    known = [*TASKS, *(path.stem for path in available(suite_path))]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(dict.fromkeys(known))}"
+    return f"no suite '{name}': {hint} (`nystrom eval list` describes them)"

@@ -1,0 +1,75 @@
+"""The kinds of evaluation there are. A task is code; a suite (``eval.suites.load``) is a task with settings.
+
+A task is a module with three functions and a number, imported only when it is run:
+
+    VERSION: int
+        Raised when the numbers it computes change; stored results of another version are computed again.
+    def resolve(subject, settings) -> settings
+        The settings with what was left open (the length, the precision) filled in from the model, and checked:
+        raises UserError for what does not fit.
+    def data(subject, settings) -> dict
+        What will be read, with a ``hash`` of its content. Cheap, or as cheap as reading it is.
+    def run(subject, settings, parts) -> Outcome
+        The numbers. Work that takes minutes is divided into ``parts``.
+
+``subject`` is None for a task that needs no checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from eval.suites.settings import Settings
+
+
+@dataclass(frozen=True)
+class Task:
+    """``module`` as above; ``settings``: "module:Class", a module that imports neither torch nor the task itself."""
+
+    name: str
+    module: str
+    settings: str
+    summary: str
+    needs_checkpoint: bool = True
+    gated: bool = True
+
+    def settings_class(self) -> type[Settings]:
+        """The class of its settings."""
+        module, name = self.settings.split(":")
+        return getattr(importlib.import_module(module), name)
+
+    def load(self) -> Any:
+        """Its module."""
+        return importlib.import_module(self.module)
+
+
+_ALL = [
+    Task(
+        "validity",
+        "eval.validity.checks",
+        "eval.validity.settings:ValiditySettings",
+        "does the model see the future, its batch mates, its padding? runs before any other suite",
+        gated=False,
+    ),
+    Task(
+        "lm",
+        "eval.language_modeling.task",
+        "eval.language_modeling.settings:LMSettings",
+        "held-out loss: perplexity, bits per byte, by position and by context; masked accuracy",
+    ),
+    Task(
+        "classify",
+        "eval.classification.task",
+        "eval.classification.settings:ClassifySettings",
+        "fine-tuning on labelled text, beside the same network from scratch, TF-IDF and the majority",
+    ),
+    Task(
+        "generate",
+        "eval.generation.task",
+        "eval.generation.settings:GenerateSettings",
+        "what the model writes: samples, and their statistics beside those of real text",
+    ),
+]
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -1,0 +1,63 @@
+"""The validity gate as the other suites see it: run it if no result stands for these weights, and say what failed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.results.schema import Result, Table, read_result
+from eval.results.store import obtain
+from eval.subject import Subject
+from eval.validity import checks
+from eval.validity.settings import ValiditySettings
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The gate's result; ``fresh`` if it was computed now."""
+
+    result: Result
+    fresh: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return self.result.metrics["passed"].value == 1.0
+
+    @property
+    def failures(self) -> list[str]:
+        """The failed checks as text."""
+        return checks.failures(self.result.table(checks.CHECKS_TABLE) or Table("", [], []))
+
+
+def check(
+    subject: Subject,
+    folder: Path,
+    *,
+    asked: bool = False,
+    rerun: bool = False,
+    settings: ValiditySettings | None = None,
+) -> Verdict:
+    """The verdict on the subject's weights; ``folder``/validity.json holds it.
+
+    A result there that passed for these weights stands, whatever text it was measured on, unless the suite was
+    ``asked`` for by name: then it must have been measured on this text too.
+    """
+    info = subject.info()
+    path = folder / f"{checks.TASK}.json"
+    if not asked and not rerun and checks.stands(path, info):
+        return Verdict(read_result(path), False)
+    settings = settings or ValiditySettings()
+    result, fresh = obtain(
+        folder,
+        checks.TASK,
+        task=checks.TASK,
+        version=checks.VERSION,
+        model=info,
+        settings=settings.as_dict(),
+        data=checks.data(subject, settings),
+        gate="none",
+        compute=lambda parts: checks.run(subject, settings, parts),
+        rerun=rerun,
+    )
+    return Verdict(result, fresh)

@@ -1,0 +1,95 @@
+"""The command line of the suites: results, the gate, rejections."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from suites_case import no_mask
+
+from data_pipeline.errors import UserError, run_cli
+from data_pipeline.prepare.plan import plan_preparation
+from data_pipeline.prepare.run import prepare
+from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.tokenization.tokenizer import Tokenizer
+from data_pipeline.tokenization.training import train_tokenizer
+from eval import cli
+from eval.results.schema import read_result
+from pretrain.model.attention import self_attention
+
+
+def test_suites_write_results_and_are_not_run_again(causal: Path, shards: ShardSet, root: Path, capsys: Any) -> None:
+    out = root / "out"
+    command = ["lm", "generate", "--checkpoint", str(causal), "--out", str(out), "--max-new-tokens", "8"]
+    assert cli.main(command) == 0
+    first = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert set(first) == {"validity.json", "lm.json", "generate.json"}
+    assert "bits per byte" in capsys.readouterr().out
+    assert cli.main(command) == 0
+    assert "already there" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == first
+    assert cli.main([*command, "--length", "32"]) == 0  # other settings, another key
+    assert read_result(out / "lm.json").settings["length"] == 32
+    assert read_result(out / "generate.json").key == json.loads(first["generate.json"])["key"]
+
+
+def test_failed_gate_blocks_unless_forced(
+    causal: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(self_attention, "causal_nystrom_attention", no_mask)
+    out = root / "blocked"
+    command = ["lm", "--checkpoint", str(causal), "--out", str(out)]
+    with pytest.raises(UserError, match="validity gate failed") as caught:
+        cli.main(command)
+    assert "prefix-only" in str(caught.value)
+    assert not (out / "lm.json").exists()
+    with pytest.raises(UserError, match="validity gate failed"):  # a failed result does not open the gate either
+        cli.main(command)
+    assert cli.main(["validity", "--checkpoint", str(causal), "--out", str(out)]) == 1
+    assert cli.main([*command, "--force"]) == 0
+    assert (out / "lm.json").exists()
+
+
+def test_rejections(causal: Path, masked: Path, root: Path, labelled: tuple[Path, Path], capsys: Any) -> None:
+    train, test = map(str, labelled)
+    unseen = root / "unseen.jsonl"
+    unseen.write_text('{"text": "a", "label": "purple"}\n')
+    learned = root / "nowhere"
+    at = ["--checkpoint", str(causal), "--out", str(root / "rejected")]
+    for command, words in [
+        (["lm", "--checkpoint", str(learned)], "does not exist"),
+        (["lm", "--checkpoint", str(root)], "neither a run folder"),
+        (["perplexity", *at], "no suite 'perplexity'"),
+        (["classify", *at], "--train FILE --test FILE"),
+        (["classify", *at, "--train", train, "--test", str(unseen)], "'purple'"),
+        (["classify", *at, "--train", train, "--test", test, "--text-field", "body"], "no field 'body'"),
+        (["classify", *at, "--train", train, "--test", str(root / "missing.csv")], "does not exist"),
+        (["lm", *at, "--data", str(root / "missing")], "missing"),
+        (["lm", *at, "--length", "0"], "length: Input should be greater than or equal to 2, got 0"),
+        (["lm", *at, "--set", "lm.lenght=9"], "did you mean 'length'"),
+        (["lm", *at, "--seeds", "2"], "none of the suites has such a setting"),
+        (["lm", *at, "--device", "warp"], "--device warp"),
+    ]:
+        assert run_cli(cli.main, "nystrom eval", command) == 2, command
+        error = capsys.readouterr().err
+        assert words in error, (command, error)
+        assert "Traceback" not in error
+
+
+def test_shards_of_another_tokenizer_are_refused(causal: Path, root: Path, texts: list[str]) -> None:
+    source = root / "other.jsonl"
+    source.write_text(json.dumps({"text": texts[0]}) + "\n", encoding="utf-8")
+    other: Tokenizer = train_tokenizer(texts[:3], 280)
+    prepare(plan_preparation([str(source)], other), root / "other-shards")
+    with pytest.raises(UserError, match="another tokenizer"):
+        cli.main(["lm", "--checkpoint", str(causal), "--data", str(root / "other-shards"), "--out", str(root / "x")])
+
+
+def test_results_of_an_older_checkpoint_do_not_replace_the_runs() -> None:
+    run = Path("runs/a")
+    assert cli.results_folder(run, run) == run / "eval"
+    assert cli.results_folder(run / "export", run) == run / "eval"
+    assert cli.results_folder(run / "checkpoints" / "step8", run) == run / "eval" / "step8"
+    assert cli.results_folder(Path("elsewhere"), None) == Path("elsewhere/eval")

@@ -1,0 +1,119 @@
+"""Held-out loss equals a naive float64 computation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from suites_case import subject_of
+
+from data_pipeline.errors import UserError
+from data_pipeline.shards.shardset import ShardSet
+from eval.language_modeling import task as language_modeling
+from eval.language_modeling.settings import LMSettings
+from eval.results.parts import Parts
+from eval.results.schema import Outcome
+from eval.subject import Subject
+from pretrain.model import build_model
+
+
+def lm(subject: Subject, settings: LMSettings) -> Outcome:
+    return language_modeling.run(subject, language_modeling.resolve(subject, settings), Parts())
+
+
+@pytest.mark.parametrize("max_tokens", [None, 500])
+def test_causal_numbers_equal_a_naive_float64_computation(
+    causal: Path, shards: ShardSet, max_tokens: int | None
+) -> None:
+    subject = subject_of(causal, shards)
+    length = 48
+    outcome = lm(subject, LMSettings(length=length, max_tokens=max_tokens))
+    stream = [t for d in shards.documents() for t in [*d.tolist(), shards.eos_id]]
+    assert len(stream) == shards.num_tokens
+    if max_tokens is None:
+        starts = list(range(0, len(stream) - 1, length))
+    else:
+        count, whole = max_tokens // length, (len(stream) - 1) // length
+        starts = [i * whole // count * length for i in range(count)]
+        assert starts[-1] > len(stream) // 2  # spread over the stream, not its beginning
+    model = build_model(subject.loaded.model_config).double()
+    model.load_state_dict(subject.model.state_dict())
+    model.eval()
+    nats, targets, by_position = 0.0, [], []
+    for start in starts:
+        window = stream[start : start + length + 1]
+        with torch.no_grad():
+            log_p = model(torch.tensor([window[:-1]])).logits[0].log_softmax(-1)
+        for place, goal in enumerate(window[1:]):
+            nats -= float(log_p[place, goal])
+            by_position.append((place, -float(log_p[place, goal])))
+            targets.append((start + place + 1, goal))
+    n = len(targets)
+    metrics = {name: metric.value for name, metric in outcome.metrics.items()}
+    assert outcome.metrics["loss"].n == n == (len(stream) - 1 if max_tokens is None else 480)
+    assert metrics["loss"] == pytest.approx(nats / n, rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(nats / n), rel=1e-4)
+
+    tokenizer = shards.tokenizer()
+    pieces: list[list[int]] = [[]]
+    for (place, token), (after, _) in zip(targets, [*targets[1:], (None, 0)], strict=True):
+        pieces[-1].append(token)
+        if token == shards.eos_id or after != place + 1:
+            pieces.append([])
+    decoded = [tokenizer.decode(piece) for piece in pieces]
+    size, words = sum(len(t.encode()) for t in decoded), sum(len(t.split()) for t in decoded)
+    assert metrics["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    assert metrics["byte_perplexity"] == pytest.approx(math.exp(nats / size), rel=1e-5)
+    assert math.log(metrics["word_perplexity"]) == pytest.approx(nats / words, rel=1e-5)
+
+    _, counts = np.unique([goal for _, goal in targets], return_counts=True)
+    p = counts / n
+    assert metrics["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-9)
+    series = outcome.series[0]
+    first_bucket = [x for place, x in by_position if place < 8]
+    assert series.y[0] == pytest.approx(np.mean(first_bucket), rel=1e-5)
+    assert series.x == [3.5, 11.5, 23.5, 39.5]
+
+
+def test_bytes_of_the_whole_stream_are_those_of_the_text(causal: Path, shards: ShardSet, texts: list[str]) -> None:
+    outcome = lm(subject_of(causal, shards), LMSettings(length=64))
+    first = shards.tokenizer().decode([int(shards.read(np.array([0]), 1)[0, 0])])
+    assert outcome.metrics["bits_per_byte"].n == sum(len(t.encode()) for t in texts) - len(first.encode())
+
+
+def test_masked_numbers_equal_a_naive_float64_computation(masked: Path, shards: ShardSet) -> None:
+    from data_pipeline.batches.loader import validation_batches
+    from data_pipeline.batches.masking import Masking
+
+    subject = subject_of(masked, shards)
+    outcome = lm(subject, LMSettings(length=64, seed=3))
+    model = build_model(subject.loaded.model_config).double()
+    model.load_state_dict(subject.model.state_dict())
+    model.eval()
+    nats, right, n = 0.0, 0, 0
+    for batch in validation_batches(
+        shards, objective="mlm", seq_len=64, rows=1, max_tokens=10**9, seed=3, masking=Masking()
+    ):
+        with torch.no_grad():
+            log_p = model(batch.input_ids).logits[0].log_softmax(-1)
+        for place, goal in enumerate(batch.labels[0].tolist()):
+            if goal != -100:
+                nats -= float(log_p[place, goal])
+                right += int(log_p[place].argmax()) == goal
+                n += 1
+    assert outcome.metrics["masked_loss"].n == n
+    assert 0.1 < n / shards.num_tokens < 0.2
+    assert outcome.metrics["masked_loss"].value == pytest.approx(nats / n, rel=1e-4)
+    assert outcome.metrics["masked_accuracy"].value == pytest.approx(right / n, abs=1.5 / n)
+    kinds = [row for row in outcome.tables[0].rows if "targets" in row[0]]
+    assert sum(row[3] for row in kinds) == n
+
+
+def test_learned_positions_bound_the_length(export: Callable[..., Path], shards: ShardSet) -> None:
+    path = export("short", objective="mlm", positions="learned", max_positions=64)
+    with pytest.raises(UserError, match="64 learned positions"):
+        language_modeling.resolve(subject_of(path, shards), LMSettings(length=128))
