@@ -18,7 +18,7 @@ COMMANDS = {
     "train": ("pretrain.cli", "pretrain on this process, or as one rank of a launcher's"),
     "launch": ("launch.cli", "start `train` on several processes of this machine through DeepSpeed"),
     "replay": ("pretrain.replay", "look again at the batch of a step that went wrong, row by row"),
-    "eval": ("eval.cli", "evaluate a checkpoint: validity, lm, classify, generate"),
+    "eval": ("eval.cli", "evaluate a checkpoint: validity gate, loss, classification, long range, generation, ..."),
     "report": ("eval.report.cli", "one HTML page with the curves, tables and samples of runs"),
     "demo": ("launch.demo", "all of the above on a built-in corpus, in minutes"),
 }

@@ -58,7 +58,12 @@ def _how(name: str, field: FieldInfo) -> dict[str, Any]:
         return how | {"choices": get_args(kind)}
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
-        return how | {"nargs": "+", "type": item if item in (int, float) else str, "metavar": _metavar(item)}
+        return how | {
+            "action": "extend",
+            "nargs": "+",
+            "type": item if item in (int, float) else str,
+            "metavar": _metavar(item),
+        }
     return how | {"type": kind if kind in (int, float) else str, "metavar": _metavar(kind)}
 
 
