@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of ``nystrom eval``: those of the command, and one for each setting of each task."""
     parser = argparse.ArgumentParser(
         prog="nystrom eval",
+        allow_abbrev=False,  # a setting of a later version would make them ambiguous
         description="Evaluate a checkpoint. A suite is a task with settings: a name of `nystrom eval list`, or a YAML "
         "file. validity runs before any other and blocks them when it fails.",
         epilog=EXAMPLE,

@@ -50,7 +50,7 @@ def _how(name: str, field: FieldInfo) -> dict[str, Any]:
     kind = _without_none(field.annotation)
     default = field.get_default(call_default_factory=True)
     text = field.description or ""
-    shown = default not in (None, (), False, True) and "left out" not in text
+    shown = default is not None and default != () and kind is not bool and "left out" not in text
     how: dict[str, Any] = {"help": (text + (f" (default: {_show(default)})" if shown else "")).replace("%", "%%")}
     if kind is bool:
         return how | {"action": argparse.BooleanOptionalAction}
