@@ -80,8 +80,8 @@ def test_options_come_from_the_settings() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--set", nargs="+", action="extend")
     add_options(parser)
-    words = "--max-tokens 100 --temperature 0.5 --prompt a b --prompt c --precision fp32 --set lm.seed=3".split()
-    found = overrides_of(parser.parse_args(words))
+    line = "--max-tokens 100 --temperature 0.5 --prompt a b --prompt c --precision fp32 --set lm.seed=3"
+    found = overrides_of(parser.parse_args(line.split()))
     assert (None, "max_tokens", 100) in found
     assert (None, "temperature", 0.5) in found
     assert (None, "prompt", ["a", "b", "c"]) in found
