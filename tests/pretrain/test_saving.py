@@ -1,107 +1,19 @@
-"""Saving a checkpoint survives everything: full disks, lost processes, requests to stop, damaged files."""
+"""Saving a checkpoint survives full disks, lost processes and damaged files."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Ended, run_ranks, values
-from training_case import events, metrics, numbers, settings, weights_hash, write_config
-
-from data_pipeline.errors import run_cli
-
-# Where a run can be struck: the place's name and the function at whose beginning it is.
-PLACES = {
-    "joining": "pretrain.distributed.world:World.__init__",
-    "building": "pretrain.engine.training:TrainingEngine.__init__",
-    "loading": "pretrain.checkpoint.store:Checkpoints.load",
-    "validating": "pretrain.trainer:validate",
-    "sampling": "pretrain.model.generation:generate",
-    "writing": "pretrain.checkpoint.writing:Writes.save",  # inside DeepSpeed's own save, once for each file
-    "hashing": "pretrain.checkpoint.store:Checkpoints._hash",  # between the files and the manifest
-    "pointing": "pretrain.checkpoint.commit:point_to",  # between the manifest and `latest`
-    "pruning": "pretrain.checkpoint.commit:shutil.rmtree",  # an old checkpoint has lost its manifest, not its files
-    "exporting": "safetensors.torch:save_file",
-}
-
-
-def train(config: str) -> int:
-    """Runs in the ranks: the command itself."""
-    from pretrain.cli import main
-
-    return run_cli(main, "nystrom train", ["--config", config])
-
-
-def wrap(place: str, before: Callable[[], Any]) -> None:
-    """Have the function behind a place call ``before`` first."""
-    import importlib
-
-    module, _, path = place.partition(":")
-    *outer, name = path.split(".")
-    owner: Any = importlib.import_module(module)
-    for part in outer:
-        owner = getattr(owner, part)
-    original = getattr(owner, name)
-
-    def struck(*args: Any, **kwargs: Any) -> Any:
-        before()
-        return original(*args, **kwargs)
-
-    setattr(owner, name, struck)
-
-
-def train_struck(
-    config: str, place: str, number: int, ranks: list[int], clock: str, call: int = 1, again: int = 0
-) -> int:
-    """Runs in the ranks: as :func:`train`, but ``ranks`` get a signal when their first one arrives at a place for the
-    ``call``-th time.
-
-    ``again``: how many more of them follow, 10 ms apart. ``clock``: a file that is written at the first.
-    """
-    me, arrivals = int(os.environ["RANK"]), 0
-    pids = [Path(f"{clock}.{rank}") for rank in range(int(os.environ["WORLD_SIZE"]))]
-    wrap("pretrain.run:LeaveAtOnce.__enter__", lambda: pids[me].write_text(str(os.getpid())))
-
-    def send() -> None:
-        for rank in reversed(ranks):  # this process last: it may be gone at once
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pids[rank].read_text()), number)
-
-    def strike() -> None:
-        nonlocal arrivals
-        arrivals += 1
-        if arrivals == call and me == ranks[0]:
-            while not all(path.exists() and path.read_text() for path in pids):  # before its handlers are there,
-                time.sleep(0.01)  # a process would not be struck but killed
-            Path(clock).touch()
-            for i in range(again):
-                threading.Timer(0.01 * (i + 1), send).start()
-            send()
-
-    wrap(PLACES[place], strike)
-    return train(config)
-
-
-def train_stuck_at_start(config: str, clock: str) -> int:
-    """Runs in the ranks: the first process waits in C++ for the second, which never comes; both get SIGTERM."""
-    if os.environ["RANK"] == "1":
-        wrap(PLACES["joining"], lambda: time.sleep(60))
-
-    def strike() -> None:
-        Path(clock).touch()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Timer(1.0, strike).start()
-    return train(config)
+from ranks import run_ranks, values
+from striking_case import PLACES, assert_equal_runs, exit_codes, run_settings, status, steps, train, train_struck, wrap
+from training_case import events, metrics, settings, write_config
 
 
 def train_with_failing_saves(config: str, fails: list[int], rank: int) -> int:
@@ -126,45 +38,6 @@ def train_with_failing_saves(config: str, fails: list[int], rank: int) -> int:
 
     Checkpoints.save = limited  # type: ignore[method-assign]
     return train(config)
-
-
-def run_settings(corpus: Path, runs: Path, **changes: Any) -> dict[str, Any]:
-    """Checkpoints at steps 2, 4, 6, 8; dropout and validation, in which a lost generator or position would show."""
-    base: dict[str, Any] = {
-        "model": {"dropout": 0.2},
-        "data": {"valid": str(corpus / "valid")},
-        "validation": {"every_tokens": 512, "tokens": 1024, "samples": 0},
-        "checkpoint": {"every_tokens": 512},
-        "zero_stage": 2,
-    }
-    return settings(corpus, runs, **{**base, **changes})
-
-
-@pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted run."""
-    runs = tmp_path_factory.mktemp("whole")
-    config = write_config(runs / "whole.yaml", run_settings(corpus, runs))
-    assert values(run_ranks(train, 2, config=config)) == [0, 0]
-    return runs / "run"
-
-
-def exit_codes(ended: list[Ended]) -> list[int]:
-    """How the processes exited: what the command returned, or what ended the process before."""
-    return [end.code if end.value is None else end.value for end in ended]
-
-
-def steps(run: Path) -> list[int]:
-    return sorted(int(folder.name.removeprefix("step")) for folder in (run / "checkpoints").glob("step*"))
-
-
-def status(run: Path) -> dict[str, Any]:
-    return json.loads((run / "status.json").read_text())
-
-
-def assert_equal_runs(run: Path, whole: Path) -> None:
-    assert numbers(run) == numbers(whole)
-    assert weights_hash(run) == weights_hash(whole)
 
 
 # --- a disk that does not take it -------------------------------------------------------------------------------------
@@ -416,77 +289,3 @@ def test_latest_is_for_people_only(corpus: Path, tmp_path: Path, whole: Path, co
     found = commit.newest(root)
     assert found is not None
     assert found[1].state.step == 8
-
-
-# --- asked to stop ----------------------------------------------------------------------------------------------------
-
-BOTH = [0, 1]
-STOPS = [
-    # (place, arrival there, processes that are asked, step of the status; None: no run folder yet)
-    ("joining", 1, BOTH, None),
-    ("building", 1, BOTH, 0),
-    ("building", 1, [0], 0),
-    ("validating", 1, BOTH, 2),
-    ("sampling", 1, BOTH, 2),
-    ("sampling", 1, [0], 2),
-    ("writing", 1, BOTH, 2),
-    ("hashing", 1, [1], 2),
-    ("pruning", 1, [0], 6),
-    ("exporting", 1, BOTH, 8),
-]
-
-
-@pytest.mark.parametrize(
-    ("place", "call", "ranks", "step"),
-    [
-        STOPS[1],
-        *[pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS if stop != STOPS[1]],
-    ],
-)
-def test_a_request_to_stop_is_heard_everywhere(
-    corpus: Path, tmp_path: Path, place: str, call: int, ranks: list[int], step: int | None
-) -> None:
-    run, clock = tmp_path / "run", tmp_path / "clock"
-    writes = {"model": {"objective": "clm", "dropout": 0.2}, "validation": {"every_tokens": 512, "samples": 1}}
-    changes = writes if place == "sampling" else {}
-    config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path, **changes))
-    struck: dict[str, Any] = {"number": signal.SIGTERM, "ranks": ranks, "clock": str(clock), "call": call, "again": 3}
-    ended = run_ranks(train_struck, 2, config=config, place=place, timeout=60, **struck)
-    took = time.time() - clock.stat().st_mtime
-    print(f"{place} {ranks}: {took:.2f} s from the signal to the end")
-    assert took < 10
-    # A process that was not asked loses its peer if that had nothing to save; all launchers end it then.
-    assert [exit_codes(ended)[rank] for rank in ranks] == [75] * len(ranks)
-    assert all("Traceback" not in end.output for end in ended)
-    if step is None:
-        assert not run.exists()
-    else:
-        assert {key: status(run)[key] for key in ("state", "code", "step")} == {
-            "state": "preempted", "code": 75, "step": step,
-        }  # fmt: skip
-    assert not list(tmp_path.rglob("*.tmp")) or place == "exporting"
-    assert values(run_ranks(train, 2, config=config)) == [0, 0]
-    assert not list(tmp_path.rglob("*.tmp"))
-    assert [row["step"] for row in metrics(run)] == list(range(1, 9))
-
-
-@pytest.mark.slow
-def test_a_request_to_stop_while_a_checkpoint_is_loaded(corpus: Path, tmp_path: Path, whole: Path) -> None:
-    config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path))
-    shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step000000008")
-    (tmp_path / "run" / "export" / "export.json").unlink()
-    struck: dict[str, Any] = {"number": signal.SIGTERM, "ranks": BOTH, "clock": str(tmp_path / "clock")}
-    ended = run_ranks(train_struck, 2, config=config, place="loading", timeout=60, **struck)
-    assert exit_codes(ended) == [75, 75]
-    assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["step"]) == ("preempted", 6)
-    assert values(run_ranks(train, 2, config=config)) == [0, 0]
-    assert_equal_runs(tmp_path / "run", whole)
-
-
-def test_a_process_that_waits_for_another_to_come_leaves_at_once(corpus: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path))
-    ended = run_ranks(train_stuck_at_start, 2, config=config, clock=str(tmp_path / "clock"), timeout=30)
-    assert time.time() - (tmp_path / "clock").stat().st_mtime < 5
-    assert exit_codes(ended) == [75, 75]
-    assert not (tmp_path / "run").exists()
