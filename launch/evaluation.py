@@ -104,7 +104,7 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]], request: StopRequest) -
     """Wait for the end of all, or a request to stop, or a failure; returns the first process that failed."""
     failed: subprocess.Popen[bytes] | None = None
     deadline = float("inf")
-    while any(process.poll() is None for process in processes):
+    while None in [process.poll() for process in processes]:  # all are asked: one that failed is known by it
         if request.number is not None or time.monotonic() > deadline:
             break
         if failed is None:
