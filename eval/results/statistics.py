@@ -27,7 +27,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """Percentile interval of a bootstrap over ``n`` items: NaN bounds for fewer than two, or where a draw has no value.
+    """Percentile interval of a bootstrap over ``n`` items: NaN bounds for fewer than two, or where a draw is not
+    finite.
 
     ``p`` (paired comparisons): two-sided, the level at which the interval would just reach zero.
     """
@@ -79,11 +80,12 @@ def paired_bootstrap(
     rows = np.array(common)
     a, b = a[rows[:, 0]], b[rows[:, 1]]
     draws = _resample(np.concatenate([a, b], 1), resamples, seed)
-    change = _statistic(draws[:, 2:], estimator) - _statistic(draws[:, :2], estimator)
+    with np.errstate(invalid="ignore"):  # two perplexities beyond the range of floats
+        change = _statistic(draws[:, 2:], estimator) - _statistic(draws[:, :2], estimator)
     low, high = _quantiles(change, len(a))
     value = _value(b, estimator) - _value(a, estimator)
     p = float("nan")
-    if not np.isnan(change).any() and len(a) > 1:
+    if np.isfinite(change).all() and len(a) > 1:
         side = min(int((change <= 0).sum()), int((change >= 0).sum()))
         p = min(1.0, 2 * (side + 1) / (len(change) + 1))
     return Interval(value, low, high, len(a), p)
@@ -110,14 +112,15 @@ def _value(sums: Floats, estimator: Estimator) -> float:
 
 
 def _statistic(sums: Floats, estimator: Estimator) -> Floats:
-    """The metric (R,) from sums (R, 2); no items, 0 / 0, are NaN."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        value = estimator.scale * sums[:, 0] / sums[:, 1]
+    """The metric (R,) from sums (R, 2); NaN where there is nothing to divide by."""
+    bottom = np.where(sums[:, 1] == 0, np.nan, sums[:, 1])
+    value = estimator.scale * sums[:, 0] / bottom
+    with np.errstate(over="ignore"):
         return np.exp(value) if estimator.exponential else value
 
 
 def _quantiles(draws: Floats, n: int) -> tuple[float, float]:
-    if n < 2 or np.isnan(draws).any():
+    if n < 2 or not np.isfinite(draws).all():
         return float("nan"), float("nan")
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

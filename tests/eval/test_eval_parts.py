@@ -102,7 +102,7 @@ def test_a_damaged_part_is_computed_again(tmp_path: Path, damage: str) -> None:
 
 def test_a_part_that_cannot_be_kept_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="part a cannot be kept in .*file"):
+    with pytest.raises(UserError, match=r"part a cannot be kept in .*file"):
         Parts(tmp_path / "file").map([("a", lambda: 1)])
 
 

@@ -1,4 +1,4 @@
-"""Results by content: nothing finished is computed again, damage is noticed, writers do not get into each other's way."""
+"""Results by content: nothing finished is computed again, damage is noticed, two writers leave whole results."""
 
 from __future__ import annotations
 

@@ -168,9 +168,7 @@ def labelled_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     save_file(weights, export / "model.safetensors")
     (export / "config.yaml").write_text(run.to_yaml())
     shards.tokenizer().save(export)
-    (export / "export.json").write_text(
-        json.dumps({"weights_hash": weights_hash(weights), "tokens": 1024, "step": 8})
-    )
+    (export / "export.json").write_text(json.dumps({"weights_hash": weights_hash(weights), "tokens": 1024, "step": 8}))
     words = ["eval", "lm", "classify", "--checkpoint", str(export), "--train", str(source), "--test", str(source)]
     return [*words, "--seeds", "2", "--scratch-seeds", "1", "--epochs", "1", "--max-length", "32"]
 
