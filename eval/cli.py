@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +14,9 @@ from data_pipeline.errors import UserError
 from eval.suites.load import Suite, available, find, load_suites
 from eval.suites.options import add_options, overrides_of
 from eval.suites.tasks import TASKS
+from eval.team import SharedError, Team, join
+from eval.tracking import Tracking
+from pretrain.distributed.world import read_rank
 
 if TYPE_CHECKING:
     from eval.results.schema import Result
@@ -19,9 +25,12 @@ EXAMPLE = """examples:
   nystrom eval validity lm generate --checkpoint runs/books-clm
   nystrom eval classify --checkpoint runs/books-clm --train reviews-train.csv --test reviews-test.csv --max-length 512
   nystrom eval list                       the suites there are; `nystrom eval list lm` shows one with its settings
+  nystrom eval compare runs/a runs/b      what differs between two models, and whether more than by chance
+  nystrom launch local --nproc 4 -- eval classify --checkpoint runs/books-clm ...     on four processes
 
 Results are written to RUN/eval/SUITE.json; `nystrom report RUN` makes a page of them. A result that is there already
-for the same weights, settings and data is not computed again."""
+for the same weights, settings and data is not computed again, and an interrupted suite goes on where it was. A suite
+that cannot be run does not keep the others from running."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,15 +59,47 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="score the model even though the validity gate fails")
     parser.add_argument("--rerun", action="store_true", help="compute again what is already there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument(
+        "--wandb",
+        choices=["off", "offline", "online"],
+        default="off",
+        help="log fresh results to Weights & Biases too, its files in the results folder (default: off)",
+    )
     add_options(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the suites; returns 0, or 1 if the validity suite was asked for and failed."""
-    args = build_parser().parse_args(argv)
-    if args.suites[0] == "list":
-        return _list(args)
+    """Run the suites; returns 0, or 1 if the validity suite was asked for and failed.
+
+    Raises :class:`UserError`, where several processes evaluate from the first of them only.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["compare"]:
+        from eval.compare import main as compare
+
+        return compare(words[1:])
+    rank = read_rank()
+    try:
+        # What is wrong in the command itself, every process finds alike: one says it.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(sys.stderr if rank.is_first else nowhere):
+            args = build_parser().parse_args(words)
+        if args.suites[0] == "list":
+            return _list(args) if rank.is_first else 0
+        try:
+            suites = check_arguments(args)
+        except UserError as error:
+            raise SharedError(str(error)) from None
+        with join(rank) as team, team.alike():
+            return _evaluate(args, suites, team)
+    except SharedError:
+        if rank.is_first:
+            raise
+        return 2
+
+
+def check_arguments(args: argparse.Namespace) -> list[Suite]:
+    """The suites of a command; raises :class:`UserError` for what can be told without loading anything."""
     suites = load_suites(args.suites, args.suite_path or (), overrides_of(args))
     if args.name and not all(c.isalnum() or c in "-_." for c in args.name):
         raise UserError(f"--name {args.name}: letters, digits, '-', '_' and '.' only, it becomes part of a file name")
@@ -67,15 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"suite {needing[0]} evaluates a model: say which with --checkpoint RUN")
     if not needing and not (args.out or args.checkpoint):
         raise UserError(f"suite {suites[0].name} needs no checkpoint: say where its results go with --out DIR")
-    return _evaluate(args, suites)
+    return suites
 
 
-def _evaluate(args: argparse.Namespace, suites: list[Suite]) -> int:
+def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
     from eval.console import print_table
     from eval.runner import Runner
     from eval.subject import load_subject
 
-    subject = load_subject(args.checkpoint, args.data, args.device) if args.checkpoint else None
+    with team.alike():
+        subject = load_subject(args.checkpoint, args.data, args.device) if args.checkpoint else None
     if subject is not None:
         info = subject.info()
         folder = args.out or results_folder(Path(args.checkpoint), subject.loaded.run_dir)
@@ -86,18 +128,41 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite]) -> int:
         )
     else:
         folder = args.out
-    runner = Runner(subject, folder, force=args.force, rerun=args.rerun)
+    runner = Runner(subject, folder, force=args.force, rerun=args.rerun, team=team)
+    tracking = Tracking(folder, args.wandb if team.is_first else "off", subject)
     results: list[tuple[str, Result, bool]] = []
+    failures: dict[str, list[str]] = {}
     for suite in sorted(suites, key=lambda suite: suite.task.name != "validity"):
         name = f"{suite.name}-{args.name}" if args.name and suite.task.name != "validity" else suite.name
-        result, fresh = runner.run(suite, name)
+        try:
+            result, fresh = runner.run(suite, name)
+        except UserError as error:
+            failures.setdefault(str(error), []).append(name)
+            continue
         if not fresh:
             print(f"{name}: already there for these weights, settings and data (--rerun computes it again)", flush=True)
+        if result.gate == "forced":
+            print(f"{name}: the validity gate FAILED for these weights; scored because of --force", flush=True)
         results.append((name, result, fresh))
-    print_table(results)
-    print(f"\nresults in {folder}")
+        if fresh:
+            tracking.log(name, result)
+    tracking.close()
+    if results:
+        print_table(results)
+        print(f"\nresults in {folder}", flush=True)
+    if failures:
+        raise _of_all(failures, len(suites))
     only_gate = all(suite.task.name == "validity" for suite in suites)
     return 1 if only_gate and runner.verdict is not None and not runner.verdict.passed else 0
+
+
+def _of_all(failures: dict[str, list[str]], suites: int) -> UserError:
+    """One error for all suites that could not be run, on every process alike."""
+    if suites == 1:
+        return SharedError(next(iter(failures)))
+    failed = sum(map(len, failures.values()))
+    lines = [f"{', '.join(names)}: {message}" for message, names in failures.items()]
+    return SharedError(f"{failed} of {suites} suites could not be run\n" + "\n".join(lines))
 
 
 def results_folder(checkpoint: Path, run_dir: Path | None) -> Path:

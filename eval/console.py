@@ -32,7 +32,7 @@ def describe(metric: Metric) -> str:
     text = _plain(metric.value)
     if metric.std is not None:
         text += f" ± {metric.std:.4f} (n={metric.n})"
-    if metric.low is not None and metric.high is not None:
+    if metric.low is not None and metric.high is not None and not math.isnan(metric.low + metric.high):
         text += f" [{_plain(metric.low)}, {_plain(metric.high)}]"
     return text
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.errors import UserError
@@ -10,6 +10,7 @@ from eval.results.schema import ModelInfo, Result
 from eval.results.store import obtain
 from eval.subject import Subject
 from eval.suites.load import Suite
+from eval.team import Team
 from eval.validity.gate import Verdict, check
 from eval.validity.settings import ValiditySettings
 
@@ -19,7 +20,7 @@ class Runner:
     """Runs suites on one subject (None: suites that need no checkpoint only) and keeps their results in ``folder``.
 
     The validity gate is asked once, before the first suite that scores the model; its failure raises
-    :class:`UserError` unless ``force``.
+    :class:`UserError` unless ``force``. With several processes (``team``) each has a runner and runs the same suites.
     """
 
     subject: Subject | None
@@ -27,9 +28,17 @@ class Runner:
     force: bool = False
     rerun: bool = False
     verdict: Verdict | None = None
+    team: Team = field(default_factory=Team)
 
     def run(self, suite: Suite, name: str | None = None) -> tuple[Result, bool]:
-        """The suite's result, and whether it was computed now. ``name``: of its file, if not the suite's own."""
+        """The suite's result, and whether it was computed now. ``name``: of its file, if not the suite's own.
+
+        Raises the :class:`UserError` of any process on all of them; the next suite can be run all the same.
+        """
+        with self.team.alike():
+            return self._run(suite, name)
+
+    def _run(self, suite: Suite, name: str | None) -> tuple[Result, bool]:
         task = suite.task
         subject = self.subject if task.needs_checkpoint else None
         if task.needs_checkpoint and subject is None:
@@ -37,7 +46,9 @@ class Runner:
         if task.name == "validity":
             assert subject is not None
             assert isinstance(suite.settings, ValiditySettings)
-            self.verdict = check(subject, self.folder, asked=True, rerun=self.rerun, settings=suite.settings)
+            self.verdict = check(
+                subject, self.folder, asked=True, rerun=self.rerun, settings=suite.settings, team=self.team
+            )
             return self.verdict.result, self.verdict.fresh
         gate = self._gate() if task.gated and subject is not None else "none"
         module = task.load()
@@ -53,12 +64,13 @@ class Runner:
             gate=gate,
             compute=lambda parts: module.run(subject, settings, parts),
             rerun=self.rerun,
+            team=self.team,
         )
 
     def _gate(self) -> str:
         assert self.subject is not None
         if self.verdict is None:
-            self.verdict = check(self.subject, self.folder)
+            self.verdict = check(self.subject, self.folder, team=self.team)
         if self.verdict.passed:
             return "passed"
         if not self.force:

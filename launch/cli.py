@@ -1,8 +1,9 @@
-"""``nystrom launch``: training on several processes, preparation as a job array."""
+"""``nystrom launch``: training and evaluation on several processes, preparation as a job array."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from data_pipeline.errors import UserError
@@ -15,8 +16,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="nystrom launch",
-        description="Start `nystrom train` on several processes of this machine, or write the job array that prepares "
-        "text on a Slurm cluster.",
+        description="Start `nystrom train` or `nystrom eval` on several processes of this machine, or write the job "
+        "array that prepares text on a Slurm cluster.",
     )
     places = parser.add_subparsers(dest="place", required=True, metavar="PLACE")
     local = places.add_parser(
@@ -28,7 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
         "SIGTERM or Ctrl-C lets the processes save a checkpoint and end (exit status 75: run the same command to go\n"
         "on); those still there after --stop-timeout are killed. A process that hangs for stall_seconds ends the run\n"
         "with status 77 and is named. No process outlives this command; if it is itself killed, they save and end at\n"
-        "the next step, or after 300 s at the latest.",
+        "the next step, or after 300 s at the latest.\n\n"
+        "`nystrom launch local --nproc 2 -- eval SUITE ...` runs an evaluation on several processes, which share its\n"
+        "work; SIGTERM or Ctrl-C ends them at once, and the same command goes on with what is missing.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     local.add_argument("--nproc", type=int, default=None, help="processes (default: one for each GPU, or one)")
@@ -67,7 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the run's exit status."""
-    args = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["local"] and "--" in words:
+        from launch.evaluation import main as evaluate
+
+        split = words.index("--")
+        return evaluate(words[1:split], words[split + 1 :])
+    args = build_parser().parse_args(words)
     if args.place == "array":
         return array.run(args)
     from launch.local import count_gpus, launch_local

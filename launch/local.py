@@ -52,8 +52,8 @@ def launch_local(
     On SIGTERM or SIGINT the workers get SIGTERM and ``stop_timeout`` seconds to save; then everything is killed. All
     processes that this call started are gone when it returns. After a crash it starts again, ``max_restarts`` times.
     """
-    _become_subreaper()
-    request = _StopRequest()
+    become_subreaper()
+    request = StopRequest()
     restarts = Restarts(run_dir, max_restarts, anew=starts_anew(words))
     try:
         while True:
@@ -74,11 +74,11 @@ def _attempt(
     words: Sequence[str],
     run_dir: Path,
     launch_id: str,
-    request: _StopRequest,
+    request: StopRequest,
     stop_timeout: float,
     verbose: bool,
 ) -> int:
-    port = _free_port()
+    port = free_port()
     try:
         command = runner_command(nproc, words, port, verbose)
         runner = subprocess.Popen(command, env=_environment(launch_id), start_new_session=True)
@@ -115,7 +115,7 @@ def count_gpus() -> int:
     return len(visible) if visible is not None else len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
-class _StopRequest:
+class StopRequest:
     """Remembers SIGTERM and SIGINT while it is installed."""
 
     def __init__(self) -> None:
@@ -277,13 +277,14 @@ def _visible_devices() -> list[str] | None:
     return parts if all(part.isdigit() for part in parts) else None
 
 
-def _become_subreaper() -> None:
+def become_subreaper() -> None:
     """Have orphans of this launch become our children instead of init's, so that none gets away (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

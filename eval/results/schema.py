@@ -131,7 +131,8 @@ class Result:
     """One finished suite on one set of weights: what ``RUN/eval/<suite>.json`` holds.
 
     ``gate``: "passed", "forced" (it failed, and --force was given) or "none" (no checkpoint was looked at).
-    ``records``: how many stand in the file of samples beside it, and the SHA-256 of that file.
+    ``records``: how many stand in the file of samples beside it, and the SHA-256 of that file. ``version``: of the
+    task's code, 0 where the file does not say.
     """
 
     suite: str
@@ -152,6 +153,7 @@ class Result:
     created: str
     environment: dict[str, Any]
     schema: int = SCHEMA
+    version: int = 0
 
     def table(self, name: str) -> Table | None:
         """The table called ``name``, or None."""
@@ -161,13 +163,18 @@ class Result:
 def write_result(path: Path, result: Result) -> None:
     """Write atomically: a reader sees the old file or the whole new one. Numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, encode_result(result), shared=True)
+
+
+def encode_result(result: Result) -> bytes:
+    """The content of a result's file."""
     raw = asdict(result)
     raw["metrics"] = {
         name: {k: v for k, v in metric.items() if v is not None or k in ("value", "higher_is_better")}
         for name, metric in raw["metrics"].items()
     }
-    text = json.dumps(_finite(raw), ensure_ascii=False, indent=1, allow_nan=False)
-    write_atomic(path, (text + "\n").encode())
+    text = json.dumps(finite(raw), ensure_ascii=False, indent=1, allow_nan=False)
+    return (text + "\n").encode()
 
 
 def read_result(path: Path) -> Result:
@@ -225,11 +232,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value`` with every number in it that is not finite as None, as JSON has no other word for them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

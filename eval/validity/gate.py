@@ -8,6 +8,7 @@ from pathlib import Path
 from eval.results.schema import Result, Table, read_result
 from eval.results.store import obtain
 from eval.subject import Subject
+from eval.team import Team
 from eval.validity import checks
 from eval.validity.settings import ValiditySettings
 
@@ -37,6 +38,7 @@ def check(
     asked: bool = False,
     rerun: bool = False,
     settings: ValiditySettings | None = None,
+    team: Team | None = None,
 ) -> Verdict:
     """The verdict on the subject's weights; ``folder``/validity.json holds it.
 
@@ -44,9 +46,12 @@ def check(
     ``asked`` for by name: then it must have been measured on this text too.
     """
     info = subject.info()
+    team = team or Team()
     path = folder / f"{checks.TASK}.json"
-    if not asked and not rerun and checks.stands(path, info):
-        return Verdict(read_result(path), False)
+    if not asked and not rerun:
+        standing = team.first(lambda: read_result(path) if checks.stands(path, info) else None)
+        if standing is not None:
+            return Verdict(standing, False)
     settings = settings or ValiditySettings()
     result, fresh = obtain(
         folder,
@@ -59,5 +64,6 @@ def check(
         gate="none",
         compute=lambda parts: checks.run(subject, settings, parts),
         rerun=rerun,
+        team=team,
     )
     return Verdict(result, fresh)

@@ -73,10 +73,18 @@ def quiet_libraries() -> None:
 class World:
     """The process group and the device of this process; every collective of the control plane goes through it."""
 
-    def __init__(self, rank: Rank, stall_seconds: float = 1800.0, stop: StopFlag | None = None) -> None:
+    def __init__(
+        self,
+        rank: Rank,
+        stall_seconds: float = 1800.0,
+        stop: StopFlag | None = None,
+        *,
+        meeting_seconds: float | None = None,
+    ) -> None:
         """Choose the device and threads and join the process group: NCCL on GPUs, gloo on CPUs.
 
-        From here on a watchdog ends this process when the run stands still for ``stall_seconds``.
+        From here on a watchdog ends this process when the run stands still for ``stall_seconds``. The others are waited
+        for as long to come, or ``meeting_seconds``.
 
         Threads: cores of this process's machine divided by the processes on it, unless OMP_NUM_THREADS says otherwise.
         PyTorch's default, all cores for every process, has them fight: two threads where one core was free took 2 to 5
@@ -119,7 +127,8 @@ class World:
             self.watchdog.start(None)
         else:
             hello = self.watchdog.record()
-            store = meet(rank.rank, rank.world_size, stall_seconds, self.timeout, hello, stop)
+            patience = stall_seconds if meeting_seconds is None else meeting_seconds
+            store = meet(rank.rank, rank.world_size, patience, self.timeout, hello, stop)
             self.watchdog.start(store)
         dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=self.timeout)
         # Counts, flags and small objects do not belong on the GPU: there they would wait for its queue.

@@ -24,12 +24,12 @@ def test_suites_write_results_and_are_not_run_again(causal: Path, shards: ShardS
     out = root / "out"
     command = ["lm", "generate", "--checkpoint", str(causal), "--out", str(out), "--max-new-tokens", "8"]
     assert cli.main(command) == 0
-    first = {p.name: p.read_bytes() for p in out.iterdir()}
+    first = {p.name: p.read_bytes() for p in out.glob("*.json*")}
     assert set(first) == {"validity.json", "lm.json", "generate.json"}
     assert "bits per byte" in capsys.readouterr().out
     assert cli.main(command) == 0
     assert "already there" in capsys.readouterr().out
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == first
+    assert {p.name: p.read_bytes() for p in out.glob("*.json*")} == first
     assert cli.main([*command, "--length", "32"]) == 0  # other settings, another key
     assert read_result(out / "lm.json").settings["length"] == 32
     assert read_result(out / "generate.json").key == json.loads(first["generate.json"])["key"]
@@ -49,7 +49,46 @@ def test_failed_gate_blocks_unless_forced(
         cli.main(command)
     assert cli.main(["validity", "--checkpoint", str(causal), "--out", str(out)]) == 1
     assert cli.main([*command, "--force"]) == 0
+    assert read_result(out / "lm.json").gate == "forced"
+    assert "lm: the validity gate FAILED" in capsys.readouterr().out
+    with pytest.raises(UserError, match="validity gate failed"):  # the forced result is there, and not handed out
+        cli.main(command)
+    assert cli.main([*command, "--force"]) == 0
+    said = capsys.readouterr().out
+    assert "lm: already there" in said
+    assert "lm: the validity gate FAILED" in said
+    (out / "validity.json").unlink()
+    with pytest.raises(UserError, match="validity gate failed"):  # nor is the verdict forgotten
+        cli.main(command)
+
+
+def test_a_suite_that_cannot_be_run_does_not_stop_the_others(
+    causal: Path, root: Path, labelled: tuple[Path, Path], capsys: Any
+) -> None:
+    out = root / "partly"
+    unseen = root / "no-such-label.jsonl"
+    unseen.write_text('{"text": "a", "label": "purple"}\n')
+    data = ["--train", str(labelled[0]), "--test", str(unseen)]
+    command = ["classify", "lm", "--checkpoint", str(causal), "--out", str(out), *data]
+    assert run_cli(cli.main, "nystrom eval", command) == 2
+    captured = capsys.readouterr()
+    assert "nystrom eval: error: 1 of 2 suites could not be run\nclassify: " in captured.err
+    assert "'purple'" in captured.err
+    assert "perplexity" in captured.out  # the table of those that were
     assert (out / "lm.json").exists()
+    assert not (out / "classify.json").exists()
+
+
+def test_one_reason_for_several_suites_is_given_once(
+    causal: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(self_attention, "causal_nystrom_attention", no_mask)
+    out = root / "all-blocked"
+    command = ["lm", "generate", "validity", "--checkpoint", str(causal), "--out", str(out)]
+    assert run_cli(cli.main, "nystrom eval", command) == 2
+    error = capsys.readouterr().err
+    assert "2 of 3 suites could not be run\nlm, generate: the validity gate failed" in error
+    assert sorted(path.name for path in out.glob("*.json")) == ["validity.json"]
 
 
 def test_rejections(causal: Path, masked: Path, root: Path, labelled: tuple[Path, Path], capsys: Any) -> None:

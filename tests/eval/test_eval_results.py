@@ -52,7 +52,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert raw["metrics"]["loss"] == {"value": 1.25, "higher_is_better": False}
     assert {"schema", "task", "key", "model", "settings", "data", "metrics", "tables", "series", "samples"} <= set(raw)
     names = sorted(p.name for p in (tmp_path / "deep").iterdir())
-    assert names == ["lm.json", "lm.samples.jsonl"]  # no temporary file is left
+    assert names == ["finished", "lm.json", "lm.samples.jsonl"]  # no temporary file is left
 
 
 def test_finished_key_is_not_run_again(tmp_path: Path) -> None:

@@ -1,0 +1,263 @@
+"""``nystrom eval compare``: two models on the same items, and whether they differ by more than chance."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from eval.results.records import read_records
+from eval.results.schema import Metric, Result, finite, read_result
+
+_Records = list[dict[str, Any]]
+GATE = "validity"
+SAME = 1e-4
+"""Relative difference up to which a metric computed from the records is the one that the result gives."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of ``a`` and ``b`` and ``b`` minus ``a``; interval and ``p`` where there are records to draw from.
+
+    ``better``: "a", "b", or "" where the interval has zero in it, neither is better, or there is no interval.
+    """
+
+    metric: str
+    a: float
+    b: float
+    difference: float
+    higher_is_better: bool | None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    n: int | None = None
+    std_a: float | None = None
+    std_b: float | None = None
+    better: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A suite of both; ``metrics`` is empty where ``refused`` says why they cannot be compared."""
+
+    suite: str
+    metrics: list[Difference] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    refused: str = ""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``nystrom eval compare``."""
+    parser = argparse.ArgumentParser(
+        prog="nystrom eval compare",
+        description="Compare the results of two models, suite by suite: each metric, the difference B - A, its 95% "
+        "interval by the paired bootstrap over the items (both models scored the same ones), and the p-value.",
+        epilog="example: nystrom eval compare runs/books-nystrom runs/books-softmax --out compare.json\n\n"
+        "Results on other data, with other settings or behind a forced validity gate are named, not compared.\n"
+        "Exit status: 0, or 1 if nothing could be compared.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="run folder, folder of results, or a result file")
+    parser.add_argument("b", type=Path, metavar="B", help="the same, of the other model")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the comparison as JSON too")
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SETTING",
+        help="settings that may differ, such as lr (when models of two sizes are fine-tuned each at its own rate)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print (and write) the comparison; returns 0, or 1 if nothing could be compared."""
+    args = build_parser().parse_args(argv)
+    first, second = results_at(args.a), results_at(args.b)
+    single = args.a.is_file() and args.b.is_file()
+    pairs = [(first[0], second[0])] if single else [(x, y) for x in first for y in second if x.stem == y.stem]
+    if not pairs:
+        raise UserError(
+            f"no suite is in both: {args.a} has {_names(first)}, {args.b} has {_names(second)}; evaluate both alike"
+        )
+    compared = [compare_files(x, y, args.ignore) for x, y in pairs if single or x.stem != GATE]
+    alone = sorted({path.stem for path in [*first, *second]} - {x.stem for x, _ in pairs}) if not single else []
+    _print(args.a, args.b, compared, alone)
+    if args.out:
+        _write(args.out, args.a, args.b, compared, alone)
+    return 0 if any(comparison.metrics for comparison in compared) else 1
+
+
+def results_at(path: Path) -> list[Path]:
+    """The result files of a run folder (its ``eval``), a folder of results, or the file itself."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: name a run folder, a folder of results, or a result file")
+    beside = path.parent / "eval" if path.name == "export" else path
+    folder = next((f for f in (path / "eval", beside) if f.is_dir()), path)
+    found = sorted(p for p in folder.glob("*.json") if not p.name.startswith("."))
+    if not found:
+        raise UserError(f"{folder} holds no results: run `nystrom eval` first")
+    return found
+
+
+def compare_files(a: Path, b: Path, ignore: Collection[str] = ()) -> Comparison:
+    """Compare two result files; what cannot be compared says why in ``refused``."""
+    name = a.stem if a.stem == b.stem else f"{a.stem} / {b.stem}"
+    try:
+        first, second = read_result(a), read_result(b)
+    except UserError as error:
+        return Comparison(name, refused=str(error))
+    why = obstacle(first, second, ignore)
+    if why:
+        return Comparison(name, refused=why)
+    notes = []
+    if first.model.weights_hash == second.model.weights_hash:
+        notes.append("both are of the same weights")
+    try:
+        records: tuple[_Records, _Records] = (read_records(a), read_records(b))
+    except UserError as error:
+        notes.append(f"no intervals: {error}")
+        records = ([], [])
+    missing = [metric for metric in first.metrics if metric not in second.metrics]
+    missing += [metric for metric in second.metrics if metric not in first.metrics]
+    if missing:
+        notes.append(f"only one of the two has: {', '.join(missing)}")
+    metrics = [_difference(m, first, second, records) for m in first.metrics if m in second.metrics]
+    return Comparison(name, metrics, notes)
+
+
+def obstacle(a: Result, b: Result, ignore: Collection[str] = ()) -> str:
+    """Why two results cannot be compared, "" if they can. Paths may differ where the content is the same."""
+    if a.task != b.task:
+        return f"other tasks: {a.task} and {b.task}"
+    if a.version != b.version:
+        return f"computed by versions {a.version} and {b.version} of the task: evaluate the older one again"
+    forced = [side for side, result in (("A", a), ("B", b)) if result.gate == "forced"]
+    if forced:
+        return f"the validity gate failed for {' and '.join(forced)} and was forced: the numbers are not what they say"
+    if a.data["hash"] != b.data["hash"]:
+        return f"other data: {_where(a)} and {_where(b)}"
+    differ = [
+        f"{key} {a.settings.get(key)!r} and {b.settings.get(key)!r}"
+        for key in sorted(set(a.settings) | set(b.settings))
+        if a.settings.get(key) != b.settings.get(key)
+        and key not in ignore
+        and not (key in a.settings and a.settings[key] == a.data.get(key) and b.settings.get(key) == b.data.get(key))
+    ]
+    return f"other settings: {'; '.join(differ)} (--ignore SETTING if that is meant)" if differ else ""
+
+
+def _difference(name: str, a: Result, b: Result, records: tuple[_Records, _Records]) -> Difference:
+    x, y = a.metrics[name], b.metrics[name]
+    plain = Difference(
+        name, x.value, y.value, y.value - x.value, x.higher_is_better, n=_common_n(x, y), std_a=x.std, std_b=y.std
+    )
+    estimator = a.estimators.get(name)
+    if estimator is None or estimator != b.estimators.get(name) or not all(records):
+        return plain
+    from eval.results.statistics import estimate, paired_bootstrap
+
+    try:
+        values = [estimate(side, estimator) for side in records]
+        interval = paired_bootstrap(*records, estimator)
+    except UserError as error:
+        return Difference(**{**asdict(plain), "note": str(error)})
+    notes = [
+        f"the records of {side} give {value:.6g}, its result says {metric.value:.6g}"
+        for side, value, metric in zip("AB", values, (x, y), strict=True)
+        if not math.isclose(value, metric.value, rel_tol=SAME, abs_tol=1e-9)
+    ]
+    sizes = [len({record.get("id", i) for i, record in enumerate(side)}) for side in records]
+    if max(sizes) > interval.n:
+        notes.append(f"interval over the {interval.n} items both have, of {sizes[0]} and {sizes[1]}")
+    better = ""
+    if x.higher_is_better is not None and (interval.low > 0 or interval.high < 0):
+        better = "b" if (interval.low > 0) == x.higher_is_better else "a"
+    known = math.isfinite(interval.low) and math.isfinite(interval.high)
+    return Difference(
+        **{
+            **asdict(plain),
+            "low": interval.low if known else None,
+            "high": interval.high if known else None,
+            "p": interval.p if known else None,
+            "n": interval.n,
+            "better": better,
+            "note": "; ".join(notes),
+        }
+    )
+
+
+def _common_n(a: Metric, b: Metric) -> int | None:
+    return a.n if a.n == b.n else None
+
+
+def _print(a: Path, b: Path, compared: list[Comparison], alone: list[str]) -> None:
+    from eval.console import aligned
+
+    print(f"A  {a}\nB  {b}\n")
+    rows = []
+    for comparison in compared:
+        for number, d in enumerate(comparison.metrics):
+            rows.append(
+                (
+                    comparison.suite if number == 0 else "",
+                    d.metric.replace("_", " "),
+                    _number(d.a) + (f" ± {d.std_a:.4f}" if d.std_a is not None else ""),
+                    _number(d.b) + (f" ± {d.std_b:.4f}" if d.std_b is not None else ""),
+                    f"{d.difference:+.4g}",
+                    "" if d.low is None or d.high is None else f"[{d.low:+.4g}, {d.high:+.4g}]",
+                    "" if d.p is None else f"{d.p:.4f}",
+                    "" if d.n is None else str(d.n),
+                    f"{d.better.upper()} is better" if d.better else "",
+                )
+            )
+    if rows:
+        print(aligned([("suite", "metric", "A", "B", "B - A", "95% interval", "p", "n", ""), *rows]))
+        print("\np-values are of each metric alone: among twenty of them, one below 0.05 is chance.")
+    for comparison in compared:
+        for note in dict.fromkeys(
+            [*comparison.notes, *(f"{d.metric}: {d.note}" for d in comparison.metrics if d.note)]
+        ):
+            print(f"{comparison.suite}: {note}")
+        if comparison.refused:
+            print(f"{comparison.suite}: not compared: {comparison.refused}")
+    if alone:
+        print(f"in one of the two only: {', '.join(alone)}")
+
+
+def _write(out: Path, a: Path, b: Path, compared: list[Comparison], alone: list[str]) -> None:
+    from data_pipeline.files import write_atomic
+
+    content = {
+        "a": str(a),
+        "b": str(b),
+        "suites": [asdict(comparison) for comparison in compared],
+        "only_in_one": alone,
+    }
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, (json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from None
+    print(f"written to {out}")
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.stem for path in paths)
+
+
+def _where(result: Result) -> str:
+    return str(result.data.get("path") or result.data.get("test") or f"hash {result.data['hash'][:12]}")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.5g}"

@@ -1,0 +1,128 @@
+"""Two models compared: what the files say, what the bootstrap says, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import run_cli
+from eval import cli
+from eval.results.schema import Estimator, Metric, ModelInfo, Outcome
+from eval.results.statistics import paired_bootstrap
+from eval.results.store import obtain
+
+N = 200
+
+
+def write(folder: Path, weights: str, accuracy: float, suite: str = "classify", **changes: Any) -> list[dict[str, Any]]:
+    """A result of ``N`` items of which about ``accuracy`` are right; those of two models are correlated."""
+    hard = np.random.default_rng(0).random(N)
+    own = np.random.default_rng(len(weights)).normal(0, 0.1, N)
+    records = [
+        {"id": f"i{i}", "correct": int(h + e < accuracy)} for i, (h, e) in enumerate(zip(hard, own, strict=True))
+    ]
+    value = sum(record["correct"] for record in records) / N
+    arguments: dict[str, Any] = {
+        "task": "classify", "version": 1, "settings": {"train": f"/{weights}/train.csv", "lr": 0.1},
+        "data": {"hash": "d", "train": f"/{weights}/train.csv", "test": "test.csv"}, "gate": "passed",
+    } | changes  # fmt: skip
+    outcome = Outcome(
+        {"accuracy": Metric(value, True, n=N), "cut": Metric(0.25 + 0.25 * accuracy, False, std=0.1, n=3)},
+        records=records,
+        estimators={"accuracy": Estimator("correct")},
+    )
+    obtain(folder, suite, model=ModelInfo(weights, weights), compute=lambda _: outcome, **arguments)
+    return records
+
+
+def compare(*words: object) -> int:
+    return run_cli(cli.main, "nystrom eval", ["compare", *map(str, words)])
+
+
+def test_metrics_with_records_get_an_interval_and_others_a_difference(tmp_path: Path, capsys: Any) -> None:
+    first = write(tmp_path / "a" / "eval", "a", 0.5)
+    second = write(tmp_path / "bb" / "eval", "bb", 0.8)
+    assert compare(tmp_path / "a", tmp_path / "bb" / "eval", "--out", tmp_path / "out.json") == 0
+    (suite,) = json.loads((tmp_path / "out.json").read_text())["suites"]
+    accuracy, cut = suite["metrics"]
+    expected = paired_bootstrap(first, second, Estimator("correct"))
+    assert accuracy["difference"] == pytest.approx(accuracy["b"] - accuracy["a"])
+    assert accuracy["difference"] == pytest.approx(expected.value)
+    assert [accuracy[key] for key in ("low", "high", "p", "n")] == [expected.low, expected.high, expected.p, N]
+    assert accuracy["low"] > 0
+    assert accuracy["better"] == "b"
+    assert (cut["difference"], cut["low"], cut["std_a"], cut["better"]) == (pytest.approx(0.075), None, 0.1, "")
+    out = capsys.readouterr().out
+    assert "B is better" in out
+    assert "± 0.1000" in out
+
+    assert compare(tmp_path / "bb", tmp_path / "a", "--out", tmp_path / "out.json") == 0
+    back = json.loads((tmp_path / "out.json").read_text())["suites"][0]["metrics"][0]
+    assert (back["difference"], back["better"]) == (-accuracy["difference"], "a")
+
+
+def test_no_difference_is_said_where_there_is_none(tmp_path: Path, capsys: Any) -> None:
+    write(tmp_path / "a", "a", 0.6)
+    write(tmp_path / "bb", "bb", 0.6)
+    assert compare(tmp_path / "a" / "classify.json", tmp_path / "bb" / "classify.json") == 0
+    assert "is better" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": {"hash": "e", "test": "other.csv"}}, "other data: test.csv and other.csv"),
+        ({"settings": {"train": "/bb/train.csv", "lr": 0.2}}, "other settings: lr 0.1 and 0.2 (--ignore SETTING"),
+        ({"gate": "forced"}, "the validity gate failed for B and was forced"),
+        ({"version": 2}, "computed by versions 1 and 2"),
+        ({"task": "lm"}, "other tasks: classify and lm"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(tmp_path: Path, capsys: Any, changes: dict[str, Any], words: str) -> None:
+    write(tmp_path / "a", "a", 0.5)
+    write(tmp_path / "bb", "bb", 0.8, **changes)
+    assert compare(tmp_path / "a", tmp_path / "bb") == 1
+    assert f"classify: not compared: {words}" in capsys.readouterr().out
+    if "settings" in changes:
+        assert compare(tmp_path / "a", tmp_path / "bb", "--ignore", "lr") == 0
+
+
+def test_damage_and_disagreement_are_said(tmp_path: Path, capsys: Any) -> None:
+    write(tmp_path / "a", "a", 0.5)
+    write(tmp_path / "bb", "bb", 0.8)
+    write(tmp_path / "bb", "bb", 0.8, suite="other")
+    raw = json.loads((tmp_path / "a" / "classify.json").read_text())
+    raw["metrics"]["accuracy"]["value"] = 0.9
+    (tmp_path / "a" / "classify.json").write_text(json.dumps(raw))
+    assert compare(tmp_path / "a", tmp_path / "bb") == 0
+    out = capsys.readouterr().out
+    assert "classify: accuracy: the records of A give " in out
+    assert "its result says 0.9" in out
+    assert "in one of the two only: other" in out
+    for path in (tmp_path / "a").rglob("*samples.jsonl"):
+        path.unlink()
+    assert compare(tmp_path / "a", tmp_path / "bb") == 0
+    assert "classify: no intervals: " in capsys.readouterr().out
+
+
+def test_rejections(tmp_path: Path, capsys: Any) -> None:
+    write(tmp_path / "a", "a", 0.5)
+    write(tmp_path / "bb", "bb", 0.5, suite="other")
+    (tmp_path / "empty").mkdir()
+    for words, message in [
+        ((tmp_path / "a", tmp_path / "none"), "none does not exist"),
+        ((tmp_path / "a", tmp_path / "empty"), "holds no results"),
+        ((tmp_path / "a", tmp_path / "bb"), "no suite is in both"),
+        ((tmp_path / "a", tmp_path / "a", "--out", tmp_path), "--out"),
+    ]:
+        assert compare(*words) == 2, message
+        assert message in capsys.readouterr().err
+    (tmp_path / "a" / "broken.json").write_text("{")
+    assert compare(tmp_path / "a", tmp_path / "a") == 0
+    out = capsys.readouterr().out
+    assert "both are of the same weights" in out
+    assert "broken: not compared" in out
