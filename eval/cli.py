@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,8 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite]) -> int:
     runner = Runner(subject, folder, force=args.force, rerun=args.rerun)
     results: list[tuple[str, Result, bool]] = []
     for suite in sorted(suites, key=lambda suite: suite.task.name != "validity"):
+        if args.device != "auto" and "device" in type(suite.settings).model_fields:
+            suite = replace(suite, settings=suite.settings.model_copy(update={"device": args.device}))
         name = f"{suite.name}-{args.name}" if args.name and suite.task.name != "validity" else suite.name
         result, fresh = runner.run(suite, name)
         if not fresh:
