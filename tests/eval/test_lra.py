@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,12 @@ def test_training_keeps_the_best_weights_and_reaches_every_parameter(monkeypatch
     down = np.linspace(3e-3, 3e-3 / 25e4, 10)
     assert [rate for rate, _ in rates] == pytest.approx([*up, *down[1:]])
     assert [beta for _, beta in rates[:3]] == pytest.approx([0.95, 0.9, 0.85])
+    # Ties in accuracy: the lower loss. With wrong labels it rises while the network learns.
+    wrong = Split(pairs(3, 5).columns, 1 - pairs(3, 5).labels)
+    few = train(network(2), replace(data, dev=wrong), recipe, CPU)
+    ties = [i for i in range(6) if few.dev_accuracy[i] == max(few.dev_accuracy)]
+    assert ties[-1] != min(ties, key=lambda i: few.dev_loss[i])
+    assert few.chosen_step == few.step[min(ties, key=lambda i: few.dev_loss[i])]
     again = train(network(2), data, recipe, CPU)
     assert again.predicted == done.predicted
     assert again.dev_loss == done.dev_loss
@@ -180,11 +187,12 @@ def test_published_rows_stand_beside_published_data_only() -> None:
     (small,) = load_suites(["listops-small"])
     assert not report.is_published_data(task.resolve(None, small.settings))
     settings = task.resolve(None, LRASettings())
-    trained = {"predicted": [0, 1], "step": [1], "chosen_step": 1, "dev_accuracy": [0.5], "train_loss": [1.0],
+    trained = {"predicted": [0, 1, 1, 7], "step": [1], "chosen_step": 1, "dev_accuracy": [0.5], "train_loss": [1.0],
                "parameters": 1, "tokens_per_second": 1.0}  # fmt: skip
-    split = Split(([np.array([10, 1, 14], np.uint8), np.array([10, 2, 14], np.uint8)],), np.array([0, 2]))
+    split = Split(([np.array([10, 1, i, 14], np.uint8) for i in range(4)],), np.array([0, 1, 1, 2]))
     data = Dataset("listops", split, split, split, 15, list(map(str, range(10))), "made here")
     rows = report.outcome(settings, data, {"nystrom": [trained]}).tables[0].rows
+    assert [row[:2] for row in rows[:2]] == [["nystrom", 0.75], ["majority class", 0.5]]
     assert {row[0]: row[1] for row in rows[2:]} == {
         "published: softmax": 0.3710, "published: Nyströmformer": 0.3715, "published: Linformer": 0.3725,
         "published: Reformer": 0.1905, "published: Performer": 0.1880,

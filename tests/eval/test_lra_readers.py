@@ -115,6 +115,9 @@ def test_npz(tmp_path: Path) -> None:
     data = load(of(dataset="image", path=str(path), dev_share=0.4))
     assert [len(split) for split in data.splits().values()] == [6, 4, 2]
     assert data.test.columns[0][1].tolist() == x[1].reshape(-1).tolist()
+    np.savez(path, x_train=np.repeat(x, 20, 0), y_train=np.repeat(y, 20))
+    pathfinder = load(of(dataset="pathfinder", path=str(path)))
+    assert [len(split) for split in pathfinder.splits().values()] == [160, 20, 20]  # LRA's shares
     np.savez(path, x_train=x.astype(np.float32), y_train=y)
     reject("x_train is float32 of shape", dataset="image", path=str(path))
     np.savez(path, x_train=x, y_train=y[:3])
