@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,6 +134,8 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
     results: list[tuple[str, Result, bool]] = []
     failures: dict[str, list[str]] = {}
     for suite in sorted(suites, key=lambda suite: suite.task.name != "validity"):
+        if args.device != "auto" and "device" in type(suite.settings).model_fields:
+            suite = replace(suite, settings=suite.settings.model_copy(update={"device": args.device}))
         name = f"{suite.name}-{args.name}" if args.name and suite.task.name != "validity" else suite.name
         try:
             result, fresh = runner.run(suite, name)

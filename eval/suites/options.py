@@ -21,7 +21,8 @@ def add_options(parser: argparse.ArgumentParser, tasks: Sequence[Task] = tuple(T
     seen: dict[str, argparse.Action] = {}
     for task in tasks:
         fields = task.settings_class().model_fields
-        fresh = {name: field for name, field in fields.items() if name not in seen}
+        # The command has --device itself.
+        fresh = {name: field for name, field in fields.items() if name not in seen and name != "device"}
         if not fresh:
             continue
         group = parser.add_argument_group(task.name, task.summary)

@@ -71,5 +71,12 @@ _ALL = [
         "eval.generation.settings:GenerateSettings",
         "what the model writes: samples, and their statistics beside those of real text",
     ),
+    Task(
+        "lra",
+        "eval.long_range.lra.task",
+        "eval.long_range.lra.settings:LRASettings",
+        "Long Range Arena: softmax and Nystrom attention trained from nothing on long sequences",
+        needs_checkpoint=False,
+    ),
 ]
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
