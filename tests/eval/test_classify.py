@@ -30,10 +30,11 @@ def test_classification_of_a_separable_set(
     subject = subject_of(request.getfixturevalue(kind), shards)
     before = weights_hash(unique_weights(subject.model))
     train, test = map(str, labelled)
-    data = classification.ClassifyData.read(train, test, "text", "label")
+
     settings = ClassifySettings(
         train=train, test=test, max_length=64, seeds=2, scratch_seeds=1, epochs=5, batch_size=8, lr=3e-3
     )
+    data = classification.ClassifyData.read(settings)
     outcome = classify(subject, settings)
     metrics = outcome.metrics
     majority = max(np.mean(data.numbers(data.test) == c) for c in (0, 1))
