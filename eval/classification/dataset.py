@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from eval.classification.files import FORMATS, SUFFIXES
-from eval.classification.labelled import Labelled, pinned, read_labelled
+from eval.classification.labelled import HUB, Labelled, pinned, read_labelled
 from eval.classification.settings import ClassifySettings
 
 
@@ -91,7 +91,10 @@ def sources(settings: ClassifySettings) -> ClassifySettings:
         raise UserError(
             "classify needs labelled text: --train FILE --test FILE (JSONL, CSV, TSV or Parquet), or --local-dir DIR"
         )
-    return settings.model_copy(update={part: pinned(getattr(settings, part)) for part in ("train", "test", "dev")})
+    named = {part: getattr(settings, part) for part in ("train", "test", "dev")}
+    if not named["train"].startswith(HUB) and (named["dev"] or "").startswith(HUB):
+        named["dev"] = None  # of the suite, whose training text a file has replaced
+    return settings.model_copy(update={part: pinned(source) for part, source in named.items()})
 
 
 def _find(folder: Path, part: str) -> str | None:
