@@ -51,8 +51,7 @@ def encode(tokenizer: Tokenizer, part: Labelled, numbers: np.ndarray, max_length
 def cut_pair(first: int, second: int, budget: int) -> tuple[int, int]:
     """Lengths left of two texts so that they fit ``budget`` tokens together, the longer one cut first.
 
-    The same as taking the last token of the longer one (of the second where they are equal) until they fit, which is
-    transformers' ``longest_first``.
+    The same as taking the last token of the longer one (of the second where they are equal) until they fit.
     """
     if first + second <= budget:
         return first, second
