@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,6 +123,28 @@ def read_hub(piece: Piece, reading: Reading) -> Iterator[Found]:
                 for record in table.select(tops).to_pylist():
                     row += 1
                     yield Found(reading.text_of(record), row)
+
+
+def read_rows(dataset: HubDataset, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The named columns of every row, in order: values as they are stored, numbers of a class label as its names and
+    -1, which stands for a label that is kept secret, as None.
+
+    Raises :class:`UserError` for a missing column and for whatever the datasets library stumbles over.
+    """
+    with _named(dataset):
+        stream = _load(dataset)
+        features = stream.features or stream.info.features or {}
+        for table in stream.with_format("arrow").iter(batch_size=_ROWS):
+            for column in columns:
+                if column not in table.column_names:
+                    have = ", ".join(table.column_names)
+                    raise UserError(f"dataset {dataset.name}: no column '{column}'; its columns are: {have}")
+            names = {c: features[c].names for c in columns if hasattr(features.get(c), "names")}
+            for row in table.select(list(dict.fromkeys(columns))).to_pylist():
+                for column, words in names.items():
+                    number = row[column]
+                    row[column] = None if number is None or number < 0 else words[number]
+                yield row
 
 
 def _needed(column: str, reading: Reading) -> bool:

@@ -1,13 +1,14 @@
-"""Labelled text from JSONL (also .gz), CSV, TSV or Parquet."""
+"""Labelled text, single or in pairs, from a file or from a dataset of the hub."""
 
 from __future__ import annotations
 
-import csv
-import gzip
+import functools
 import hashlib
 import json
+import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,138 +16,139 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
+from data_pipeline.sources.hub import HubDataset, read_rows, resolve_dataset
+from eval.classification.files import file_records
 
-FORMATS = ".jsonl, .jsonl.gz, .csv, .tsv or .parquet"
+HUB = "hub:"
+_ID = re.compile(r"(?P<name>[^/@:]+(/[^/@:]+)?)(@(?P<revision>[^/@:]+))?(/(?P<config>[^/@:]+))?")
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts and their labels as strings, in the order of the file; ``hash`` is of what was read, not of the file."""
+    """Texts and their labels as strings, in the order of the source; ``hash`` is of what was read, not of the file.
+
+    ``seconds``: the second text of each record, where the task is about pairs.
+    """
 
     texts: list[str]
     labels: list[str]
     path: str
     hash: str
+    seconds: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
+    def take(self, indices: np.ndarray) -> Labelled:
+        """Some of the records."""
+        seconds = None if self.seconds is None else [self.seconds[i] for i in indices]
+        return Labelled(
+            [self.texts[i] for i in indices], [self.labels[i] for i in indices], self.path, self.hash, seconds
+        )
 
-def read_labelled(path: str | Path, text_field: str = "text", label_field: str = "label") -> Labelled:
-    """Read every record; labels may be text, integers or booleans.
+    def item_ids(self) -> list[str]:
+        """SHA-256 (the first 32 hex digits) of each record's content; equal records are told apart by counting."""
+        seen: Counter[str] = Counter()
+        ids = []
+        for number, (text, label) in enumerate(zip(self.texts, self.labels, strict=True)):
+            second = None if self.seconds is None else self.seconds[number]
+            content = json.dumps([text, second, label])
+            ids.append(hashlib.sha256(f"{content}#{seen[content]}".encode()).hexdigest()[:32])
+            seen[content] += 1
+        return ids
 
-    Raises :class:`UserError` naming file and record for a missing file, unknown format, missing field or empty label.
+
+def read_labelled(
+    source: str | Path, text_field: str = "text", label_field: str = "label", text_b_field: str | None = None
+) -> Labelled:
+    """Read every record of a file, or of ``hub:OWNER/NAME[@REVISION][/CONFIG]:SPLIT`` (see :func:`hub_dataset`).
+
+    Labels may be text, integers or booleans, class labels of a dataset give their names. Raises :class:`UserError`
+    naming source and record for what is missing: the file, its format, a field, a label.
     """
-    path = Path(path)
+    fields = tuple(name for name in (text_field, text_b_field, label_field) if name)
+    if str(source).startswith(HUB):
+        return _hub_split(hub_dataset(str(source)), fields)
+    path = Path(source)
     if not path.is_file():
         raise UserError(f"labelled data {path} does not exist")
-    texts: list[str] = []
+    return _collect(str(path), file_records(path), fields)
+
+
+def hub_dataset(source: str) -> HubDataset:
+    """The dataset that ``hub:OWNER/NAME[@REVISION][/CONFIG]:SPLIT`` means, pinned to a commit.
+
+    ``hub:FOLDER[/CONFIG]:SPLIT`` is a folder laid out like a dataset, its path with ``/``, ``./``, ``../`` or ``~/`` in
+    front.
+    Raises :class:`UserError` for another form, a folder that is not there, or a hub out of reach.
+    """
+    name, _, split = source.removeprefix(HUB).rpartition(":")
+    if name.startswith(("/", "./", "../", "~/")):
+        folder, config = os.path.expanduser(name), None
+        if not os.path.isdir(folder):
+            folder, config = os.path.split(folder)
+        if not os.path.isdir(folder):
+            raise UserError(f"{source}: there is no folder {name}")
+        return resolve_dataset(folder, config, split, None)
+    parts = _ID.fullmatch(name)
+    if parts is None or not split:
+        raise UserError(f"{source}: write it as hub:OWNER/NAME:SPLIT or hub:OWNER/NAME/CONFIG:SPLIT")
+    if re.fullmatch(r"[0-9a-f]{40}", parts["revision"] or ""):  # pinned already, nothing to ask the hub
+        return HubDataset(parts["name"], parts["config"], split, parts["revision"])
+    try:
+        return resolve_dataset(parts["name"], parts["config"], split, parts["revision"])
+    except UserError as error:
+        hint = "without the hub, name files: --local-dir DIR, or --train FILE --test FILE"
+        raise UserError(f"{error}\n{hint}") from error
+
+
+def pinned(source: str | None) -> str | None:
+    """``source`` with the commit of a hub dataset in it, so that all who read it later read the same."""
+    if source is None or not source.startswith(HUB):
+        return source
+    dataset = hub_dataset(source)
+    if dataset.revision is None:
+        return source
+    config = f"/{dataset.config}" if dataset.config else ""
+    return f"{HUB}{dataset.dataset}@{dataset.revision}{config}:{dataset.split}"
+
+
+@functools.lru_cache(maxsize=4)  # read when the suite is keyed and when it is run; the dataset is pinned
+def _hub_split(dataset: HubDataset, fields: tuple[str, ...]) -> Labelled:
+    rows = ((f"row {number}", row) for number, row in enumerate(read_rows(dataset, fields), 1))
+    return _collect(f"dataset {dataset.name}", rows, fields)
+
+
+def _collect(source: str, records: Iterable[tuple[str, Mapping[str, Any]]], fields: tuple[str, ...]) -> Labelled:
+    *text_fields, label_field = fields
+    columns: list[list[str]] = [[] for _ in text_fields]
     labels: list[str] = []
     digest = hashlib.sha256()
-    for where, record in _records(path):
-        for name in (text_field, label_field):
-            if record.get(name) is None:
-                option = "--text-field" if name == text_field else "--label-field"
+    for where, record in records:
+        for place, name in enumerate(fields):
+            if name not in record:
                 have = ", ".join(map(str, record)) or "none"
-                raise UserError(f"{path}, {where}: no field '{name}'; fields there: {have}. Choose with {option}")
-        text, label = record[text_field], record[label_field]
-        if not isinstance(text, str):
-            raise UserError(f"{path}, {where}: field '{text_field}' is {type(text).__name__}, not text")
-        if not isinstance(label, str | int | np.generic) or label == "":
-            raise UserError(f"{path}, {where}: field '{label_field}' holds {label!r}, not a label (text or integer)")
-        texts.append(text)
+                option = "--label-field" if name == label_field else ("--text-field", "--text-b-field")[place]
+                raise UserError(f"{source}, {where}: no field '{name}'; fields there: {have}. Choose with {option}")
+        for column, name in zip(columns, text_fields, strict=True):
+            text = record[name]
+            if not isinstance(text, str):
+                raise UserError(f"{source}, {where}: field '{name}' is {type(text).__name__}, not text")
+            column.append(text)
+        label = record[label_field]
+        if label is None or label == "":
+            raise UserError(
+                f"{source}, {where}: field '{label_field}' is empty, every record needs a label (the test labels of "
+                "GLUE are not public: test on the validation split)"
+            )
+        if not isinstance(label, str | int | np.generic):
+            raise UserError(f"{source}, {where}: field '{label_field}' holds {label!r}, not a label (text or integer)")
         labels.append(str(label))
-        digest.update(json.dumps([text, str(label)]).encode())
-    if not texts:
-        raise UserError(f"labelled data {path} holds no record")
-    return Labelled(texts, labels, str(path), digest.hexdigest())
-
-
-def class_names(train: Labelled, test: Labelled) -> list[str]:
-    """The labels of ``train``, sorted; raises :class:`UserError` for fewer than two or a test label unseen there."""
-    names = sorted(set(train.labels), key=lambda name: (len(name), name) if name.isdigit() else (0, name))
-    if len(names) < 2:
-        raise UserError(f"{train.path} has one label only, '{names[0]}': nothing to classify")
-    if len(names) > max(1000, len(train) // 2):
+        digest.update(json.dumps([*(column[-1] for column in columns), str(label)]).encode())
+    if not labels:
+        raise UserError(f"labelled data {source} holds no record")
+    if set(labels) == {"-1"}:
         raise UserError(
-            f"{train.path} has {len(names)} labels on {len(train)} records: is --label-field the right one?"
+            f"{source}: every label is -1, which stands for labels that are not public: test on the validation split"
         )
-    unseen = Counter(label for label in test.labels if label not in set(names))
-    if unseen:
-        shown = ", ".join(f"'{label}' ({n}x)" for label, n in unseen.most_common(5))
-        raise UserError(f"{test.path} has labels that {train.path} lacks: {shown}; train has {', '.join(names[:10])}")
-    return names
-
-
-def carve(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split indices into (rest, held out) by class, ``share`` of each held out but never a class's last example.
-
-    Raises :class:`UserError` where nothing can be held out.
-    """
-    rng = np.random.default_rng(seed)
-    held: list[np.ndarray] = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        held.append(members[: min(max(round(share * len(members)), 1), len(members) - 1)])
-    out = np.sort(np.concatenate(held))
-    if not len(out):
-        raise UserError("every label has a single training record: none can be held out to choose the epoch on")
-    return np.setdiff1d(np.arange(len(labels)), out), out
-
-
-def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    name = path.name.lower()
-    try:
-        if name.endswith((".jsonl", ".jsonl.gz", ".json", ".ndjson")):
-            yield from _jsonl(path, gzip.open if name.endswith(".gz") else open)
-        elif name.endswith((".csv", ".tsv")):
-            yield from _csv(path, "\t" if name.endswith(".tsv") else ",")
-        elif name.endswith(".parquet"):
-            yield from _parquet(path)
-        else:
-            raise UserError(f"labelled data {path}: format not known by its name, must be {FORMATS}")
-    except UnicodeDecodeError as error:
-        raise UserError(f"labelled data {path} is not UTF-8 text: {error}") from None
-    except (OSError, EOFError) as error:
-        raise UserError(f"labelled data {path} cannot be read: {error}") from None
-
-
-def _jsonl(path: Path, opener: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error}); one object a line is expected") from None
-            if not isinstance(record, dict):
-                raise UserError(
-                    f"{path}, line {number}: {type(record).__name__} where an object with fields is expected"
-                )
-            yield f"line {number}", record
-
-
-def _csv(path: Path, delimiter: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    csv.field_size_limit(2**30)  # the default of 128 KiB is shorter than a chapter
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        try:
-            for number, record in enumerate(reader, 1):
-                yield f"record {number}", {str(k): v for k, v in record.items()}
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: not readable as CSV ({error})") from None
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        number = 0
-        for batch in pq.ParquetFile(path).iter_batches(1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"row {number}", record
-    except pa.ArrowInvalid as error:
-        raise UserError(f"labelled data {path} is not a Parquet file: {error}") from None
+    return Labelled(columns[0], labels, source, digest.hexdigest(), columns[1] if len(columns) > 1 else None)

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.errors import UserError
-from eval.classification.labelled import Labelled, carve, class_names, read_labelled
+from eval.classification.dataset import carve, class_names
+from eval.classification.labelled import Labelled, read_labelled
 
 TEXTS = ['a, "quoted"\nline', "b\tüber", "c" * 200_000]  # the last is longer than csv's own limit for a field
 LABELS = ["pos", "neg", "pos"]
