@@ -16,6 +16,7 @@ from eval.results.parts import Job, Parts
 from eval.results.schema import Estimator, Metric
 from eval.results.statistics import bootstrap
 from eval.subject import LOGIT_BUDGET, Subject, batches
+from pretrain.model.attention.layout import Layout
 
 LOG2E = 1 / math.log(2)
 # Tokens in one forward pass: the widest activations of a base model (4 x 768) are 200 MiB then.
@@ -42,15 +43,15 @@ def rows_of(length: int) -> int:
 
 @torch.inference_mode()
 def score(
-    subject: Subject, inputs: Tensor, chosen: Tensor, goal: Tensor
+    subject: Subject, inputs: Tensor, chosen: Tensor, goal: Tensor, layout: Layout | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """-log p in nats (T,) float64 of the tokens ``goal`` (T,), and whether each is the likeliest, at the positions
-    where ``chosen`` (B, N) bool is set, row by row, of ``inputs`` (B, N).
+    where ``chosen`` (B, N) bool is set, row by row, of ``inputs`` (B, N). ``layout`` tells padding (default: none).
 
     The head runs on those positions only, and on no more at a time than the budget of logits allows.
     """
     device = subject.device
-    hidden = subject.model(inputs.to(device), hidden=True).hidden[chosen.to(device)]
+    hidden = subject.model(inputs.to(device), layout=layout, hidden=True).hidden[chosen.to(device)]
     goal = goal.to(device)
     nats, hits = [], []
     for part in batches(len(goal), max(1, LOGIT_BUDGET // (subject.loaded.model_config.vocab_size or 1))):

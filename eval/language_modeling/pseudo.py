@@ -136,7 +136,9 @@ def _part(
         inputs[here] = mask_id
         where = np.zeros(inputs.shape, dtype=bool)
         where[here] = True
-        nats[part], hits[part] = score(subject, *map(torch.from_numpy, (inputs, where, goal)))
+        nats[part], hits[part] = score(
+            subject, torch.from_numpy(inputs), torch.from_numpy(where), torch.from_numpy(goal)
+        )
     out = []
     for number, (row, start, mine) in enumerate(zip(rows, starts.tolist(), places, strict=True)):
         if not len(mine):

@@ -7,6 +7,7 @@ atomically, so that a killed evaluation leaves either the old result or the new 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -99,4 +100,6 @@ def obtain(
         write_atomic(folder / f"{suite}{SAMPLES_SUFFIX}", lines.encode())
     write_result(path, result)
     shutil.rmtree(unfinished, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another suite's parts lie in it
+        unfinished.parent.rmdir()
     return result, True

@@ -83,5 +83,11 @@ _ALL = [
         "eval.generation.settings:GenerateSettings",
         "what the model writes: samples, and their statistics beside those of real text",
     ),
+    Task(
+        "harness",
+        "eval.harness.task",
+        "eval.harness.settings:HarnessSettings",
+        "tasks of EleutherAI's lm-eval on a causal model (extra 'harness')",
+    ),
 ]
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
