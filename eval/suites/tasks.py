@@ -57,7 +57,19 @@ _ALL = [
         "lm",
         "eval.language_modeling.task",
         "eval.language_modeling.settings:LMSettings",
-        "held-out loss: perplexity, bits per byte, by position and by context; masked accuracy",
+        "held-out loss: perplexity, bits per byte, by position; masked accuracy",
+    ),
+    Task(
+        "context",
+        "eval.language_modeling.context",
+        "eval.language_modeling.settings:ContextSettings",
+        "does more context help? the same held-out tokens under contexts of different lengths",
+    ),
+    Task(
+        "pppl",
+        "eval.language_modeling.pseudo",
+        "eval.language_modeling.settings:PseudoSettings",
+        "pseudo-perplexity of a masked model: held-out tokens masked one at a time",
     ),
     Task(
         "classify",
@@ -77,6 +89,12 @@ _ALL = [
         "eval.long_range.lra.settings:LRASettings",
         "Long Range Arena: softmax and Nystrom attention trained from nothing on long sequences",
         needs_checkpoint=False,
+    ),
+    Task(
+        "harness",
+        "eval.harness.task",
+        "eval.harness.settings:HarnessSettings",
+        "tasks of EleutherAI's lm-eval on a causal model (extra 'harness')",
     ),
 ]
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

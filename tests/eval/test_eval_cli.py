@@ -25,7 +25,7 @@ def test_suites_write_results_and_are_not_run_again(causal: Path, shards: ShardS
     command = ["lm", "generate", "--checkpoint", str(causal), "--out", str(out), "--max-new-tokens", "8"]
     assert cli.main(command) == 0
     first = {p.name: p.read_bytes() for p in out.glob("*.json*")}
-    assert set(first) == {"validity.json", "lm.json", "generate.json"}
+    assert set(first) == {"validity.json", "lm.json", "lm.samples.jsonl", "generate.json"}
     assert "bits per byte" in capsys.readouterr().out
     assert cli.main(command) == 0
     assert "already there" in capsys.readouterr().out

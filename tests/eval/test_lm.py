@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,30 @@ from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject
 from pretrain.model import build_model
+
+
+def naive_text(shards: ShardSet, places: list[int]) -> tuple[int, int]:
+    """Bytes and words that begin with the tokens at these places, by decoding each document up to each token."""
+    tokenizer, chosen, place = shards.tokenizer(), set(places), 0
+    size = words = 0
+    for ids in shards.documents():
+        text = tokenizer.decode(ids.tolist())
+        # U+FFFD stands at the end of a prefix that cuts a character, which counts with its first token.
+        ends = [len(tokenizer.decode(ids[:n].tolist()).rstrip("\ufffd")) for n in range(len(ids))] + [len(text)]
+        for number in range(len(ids)):
+            if place + number in chosen:
+                begin, end = ends[number], ends[number + 1]
+                size += len(text[begin:end].encode())
+                for at in range(begin, end):
+                    words += not text[at].isspace() and (at == 0 or text[at - 1].isspace())
+        place += len(ids) + 1
+    return size, words
+
+
+def in_float64(subject: Subject) -> Any:
+    model = build_model(subject.loaded.model_config).double()
+    model.load_state_dict(subject.model.state_dict())
+    return model.eval()
 
 
 def lm(subject: Subject, settings: LMSettings) -> Outcome:
@@ -40,9 +65,7 @@ def test_causal_numbers_equal_a_naive_float64_computation(
         count, whole = max_tokens // length, (len(stream) - 1) // length
         starts = [i * whole // count * length for i in range(count)]
         assert starts[-1] > len(stream) // 2  # spread over the stream, not its beginning
-    model = build_model(subject.loaded.model_config).double()
-    model.load_state_dict(subject.model.state_dict())
-    model.eval()
+    model = in_float64(subject)
     nats, targets, by_position = 0.0, [], []
     for start in starts:
         window = stream[start : start + length + 1]
@@ -58,14 +81,7 @@ def test_causal_numbers_equal_a_naive_float64_computation(
     assert metrics["loss"] == pytest.approx(nats / n, rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(math.exp(nats / n), rel=1e-4)
 
-    tokenizer = shards.tokenizer()
-    pieces: list[list[int]] = [[]]
-    for (place, token), (after, _) in zip(targets, [*targets[1:], (None, 0)], strict=True):
-        pieces[-1].append(token)
-        if token == shards.eos_id or after != place + 1:
-            pieces.append([])
-    decoded = [tokenizer.decode(piece) for piece in pieces]
-    size, words = sum(len(t.encode()) for t in decoded), sum(len(t.split()) for t in decoded)
+    size, words = naive_text(shards, [place for place, _ in targets])
     assert metrics["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
     assert metrics["byte_perplexity"] == pytest.approx(math.exp(nats / size), rel=1e-5)
     assert math.log(metrics["word_perplexity"]) == pytest.approx(nats / words, rel=1e-5)
@@ -91,9 +107,7 @@ def test_masked_numbers_equal_a_naive_float64_computation(masked: Path, shards: 
 
     subject = subject_of(masked, shards)
     outcome = lm(subject, LMSettings(length=64, seed=3))
-    model = build_model(subject.loaded.model_config).double()
-    model.load_state_dict(subject.model.state_dict())
-    model.eval()
+    model = in_float64(subject)
     nats, right, n = 0.0, 0, 0
     for batch in validation_batches(
         shards, objective="mlm", seq_len=64, rows=1, max_tokens=10**9, seed=3, masking=Masking()

@@ -1,0 +1,18 @@
+"""Settings of the tasks of EleutherAI's evaluation harness."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from eval.suites.settings import Settings
+
+
+class HarnessSettings(Settings):
+    """Which tasks, and how they are put to the model."""
+
+    tasks: tuple[str, ...] = Field((), description="tasks, groups or tags of lm-eval, or of include_path")
+    include_path: tuple[str, ...] = Field((), description="folders with task files (YAML) of your own")
+    num_fewshot: int | None = Field(None, ge=0, description="solved examples in each prompt; left out: the task's own")
+    limit: int | None = Field(None, ge=1, description="documents of each task; left out: all")
+    length: int | None = Field(None, ge=2, description="window in tokens; left out: the longest length of the run")
+    seed: int = Field(0, description="of random choices")

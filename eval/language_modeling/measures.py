@@ -1,0 +1,106 @@
+"""What losses are turned into, and how tokens are scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.results.parts import Job, Parts
+from eval.results.schema import Estimator, Metric
+from eval.results.statistics import bootstrap
+from eval.subject import LOGIT_BUDGET, Subject, batches
+from pretrain.model.attention.layout import Layout
+
+LOG2E = 1 / math.log(2)
+# Tokens in one forward pass: the widest activations of a base model (4 x 768) are 200 MiB then.
+FORWARD_TOKENS = 2**14
+# Tokens that a part runs through the model: 10 to 20 s on a processor's core for a model of 5M parameters.
+PART_TOKENS = 2**17
+
+
+def perplexity(nats: float) -> float:
+    """exp(nats), infinite where that overflows."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def unigram_entropy(counts: NDArray[np.int64]) -> float:
+    """Entropy in nats of the empirical distribution of ``counts``: the loss of the best model without context."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def rows_of(length: int) -> int:
+    """Rows of ``length`` tokens in one forward pass."""
+    return max(1, FORWARD_TOKENS // length)
+
+
+@torch.inference_mode()
+def score(
+    subject: Subject, inputs: Tensor, chosen: Tensor, goal: Tensor, layout: Layout | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """-log p in nats (T,) float64 of the tokens ``goal`` (T,), and whether each is the likeliest, at the positions
+    where ``chosen`` (B, N) bool is set, row by row, of ``inputs`` (B, N). ``layout`` tells padding (default: none).
+
+    The head runs on those positions only, and on no more at a time than the budget of logits allows.
+    """
+    device = subject.device
+    hidden = subject.model(inputs.to(device), layout=layout, hidden=True).hidden[chosen.to(device)]
+    goal = goal.to(device)
+    nats, hits = [], []
+    for part in batches(len(goal), max(1, LOGIT_BUDGET // (subject.loaded.model_config.vocab_size or 1))):
+        logits = subject.model.head(hidden[part]).float()
+        nats.append(torch.nn.functional.cross_entropy(logits, goal[part], reduction="none").double().cpu().numpy())
+        hits.append((logits.argmax(-1) == goal[part]).cpu().numpy())
+    if not nats:
+        return np.zeros(0), np.zeros(0, dtype=bool)
+    return np.concatenate(nats), np.concatenate(hits)
+
+
+def interval(records: Sequence[dict[str, Any]], estimator: Estimator, better: bool | None, n: int) -> Metric:
+    """The estimator's metric with its 95% interval over the records; ``n`` tokens, bytes or words were counted."""
+    found = bootstrap(records, estimator)
+    return Metric(found.value, better, n=n, low=found.low, high=found.high)
+
+
+def metrics_of(
+    records: Sequence[dict[str, Any]], estimators: dict[str, Estimator], better: bool | None = False
+) -> dict[str, Metric]:
+    """A metric for each estimator, counted in its denominator."""
+    return {
+        name: interval(records, item, better, int(sum(record[item.denominator or "tokens"] for record in records)))
+        for name, item in estimators.items()
+    }
+
+
+def unique(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records; an ``id`` that came before gets the number of its occurrence, in place."""
+    seen: dict[str, int] = {}
+    for record in records:
+        seen[record["id"]] = count = seen.get(record["id"], 0) + 1
+        if count > 1:
+            record["id"] += f"#{count}"
+    return records
+
+
+def run_parts(parts: Parts, jobs: Sequence[Job], title: str) -> list[Any]:
+    """The values of the jobs, with a bar that moves as they are computed."""
+    with tqdm(total=len(jobs), desc=title, unit="part", disable=None) as bar:
+
+        def seen(job: Job) -> Job:
+            name, work = job
+
+            def value() -> Any:
+                found = work()
+                bar.update()
+                return found
+
+            return name, value
+
+        return parts.map([seen(job) for job in jobs])
