@@ -13,7 +13,9 @@ class GenerateSettings(Settings):
     """Prompts, ways of decoding, and what the texts are measured with."""
 
     prompt: tuple[str, ...] = Field((), description="own prompts; left out: held-out text")
-    prompts: str | None = Field(None, description="file of prompts: .txt, one a line, or .jsonl; left out: held-out text")
+    prompts: str | None = Field(
+        None, description="file of prompts: .txt, one a line, or .jsonl; left out: held-out text"
+    )
     prompt_field: str = Field("prompt", description="field of the prompts in a .jsonl file")
     num_samples: int = Field(16, ge=1, description="samples from held-out text")
     prompt_tokens: int = Field(32, ge=1, description="tokens of held-out text before a continuation")
@@ -32,8 +34,8 @@ class GenerateSettings(Settings):
     )
     features: str | None = Field(
         None,
-        description="checkpoint whose hidden states stand for the texts in MAUVE and coherence; left out: the reference, "
-        "else the model itself",
+        description="checkpoint whose hidden states stand for the texts in MAUVE and coherence; left out: the "
+        "reference, else the model itself",
     )
     copies: str | None = Field(
         None, description="shards of the training text, searched for copied passages; left out: not searched"
