@@ -77,7 +77,7 @@ def generate(
     rows = cast("Sequence[Sequence[int]]", [prompts] if single else prompts)
     stops = list(stop_id) if isinstance(stop_id, Sequence) else [] if stop_id is None else [stop_id]
     seeds = list(seed) if isinstance(seed, Sequence) else [seed + i for i in range(len(rows))]
-    _check(model, rows, stops, seeds, max_new_tokens)
+    check_request(model, rows, stops, seeds, max_new_tokens)
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p)
 
     vocabulary = model.head.decoder.out_features
@@ -86,8 +86,8 @@ def generate(
     counts = torch.zeros(len(rows), dtype=torch.int64)
     seen = _occurring(rows, vocabulary) if repetition_penalty != 1 else None
     active = torch.arange(len(rows))  # rows that have not ended
-    text = _Text(model, rows, max_new_tokens)
-    with _evaluation_mode(model):
+    text = Texts(model, rows, max_new_tokens)
+    with evaluation_mode(model):
         for step in range(max_new_tokens):
             logits = text.logits()
             tokens = sampling.choose(logits, noise[active, step], None if seen is None else seen[active])
@@ -104,8 +104,8 @@ def generate(
     return new[0] if single else new
 
 
-class _Text:
-    """The texts of the rows that have not ended, and the model's view of them."""
+class Texts:
+    """The texts of the rows that are being written, and the model's view of them."""
 
     def __init__(self, model: NystromformerLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         self.model = model
@@ -120,8 +120,8 @@ class _Text:
         self.last: Tensor | None = None
 
     def append(self, tokens: Tensor, rows: Tensor) -> None:
-        """Go on with these rows only, (R,) int64, and one more token for each."""
-        if len(rows) < len(self.lengths):
+        """Go on with these rows, (R,) int64, in this order and possibly several times, and one more token for each."""
+        if not torch.equal(rows, torch.arange(len(self.lengths))):
             self.tokens, self.lengths = self.tokens[rows], self.lengths[rows]
             if self.cache is not None:
                 self.cache.keep(rows.tolist())
@@ -145,13 +145,14 @@ class _Text:
         return logits
 
 
-def _check(
+def check_request(
     model: NystromformerLM,
     prompts: Sequence[Sequence[int]],
     stops: Iterable[int],
     seeds: Sequence[int],
     max_new_tokens: int,
 ) -> None:
+    """Raise :class:`UserError` for what cannot be continued; see :func:`generate`."""
     vocabulary = model.config.vocab_size or 0
     if model.config.objective != "clm":
         raise UserError("only a causal model (objective: clm) can generate; this one is masked (objective: mlm)")
@@ -185,7 +186,8 @@ def _occurring(prompts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
 
 
 @contextmanager
-def _evaluation_mode(model: NystromformerLM) -> Iterator[None]:
+def evaluation_mode(model: NystromformerLM) -> Iterator[None]:
+    """Without dropout inside, as it was outside."""
     training = model.training
     model.eval()
     try:

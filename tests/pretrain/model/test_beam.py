@@ -1,0 +1,92 @@
+"""Beam search beside exhaustive search, a search without a cache, and greedy decoding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from data_pipeline.errors import UserError
+from pretrain.model import ModelConfig, build_model
+from pretrain.model.beam import beam_search
+from pretrain.model.generation import generate
+from pretrain.model.transformer import NystromformerLM
+
+STOP = 0
+
+
+def decoder(vocab_size: int = 5, **changes: object) -> NystromformerLM:
+    torch.manual_seed(0)
+    values: dict[str, object] = {
+        "objective": "clm", "vocab_size": vocab_size, "hidden_size": 16, "num_layers": 2, "num_heads": 2,
+        "segment_length": 4, "conv_kernel": 5, "init_std": 0.5,
+    }  # fmt: skip
+    return build_model(ModelConfig.model_validate(values | changes)).double().eval()
+
+
+def log_p(model: NystromformerLM, prompt: Sequence[int], continuation: Sequence[int]) -> float:
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *continuation]])).logits[0, len(prompt) - 1 : -1]
+    return float(logits.log_softmax(-1).gather(-1, torch.tensor(continuation)[:, None]).sum())
+
+
+@pytest.mark.parametrize("stops", [None, STOP])
+def test_a_search_wide_enough_finds_the_likeliest_of_all_continuations(stops: int | None) -> None:
+    model, length = decoder(), 3
+    prompts = [[1, 2, 3], [4], [2, 2, 0, 1, 3, 4, 1]]
+    texts, scores = beam_search(model, prompts, beams=5**length, max_new_tokens=length, stop_id=stops)
+    for prompt, text, score in zip(prompts, texts, scores, strict=True):
+        tokens = range(5) if stops is None else range(1, 5)
+        every = {c: log_p(model, prompt, c) for c in itertools.product(tokens, repeat=length)}
+        if stops is not None:
+            for n in range(length):
+                every |= {c: log_p(model, prompt, [*c, STOP]) for c in itertools.product(tokens, repeat=n)}
+        best = max(every, key=lambda c: every[c])
+        assert tuple(text) == best
+        assert score == pytest.approx(every[best], abs=1e-9)
+
+
+def plain_search(
+    model: NystromformerLM, prompt: list[int], beams: int, steps: int, stop: int | None
+) -> tuple[list[int], float]:
+    """The search with a full forward pass over every beginning."""
+    alive: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    ended: list[tuple[tuple[int, ...], float]] = [((), -float("inf"))]
+    for _ in range(steps):
+        longer = []
+        for text, score in alive:
+            with torch.no_grad():
+                log_p = model(torch.tensor([[*prompt, *text]])).logits[0, -1].log_softmax(-1).tolist()
+            if stop is not None:
+                ended.append((text, score + log_p[stop]))
+            longer += [((*text, token), score + log_p[token]) for token in range(len(log_p)) if token != stop]
+        alive = sorted(longer, key=lambda pair: -pair[1])[:beams]
+    text, score = max([*ended, alive[0]], key=lambda pair: pair[1])
+    return list(text), score
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "softmax"}, {"positions": "learned", "max_positions": 12}])
+def test_beams_over_the_cache_equal_a_search_without_one(changes: dict[str, object]) -> None:
+    model = decoder(23, **changes)
+    prompts = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10]]
+    steps = 6 if "max_positions" in changes else 14
+    for stop in (None, STOP, 5):
+        texts, scores = beam_search(model, prompts, beams=3, max_new_tokens=steps, stop_id=stop)
+        for prompt, text, score in zip(prompts, texts, scores, strict=True):
+            wanted, wanted_score = plain_search(model, prompt, 3, steps, stop)
+            assert text == wanted
+            assert score == pytest.approx(wanted_score, abs=1e-8)
+
+
+def test_one_beam_is_greedy_and_mistakes_are_named() -> None:
+    model = decoder(23)
+    prompts = [[1, 2, 3], [4]]
+    texts, _ = beam_search(model, prompts, beams=1, max_new_tokens=12)
+    assert texts == generate(model, prompts, max_new_tokens=12, temperature=0)
+    assert beam_search(model, prompts, beams=2, max_new_tokens=0) == ([[], []], [0.0, 0.0])
+    with pytest.raises(UserError, match="at least 1 beam, got 0"):
+        beam_search(model, prompts, beams=0, max_new_tokens=1)
+    with pytest.raises(UserError, match="token 23 is outside"):
+        beam_search(model, [[23]], beams=2, max_new_tokens=1)
