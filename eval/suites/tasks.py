@@ -71,5 +71,11 @@ _ALL = [
         "eval.generation.settings:GenerateSettings",
         "what the model writes: samples, and their statistics beside those of real text",
     ),
+    Task(
+        "approximation",
+        "eval.approximation.task",
+        "eval.approximation.settings:ApproximationSettings",
+        "landmarks against exact attention on the same weights: error by layer and head, loss with either",
+    ),
 ]
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
