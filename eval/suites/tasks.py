@@ -96,5 +96,17 @@ _ALL = [
         "eval.harness.settings:HarnessSettings",
         "tasks of EleutherAI's lm-eval on a causal model (extra 'harness')",
     ),
+    Task(
+        "approximation",
+        "eval.approximation.task",
+        "eval.approximation.settings:ApproximationSettings",
+        "landmarks against exact attention on the same weights: error by layer and head, loss with either",
+    ),
+    Task(
+        "efficiency",
+        "eval.efficiency.task",
+        "eval.efficiency.settings:EfficiencySettings",
+        "tokens per second and memory by length, beside exact attention in the same model",
+    ),
 ]
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -100,7 +100,7 @@ def _trace(
         model.run_layer = layer_runner(checkpointing, compiled=False)
         input_ids = torch.zeros(layout.batch, layout.length, dtype=torch.int64)
         labels = torch.zeros_like(input_ids)
-    with fake, assume_device("cuda" if on_gpu else "cpu"), _Expected(targets, on_gpu), _Live() as live:
+    with fake, assume_device("cuda" if on_gpu else "cpu"), _Expected(targets, on_gpu), LiveBytes() as live:
         live.ignore([input_ids, labels, *model.parameters()])
         after_layers = _watch(model, live, gradients)
         loss_sum = model(input_ids, labels=labels, layout=layout).loss_sum
@@ -120,7 +120,7 @@ def _trace(
     )
 
 
-def _watch(model: NystromformerLM, live: _Live, gradients: list[Gradient]) -> list[Counter[str]]:
+def _watch(model: NystromformerLM, live: LiveBytes, gradients: list[Gradient]) -> list[Counter[str]]:
     """Tell ``live`` which part of the model is running, and note each finished gradient and let go of it.
 
     Returns a list that gets, for each layer in the forward pass, what is kept by part after it.
@@ -158,16 +158,16 @@ def _part(module: nn.Module) -> str | None:
     return kinds.get(type(module))
 
 
-def _enter(live: _Live, part: str, *_: Any) -> None:
+def _enter(live: LiveBytes, part: str, *_: Any) -> None:
     live.outer.append(live.part)
     live.part = part
 
 
-def _leave(live: _Live, *_: Any) -> None:
+def _leave(live: LiveBytes, *_: Any) -> None:
     live.part = live.outer.pop()
 
 
-class _Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Bytes of all storages that live, and the most that did since they were last asked for."""
 
     def __init__(self) -> None:

@@ -191,28 +191,45 @@ class SelfAttention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, offset: Tensor | None, rectangle: Rectangle
     ) -> Tensor:
-        config = self.config
-        causal = config.objective == "clm"
-        window = Window(config.segment_length, config.window_segments)
-        if config.attention == "softmax":
-            out = softmax_attention(q, k, v, rectangle, causal=causal)
-        elif config.attention == "window":
-            out = causal_window_attention(q, k, v, window) if causal else window_attention(q, k, v, rectangle, window)
-        elif causal:
-            weighted = config.landmark_keys == "weighted"
-            out = causal_nystrom_attention(q, k, v, window=window, offset=offset, gamma=gamma, weighted=weighted)
-        elif config.landmark_inverse:
-            out = nystrom_attention(
-                q,
-                k,
-                v,
-                rectangle,
-                num_landmarks=config.num_landmarks,
-                iterations=config.inverse_iterations,
-                init=config.inverse_init,
-            )
-        else:
-            out = pooled_attention(q, k, v, rectangle, num_landmarks=config.num_landmarks)
+        out = attention(self.config, q, k, v, rectangle, gamma=gamma, offset=offset)
         if self.conv_weight is not None:
+            causal = self.config.objective == "clm"
             out = out + skip_convolution(v, self.conv_weight, causal=causal, mask=rectangle.mask)
         return out
+
+
+def attention(
+    config: ModelConfig,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rectangle: Rectangle,
+    *,
+    gamma: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Attention alone, without the skip convolution, by ``config.attention`` and ``config.objective``.
+
+    q, k, v: (R, H, L, d), positions applied; returns the same. gamma and offset: of the causal Nystrom form, see
+    :func:`causal_nystrom_attention`.
+    """
+    causal = config.objective == "clm"
+    window = Window(config.segment_length, config.window_segments)
+    if config.attention == "softmax":
+        return softmax_attention(q, k, v, rectangle, causal=causal)
+    if config.attention == "window":
+        return causal_window_attention(q, k, v, window) if causal else window_attention(q, k, v, rectangle, window)
+    if causal:
+        weighted = config.landmark_keys == "weighted"
+        return causal_nystrom_attention(q, k, v, window=window, offset=offset, gamma=gamma, weighted=weighted)
+    if config.landmark_inverse:
+        return nystrom_attention(
+            q,
+            k,
+            v,
+            rectangle,
+            num_landmarks=config.num_landmarks,
+            iterations=config.inverse_iterations,
+            init=config.inverse_init,
+        )
+    return pooled_attention(q, k, v, rectangle, num_landmarks=config.num_landmarks)
