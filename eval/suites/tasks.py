@@ -108,5 +108,23 @@ _ALL = [
         "eval.efficiency.settings:EfficiencySettings",
         "tokens per second and memory by length, beside exact attention in the same model",
     ),
+    Task(
+        "needle",
+        "eval.long_range.recall.task",
+        "eval.long_range.recall.settings:NeedleSettings",
+        "a word or passkey in a long row, by depth and length, as the model is and trained on it",
+    ),
+    Task(
+        "mqar",
+        "eval.long_range.recall.task",
+        "eval.long_range.recall.settings:MQARSettings",
+        "multi-query associative recall: key-value pairs, asked for later, by number and length",
+    ),
+    Task(
+        "induction",
+        "eval.long_range.recall.task",
+        "eval.long_range.recall.settings:InductionSettings",
+        "a passage that comes again, random or real text: what its first occurrence is worth, by distance",
+    ),
 ]
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -1,0 +1,142 @@
+"""Recall from far back: a needle or passkey in a haystack, key-value pairs, a passage that comes again.
+
+Two looks at a checkpoint. *As it is*: rows in its own vocabulary, scored by likelihood, so that small models show
+something too: the right answer against others, and the gain in nats over the same row without what is asked for.
+*Trained* (``train_steps``): the network after some steps on the task, as in the synthetic benchmarks; what its
+architecture can do, more than what pretraining made of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, TypeVar
+
+from data_pipeline.errors import UserError
+from eval.classification.finetune import fast_precision
+from eval.long_range.recall.forms import forms, window_tokens
+from eval.long_range.recall.induction import Induction
+from eval.long_range.recall.mqar import MQAR
+from eval.long_range.recall.needle import Needle
+from eval.long_range.recall.outcome import View, outcome
+from eval.long_range.recall.questions import Kind
+from eval.long_range.recall.settings import InductionSettings, MQARSettings, NeedleSettings, RecallSettings
+from eval.long_range.recall.study import study
+from eval.long_range.recall.train import default_lr
+from eval.long_range.recall.vocabulary import Text, symbols
+from eval.results.parts import Parts
+from eval.results.schema import Outcome
+from eval.subject import Subject
+
+VERSION = 1
+AnyRecall = TypeVar("AnyRecall", bound=RecallSettings)
+
+
+def resolve(subject: Subject, settings: AnyRecall) -> AnyRecall:
+    """Lengths, learning rate and precision filled in from the model; raises for rows that it cannot read."""
+    config, whole = subject.loaded.model_config, subject.trained_length
+    found: dict[str, Any] = {
+        "precision": fast_precision(subject.device) if settings.precision == "auto" else settings.precision,
+        "train_lr": settings.train_lr or default_lr(config.hidden_size),
+    }
+    if isinstance(settings, InductionSettings):
+        distances = settings.distances or _doubling(settings.passage, whole - settings.passage)
+        longest = subject.check_length(max(distances) + settings.passage, "--distances and --passage together,")
+        found["distances"] = tuple(sorted(distances))
+        lengths: tuple[int, ...] = (longest,)
+    else:
+        assert isinstance(settings, NeedleSettings | MQARSettings)
+        lengths = settings.lengths or tuple(sorted({max(whole // 4, 2), max(whole // 2, 2), whole}))
+        found["lengths"] = tuple(sorted(subject.check_length(length, "--lengths") for length in lengths))
+    found["train_length"] = settings.train_length or max(lengths)
+    # Only the forms that are there and differ: the same study has the same key however it is asked for.
+    found["attention"] = tuple(forms(config, settings.attention))
+    resolved = settings.model_copy(update=found)
+    if settings.train_steps and found["train_length"] < min(lengths):
+        raise UserError(f"--train-length {found['train_length']}: the shortest rows have {min(lengths)} tokens")
+    return resolved
+
+
+def data(subject: Subject, settings: RecallSettings) -> dict[str, Any]:
+    """The held-out text where rows are made of it; else they follow from the settings and the tokenizer alone."""
+    found: dict[str, Any] = {"tokenizer": subject.loaded.tokenizer.hash}
+    if _reads_text(settings):
+        shards = subject.held_out()
+        found |= {"path": str(shards.path), "tokens": shards.num_tokens, "shards": shards.fingerprint}
+    key = found["tokenizer"] + found.get("shards", "")
+    return found | {"hash": hashlib.sha256(key.encode()).hexdigest()}
+
+
+def run(subject: Subject, settings: RecallSettings, parts: Parts) -> Outcome:
+    """Score, train, present; raises :class:`UserError` for settings that the vocabulary or the text does not allow."""
+    kind = make_kind(subject, settings)
+    window = window_tokens(subject.loaded.model_config)
+    found = study(subject, settings, kind, parts)
+    return outcome(found, View(_title(settings), kind, window, _note(subject, settings, kind, window)))
+
+
+def make_kind(subject: Subject, settings: RecallSettings) -> Kind:
+    """The task on the subject's vocabulary."""
+    tokenizer = subject.loaded.tokenizer
+    mask_id = None if subject.causal else tokenizer.mask_id
+    assert subject.causal or mask_id is not None  # without one a masked model is not loaded
+    if isinstance(settings, MQARSettings):
+        return MQAR(settings, symbols(tokenizer, settings.symbols, settings.seed), mask_id)
+    if isinstance(settings, InductionSettings):
+        assert settings.distances is not None
+        if settings.content == "text":
+            text = Text(subject.held_out(), max(settings.distances) + settings.passage)
+            return Induction(settings, text, mask_id)
+        return Induction(settings, symbols(tokenizer, settings.symbols, settings.seed), mask_id)
+    assert isinstance(settings, NeedleSettings)
+    assert settings.lengths is not None
+    hay = Text(subject.held_out(), max(settings.lengths)) if _reads_text(settings) else None
+    return Needle(settings, tokenizer, hay, mask_id)
+
+
+def _reads_text(settings: RecallSettings) -> bool:
+    if isinstance(settings, NeedleSettings):
+        return settings.haystack == "text"
+    return isinstance(settings, InductionSettings) and settings.content == "text"
+
+
+def _doubling(first: int, last: int) -> tuple[int, ...]:
+    """first, 2 first, 4 first and so on, and last."""
+    found = []
+    while first < last:
+        found.append(first)
+        first *= 2
+    return (*found, last)
+
+
+def _title(settings: RecallSettings) -> str:
+    if isinstance(settings, NeedleSettings):
+        return "Passkey" if settings.key == "digits" else "Needle"
+    if isinstance(settings, MQARSettings):
+        return "Associative recall"
+    assert isinstance(settings, InductionSettings)
+    return "Repeated text" if settings.content == "text" else "Repeated random tokens"
+
+
+def _note(subject: Subject, settings: RecallSettings, kind: Kind, window: int | None) -> str:
+    """What a reader of the numbers must know about this model and these rows."""
+    whole, config = subject.trained_length, subject.loaded.model_config
+    longer = sorted({cell.length for cell in kind.cells if cell.length > whole})
+    parts = []
+    if longer:
+        parts.append(
+            f"Rows of {', '.join(map(str, longer))} tokens are longer than the {whole} that the model was trained on."
+        )
+    if window is not None:
+        parts.append(
+            f"Each layer sees the {window - config.segment_length + 1} to {window} nearest tokens exactly"
+            + (", those farther back through landmarks." if config.attention == "nystrom" else ", and no others.")
+        )
+    if len(settings.attention) > 1:
+        parts.append(
+            "Forms other than the model's own have the same weights, which were not trained for them; "
+            f"own: {config.attention}."
+        )
+    if settings.train_steps:
+        start = "the checkpoint" if settings.start == "checkpoint" else "random weights"
+        parts.append(f"Trained: {settings.train_steps} steps on the task from {start}.")
+    return " ".join(parts)
