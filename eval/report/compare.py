@@ -25,7 +25,7 @@ MAX_PAIRS = 100_000
 
 @dataclass(frozen=True)
 class Member:
-    """One run's result of a suite. ``index`` is the run's place on the page, ``doubt`` why the figures prove nothing."""
+    """One run's result of a suite: ``index`` is the run's place on the page, ``doubt`` why it proves nothing."""
 
     index: int
     run: Run
@@ -124,7 +124,9 @@ def differences(members: Sequence[Member]) -> list[Difference]:
                 continue
             verdict = _verdict(change.low, change.high, metric.higher_is_better)
             rows.append(
-                Difference(name, first, other, change.value, change.low, change.high, change.p or 0.0, change.n, verdict)
+                Difference(
+                    name, first, other, change.value, change.low, change.high, change.p or 0.0, change.n, verdict
+                )
             )
     return rows
 

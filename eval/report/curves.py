@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -180,7 +181,7 @@ def _apart(values: Sequence[float], logarithmic: bool) -> bool:
         return False
     places = [math.log(v) for v in values] if logarithmic else list(values)
     span = places[-1] - places[0]
-    return all(b - a >= span / 9 for a, b in zip(places, places[1:], strict=False))
+    return all(b - a >= span / 9 for a, b in pairwise(places))
 
 
 def _tick(value: float, _: Any = None) -> str:
@@ -197,6 +198,6 @@ def _y_axis(axes: Axes, values: Sequence[float]) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=8))
         axes.yaxis.set_minor_locator(NullLocator())
-    elif 0 <= low and high <= 1 and high - low > 0.4:
+    elif low >= 0 and high <= 1 and high - low > 0.4:
         axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(FuncFormatter(_tick if high < 1e4 else compact))

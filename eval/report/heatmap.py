@@ -47,7 +47,7 @@ def scale_of(grids: Sequence[Grid]) -> Scale:
 
 def short(value: float, scale: Scale) -> str:
     """A value in at most six characters: two decimals where the scale is of shares."""
-    if 0 <= scale.low and 0.1 <= scale.high <= 1:
+    if scale.low >= 0 and 0.1 <= scale.high <= 1:
         return f"{value:.2f}"
     size = abs(value)
     if value == 0 or size >= 1000:
@@ -64,13 +64,13 @@ def text_class(share: float) -> str:
 
 def heatmap(grid: Grid, scale: Scale, title: str) -> Markup:
     """The picture. None is hatched; the page must hold the pattern ``hatch``."""
-    grid = replace(grid, x=[str(x) for x in grid.x], y=[str(y) for y in grid.y])
+    grid = replace(grid, x=_bare(grid.x, grid.xlabel), y=_bare(grid.y, grid.ylabel))
     small = len(grid.x) > MOST_COLUMNS or len(grid.y) > MOST_ROWS
     texts = [[None if v is None or not math.isfinite(v) else short(v, scale) for v in row] for row in grid.values]
     longest = max([len(text) for row in texts for text in row if text] + [0 if small else len(x) for x in grid.x] + [3])
-    width = SMALL if small else max(38, round(longest * LETTER) + 10)
+    width = SMALL if small else max(38, round(longest * LETTER) + 6)
     height = SMALL if small else ROW
-    left = round(min(max([len(y) for y in grid.y], default=1), 22) * LETTER) + 10
+    left = round(min(max([len(y) for y in grid.y], default=1), 22) * LETTER) + 14
     top = 20
     right, bottom = left + width * len(grid.x), top + height * len(grid.y)
     labels = max(right, left + round(len(grid.xlabel) * LETTER), round(len(grid.ylabel) * LETTER)) + 2
@@ -86,9 +86,10 @@ def heatmap(grid: Grid, scale: Scale, title: str) -> Markup:
         if j % every == 0:
             items.append(_text(left + (j + 0.5) * width, bottom + 12, name, "tick", anchor="middle"))
     items.append(_text(left, bottom + 30, grid.xlabel, "name"))
-    return Markup('<svg class="heat" role="img" aria-label="{}" width="{w}" height="{h}" viewBox="0 0 {w} {h}">{}</svg>').format(
-        title, Markup("").join(items), w=labels, h=bottom + 40
-    )  # fmt: skip
+    size = Markup('width="{w}" height="{h}" viewBox="0 0 {w} {h}"').format(w=labels, h=bottom + 40)
+    return Markup('<svg class="heat" role="img" aria-label="{}" {}>{}</svg>').format(
+        title, size, Markup("").join(items)
+    )
 
 
 def _cell(
@@ -100,9 +101,8 @@ def _cell(
     if value is None or text is None:
         return Markup('<rect {} fill="url(#hatch)"><title>{}: none</title></rect>').format(box, where)
     share = scale.share(value)
-    parts = Markup('<rect {} class="low"/><rect {} class="high" fill-opacity="{:.3f}"><title>{}: {:g}</title></rect>').format(
-        box, box, share, where, value
-    )  # fmt: skip
+    parts = Markup('<rect {} class="low"/><rect {} class="high" fill-opacity="{:.3f}">').format(box, box, share)
+    parts += Markup("<title>{}: {:g}</title></rect>").format(where, value)
     return parts if small else parts + _text(x + w / 2, y + h / 2, text, text_class(share), anchor="middle")
 
 
@@ -110,6 +110,13 @@ def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> Ma
     return Markup('<text x="{:g}" y="{:g}" class="{}" text-anchor="{}">{}</text>').format(
         x, y, kind, anchor, escape(text)
     )
+
+
+def _bare(labels: Sequence[object], name: str) -> list[str]:
+    """The labels without the axis' name where all of them repeat it: "head 3" on the axis "head" is "3"."""
+    texts = [str(label) for label in labels]
+    prefix = f"{name} "
+    return [t.removeprefix(prefix) for t in texts] if all(t.startswith(prefix) for t in texts) else texts
 
 
 def _cut(text: str) -> str:

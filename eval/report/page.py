@@ -53,9 +53,7 @@ def render(runs: Sequence[Run], title: str | None = None) -> str:
         training=training_charts(runs),
         sections=sections(runs),
         differences=config_differences([flatten(run.config) for _, run in configured], skip={"name", "output_dir"}),
-        configs=[
-            (run.name, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)) for _, run in configured
-        ],
+        configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)) for _, run in configured],
         machine=side_by_side([flatten(_environment(run)) for run in runs]),
     )
 

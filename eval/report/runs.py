@@ -239,7 +239,9 @@ def _fault(result: Result) -> str:
     """What of the tables, curves, grids and samples does not fit together; "" if all does."""
     for name, metric in result.metrics.items():
         bounds = (metric.std, metric.n, metric.low, metric.high)
-        if not isinstance(metric.value, int | float) or not all(b is None or isinstance(b, int | float) for b in bounds):
+        if not isinstance(metric.value, int | float) or not all(
+            b is None or isinstance(b, int | float) for b in bounds
+        ):
             return f"metric {name} is no number"
     for table in result.tables:
         if not all(isinstance(row, list) and len(row) == len(table.columns) for row in table.rows):

@@ -42,7 +42,10 @@ KNOWN = {
     "lra": ("Long Range Arena", "Networks trained from nothing on long sequences."),
     "mqar": ("Associative recall", "Values found again by their keys (MQAR): what an attention can hold of its past."),
     "induction": ("Induction", "Whether a pattern seen once is continued when it begins again."),
-    "passkey": ("Passkey", "A number hidden in text, asked for at the end: by its depth and by the length of the text."),
+    "passkey": (
+        "Passkey",
+        "A number hidden in text, asked for at the end: by its depth and by the length of the text.",
+    ),
     "needle": ("Needle", "A sentence hidden in text, asked for at the end: by its depth and by the text's length."),
     "approximation": (
         "Approximation",
@@ -50,6 +53,9 @@ KNOWN = {
     ),
     "efficiency": ("Efficiency", "Time and memory by length, beside exact attention."),
 }
+
+# Letters above a bar that leave room for its value.
+MOST_LETTERS = 46
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,9 @@ def heading_of(task: str) -> tuple[str, str]:
     if task in KNOWN:
         return KNOWN[task]
     summary = TASKS[task].summary if task in TASKS else ""
-    return title(task), f"{summary[:1].upper()}{summary[1:]}{'' if summary.endswith(('.', '?', '!')) else '.'}" if summary else ""
+    return title(
+        task
+    ), f"{summary[:1].upper()}{summary[1:]}{'' if summary.endswith(('.', '?', '!')) else '.'}" if summary else ""
 
 
 def members_of(runs: Sequence[Run], task: str, suite: str) -> list[Member]:
@@ -146,7 +154,7 @@ def _groups(runs: Sequence[Run], task: str) -> Iterator[tuple[str, list[Member]]
         for part in parts:
             kinds = dict.fromkeys(OBJECTIVES.get(m.result.model.objective, "") for m in part)
             kind = f"{' and '.join(k for k in kinds if k)} models" if len(parts) > 1 and any(kinds) else ""
-            yield ", ".join(filter(None, (label, kind))), part
+            yield f"{label}, {kind}" if label and kind else label or kind[:1].upper() + kind[1:], part
 
 
 def _alike(first: Member, second: Member) -> bool:
@@ -162,7 +170,7 @@ def _group(members: list[Member], label: str, number: int, heading: str) -> Grou
     classified = [member for member in members if member.result.table(TABLE)]
     bars = _bars(classified, context) if members[0].result.task == "classify" and classified else None
     return Group(
-        heading=label[:1].upper() + label[1:],
+        heading=label,
         lead=_lead(members),
         members=members,
         unequal=unequal_conditions(members),
@@ -222,10 +230,16 @@ def _bars(members: Sequence[Member], context: str) -> Markup | None:
                 continue
             std = std if isinstance(std, int | float) else None
             if name == MODEL_ROW:
-                bars.append((f"{member.run.name}, pretrained{mark}", accuracy, std, member.index))
+                bars.append((_label(member.run.name, f", pretrained{mark}"), accuracy, std, member.index))
             elif name == SCRATCH_ROW:
-                bars.append((f"{member.run.name}, from scratch", accuracy, std, None))
+                bars.append((_label(member.run.name, ", from scratch"), accuracy, std, None))
             else:
                 controls.setdefault(name, (accuracy, std))
     bars += [(name, *found, None) for name, found in sorted(controls.items(), key=lambda pair: -pair[1][0])]
     return charts.bars(bars, f"{context}: accuracy")
+
+
+def _label(name: str, what: str) -> str:
+    """What stands above a bar: the name cut to the room that is left for it."""
+    room = MOST_LETTERS - len(what)
+    return (name if len(name) <= room else f"{name[: room - 1]}…") + what
