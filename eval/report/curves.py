@@ -96,7 +96,7 @@ def _lines(own: Sequence[tuple[Member, Series]], references: Sequence[Series]) -
     for member, series in own:
         rank = names.index(series.name)
         if len(names) == 1:
-            label, shade, style = member.run.name, member.index, member.index
+            label, shade, style = member.run.name, member.index, member.index if len(runs) > 1 else 0
         elif len(runs) == 1:
             label, shade, style = series.name, rank, rank // NUM_COLOURS
         else:

@@ -35,8 +35,9 @@ class Stage:
 class Run:
     """What a run folder holds, as far as it is there; ``problems`` says in words what could not be read.
 
-    ``results`` by the name of their file; ``folder`` is where they lie. ``trained``: whether this is a run or one of
-    its checkpoints, and not only results.
+    ``results`` by the name of their file; ``folder`` is where they lie, ``unread`` how
+    many there cannot be read. ``trained``: whether this is a run or one of its
+    checkpoints, and not only results.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Run:
     folder: Path | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    unread: int = 0
     trained: bool = True
 
     @property
@@ -228,6 +230,7 @@ def _read_results(run: Run, folder: Path) -> None:
             run.results[file.stem] = result
         except UserError as error:
             run.problems.append(str(error))
+            run.unread += 1
     hashes = {result.model.weights_hash for result in run.results.values() if result.model.weights_hash}
     if len(hashes) > 1:
         run.problems.append(

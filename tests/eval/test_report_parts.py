@@ -76,7 +76,8 @@ def test_differences_are_paired_over_the_records(tmp_path: Path) -> None:
     write_everything(runs[0])
     write_everything(runs[1], shift=0.08)
     write_everything(runs[2], shift=0.08)
-    (runs[2] / "eval" / "lm.samples.jsonl").write_text('{"id": "other"}\n')  # not what the result was computed from
+    with (runs[2] / "eval" / "lm.samples.jsonl").open("a") as file:
+        file.write("\n")  # no longer the file that the result was computed from
     group = [Member(i, read, read.results["lm"]) for i, read in enumerate(map(read_run, runs))]
     (row,) = differences(group)
     lines = [(run / "eval" / "lm.samples.jsonl").read_text().splitlines() for run in runs[:2]]
@@ -165,7 +166,10 @@ def test_samples_of_several_runs_stand_together(tmp_path: Path) -> None:
                 {"kind": "continuation", "prompt": "p", "text": name, "real": "r", "id": "i", "perplexity": 2.0},
                 {"kind": "fill_mask", "parts": ["a", "b"],
                  "answers": [{"right": "x", "rank_in_top_5": guess, "top": [["x", 0.5]]}]},
-                {"kind": "fill_mask", "parts": ["a"], "answers": [{"right": "x"}]},  # half a sample
+                # Half a sample each: no part behind the hidden word, nothing guessed.
+                {"kind": "fill_mask", "parts": ["a"],
+                 "answers": [{"right": "x", "rank_in_top_5": guess, "top": [["x", 0.5]]}]},
+                {"kind": "fill_mask", "parts": ["a", "b"], "answers": [{"right": "x"}]},
                 {"kind": "odd", "value": [1, None]},
             ],
         )  # fmt: skip
@@ -180,7 +184,11 @@ def test_samples_of_several_runs_stand_together(tmp_path: Path) -> None:
     assert isinstance(filled, Filled)
     assert len(filled.answers) == 2
     assert not filled.hit(0)
-    assert [(o.name, o.items) for o in others if isinstance(o, Other)][1] == ("odd", [("value", "1, –")])
+    assert [(o.member.run.name, o.name) for o in others if isinstance(o, Other)] == [
+        (run, kind) for run in ("one", "two") for kind in ("fill mask", "fill mask", "odd")
+    ]
+    assert isinstance(others[2], Other)
+    assert others[2].items == [("value", "1, –")]
 
 
 def test_numbers_and_differences_of_configurations() -> None:
