@@ -19,6 +19,9 @@ from eval.validity.checks import CHECKS_TABLE
 
 # Settings that change how a number is computed but not what it is.
 IRRELEVANT = {"precision"}
+# Tasks whose figures mean the same for masked and causal models. A masked model's loss is not a causal one's: it sees
+# both sides of the word.
+ANY_OBJECTIVE = {"classify", "efficiency"}
 # Pairs of records above which a page would take minutes to write.
 MAX_PAIRS = 100_000
 
@@ -73,9 +76,10 @@ def doubt(run: Run, result: Result) -> str:
 
 
 def conditions(result: Result) -> dict[str, Any]:
-    """What must be equal for two figures to be comparable: the data, and the settings of the measurement."""
+    """What must be equal for two figures to be comparable: data, settings and (but for some tasks) the objective."""
     settings = {f"setting {k}": v for k, v in flatten(result.settings).items() if k not in IRRELEVANT}
-    return {"task": result.task, "data": result.data.get("hash")} | settings
+    objective = {} if result.task in ANY_OBJECTIVE else {"objective": result.model.objective}
+    return {"task": result.task, "data": result.data.get("hash")} | objective | settings
 
 
 def unequal(results: Sequence[Result]) -> list[str]:
@@ -143,7 +147,7 @@ def _read_records(path: Path, result: Result) -> list[dict[str, Any]]:
         raw = path.read_bytes()
         if hashlib.sha256(raw).hexdigest() != result.records.get("sha256"):
             return []
-        records = [json.loads(line) for line in raw.decode().splitlines() if line]
+        records = [json.loads(line) for line in raw.decode().split("\n") if line]
     except (OSError, ValueError):
         return []
     return [record for record in records if isinstance(record, dict)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -91,6 +91,7 @@ def charts_of(members: Sequence[Member], context: str) -> list[Chart]:
 def _lines(own: Sequence[tuple[Member, Series]], references: Sequence[Series]) -> list[Line]:
     """Runs are told by colour and series by dash and marker; where there is one of either, the other gets both."""
     names = list(dict.fromkeys(series.name for _, series in own))
+    common = _beginning([*names, *(s.name for s in references)])
     runs = list(dict.fromkeys(member.index for member, _ in own))
     lines = []
     for member, series in own:
@@ -98,13 +99,22 @@ def _lines(own: Sequence[tuple[Member, Series]], references: Sequence[Series]) -
         if len(names) == 1:
             label, shade, style = member.run.name, member.index, member.index if len(runs) > 1 else 0
         elif len(runs) == 1:
-            label, shade, style = series.name, rank, rank // NUM_COLOURS
+            label, shade, style = series.name[common:], rank, rank // NUM_COLOURS
         else:
-            label, shade, style = f"{member.run.name}: {series.name}", member.index, rank
+            label, shade, style = f"{member.run.name}: {series.name[common:]}", member.index, rank
         lines.append(Line(series, label, shade, style, rank if len(runs) > 1 else style, member.doubt))
     unique = {(s.name, str(s.x), str(s.y)): s for s in references}
-    lines += [Line(s, s.name, None, 1 + i, 0) for i, s in enumerate(unique.values())]
+    lines += [Line(s, s.name[common:], None, 1 + i, 0) for i, s in enumerate(unique.values())]
     return lines
+
+
+def _beginning(names: Sequence[str]) -> int:
+    """Length of what all names begin with, up to a comma or colon: it is the chart's and says nothing of a curve."""
+    first, last = min(names, default=""), max(names, default="")  # the two that have least in common
+    shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    if len(names) < 2:
+        return 0
+    return max(shared.rfind(mark) + len(mark) if mark in shared else 0 for mark in (", ", ": "))
 
 
 def _caption(lines: Sequence[Line]) -> str:

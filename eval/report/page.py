@@ -11,7 +11,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from eval.report import charts, numbers, samples
+from eval.report import charts, numbers, samples, tables
 from eval.report.runs import Run, flatten
 from eval.report.sections import sections
 from eval.report.summary import banner, summary
@@ -36,7 +36,12 @@ def render(runs: Sequence[Run], title: str | None = None) -> str:
         "visible": numbers.visible,
         "heading": numbers.title,
     }
-    environment.globals |= {"colours": charts.NUM_COLOURS, "open_samples": samples.OPEN, "most_samples": samples.MOST}
+    environment.globals |= {
+        "colours": charts.NUM_COLOURS,
+        "open_samples": samples.OPEN,
+        "most_samples": samples.MOST,
+        "most_metrics": tables.MOST_METRICS,
+    }
     everyone = list(enumerate(runs))
     configured = [(index, run) for index, run in everyone if run.config]
     names = [run.name for run in runs]

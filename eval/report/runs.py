@@ -115,12 +115,13 @@ def read_run(path: str | Path) -> Run:
 
 
 def read_runs(paths: list[str]) -> list[Run]:
-    """Read several runs; names that occur twice are replaced by the folders' paths."""
+    """Read several runs; names that occur twice are replaced by the folder and the one it lies in, or by the path."""
     runs = [read_run(path) for path in dict.fromkeys(paths)]
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = str(run.path)
+    for longer in (lambda run: "/".join(run.path.resolve().parts[-2:]), lambda run: str(run.path)):
+        names = [run.name for run in runs]
+        for run in runs:
+            if names.count(run.name) > 1:
+                run.name = longer(run)
     return runs
 
 

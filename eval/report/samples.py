@@ -76,9 +76,19 @@ def samples_of(members: Sequence[Member]) -> list[Sample]:
                     found.append(filled[key])
                 filled[key].answers.append((member, raw["answers"]))
             else:
-                items = [(words(str(key)), cell(value)) for key, value in raw.items() if key != "kind"]
-                found.append(Other(member, words(str(raw.get("kind", ""))), items))
+                found.append(Other(member, words(str(raw.get("kind", ""))), _items(raw)))
     return found
+
+
+def _items(raw: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values as text; what is nested one level deep gets rows of its own."""
+    items: list[tuple[str, str]] = []
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            items += [(words(str(name)), cell(item)) for name, item in value.items()]
+        elif key != "kind":
+            items.append((words(str(key)), cell(value)))
+    return items
 
 
 def _is_continuation(raw: dict[str, Any]) -> bool:

@@ -32,21 +32,22 @@ from eval.suites.tasks import TASKS
 
 # The order of the sections, with their headings and what they show. Any other task comes after these.
 KNOWN = {
-    "lm": ("Language modelling", "How well the model predicts text it has not seen, and how much context helps it."),
+    "lm": ("Language modelling", "How well the model predicts text it has not seen."),
+    "context": ("Context", "Whether more context helps: the same held-out tokens after contexts of different lengths."),
+    "pppl": ("Pseudo-perplexity", "Masked models: held-out tokens hidden one at a time."),
+    "harness": ("lm-eval", "Tasks of EleutherAI's lm-eval harness."),
     "generate": ("Samples", "What the model writes or fills in, with the same statistics of real text beside its own."),
     "classify": (
         "Classification",
         "Fine-tuned on labelled text, beside the same network from random weights and models that know no language.",
     ),
-    "listops": ("ListOps", "Nested operations on digits: a network trained from nothing, as in Long Range Arena."),
-    "lra": ("Long Range Arena", "Networks trained from nothing on long sequences."),
-    "mqar": ("Associative recall", "Values found again by their keys (MQAR): what an attention can hold of its past."),
-    "induction": ("Induction", "Whether a pattern seen once is continued when it begins again."),
-    "passkey": (
-        "Passkey",
-        "A number hidden in text, asked for at the end: by its depth and by the length of the text.",
+    "needle": ("Needle", "A word or passkey hidden in a long text and asked for at its end, by depth and length."),
+    "mqar": ("Associative recall", "Values found again by their keys: what an attention can hold of its past (MQAR)."),
+    "induction": (
+        "Induction",
+        "Whether a passage seen once is continued when it comes again, by the distance between.",
     ),
-    "needle": ("Needle", "A sentence hidden in text, asked for at the end: by its depth and by the text's length."),
+    "lra": ("Long Range Arena", "Networks trained from nothing on long sequences."),
     "approximation": (
         "Approximation",
         "How far the approximate attention is from exact softmax attention, by layer and head.",

@@ -86,7 +86,8 @@ def summary(runs: Sequence[Run]) -> list[MetricRow]:
     )  # fmt: skip
     known = {task for task, _, _ in ROWS}
     for task, metric, label in ROWS:
-        names = sorted((name for t, name in suites if t == task), key=lambda name: (name != task, name))
+        # Where the plain suite was run, its variants are left to their section.
+        names = [task] if (task, task) in suites else sorted(name for t, name in suites if t == task)
         for name in names:
             row = _row(runs, task, name, metric, label if name == task else f"{label} ({name})")
             rows += [row] if row else []

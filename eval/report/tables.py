@@ -13,6 +13,8 @@ from eval.results.schema import Metric
 
 # Rows beyond which a table is folded, and beyond which the rest is left to the file.
 FOLD_ROWS, MOST_ROWS = 16, 400
+# Metrics and differences that stand open.
+MOST_METRICS = 14
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def write_everything(run: Path, objective: str = "clm", *, shift: float = 0.0, g
         "lm": _masked() if objective == "mlm" else _lm(shift),
         "classify": _classify(shift),
         "generate": _fill(shift) if objective == "mlm" else _generate(run.name),
-        "passkey": _passkey(shift),
+        "needle": _needle(shift),
         "approximation": _approximation(shift),
         "house_task": _unknown(shift),
     }
@@ -156,7 +156,7 @@ def _fill(shift: float) -> Outcome:
     return Outcome({"top_1": Metric(0.5 + shift, True, n=20)}, samples=[sample])
 
 
-def _passkey(shift: float) -> Outcome:
+def _needle(shift: float) -> Outcome:
     depths = ["0%", "25%", "50%", "75%", "100%"]
     values: list[list[float | None]] = [
         [max(0.0, 1.0 - 0.22 * j - 0.05 * abs(i - 2) - shift) for j in range(5)] for i in range(5)
@@ -173,7 +173,7 @@ def _passkey(shift: float) -> Outcome:
             Grid("share found", [f"{n:,.0f}" for n in LENGTHS], depths, values, "length, tokens", "depth of the key",
                  0.0, 1.0, "20 keys in each cell.")
         ],
-        samples=[{"kind": "passkey", "length": 256, "depth": 0.5, "key": "48213", "answer": EVIL, "right": False}],
+        samples=[{"kind": "hidden", "length": 256, "depth": 0.5, "key": "48213", "answer": EVIL, "right": False}],
     )  # fmt: skip
 
 

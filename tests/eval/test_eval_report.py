@@ -11,7 +11,7 @@ from report_case import Page, make_run, write, write_everything
 
 from data_pipeline.errors import UserError, run_cli
 from eval.report.cli import main
-from eval.report.runs import read_run
+from eval.report.runs import read_run, read_runs
 from eval.results.schema import Metric, ModelInfo, Outcome, Series, Table
 
 
@@ -37,7 +37,7 @@ def written(*command: str | Path) -> str:
 def test_page_is_well_formed_and_has_every_section(page: str) -> None:
     parsed = Page(page)
     assert parsed.headings == [
-        "A <title>", "Summary", "Training", "Language modelling", "Samples", "Classification", "Passkey",
+        "A <title>", "Summary", "Training", "Language modelling", "Samples", "Classification", "Needle",
         "Approximation", "House task", "Configuration", "Environment",
     ]  # fmt: skip
     assert len(parsed.ids) == len(set(parsed.ids))
@@ -175,7 +175,7 @@ def test_text_that_is_no_unicode_and_numbers_that_are_none(tmp_path: Path) -> No
 def test_folder_of_results_only(tmp_path: Path) -> None:
     outcome = Outcome({"accuracy": Metric(0.37, True, 0.01, 3)}, [Table("by seed", ["seed"], [[0], [1]])])
     for suite in ("listops-nystrom", "listops-softmax"):
-        write(tmp_path / "lra", "listops", outcome, suite=suite, model=ModelInfo(), gate="none")
+        write(tmp_path / "lra", "lra", outcome, suite=suite, model=ModelInfo(), gate="none")
     text = written(tmp_path / "lra")
     assert "<h3>listops-nystrom</h3>" in text
     assert "<h3>listops-softmax</h3>" in text
@@ -234,3 +234,14 @@ def test_long_tables_and_sample_lists_end(tmp_path: Path) -> None:
     assert "The first 400 of 500 rows" in words
     assert "T (500 rows)" in words
     assert "The first 60 of 70" in words
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / place, "run") for place in ("a", "b")]
+    assert [run.name for run in read_runs([*map(str, runs), str(make_run(tmp_path, "c"))])] == ["a/run", "b/run", "c"]
+
+
+def test_many_metrics_fold(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "run")
+    write(run / "eval", "odd", Outcome({f"m_{i}": Metric(1.0, True) for i in range(30)}))
+    assert "<summary>16 more metrics</summary>" in written(run)

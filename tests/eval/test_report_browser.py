@@ -68,7 +68,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     write_everything(runs[1], shift=0.05, gate="forced")
     write_everything(runs[2], "mlm")
     outcome = Outcome({"accuracy": Metric(0.37, True, 0.01, 3)})
-    write(root / "lra", "listops", outcome, suite="listops-nystrom", model=ModelInfo(), gate="none")
+    write(root / "lra", "lra", outcome, suite="listops-nystrom", model=ModelInfo(), gate="none")
     (runs[2] / "eval" / "old.json").write_text('{"schema": 1}')
     main([*map(str, runs), str(root / "lra"), "--out", str(root / "report.html")])
     return (root / "report.html").read_text(encoding="utf-8")

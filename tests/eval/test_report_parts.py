@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,9 @@ def test_results_are_comparable_on_the_same_data_with_the_same_settings(tmp_path
     assert unequal([results["a"], results["b"]]) == []
     assert unequal([results["a"], results["c"]]) == ["setting length"]
     assert unequal([results["a"], results["d"]]) == ["data"]
+    masked = replace(results["a"], model=replace(results["a"].model, objective="mlm"))
+    assert unequal([results["a"], masked]) == ["objective"]
+    assert unequal([replace(result, task="classify") for result in (results["a"], masked)]) == []
 
 
 def test_differences_are_paired_over_the_records(tmp_path: Path) -> None:
@@ -127,6 +131,9 @@ def test_curves_of_one_chart_share_a_picture(tmp_path: Path) -> None:
     assert "Shaded" not in both.caption
     (alone, _) = charts_of(group[:1], "context")
     assert [(line.label, line.colour) for line in alone.lines[:2]] == [("s0", 0), ("s1", 1)]
+    prefixed = [Series(f"loss, {name}", x, y, "x", "y", chart="c") for name in ("model", "control")]
+    (chart,) = charts_of(members(tmp_path / "prefixed", {"one": Outcome({}, series=prefixed)}), "context")
+    assert [line.label for line in chart.lines] == ["model", "control"]
     crowded = charts_of(members(tmp_path / "more", {"one": outcome(5), "two": outcome(5)}), "context")
     assert [chart.title for chart in crowded] == ["both: one", "both: two", "other"]
 
