@@ -18,7 +18,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example:\n  nystrom report runs/books-clm runs/books-softmax --out report.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, as `nystrom train` writes it")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run folder, one of its checkpoints (RUN/checkpoints/stepN), or a folder with evaluation results only",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), help="the page to write (default: report.html)"
     )
@@ -38,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = render(read_runs(args.runs), args.title)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(args.out, text.encode())
+        write_atomic(args.out, text.encode(errors="replace"))
     except OSError as error:
         raise UserError(f"{args.out} cannot be written: {error}") from None
     print(f"report written to {args.out.resolve()}")

@@ -1,8 +1,13 @@
-"""Reading a run folder for the report, forgiving what a killed run leaves behind."""
+"""Reading what the report shows, forgiving what a killed run leaves behind.
+
+A RUN is a run folder as ``nystrom train`` writes it, one of its checkpoints (``RUN/checkpoints/stepN``: the run as far
+as that step, with the results of ``RUN/eval/stepN``), or a folder that holds nothing but evaluation results.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,10 @@ import yaml
 
 from data_pipeline.errors import UserError
 from eval.results.schema import Result, read_result
+
+EVAL = "eval"
+CHECKPOINTS = "checkpoints"
+STEP = re.compile(r"step0*(\d+)")
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,12 @@ class Stage:
 
 @dataclass
 class Run:
-    """What a run folder holds, as far as it is there; ``problems`` says in words what could not be read."""
+    """What a run folder holds, as far as it is there; ``problems`` says in words what could not be read.
+
+    ``results`` by the name of their file; ``folder`` is where they lie, ``unread`` how
+    many there cannot be read. ``trained``: whether this is a run or one of its
+    checkpoints, and not only results.
+    """
 
     path: Path
     name: str
@@ -33,8 +47,11 @@ class Run:
     valid: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, Result] = field(default_factory=dict)
+    folder: Path | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    unread: int = 0
+    trained: bool = True
 
     @property
     def objective(self) -> str:
@@ -47,6 +64,15 @@ class Run:
         for key in keys:
             node = node.get(key) if isinstance(node, dict) else None
         return node
+
+    def of_task(self, task: str) -> list[Result]:
+        """The results of one task."""
+        return [result for result in self.results.values() if result.task == task]
+
+    def reached(self) -> float:
+        """Tokens seen, 0 where nothing says."""
+        records = [*self.train, *self.valid, *self.events]
+        return max((float(r["tokens"]) for r in records if isinstance(r.get("tokens"), int | float)), default=0.0)
 
     def stages(self) -> list[Stage]:
         """The curriculum, cut where the run has got to."""
@@ -67,32 +93,35 @@ class Run:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a run folder; raises :class:`UserError` for a folder with neither configuration nor metrics of a run."""
+    """Read one RUN; raises :class:`UserError` for a folder that is none."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"run folder {path} does not exist")
-    if not any((path / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
-        raise UserError(f"{path} is not a run folder: it has neither config.yaml nor metrics.jsonl")
-    run = Run(path, path.resolve().name, _read_config(path / "config.yaml"))
-    run.name = str(run.config.get("name") or run.name)
-    _read_metrics(run, path / "metrics.jsonl")
-    _read_results(run, path / "eval")
-    try:
-        run.environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        run.problems.append(f"environment.json cannot be read: {error}")
+    if _is_run(path):
+        return _trained(path, path / EVAL)
+    place = path.resolve()
+    for kind in (CHECKPOINTS, EVAL):
+        if place.parent.name == kind and STEP.fullmatch(place.name) and _is_run(place.parent.parent):
+            return _checkpoint(place.parent.parent, place.name)
+    if place.name == EVAL and _is_run(place.parent):
+        return _trained(place.parent, place)
+    if not any(_looks_like_result(file) for file in sorted(path.glob("*.json"))):
+        raise UserError(
+            f"{path} is not a run folder: it has neither config.yaml nor metrics.jsonl, nor evaluation results"
+        )
+    run = Run(path, (place.parent if place.name == EVAL else place).name, {}, trained=False)
+    _read_results(run, path)
     return run
 
 
 def read_runs(paths: list[str]) -> list[Run]:
-    """Read several runs; names that occur twice are replaced by the folders' paths."""
+    """Read several runs; names that occur twice are replaced by the folder and the one it lies in, or by the path."""
     runs = [read_run(path) for path in dict.fromkeys(paths)]
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = str(run.path)
+    for longer in (lambda run: "/".join(run.path.resolve().parts[-2:]), lambda run: str(run.path)):
+        names = [run.name for run in runs]
+        for run in runs:
+            if names.count(run.name) > 1:
+                run.name = longer(run)
     return runs
 
 
@@ -109,6 +138,37 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, item in items:
         result |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
     return result
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
+
+
+def _trained(path: Path, results: Path) -> Run:
+    run = Run(path, path.resolve().name, _read_config(path / "config.yaml"))
+    run.name = str(run.config.get("name") or run.name)
+    _read_metrics(run, path / "metrics.jsonl")
+    _read_results(run, results)
+    try:
+        run.environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        run.problems.append(f"environment.json cannot be read: {error}")
+    return run
+
+
+def _checkpoint(path: Path, tag: str) -> Run:
+    """The run as far as the checkpoint's step, with the results of that checkpoint."""
+    run = _trained(path, path / EVAL / tag)
+    match = STEP.fullmatch(tag)
+    assert match is not None
+    step = int(match[1])
+    run.path = path / CHECKPOINTS / tag
+    run.name = f"{run.name} step {step:,}"
+    for records in (run.train, run.valid, run.events):
+        records[:] = [r for r in records if isinstance(r.get("step"), int) and r["step"] <= step]
+    return run
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -151,14 +211,54 @@ def _read_metrics(run: Run, path: Path) -> None:
         run.problems.append(f"metrics.jsonl: {bad} line(s) could not be read (a killed run may leave half a line)")
 
 
+def _looks_like_result(path: Path) -> bool:
+    """Whether the file is a result, of any schema."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and {"task", "metrics", "model"} <= raw.keys()
+
+
 def _read_results(run: Run, folder: Path) -> None:
+    run.folder = folder
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         try:
-            run.results[file.stem] = read_result(file)
+            result = read_result(file)
+            fault = _fault(result)
+            if fault:
+                raise UserError(f"{file} does not follow the result schema ({fault}): delete it and evaluate again")
+            run.results[file.stem] = result
         except UserError as error:
             run.problems.append(str(error))
-    hashes = {result.model.weights_hash for result in run.results.values()}
+            run.unread += 1
+    hashes = {result.model.weights_hash for result in run.results.values() if result.model.weights_hash}
     if len(hashes) > 1:
         run.problems.append(
             "the evaluation results are of different weights of this run: evaluate again to bring them level"
         )
+
+
+def _fault(result: Result) -> str:
+    """What of the tables, curves, grids and samples does not fit together; "" if all does."""
+    for name, metric in result.metrics.items():
+        bounds = (metric.std, metric.n, metric.low, metric.high)
+        if not isinstance(metric.value, int | float) or not all(
+            b is None or isinstance(b, int | float) for b in bounds
+        ):
+            return f"metric {name} is no number"
+    for table in result.tables:
+        if not all(isinstance(row, list) and len(row) == len(table.columns) for row in table.rows):
+            return f"table {table.name!r} has rows of another width than its columns"
+    for series in result.series:
+        columns = [series.x, series.y, *(bound for bound in (series.low, series.high) if bound is not None)]
+        if not all(isinstance(column, list) and len(column) == len(series.x) for column in columns):
+            return f"series {series.name!r} has columns of different lengths"
+    for grid in result.grids:
+        if len(grid.values) != len(grid.y) or any(len(row) != len(grid.x) for row in grid.values):
+            return f"grid {grid.name!r} has values of another shape than its axes"
+    if not all(isinstance(sample, dict) for sample in result.samples):
+        return "samples that are no objects"
+    if not isinstance(result.settings, dict) or not isinstance(result.data, dict):
+        return "settings or data that are no objects"
+    return ""

@@ -1,0 +1,167 @@
+"""Which results may be compared, which is the best of them, and by how much two differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from eval.report.runs import Run, flatten
+from eval.results.schema import Metric, Result, Table
+from eval.results.statistics import paired_bootstrap
+from eval.results.store import SAMPLES_SUFFIX
+from eval.validity.checks import CHECKS_TABLE
+
+# Settings that change how a number is computed but not what it is.
+IRRELEVANT = {"precision"}
+# Tasks whose figures mean the same for masked and causal models. A masked model's loss is not a causal one's: it sees
+# both sides of the word.
+ANY_OBJECTIVE = {"classify", "efficiency"}
+# Pairs of records above which a page would take minutes to write.
+MAX_PAIRS = 100_000
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run's result of a suite: ``index`` is the run's place on the page, ``doubt`` why it proves nothing."""
+
+    index: int
+    run: Run
+    result: Result
+    doubt: str = ""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``member`` minus ``first`` in one metric; ``verdict``: "better", "worse", "different" or "undecided"."""
+
+    metric: str
+    first: Member
+    member: Member
+    value: float
+    low: float
+    high: float
+    p: float
+    n: int
+    verdict: str
+
+
+def failed_checks(run: Run) -> list[str]:
+    """The names of the validity checks that the run failed."""
+    table = checks_table(run)
+    return [str(row[0]) for row in table.rows if not row[3]] if table else []
+
+
+def checks_table(run: Run) -> Table | None:
+    """The checks of the validity gate (check, measured, bound, passed, detail), or None if there is no result."""
+    result = run.results.get("validity")
+    table = result.table(CHECKS_TABLE) if result else None
+    return table if table and len(table.columns) == 5 else None
+
+
+def doubt(run: Run, result: Result) -> str:
+    """Why a score of this run is not to be trusted, or "": the gate failed, whether --force was given or not."""
+    if result.task == "validity":
+        return ""
+    if result.gate == "forced":
+        return "forced: the validity gate failed"
+    validity = run.results.get("validity")
+    same = validity is not None and validity.model.weights_hash == result.model.weights_hash != ""
+    return "the validity gate failed" if same and failed_checks(run) else ""
+
+
+def conditions(result: Result) -> dict[str, Any]:
+    """What must be equal for two figures to be comparable: data, settings and (but for some tasks) the objective."""
+    settings = {f"setting {k}": v for k, v in flatten(result.settings).items() if k not in IRRELEVANT}
+    objective = {} if result.task in ANY_OBJECTIVE else {"objective": result.model.objective}
+    return {"task": result.task, "data": result.data.get("hash")} | objective | settings
+
+
+def unequal(results: Sequence[Result]) -> list[str]:
+    """The conditions in which the results differ."""
+    found = [conditions(result) for result in results]
+    keys = dict.fromkeys(key for each in found for key in each)
+    return [key for key in keys if len({str(each.get(key)) for each in found}) > 1]
+
+
+def best_of(metrics: Sequence[Metric | None]) -> int | None:
+    """Place of the best value; None with fewer than two, or where its interval meets another's.
+
+    The interval is the metric's own, else one standard deviation to each side, else the value alone.
+    """
+    found = [(m, i) for i, m in enumerate(metrics) if m and math.isfinite(m.value)]
+    if len(found) < 2 or found[0][0].higher_is_better is None:
+        return None
+    up = found[0][0].higher_is_better
+    found.sort(key=lambda pair: pair[0].value, reverse=up)
+    (first, place), *others = found
+    low, high = _span(first)
+    clear = all(low > _span(other)[1] if up else high < _span(other)[0] for other, _ in others)
+    return place if clear else None
+
+
+def differences(members: Sequence[Member]) -> list[Difference]:
+    """Every member against the first, on the items both scored, for the metrics that follow from the records."""
+    rows: list[Difference] = []
+    first, *others = members
+    mine = records_of(first) if others else []
+    for other in others:
+        if not mine or unequal([first.result, other.result]):
+            continue
+        theirs = records_of(other)
+        if len(theirs) > MAX_PAIRS:
+            continue
+        for name, estimator in first.result.estimators.items():
+            metric = first.result.metrics.get(name)
+            if metric is None or other.result.estimators.get(name) != estimator:
+                continue
+            try:
+                change = paired_bootstrap(mine, theirs, estimator)
+            except (UserError, KeyError, TypeError, ValueError):  # records that do not hold what the estimator names
+                continue
+            if not all(map(math.isfinite, (change.value, change.low, change.high))):
+                continue
+            verdict = _verdict(change.low, change.high, metric.higher_is_better)
+            rows.append(
+                Difference(
+                    name, first, other, change.value, change.low, change.high, change.p or 0.0, change.n, verdict
+                )
+            )
+    return rows
+
+
+def records_of(member: Member) -> list[dict[str, Any]]:
+    """The records beside the result; none where they are missing, or are not those the result was computed from."""
+    if member.run.folder is None or not member.result.records.get("count"):
+        return []
+    return _read_records(member.run.folder / f"{member.result.suite}{SAMPLES_SUFFIX}", member.result)
+
+
+def _read_records(path: Path, result: Result) -> list[dict[str, Any]]:
+    try:
+        raw = path.read_bytes()
+        if hashlib.sha256(raw).hexdigest() != result.records.get("sha256"):
+            return []
+        records = [json.loads(line) for line in raw.decode().split("\n") if line]
+    except (OSError, ValueError):
+        return []
+    return [record for record in records if isinstance(record, dict)]
+
+
+def _span(metric: Metric) -> tuple[float, float]:
+    if metric.low is not None and metric.high is not None:
+        return metric.low, metric.high
+    return metric.value - (metric.std or 0.0), metric.value + (metric.std or 0.0)
+
+
+def _verdict(low: float, high: float, up: bool | None) -> str:
+    if low <= 0 <= high:
+        return "undecided"
+    if up is None:
+        return "different"
+    return "better" if (low > 0) == up else "worse"

@@ -1,0 +1,161 @@
+"""The tables of a group of results: its metrics, its own tables joined over runs, what differs, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from eval.report.compare import Difference, Member, best_of, differences, unequal
+from eval.report.numbers import number, plain, words
+from eval.report.runs import flatten
+from eval.results.schema import Metric
+
+# Rows beyond which a table is folded, and beyond which the rest is left to the file.
+FOLD_ROWS, MOST_ROWS = 16, 400
+# Metrics and differences that stand open.
+MOST_METRICS = 14
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric of one run: its value as text, the deviation over seeds, the interval; ``best`` of the runs."""
+
+    text: str = "–"
+    std: str = ""
+    span: str = ""
+    best: bool = False
+    doubt: str = ""
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric of all runs; ``hint`` says which way is better, ``n`` over how many items or seeds it was taken."""
+
+    label: str
+    hint: str
+    figures: list[Figure]
+    n: str = ""
+
+
+@dataclass
+class Joined:
+    """The rows of several runs under the same columns. ``rows``: the member, and its cells."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[Member, list[Any]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold nothing but numbers."""
+        kinds = (int, float, type(None))
+        return [all(isinstance(row[i], kinds) for _, row in self.rows) for i in range(len(self.columns))]
+
+    @property
+    def folded(self) -> bool:
+        """Whether it is too long to stand open."""
+        return len(self.rows) > FOLD_ROWS
+
+    @property
+    def shown(self) -> list[tuple[Member, list[Any]]]:
+        """The rows that go into the page."""
+        return self.rows[:MOST_ROWS]
+
+
+def figure(metric: Metric | None, *, best: bool = False, doubt: str = "") -> Figure:
+    """A metric as the page writes it; a dash where there is none."""
+    if metric is None:
+        return Figure()
+    bounded = metric.low is not None and metric.high is not None
+    return Figure(
+        number(float(metric.value)),
+        number(float(metric.std)) if metric.std is not None else "",
+        f"[{number(float(metric.low or 0))}, {number(float(metric.high or 0))}]" if bounded else "",
+        best,
+        doubt,
+    )
+
+
+def direction(metric: Metric) -> str:
+    """Which way is better, in words."""
+    return {True: "higher is better", False: "lower is better", None: ""}[metric.higher_is_better]
+
+
+def metric_row(label: str, members: Sequence[Member | None], name: str, *, ranked: bool = True) -> MetricRow:
+    """One metric over the runs; the best marked if they are comparable (``ranked``: and should be) and not in doubt."""
+    found = [member.result.metrics.get(name) if member else None for member in members]
+    present = [member for member, metric in zip(members, found, strict=True) if member and metric]
+    first = next(metric for metric in found if metric)
+    winner = None
+    if ranked and not unequal([member.result for member in present]):
+        winner = best_of([m if member and not member.doubt else None for m, member in zip(found, members, strict=True)])
+    figures = [
+        figure(metric, best=place == winner, doubt=member.doubt if member and metric else "")
+        for place, (metric, member) in enumerate(zip(found, members, strict=True))
+    ]
+    counts = list(dict.fromkeys(number(metric.n) if metric.n is not None else "" for metric in found if metric))
+    return MetricRow(label, direction(first) if ranked else "", figures, " / ".join(counts))
+
+
+def metric_rows(members: Sequence[Member]) -> list[MetricRow]:
+    """Every metric of the results."""
+    names = dict.fromkeys(name for member in members for name in member.result.metrics)
+    return [metric_row(words(name), members, name) for name in names]
+
+
+def joined_tables(members: Sequence[Member]) -> list[Joined]:
+    """Tables of one name and the same columns as one; the runs' notes below it, each once."""
+    tables: dict[tuple[str, tuple[str, ...]], Joined] = {}
+    for member in members:
+        for table in member.result.tables:
+            columns = [str(column) for column in table.columns]
+            joined = tables.setdefault((table.name, tuple(columns)), Joined(table.name, columns))
+            joined.rows += [(member, row) for row in table.rows]
+            if table.note and table.note not in joined.notes:
+                joined.notes.append(table.note)
+    return [table for table in tables.values() if table.rows]
+
+
+def difference_rows(members: Sequence[Member]) -> list[tuple[str, Difference]]:
+    """The paired differences, with the metric's name in words; figures in doubt take no part."""
+    sound = [member for member in members if not member.doubt]
+    return [(words(row.metric), row) for row in differences(sound)] if sound else []
+
+
+def unequal_conditions(members: Sequence[Member]) -> list[str]:
+    """Why the members are not comparable, in words; empty if they are."""
+    return [words(key) for key in unequal([member.result for member in members])]
+
+
+def measured(members: Sequence[Member]) -> list[tuple[str, list[str]]]:
+    """The settings and the data of every member, and when and at what cost they were scored."""
+    return side_by_side(
+        [
+            {f"setting: {k}": v for k, v in flatten(m.result.settings).items()}
+            | {f"data: {k}": v for k, v in flatten(m.result.data).items()}
+            | {
+                "weights": m.result.model.weights_hash[:12] or "none: the suite trains its own models",
+                "validity gate": {"none": "not asked"}.get(m.result.gate, m.result.gate),
+                "scored items": number(m.result.records.get("count")),
+                "computed": m.result.created,
+                "seconds": number(m.result.seconds),
+                "file": f"{m.result.suite}.json",
+            }
+            for m in members
+        ]
+    )
+
+
+def config_differences(configs: Sequence[dict[str, Any]], skip: set[str]) -> list[tuple[str, list[str]]]:
+    """Keys on which the configurations differ, with each one's value."""
+    keys = dict.fromkeys(key for config in configs for key in config if key not in skip)
+    rows = [(key, [plain(config.get(key)) for config in configs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def side_by_side(columns: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Every key, with each column's value."""
+    keys = dict.fromkeys(key for values in columns for key in values)
+    return [(key, [plain(values.get(key)) for values in columns]) for key in keys]
