@@ -14,9 +14,10 @@ from data_pipeline.errors import UserError
 from eval.report.runs import Run, flatten
 from eval.results.schema import Metric, Result, Table
 from eval.results.statistics import paired_bootstrap
-from eval.results.store import SAMPLES_SUFFIX
 from eval.validity.checks import CHECKS_TABLE
 
+# What the name of the file of records ends with, beside that of the result.
+RECORDS = ".samples.jsonl"
 # Settings that change how a number is computed but not what it is.
 IRRELEVANT = {"precision"}
 # Tasks whose figures mean the same for masked and causal models. A masked model's loss is not a causal one's: it sees
@@ -139,7 +140,7 @@ def records_of(member: Member) -> list[dict[str, Any]]:
     """The records beside the result; none where they are missing, or are not those the result was computed from."""
     if member.run.folder is None or not member.result.records.get("count"):
         return []
-    return _read_records(member.run.folder / f"{member.result.suite}{SAMPLES_SUFFIX}", member.result)
+    return _read_records(member.run.folder / f"{member.result.suite}{RECORDS}", member.result)
 
 
 def _read_records(path: Path, result: Result) -> list[dict[str, Any]]:

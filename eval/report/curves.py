@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MOST_LINES = 8
 # More points than this are drawn without markers.
 MOST_MARKERS = 40
+# Letters of a label that fit along the y axis.
+LONGEST_LABEL = 38
 # From here on the values span orders of magnitude and are drawn on a logarithmic axis.
 LOG_SPAN = 300.0
 
@@ -165,7 +167,7 @@ def _draw(lines: Sequence[Line], title: str) -> Markup | None:
         _x_axis(axes, series.scale, all_x)
         _y_axis(axes, all_y)
         axes.set_xlabel(series.xlabel)
-        axes.set_ylabel(series.ylabel)
+        axes.set_ylabel(series.ylabel, fontsize=11 * min(1.0, LONGEST_LABEL / max(len(series.ylabel), 1)))
 
     return picture(draw, title)
 
