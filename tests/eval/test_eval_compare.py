@@ -22,18 +22,21 @@ def write(folder: Path, weights: str, accuracy: float, suite: str = "classify", 
     """A result of ``N`` items of which about ``accuracy`` are right; those of two models are correlated."""
     hard = np.random.default_rng(0).random(N)
     own = np.random.default_rng(len(weights)).normal(0, 0.1, N)
-    records = [
-        {"id": f"i{i}", "correct": int(h + e < accuracy)} for i, (h, e) in enumerate(zip(hard, own, strict=True))
-    ]
-    value = sum(record["correct"] for record in records) / N
+    right = [int(level < accuracy) for level in hard + own]
+    records = [{"id": f"i{i}", "correct": correct, "wrong": 1 - correct} for i, correct in enumerate(right)]
+    value = sum(right) / N
     arguments: dict[str, Any] = {
         "task": "classify", "version": 1, "settings": {"train": f"/{weights}/train.csv", "lr": 0.1},
         "data": {"hash": "d", "train": f"/{weights}/train.csv", "test": "test.csv"}, "gate": "passed",
     } | changes  # fmt: skip
     outcome = Outcome(
-        {"accuracy": Metric(value, True, n=N), "cut": Metric(0.25 + 0.25 * accuracy, False, std=0.1, n=3)},
+        {
+            "accuracy": Metric(value, True, n=N),
+            "error": Metric(100 * (1 - value), False, n=N),
+            "cut": Metric(0.25 + 0.25 * accuracy, False, std=0.1, n=3),
+        },
         records=records,
-        estimators={"accuracy": Estimator("correct")},
+        estimators={"accuracy": Estimator("correct"), "error": Estimator("wrong", scale=100)},
     )
     obtain(folder, suite, model=ModelInfo(weights, weights), compute=lambda _: outcome, **arguments)
     return records
@@ -48,13 +51,14 @@ def test_metrics_with_records_get_an_interval_and_others_a_difference(tmp_path: 
     second = write(tmp_path / "bb" / "eval", "bb", 0.8)
     assert compare(tmp_path / "a", tmp_path / "bb" / "eval", "--out", tmp_path / "out.json") == 0
     (suite,) = json.loads((tmp_path / "out.json").read_text())["suites"]
-    accuracy, cut = suite["metrics"]
+    accuracy, error, cut = suite["metrics"]
     expected = paired_bootstrap(first, second, Estimator("correct"))
     assert accuracy["difference"] == pytest.approx(accuracy["b"] - accuracy["a"])
     assert accuracy["difference"] == pytest.approx(expected.value)
     assert [accuracy[key] for key in ("low", "high", "p", "n")] == [expected.low, expected.high, expected.p, N]
     assert accuracy["low"] > 0
-    assert accuracy["better"] == "b"
+    assert (accuracy["better"], error["better"]) == ("b", "b")
+    assert error["high"] < 0  # fewer of them
     assert (cut["difference"], cut["low"], cut["std_a"], cut["better"]) == (pytest.approx(0.075), None, 0.1, "")
     out = capsys.readouterr().out
     assert "B is better" in out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import pytest
 from ranks import run_ranks, values
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import write_atomic
+from eval.results import parts
 from eval.results.parts import Parts, part_path, read_part
 from eval.results.schema import read_result
 
@@ -74,8 +77,8 @@ def test_killed_in_the_middle_and_then_finished(
 
 def test_what_comes_back_has_been_through_json_whether_kept_or_not(tmp_path: Path) -> None:
     jobs = [("a", lambda: {"x": (1, 2.5), "y": {3: math.nan}}), ("b", lambda: None)]
-    for parts in (Parts(), Parts(tmp_path), Parts(tmp_path)):
-        first, second = parts.map(jobs)
+    for each in (Parts(), Parts(tmp_path), Parts(tmp_path)):
+        first, second = each.map(jobs)
         assert first["x"] == [1, 2.5]
         assert math.isnan(first["y"]["3"])
         assert second is None
@@ -106,17 +109,22 @@ def test_a_part_that_cannot_be_kept_is_a_user_error(tmp_path: Path) -> None:
         Parts(tmp_path / "file").map([("a", lambda: 1)])
 
 
-def test_a_folder_removed_by_another_evaluation_is_made_again(tmp_path: Path) -> None:
-    """Two evaluations of one key: the one that finishes first removes the parts of both."""
-    import shutil
+def test_a_folder_removed_by_another_evaluation_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two evaluations of one key: the one that finishes first removes the parts of both, at any moment."""
+    folder, removals = tmp_path / "parts", [1, 2]
 
-    def job() -> int:
-        shutil.rmtree(tmp_path / "parts")
-        return 2
+    def write(path: Path, data: bytes, *, shared: bool) -> None:
+        if removals:
+            removals.pop()
+            shutil.rmtree(folder)
+        write_atomic(path, data, shared=shared)
 
-    assert Parts(tmp_path / "parts").map([("a", lambda: 1), ("b", job)]) == [1, 2]
-    assert not part_path(tmp_path / "parts", "a").exists()
-    assert part_path(tmp_path / "parts", "b").exists()
+    monkeypatch.setattr(parts, "write_atomic", write)
+    assert Parts(folder).map([("a", lambda: 1)]) == [1]
+    assert read_part(part_path(folder, "a"), "a") == "1"
+    removals.extend([1, 2, 3])
+    with pytest.raises(UserError, match="disappears while parts are written"):
+        Parts(folder).map([("b", lambda: 1)])
 
 
 # --- several processes; each function runs in all of them -------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import UserError
+from eval.results import store
 from eval.results.parts import Parts
 from eval.results.records import finished_folder, read_records, samples_path
-from eval.results.schema import Metric, ModelInfo, Outcome, Result, read_result
+from eval.results.schema import Metric, ModelInfo, Outcome, Result, read_result, write_result
 from eval.results.store import KEEP_UNFINISHED_DAYS, UNFINISHED, obtain, remove_leftovers
 
 # A line separator within a record must not be taken for the end of a line.
@@ -156,7 +158,7 @@ def test_only_old_leftovers_are_removed(tmp_path: Path) -> None:
 
 def _writer(folder: Path, number: int) -> None:
     for turn in range(25):
-        ask(folder, turn % 3, lambda _, n=10 * number + turn % 3: outcome(n, n), rerun=turn % 2 == 0)
+        ask(folder, turn % 3, lambda _, n=5 * (number + 1) + turn % 3: outcome(n, n), rerun=turn % 2 == 0)
 
 
 def test_two_evaluations_into_one_folder_do_not_corrupt_it(tmp_path: Path) -> None:
@@ -178,3 +180,23 @@ def test_two_evaluations_into_one_folder_do_not_corrupt_it(tmp_path: Path) -> No
         assert len(samples_path(path).read_bytes().decode().split("\n")) - 1 == result.records["count"]
         assert len(read_records(path)) == result.metrics["loss"].value
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_result_and_its_records_are_replaced_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is held up between its records and its result; the second must wait for it."""
+    between = threading.Event()
+
+    def slowly(path: Path, result: Result) -> None:
+        if result.metrics["loss"].value == 5:
+            between.set()
+            time.sleep(0.2)
+        write_result(path, result)
+
+    monkeypatch.setattr(store, "write_result", slowly)
+    first = threading.Thread(target=ask, args=(tmp_path, 1, lambda _: outcome(5, 5)))
+    first.start()
+    assert between.wait(10)
+    ask(tmp_path, 1, lambda _: outcome(7, 7), rerun=True)
+    first.join()
+    for path in (tmp_path / "lm.json", *tmp_path.glob("finished/*/result.json")):
+        assert len(samples_path(path).read_text(encoding="utf-8").split("\n")) - 1 == read_result(path).records["count"]
