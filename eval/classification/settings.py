@@ -58,7 +58,7 @@ class ClassifySettings(Settings):
     )
     batch_size: int = Field(16, ge=1, description="texts of one step")
     micro_tokens: int = Field(
-        16384, ge=1, description="tokens of one forward pass, padding included; a batch with more is accumulated"
+        8192, ge=1, description="tokens of one forward pass, padding included; a batch with more is accumulated"
     )
     lr: float | None = Field(None, gt=0, description="peak learning rate; left out: 0.1 / hidden_size")
     head_lr: float = Field(5e-3, gt=0, description="peak learning rate of the head")

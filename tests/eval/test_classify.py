@@ -181,9 +181,7 @@ def test_the_verdict_follows_the_intervals() -> None:
         return Metric((low + high) / 2, True, n=10, low=low, high=high)
 
     text = verdict({"gain_over_tfidf": gain(-0.3, -0.1), "gain_over_scratch": gain(0.1, 0.3)})
-    assert text.startswith(
-        "TF-IDF + logistic regression is better than the fine-tuned model, whose accuracy is 0.200 below"
-    )
+    assert text.startswith(f"{TFIDF_ROW} is better than the fine-tuned model, whose accuracy is 0.200 below")
     assert "The fine-tuned model is better than the same network from scratch: its accuracy is 0.200 above" in text
     assert "cannot be told apart" in verdict({"gain_over_tfidf": gain(-0.1, 0.2)})
     assert verdict({}) == ""

@@ -137,7 +137,7 @@ def test_pairs_of_a_file(tmp_path: Path) -> None:
     data = read_labelled(path, text_b_field="other")
     assert (data.texts, data.seconds, data.labels) == (["x"], ["y"], ["True"])
     assert data.hash != read_labelled(path).hash
-    with pytest.raises(UserError, match="no field 'b'.*--text-b-field"):
+    with pytest.raises(UserError, match=r"no field 'b'.*--text-b-field"):
         read_labelled(path, text_b_field="b")
 
 
@@ -183,7 +183,7 @@ def test_positive_label_and_a_draw_of_the_training_records(tmp_path: Path) -> No
     assert len(set(data.train.texts)) == 10
     assert data.positive(()) is None
     assert data.positive(("same", "b", "a")) == 1
-    with pytest.raises(UserError, match="--positive-label same: .* has no such class, it has a, b"):
+    with pytest.raises(UserError, match=r"--positive-label same: .* has no such class, it has a, b"):
         data.positive(("same",))
 
 
