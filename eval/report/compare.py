@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
 from eval.report.runs import Run, flatten
+from eval.results.records import read_records
 from eval.results.schema import Metric, Result, Table
 from eval.results.statistics import paired_bootstrap
 from eval.validity.checks import CHECKS_TABLE
 
-# What the name of the file of records ends with, beside that of the result.
-RECORDS = ".samples.jsonl"
 # Settings that change how a number is computed but not what it is.
 IRRELEVANT = {"precision"}
 # Tasks whose figures mean the same for masked and causal models. A masked model's loss is not a causal one's: it sees
@@ -140,18 +136,10 @@ def records_of(member: Member) -> list[dict[str, Any]]:
     """The records beside the result; none where they are missing, or are not those the result was computed from."""
     if member.run.folder is None or not member.result.records.get("count"):
         return []
-    return _read_records(member.run.folder / f"{member.result.suite}{RECORDS}", member.result)
-
-
-def _read_records(path: Path, result: Result) -> list[dict[str, Any]]:
     try:
-        raw = path.read_bytes()
-        if hashlib.sha256(raw).hexdigest() != result.records.get("sha256"):
-            return []
-        records = [json.loads(line) for line in raw.decode().split("\n") if line]
-    except (OSError, ValueError):
+        return read_records(member.run.folder / f"{member.result.suite}.json")
+    except UserError:
         return []
-    return [record for record in records if isinstance(record, dict)]
 
 
 def _span(metric: Metric) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from eval.classification.labelled import carve
+from eval.classification.dataset import carve
 from eval.long_range.lra import images, listops, texts
 from eval.long_range.lra.examples import Dataset, Split
 from eval.long_range.lra.published import LISTOPS_SIZES
