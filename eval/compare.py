@@ -222,7 +222,8 @@ def _print(a: Path, b: Path, compared: list[Comparison], alone: list[str]) -> No
             )
     if rows:
         print(aligned([("suite", "metric", "A", "B", "B - A", "95% interval", "p", "n", ""), *rows]))
-        print("\np-values are of each metric alone: among twenty of them, one below 0.05 is chance.")
+        if any(d.p is not None for comparison in compared for d in comparison.metrics):
+            print("\np-values are of each metric alone: among twenty of them, one below 0.05 is chance.")
     for comparison in compared:
         for note in dict.fromkeys(
             [*comparison.notes, *(f"{d.metric}: {d.note}" for d in comparison.metrics if d.note)]
