@@ -155,7 +155,7 @@ def test_rounds_run_every_case_once_in_changing_order() -> None:
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(set(rounds)) > 2
     assert all(len(seconds) == 8 and min(seconds) >= 0 for seconds in times.values())
-    assert Spread.of_ratios([1.0, 8.0, 3.0], [2.0, 4.0, 3.0]) == Spread(1.0, 0.75, 1.5)
+    assert Spread.of_ratios([1.0, 8.0, 6.0], [2.0, 2.0, 2.0]) == Spread(3.0, 1.75, 3.5)
     sample = np.random.default_rng(0).random(9).tolist()
     assert Spread.of(sample).median == sorted(sample)[4]
 
