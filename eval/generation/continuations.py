@@ -90,7 +90,9 @@ def _controls(real: list[Passage], other: list[Passage], seed: int) -> list[Text
 
 def _measure(sets: list[TextSet], settings: GenerateSettings, parts: Parts) -> dict[str, tables.Measured]:
     """What is measured on each set as a whole."""
-    tokens = min((item.tokens for item in sets if item.tokens), default=0)
+    # A way of decoding that soon ends its texts would leave too little of all others.
+    largest = max(item.tokens for item in sets)
+    tokens = min(item.tokens for item in sets if 2 * item.tokens >= largest)
     number = min(len(item.pairs) for item in sets)
     chosen = np.sort(np.random.default_rng(settings.seed).permutation(number)[:BLEU_TEXTS])
     other = next((item for item in sets if item.name == OTHER), None)
@@ -110,7 +112,7 @@ def _measure(sets: list[TextSet], settings: GenerateSettings, parts: Parts) -> d
     mauves = dict(zip((item.name for item in compared), values[len(sets) :], strict=True))
     measured = {}
     for item, bleu in zip(sets, values, strict=False):
-        texts = measures.cut_to(item.texts, tokens)
+        texts = measures.cut_to(item.texts, tokens) if item.tokens >= tokens else []
         measured[item.name] = tables.Measured(
             tokens=tokens,
             distinct=[measures.distinct(texts, n) for n in (1, 2, 3)],

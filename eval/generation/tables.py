@@ -136,9 +136,9 @@ def _counted(sets: Sequence[TextSet], measured: Mapping[str, Measured], settings
         rows.append([item.name, *values, found.self_bleu, found.zipf, len(item.pairs), item.tokens, early])
     any_set = measured[sets[0].name]
     note = (
-        f"distinct-n and the Zipf exponent are of the first {any_set.tokens} tokens of each set, self-BLEU of "
-        f"{any_set.bleu_texts} texts. The two sets of real text differ by chance; a text is like real text where its "
-        "numbers are like theirs, not where they are highest."
+        f"distinct-n and the Zipf exponent are of the first {any_set.tokens} tokens of each set (none of a set with "
+        f"fewer), self-BLEU of {any_set.bleu_texts} texts. The two sets of real text differ by chance; a text is like "
+        "real text where its numbers are like theirs, not where they are highest."
     )
     if not any(item.control for item in sets):
         note += " No real text to compare with: name held-out shards with --data."

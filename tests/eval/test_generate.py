@@ -52,7 +52,7 @@ def fitted(causal: Path, shards: ShardSet) -> Subject:
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(subject.model.parameters(), lr=1e-2)
     rng = np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(40):
         ids = torch.from_numpy(shards.read(rng.integers(0, shards.num_tokens - 33, 16), 33))
         output = subject.model(ids[:, :-1], labels=ids[:, 1:])
         optimizer.zero_grad()
@@ -131,6 +131,28 @@ def test_a_prompt_is_continued_with_its_own_seed(fitted: Subject, shards: ShardS
             fitted.model, prompt, max_new_tokens=12, temperature=0.8, top_k=50, seed=7 + place, stop_id=shards.eos_id
         )
         assert outcome.records[place]["text"] == shards.tokenizer().decode(alone)
+
+
+def test_texts_that_end_at_once_are_no_measure_for_others(
+    fitted: Subject, causal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Decoding.write
+
+    def nothing_if_greedy(self: Decoding, subject: Subject, prompts: Any, *args: Any) -> list[list[int]]:
+        texts = written(self, subject, prompts, *args)
+        return texts if self.temperature else [[] for _ in texts]
+
+    monkeypatch.setattr(Decoding, "write", nothing_if_greedy)
+    outcome = write(fitted, GenerateSettings(**SMALL, decodings=("greedy",)))
+    assert column(outcome, "tokens")["greedy"] == 0
+    assert column(outcome, "ended early")["greedy"] == 6
+    assert column(outcome, "distinct-1")["greedy"] is None
+    tokens = min(v for v in column(outcome, "tokens").values() if v)
+    assert f"the first {tokens} tokens" in outcome.tables[0].note
+    assert outcome.metrics["distinct_1"].value > 0
+    silent = GenerateSettings(prompt=("a river",), temperature=0, decodings=())
+    assert "own_perplexity" not in write(subject_of(causal, None), silent).metrics
+    assert write(subject_of(causal, None), silent).samples[0]["text"] == ""
 
 
 def test_two_sets_of_passages_do_not_overlap(shards: ShardSet) -> None:

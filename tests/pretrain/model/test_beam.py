@@ -32,28 +32,30 @@ def log_p(model: NystromformerLM, prompt: Sequence[int], continuation: Sequence[
     return float(logits.log_softmax(-1).gather(-1, torch.tensor(continuation)[:, None]).sum())
 
 
-@pytest.mark.parametrize("stops", [None, STOP])
-def test_a_search_wide_enough_finds_the_likeliest_of_all_continuations(stops: int | None) -> None:
+@pytest.mark.parametrize(("stops", "penalty"), [(None, 1.0), (STOP, 0.0), (STOP, 1.0), (STOP, 3.0)])
+def test_a_search_wide_enough_finds_the_best_of_all_continuations(stops: int | None, penalty: float) -> None:
     model, length = decoder(), 3
     prompts = [[1, 2, 3], [4], [2, 2, 0, 1, 3, 4, 1]]
-    texts, scores = beam_search(model, prompts, beams=5**length, max_new_tokens=length, stop_id=stops)
+    texts, scores = beam_search(
+        model, prompts, beams=5**length, max_new_tokens=length, length_penalty=penalty, stop_id=stops
+    )
     for prompt, text, score in zip(prompts, texts, scores, strict=True):
         tokens = range(5) if stops is None else range(1, 5)
         every = {c: log_p(model, prompt, c) for c in itertools.product(tokens, repeat=length)}
         if stops is not None:
             for n in range(length):
                 every |= {c: log_p(model, prompt, [*c, STOP]) for c in itertools.product(tokens, repeat=n)}
-        best = max(every, key=lambda c: every[c])
+        best = max(every, key=lambda c: every[c] / min(len(c) + 1, length) ** penalty)
         assert tuple(text) == best
         assert score == pytest.approx(every[best], abs=1e-9)
 
 
 def plain_search(
-    model: NystromformerLM, prompt: list[int], beams: int, steps: int, stop: int | None
+    model: NystromformerLM, prompt: list[int], beams: int, steps: int, stop: int | None, penalty: float
 ) -> tuple[list[int], float]:
     """The search with a full forward pass over every beginning."""
     alive: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
-    ended: list[tuple[tuple[int, ...], float]] = [((), -float("inf"))]
+    ended: list[tuple[tuple[int, ...], float]] = []
     for _ in range(steps):
         longer = []
         for text, score in alive:
@@ -63,7 +65,7 @@ def plain_search(
                 ended.append((text, score + log_p[stop]))
             longer += [((*text, token), score + log_p[token]) for token in range(len(log_p)) if token != stop]
         alive = sorted(longer, key=lambda pair: -pair[1])[:beams]
-    text, score = max([*ended, alive[0]], key=lambda pair: pair[1])
+    text, score = max([*ended, alive[0]], key=lambda pair: pair[1] / min(len(pair[0]) + 1, steps) ** penalty)
     return list(text), score
 
 
@@ -72,10 +74,10 @@ def test_beams_over_the_cache_equal_a_search_without_one(changes: dict[str, obje
     model = decoder(23, **changes)
     prompts = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10]]
     steps = 6 if "max_positions" in changes else 14
-    for stop in (None, STOP, 5):
-        texts, scores = beam_search(model, prompts, beams=3, max_new_tokens=steps, stop_id=stop)
+    for stop, penalty in ((None, 1.0), (STOP, 0.0), (5, 0.7)):
+        texts, scores = beam_search(model, prompts, beams=3, max_new_tokens=steps, length_penalty=penalty, stop_id=stop)
         for prompt, text, score in zip(prompts, texts, scores, strict=True):
-            wanted, wanted_score = plain_search(model, prompt, 3, steps, stop)
+            wanted, wanted_score = plain_search(model, prompt, 3, steps, stop, penalty)
             assert text == wanted
             assert score == pytest.approx(wanted_score, abs=1e-8)
 
@@ -88,5 +90,7 @@ def test_one_beam_is_greedy_and_mistakes_are_named() -> None:
     assert beam_search(model, prompts, beams=2, max_new_tokens=0) == ([[], []], [0.0, 0.0])
     with pytest.raises(UserError, match="at least 1 beam, got 0"):
         beam_search(model, prompts, beams=0, max_new_tokens=1)
+    with pytest.raises(UserError, match=r"length_penalty -1\.0 must not be negative"):
+        beam_search(model, prompts, beams=2, max_new_tokens=1, length_penalty=-1.0)
     with pytest.raises(UserError, match="token 23 is outside"):
         beam_search(model, [[23]], beams=2, max_new_tokens=1)
