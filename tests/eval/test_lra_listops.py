@@ -113,8 +113,30 @@ def test_draws_follow_the_grammar() -> None:
     assert chisquare(counts, weights / weights.sum() * len(flat)).pvalue > 1e-3
 
 
-def test_published_bounds_keep_and_spread_as_published() -> None:
-    """8.6% of the draws are kept; the commonest value has 16.8%."""
+def length_distribution(grammar: Grammar) -> np.ndarray:
+    """P(symbols = n) of a draw for n below ``max_symbols``, exact: p_D(1) = 1 at the greatest depth, and above it
+    p_d = 3/4 at 1 and 1/4 the mean over the numbers of arguments k of the k-fold convolution of p_{d+1}, 2 further on.
+    """
+    size = grammar.max_symbols
+    p = np.zeros(size)
+    p[1] = 1.0
+    for _ in range(grammar.max_depth - 1):
+        power, total = p, np.zeros(size)
+        for _ in range(2, grammar.max_args + 1):
+            power = np.convolve(power, p)[:size]
+            total += power / (grammar.max_args - 1)
+        p = np.concatenate([np.zeros(2), 0.25 * total[:-2]])
+        p[1] += 0.75
+    return p
+
+
+def test_published_bounds_keep_and_spread_as_computed() -> None:
+    """8.28% of the draws are kept, of 1035 symbols on average; the commonest value has 17.4% (30,000 draws kept)."""
+    exact = length_distribution(Grammar())[501:]
+    kept_share, sizes = exact.sum(), np.arange(501, 2000)
+    mean = (exact * sizes).sum() / kept_share
+    deviation = np.sqrt((exact * (sizes - mean) ** 2).sum() / kept_share)
+    assert (kept_share, mean) == (pytest.approx(0.08276, abs=1e-5), pytest.approx(1035.0, abs=0.1))
     rng = random.Random(0)
     kept, draws = [], 0
     while len(kept) < 600:
@@ -122,12 +144,23 @@ def test_published_bounds_keep_and_spread_as_published() -> None:
         drawn = listops.draw(rng, Grammar())
         if drawn is not None:
             kept.append(drawn)
-    assert len(kept) / draws == pytest.approx(0.086, abs=4 * np.sqrt(0.086 * 0.914 / draws))
-    shares = np.bincount([value for _, value in kept], minlength=10) / len(kept)
-    assert shares.max() == pytest.approx(0.168, abs=4 * np.sqrt(0.168 * 0.832 / len(kept)))
+    assert len(kept) / draws == pytest.approx(kept_share, abs=3 * np.sqrt(kept_share * (1 - kept_share) / draws))
     lengths = [len(tokens) for tokens, _ in kept]
-    assert min(lengths) > 500
-    assert max(lengths) < 2000
+    assert np.mean(lengths) == pytest.approx(mean, abs=3 * deviation / np.sqrt(600))
+    shares = np.bincount([value for _, value in kept], minlength=10) / len(kept)
+    assert shares.max() == pytest.approx(0.174, abs=3 * np.sqrt(0.174 * 0.826 / len(kept)))
+
+
+def test_lengths_of_a_small_grammar_have_the_exact_distribution() -> None:
+    grammar = Grammar(max_depth=4, max_args=4, min_symbols=3, max_symbols=20)
+    exact = length_distribution(grammar)[4:]
+    rng = random.Random(1)
+    kept = [len(drawn[0]) for _ in range(20_000) if (drawn := listops.draw(rng, grammar)) is not None]
+    counts = np.bincount(kept, minlength=20)[4:]
+    possible = exact > 1e-12
+    assert not counts[~possible].any()
+    assert chisquare(counts[possible], exact[possible] / exact.sum() * counts.sum()).pvalue > 1e-3
+    assert len(kept) / 20_000 == pytest.approx(exact.sum(), abs=3 * np.sqrt(exact.sum() / 20_000))
 
 
 def test_splits_are_distinct_cached_and_the_test_split_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
