@@ -27,7 +27,7 @@ from eval.suites.load import load_suites
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
     "min_symbols": 5, "max_symbols": 24, "max_depth": 3, "max_args": 4, "train_size": 96, "dev_size": 24,
-    "test_size": 30, "hidden_size": 16, "ffn_size": 24, "layers": 1, "landmarks": 4, "conv_kernel": 3, "steps": 7,
+    "test_size": 30, "hidden_size": 16, "ffn_size": 24, "layers": 1, "num_landmarks": 4, "conv_kernel": 3, "steps": 7,
     "warmup": 2, "validate_every": 3, "batch_size": 8, "lr": 3e-3, "precision": "fp32",
 }  # fmt: skip
 
@@ -130,7 +130,7 @@ def test_predictions_are_in_the_order_of_the_split_and_batches_cover_it() -> Non
 
 
 def test_outcome_follows_from_the_records(tmp_path: Path) -> None:
-    outcome = arena(tmp_path, seeds=2, attention=("softmax", "nystrom", "softmax-conv"))
+    outcome = arena(tmp_path, seeds=2, networks=("softmax", "nystrom", "softmax-conv"))
     records = outcome.records
     assert len(records) == len({record["id"] for record in records}) == 30
     by_seed = outcome.tables[1].rows
@@ -165,7 +165,7 @@ def test_outcome_follows_from_the_records(tmp_path: Path) -> None:
     assert [s.x for s in curves] == [[3.0, 6.0, 7.0]] * 3
     assert curves[0].low is not None
     assert outcome.samples[0]["texts"][0].endswith("]")
-    again = arena(tmp_path, seeds=2, attention=("softmax", "nystrom", "softmax-conv"))
+    again = arena(tmp_path, seeds=2, networks=("softmax", "nystrom", "softmax-conv"))
     assert again.records == records
     assert again.metrics == outcome.metrics
 
@@ -175,10 +175,10 @@ def test_published_rows_stand_beside_published_data_only() -> None:
         (suite,) = load_suites([f"lra-{name}"])
         assert isinstance(suite.settings, LRASettings)
         settings = task.resolve(None, suite.settings)
-        assert settings.dataset == name
+        assert settings.benchmark == name
         assert report.is_published_data(settings)
         assert report.deviations(settings) == []
-        left_out = task.resolve(None, LRASettings(dataset=settings.dataset, seeds=3))
+        left_out = task.resolve(None, LRASettings(benchmark=settings.benchmark, seeds=3))
         assert left_out.as_dict() == {**settings.as_dict(), "train_size": left_out.train_size,
                                       "dev_size": left_out.dev_size, "test_size": left_out.test_size}  # fmt: skip
         assert not report.is_published_data(settings.model_copy(update={"test_size": 100}))
@@ -206,7 +206,7 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
     for changes, message in (
         ({"hidden_size": 30, "heads": 4}, "hidden_size 30 is not divisible by heads 4"),
         ({"conv_kernel": 4}, "conv_kernel 4 is even"),
-        ({"attention": ("softmax", "softmax")}, "names one network twice"),
+        ({"networks": ("softmax", "softmax")}, "networks names one twice"),
         ({"min_symbols": 9, "max_symbols": 10}, "no number of symbols is above 9 and below 10"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -246,7 +246,7 @@ def test_a_repeated_example_has_an_id_of_its_own() -> None:
 def test_it_learns(tmp_path: Path, attention: str) -> None:
     """A single operator on few digits, with landmarks of two or three tokens: clearly above the majority."""
     outcome = arena(
-        tmp_path, attention=(attention,), max_depth=2, max_args=8, min_symbols=7, max_symbols=11, train_size=6000,
+        tmp_path, networks=(attention,), max_depth=2, max_args=8, min_symbols=7, max_symbols=11, train_size=6000,
         dev_size=300, test_size=500, hidden_size=32, ffn_size=64, steps=700, warmup=50, validate_every=100,
         batch_size=64,
     )  # fmt: skip

@@ -27,7 +27,7 @@ def reject(message: str, **settings: object) -> None:
 def test_text_from_files_and_from_the_imdb_folders(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"film {i} ä,{i % 2}\n" for i in range(20)))
     (tmp_path / "test.jsonl").write_text('{"text": "fine", "label": 1}\n{"text": "", "label": 0}\n')
-    data = load(of(dataset="text", path=str(tmp_path), max_length=8, dev_share=0.2))
+    data = load(of(benchmark="text", path=str(tmp_path), max_length=8, dev_share=0.2))
     assert [len(split) for split in data.splits().values()] == [16, 4, 2]
     assert data.test.columns[0][0].tobytes() == b"fine"
     assert data.test.columns[0][1].tobytes() == b" "
@@ -44,24 +44,24 @@ def test_text_from_files_and_from_the_imdb_folders(tmp_path: Path) -> None:
             folder.mkdir(parents=True)
             for number in range(4):
                 (folder / f"{number}_7.txt").write_text(f"{split} {side} {number}")
-    data = load(of(dataset="text", path=str(release)))
+    data = load(of(benchmark="text", path=str(release)))
     assert data.classes == ["neg", "pos"]
     assert data.test.columns[0][4].tobytes() == b"test pos 0"
     assert data.test.labels.tolist() == [0] * 4 + [1] * 4
     (tmp_path / "train.tsv").write_text("text\tlabel\n")
-    reject("train.csv and train.tsv are both there", dataset="text", path=str(tmp_path))
+    reject("train.csv and train.tsv are both there", benchmark="text", path=str(tmp_path))
     (tmp_path / "train.tsv").unlink()
     (tmp_path / "test.jsonl").write_text('{"text": "a", "label": 2}\n')
-    reject("test has the label '2', which train lacks", dataset="text", path=str(tmp_path))
+    reject("test has the label '2', which train lacks", benchmark="text", path=str(tmp_path))
     (tmp_path / "test.jsonl").unlink()
-    reject("has no test split", dataset="text", path=str(tmp_path))
+    reject("has no test split", benchmark="text", path=str(tmp_path))
 
 
 def test_retrieval(tmp_path: Path) -> None:
     for name, count in (("train", 6), ("eval", 3), ("test", 2)):
         lines = [f'{i % 2}.0\tA{i}\tB{i}\tfirst "{i}\tsecond ä{i}\n' for i in range(count)]
         (tmp_path / f"new_aan_pairs.{name}.tsv").write_text("".join(lines), encoding="utf-8")
-    settings = {"dataset": "retrieval", "path": str(tmp_path), "max_length": 9}
+    settings = {"benchmark": "retrieval", "path": str(tmp_path), "max_length": 9}
     data = load(of(**settings))
     assert [len(split) for split in data.splits().values()] == [6, 3, 2]
     one, other = (column[1].tobytes() for column in data.train.columns)
@@ -83,7 +83,7 @@ def test_cifar_binary(tmp_path: Path) -> None:
     records = np.concatenate([labels[:, None], colours.reshape(44, -1)], axis=1)
     for name, rows in (("data_batch_1", slice(0, 20)), ("data_batch_2", slice(20, 40)), ("test_batch", slice(40, 44))):
         records[rows].tofile(tmp_path / f"{name}.bin")
-    data = load(of(dataset="image", path=str(tmp_path), dev_share=0.25))
+    data = load(of(benchmark="image", path=str(tmp_path), dev_share=0.25))
     assert [len(split) for split in data.splits().values()] == [30, 10, 4]
     weights = (0.2989, 0.5870, 0.1140)
     for row, label, source in zip(data.test.columns[0], data.test.labels, colours[40:], strict=True):
@@ -92,15 +92,15 @@ def test_cifar_binary(tmp_path: Path) -> None:
         assert np.abs(row.reshape(32, 32) - np.floor(level)).max() <= 1  # float32 at a whole number
         assert (row.reshape(32, 32) == np.floor(level)).mean() > 0.99
         assert label in (0, 1, 2, 3)
-    reject("would cut images of 1024 pixels", dataset="image", path=str(tmp_path), max_length=100)
+    reject("would cut images of 1024 pixels", benchmark="image", path=str(tmp_path), max_length=100)
     (tmp_path / "data_batch_1.bin").write_bytes(b"abc")
-    reject("3 bytes are no whole number of CIFAR-10 records", dataset="image", path=str(tmp_path))
+    reject("3 bytes are no whole number of CIFAR-10 records", benchmark="image", path=str(tmp_path))
     (tmp_path / "py").mkdir()
     (tmp_path / "py" / "data_batch_1").write_bytes(b"\x80\x04")
-    reject("it is not read", dataset="image", path=str(tmp_path / "py"))
+    reject("it is not read", benchmark="image", path=str(tmp_path / "py"))
     records[:, 0] = 99
     records[:3].tofile(tmp_path / "data_batch_1.bin")
-    reject("is it CIFAR-100", dataset="image", path=str(tmp_path))
+    reject("is it CIFAR-100", benchmark="image", path=str(tmp_path))
 
 
 def test_white_and_black_stay() -> None:
@@ -112,22 +112,22 @@ def test_npz(tmp_path: Path) -> None:
     x = np.arange(10 * 1024, dtype=np.uint32).astype(np.uint8).reshape(10, 32, 32)
     y = np.arange(10) % 2
     np.savez(path, x_train=x, y_train=y[:, None], x_test=x[:2], y_test=y[:2])
-    data = load(of(dataset="image", path=str(path), dev_share=0.4))
+    data = load(of(benchmark="image", path=str(path), dev_share=0.4))
     assert [len(split) for split in data.splits().values()] == [6, 4, 2]
     assert data.test.columns[0][1].tolist() == x[1].reshape(-1).tolist()
     np.savez(path, x_train=np.repeat(x, 20, 0), y_train=np.repeat(y, 20))
-    pathfinder = load(of(dataset="pathfinder", path=str(path)))
+    pathfinder = load(of(benchmark="pathfinder", path=str(path)))
     assert [len(split) for split in pathfinder.splits().values()] == [160, 20, 20]  # LRA's shares
     np.savez(path, x_train=x.astype(np.float32), y_train=y)
-    reject("x_train is float32 of shape", dataset="image", path=str(path))
+    reject("x_train is float32 of shape", benchmark="image", path=str(path))
     np.savez(path, x_train=x, y_train=y[:3])
-    reject("10 whole numbers are expected", dataset="image", path=str(path))
+    reject("10 whole numbers are expected", benchmark="image", path=str(path))
     np.savez(path, x_train=x, y_train=y + 9)
-    reject("labels of train from 9 to 10", dataset="image", path=str(path))
+    reject("labels of train from 9 to 10", benchmark="image", path=str(path))
     np.savez(path, x_train=np.array([{"a": 1}], dtype=object), y_train=y)
-    reject("cannot be read as an .npz file", dataset="image", path=str(path))
+    reject("cannot be read as an .npz file", benchmark="image", path=str(path))
     np.savez(path, other=x)
-    reject("no arrays x_train and y_train", dataset="pathfinder", path=str(path))
+    reject("no arrays x_train and y_train", benchmark="pathfinder", path=str(path))
 
 
 def test_pathfinder_release(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_pathfinder_release(tmp_path: Path) -> None:
         lines.append(f"imgs/{number % 2} sample_{number}.png {number} {number // 2 % 2} 1.8 14 3 2\n")
     (tmp_path / "imgs" / "0" / "sample_0.png").write_bytes(b"")  # as in the release
     (tmp_path / "metadata" / "0.npy").write_text("".join(lines))
-    settings = {"dataset": "pathfinder", "path": str(tmp_path)}
+    settings = {"benchmark": "pathfinder", "path": str(tmp_path)}
     data = load(of(**settings))
     assert [len(split) for split in data.splits().values()] == [15, 2, 2]
     found = {int(row[0]): int(label) for split in data.splits().values()
@@ -160,7 +160,7 @@ def test_pathfinder_release(tmp_path: Path) -> None:
 
 def test_listops_files_and_what_is_missing(tmp_path: Path) -> None:
     reject("--path .*nowhere does not exist", path=str(tmp_path / "nowhere"))
-    reject("give --path, the folder with train", dataset="text")
+    reject("give --path, the folder with train", benchmark="text")
     for name, rows in (("train", 3), ("val", 2), ("test", 1)):
         body = "".join(f"( ( ( [SM {i} ) 2 ) ] )\t{i + 2}\n" for i in range(rows))
         (tmp_path / f"basic_{name}.tsv").write_text("Source\tTarget\n" + body)

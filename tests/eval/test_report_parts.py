@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def test_differences_are_paired_over_the_records(tmp_path: Path) -> None:
     write_everything(runs[2], shift=0.08)
     with (runs[2] / "eval" / "lm.samples.jsonl").open("a") as file:
         file.write("\n")  # no longer the file that the result was computed from
+    shutil.rmtree(runs[2] / "eval" / "finished")  # nor is the other copy there
     group = [Member(i, read, read.results["lm"]) for i, read in enumerate(map(read_run, runs))]
     (row,) = differences(group)
     lines = [(run / "eval" / "lm.samples.jsonl").read_text().splitlines() for run in runs[:2]]

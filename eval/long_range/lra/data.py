@@ -28,10 +28,10 @@ _FILES = {
 def load(settings: LRASettings) -> Dataset:
     """Read or generate the dataset; raises :class:`UserError` for what is missing or does not fit."""
     assert settings.max_length
-    name = settings.dataset
+    name = settings.benchmark
     if settings.path is None:
         if name != "listops":
-            raise UserError(f"lra with dataset {name} reads your files: give --path, {_FILES[name]}")
+            raise UserError(f"lra with benchmark {name} reads your files: give --path, {_FILES[name]}")
         return _generated(settings).checked(settings.max_length)
     path = Path(settings.path)
     if not path.exists():
@@ -107,7 +107,7 @@ def _complete(splits: dict[str, Split], settings: LRASettings) -> dict[str, Any]
         splits = {**splits, "train": splits["train"].take(rest), "test": splits["train"].take(held)}
     if "dev" not in splits:
         share = settings.dev_share
-        if settings.dataset == "pathfinder":
+        if settings.benchmark == "pathfinder":
             share /= 1 - TEST_SHARE  # of all images, as the test split is
         rest, held = carve(splits["train"].labels, share, settings.seed)
         splits = {**splits, "train": splits["train"].take(rest), "dev": splits["train"].take(held)}

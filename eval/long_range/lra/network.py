@@ -32,7 +32,7 @@ def model_config(settings: LRASettings, attention: str, vocabulary: int, longest
         positions="learned",
         max_positions=longest,
         landmark_inverse=True,
-        num_landmarks=settings.landmarks,
+        num_landmarks=settings.num_landmarks,
         conv_kernel=0 if attention == "softmax" else settings.conv_kernel,
     )
 

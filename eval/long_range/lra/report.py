@@ -59,8 +59,8 @@ def outcome(settings: LRASettings, dataset: Dataset, runs: Runs) -> Outcome:
 def is_published_data(settings: LRASettings) -> bool:
     """Whether the data is that of the published accuracies: all of the files, or ListOps of the published lengths."""
     sizes = {"train": settings.train_size, "dev": settings.dev_size, "test": settings.test_size}
-    whole = settings.max_length == PUBLISHED[settings.dataset].max_length
-    if settings.dataset == "listops" and settings.path is None:
+    whole = settings.max_length == PUBLISHED[settings.benchmark].max_length
+    if settings.benchmark == "listops" and settings.path is None:
         same = all(getattr(settings, name) == value for name, value in LISTOPS.items())
         return whole and same and all(size in (None, LISTOPS_SIZES[name]) for name, size in sizes.items())
     return whole and all(size is None for size in sizes.values())
@@ -68,7 +68,7 @@ def is_published_data(settings: LRASettings) -> bool:
 
 def deviations(settings: LRASettings) -> list[str]:
     """Settings of the training and the network that are not the published ones, as text."""
-    published = PUBLISHED[settings.dataset]
+    published = PUBLISHED[settings.benchmark]
     expected = {name: getattr(published, name) for name in ("steps", "warmup", "validate_every", "batch_size")}
     return [
         f"{name} {getattr(settings, name):g} (published {value:g})"

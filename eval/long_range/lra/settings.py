@@ -14,7 +14,7 @@ PUBLISHED = "left out: as published for the dataset"
 class LRASettings(Settings):
     """The data, the network and its training; what is left out is that of the Nyströmformer repository."""
 
-    dataset: Literal["listops", "text", "retrieval", "image", "pathfinder"] = Field(
+    benchmark: Literal["listops", "text", "retrieval", "image", "pathfinder"] = Field(
         "listops", description="which of the five; listops is generated, the others are read from path"
     )
     path: str | None = Field(
@@ -41,7 +41,7 @@ class LRASettings(Settings):
     label_field: str = Field("label", description="field or column with the label")
     max_length: int | None = Field(None, ge=2, description=f"tokens read of each text; {PUBLISHED}")
 
-    attention: tuple[Literal["softmax", "nystrom", "softmax-conv"], ...] = Field(
+    networks: tuple[Literal["softmax", "nystrom", "softmax-conv"], ...] = Field(
         ("softmax", "nystrom"),
         min_length=1,
         description="networks trained side by side: softmax, nystrom, softmax-conv (softmax with the convolution of "
@@ -52,7 +52,7 @@ class LRASettings(Settings):
     heads: int = Field(2, ge=1, description="of attention")
     ffn_size: int = Field(128, ge=1, description="width of the feed-forward layers, and of the head's")
     hidden_dropout: float = Field(0.1, ge=0, lt=1, description="on the residual path and the embeddings")
-    landmarks: int = Field(64, ge=1, description="of nystrom; sequences of no more tokens get exact attention")
+    num_landmarks: int = Field(64, ge=1, description="of nystrom; sequences of no more tokens get exact attention")
     conv_kernel: int = Field(35, ge=0, description="width of the convolution over values; 0 leaves it out")
 
     steps: int | None = Field(None, ge=3, description=f"of training; {PUBLISHED}")
@@ -72,8 +72,8 @@ class LRASettings(Settings):
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by heads {self.heads}")
         if self.conv_kernel and self.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel {self.conv_kernel} is even: the convolution is centred, make it odd")
-        if len(set(self.attention)) != len(self.attention):
-            raise ValueError(f"attention names one network twice: {' '.join(self.attention)}")
+        if len(set(self.networks)) != len(self.networks):
+            raise ValueError(f"networks names one twice: {' '.join(self.networks)}")
         if self.max_symbols <= self.min_symbols + 1:
             raise ValueError(f"no number of symbols is above {self.min_symbols} and below {self.max_symbols}")
         return self

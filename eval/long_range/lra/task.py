@@ -30,7 +30,7 @@ _READ: dict[LRASettings, Dataset] = {}
 
 def resolve(subject: Subject | None, settings: LRASettings) -> LRASettings:
     """The published length, steps and batch where they were left out, and the precision; checks what does not fit."""
-    published = PUBLISHED[settings.dataset]
+    published = PUBLISHED[settings.benchmark]
     filled: dict[str, Any] = {
         name: getattr(settings, name) or getattr(published, name)
         for name in ("max_length", "steps", "warmup", "validate_every", "batch_size")
@@ -39,7 +39,7 @@ def resolve(subject: Subject | None, settings: LRASettings) -> LRASettings:
         filled["warmup"] = max(2, min(published.warmup, filled["steps"] * published.warmup // published.steps))
     if filled["warmup"] >= filled["steps"]:
         raise UserError(f"--warmup {filled['warmup']} leaves none of --steps {filled['steps']} for the decay")
-    if settings.dataset in ("image", "pathfinder") and filled["max_length"] < published.max_length:
+    if settings.benchmark in ("image", "pathfinder") and filled["max_length"] < published.max_length:
         raise UserError(f"--max-length {filled['max_length']} would cut images of {published.max_length} pixels")
     device = choose_device(settings.device)
     filled["precision"] = fast_precision(device) if settings.precision == "auto" else settings.precision
@@ -56,10 +56,10 @@ def data(subject: Subject | None, settings: LRASettings) -> dict[str, Any]:
 def run(subject: Subject | None, settings: LRASettings, parts: Parts) -> Outcome:
     """Train every network for every seed and score the test split; each training is a part."""
     dataset = _READ.pop(settings, None) or load(settings)
-    runs = [(attention, seed) for attention in settings.attention for seed in range(settings.seeds)]
+    runs = [(attention, seed) for attention in settings.networks for seed in range(settings.seeds)]
     values = parts.map([(f"{attention}, seed {seed}", partial(_train, settings, dataset, attention, seed))
                         for attention, seed in runs])  # fmt: skip
-    results: dict[str, list[dict[str, Any]]] = {attention: [] for attention in settings.attention}
+    results: dict[str, list[dict[str, Any]]] = {attention: [] for attention in settings.networks}
     for (attention, _), value in zip(runs, values, strict=True):
         results[attention].append(value)
     return report.outcome(settings, dataset, results)
