@@ -26,8 +26,8 @@ class Recipe:
     """AdamW, linear warm-up over the first tenth of the steps, then linear decay to zero.
 
     ``steps`` bounds the optimizer steps of ``epochs``; the weights are chosen after every epoch, with ``steps`` at
-    up to ``EVALUATIONS`` places. ``patience``: stop after so many evaluations without a better one. A batch is computed in
-    parts of at most ``micro_tokens`` tokens, padding included, and its gradients are added up.
+    up to ``EVALUATIONS`` places. ``patience``: stop after so many evaluations without a better one. A batch is
+    computed in parts of at most ``micro_tokens`` tokens, padding included, and its gradients are added up.
     On one CPU thread (5.3M parameters, texts of 1024 tokens) prediction ran at 17.2, 15.2 and 14.3 thousand tokens a
     second with 2048, 4096 and 16384, training at 5.6 to 6.0, and memory peaked at 0.9, 1.3 and 2.6 GB.
     """

@@ -53,7 +53,7 @@ class ClassifySettings(Settings):
     steps: int | None = Field(
         None,
         ge=1,
-        description="optimizer steps at most, the weights then chosen at up to ten places; left out: whole epochs",
+        description="optimizer steps at most, weights chosen at up to ten places; left out: whole epochs",
     )
     patience: int | None = Field(
         None, ge=1, description="stop after so many evaluations without a better one; left out: never"
