@@ -51,7 +51,9 @@ class ClassifySettings(Settings):
     )
     epochs: int = Field(10, ge=1, description="passes over the training text, at most")
     steps: int | None = Field(
-        None, ge=1, description="optimizer steps at most, the weights then chosen at ten places; left out: whole epochs"
+        None,
+        ge=1,
+        description="optimizer steps at most, weights chosen at up to ten places; left out: whole epochs",
     )
     patience: int | None = Field(
         None, ge=1, description="stop after so many evaluations without a better one; left out: never"

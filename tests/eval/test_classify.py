@@ -25,6 +25,7 @@ from eval.results.parts import Job, Parts
 from eval.results.schema import Metric, Outcome
 from eval.results.statistics import bootstrap
 from eval.subject import Subject
+from eval.suites.load import load_suites
 from pretrain.checkpoint.export import unique_weights, weights_hash
 
 
@@ -194,3 +195,18 @@ def test_length_batches_hold_every_example_once() -> None:
     assert sorted(np.concatenate(found)) == list(range(203))
     spread = np.mean([np.ptp(lengths[b]) for b in found])
     assert spread < 0.4 * np.mean([np.ptp(lengths[i : i + 8]) for i in range(0, 203, 8)])
+
+
+def test_a_preset_runs_on_local_files(causal: Path, shards: ShardSet, tmp_path: Path) -> None:
+    (tmp_path / "mrpc").mkdir()
+    for part in ("train", "test"):
+        with (tmp_path / "mrpc" / f"{part}.jsonl").open("w") as file:
+            for i in range(20):
+                record = {"sentence1": WORDS[i % 5], "sentence2": WORDS[i % 2], "label": i % 2}
+                file.write(json.dumps(record) + "\n")
+    given = {"local_dir": str(tmp_path), "max_length": 8, "seeds": 1, "scratch_seeds": 0, "steps": 2}
+    suite = load_suites(["mrpc"], overrides=[(None, key, value) for key, value in given.items()])[0]
+    assert isinstance(suite.settings, ClassifySettings)
+    outcome = classify(subject_of(causal, shards), suite.settings)
+    assert outcome.metrics["tfidf_f1"].value == 1.0
+    assert 0 <= outcome.metrics["f1"].value <= 1

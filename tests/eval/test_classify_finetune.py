@@ -95,7 +95,7 @@ def test_steps_bound_the_run_and_patience_ends_it(causal: Path, shards: ShardSet
 
     def curve(**settings: Any) -> list[float]:
         network = Classifier(copy.deepcopy(subject_of(causal, shards).model), 32, 3, 0.0)
-        recipe = Recipe(batch_size=8, **settings)
+        recipe = Recipe(**({"batch_size": 8} | settings))
         with tqdm(disable=True) as bar:
             fitted = fit(network, data, np.arange(16), np.arange(16, 24), recipe, seed=0, progress=bar, **CPU)
         best = max(fitted.curve, key=lambda place: (place.accuracy, -place.loss))
@@ -108,6 +108,7 @@ def test_steps_bound_the_run_and_patience_ends_it(causal: Path, shards: ShardSet
     assert curve(epochs=3) == [1.0, 2.0, 3.0]
     assert curve(epochs=20, steps=25) == [1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 10.5, 12.0, 12.5]
     assert curve(epochs=2, steps=100) == [0.5, 1.0, 1.5, 2.0]
+    assert curve(epochs=4, steps=6, batch_size=2) == [0.5, 0.75]  # a pass over the 8 for each 4 steps, and the last
     stopped = curve(epochs=30, patience=2, lr=0.05, head_lr=1.0)
     assert 3 <= len(stopped) < 30
 
