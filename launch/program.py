@@ -16,7 +16,7 @@ COMMANDS = {
     "data": ("data_pipeline.cli", "text -> tokenizer -> shards: stdlib, tokenizer, prepare, verify, inspect"),
     "plan": ("pretrain.planning.cli", "before a run: its memory, time, cost, and whether it fits"),
     "train": ("pretrain.cli", "pretrain on this process, or as one rank of a launcher's"),
-    "launch": ("launch.cli", "start `train` on several processes of this machine through DeepSpeed"),
+    "launch": ("launch.cli", "start `train` or `eval` on several processes of this machine"),
     "replay": ("pretrain.replay", "look again at the batch of a step that went wrong, row by row"),
     "eval": ("eval.cli", "evaluate a checkpoint: validity gate, loss, classification, long range, generation, ..."),
     "report": ("eval.report.cli", "one HTML page with the curves, tables and samples of runs"),
