@@ -1,18 +1,8 @@
-"""Multi-query associative recall: key-value pairs, and far behind them the keys again (Arora et al. 2023, "Zoology",
-arXiv 2312.04927, sections 3 and 4).
+"""Multi-query associative recall as a task to train on: the rows of :mod:`eval.long_range.recall.mqar`.
 
-What is generated, for a row of N tokens with P pairs and a gap of g:
-
-* P pairs ``key value key value ...`` from position 0. Keys are drawn without replacement, values too, from disjoint
-  halves of the vocabulary (what is left of it beyond the filler's ids).
-* g filler tokens. Zoology has none; here no query finds a pair in its window, so that what is measured is recall from
-  far back. The default is the distance over which the local parts of the base model can hand something on through all
-  its layers, layers * max(window, convolution's kernel).
-* From position 2 P + g to the end each key once more, its *query*, at one of the even offsets 2 j from there. The j are
-  drawn without replacement with probability in proportion to (j + 1)^(a - 1), a = 0.01, the first draw for the first
-  pair, as in Zoology's generator: most queries come early, some anywhere.
-* Filler everywhere else, uniform over ids of its own. Zoology draws it from the whole vocabulary; ids of its own leave
-  no chance pairs.
+No query finds a pair in its window, so that what is measured is recall from far back: the default gap is the distance
+over which the local parts of the base model can hand something on through all its layers, layers * max(window,
+convolution's kernel).
 
 The target of a query is its value, at the query's own position (also for a causal model: the value is not in the input
 again). Nothing else is a target. ``mlm`` reads the same rows bidirectionally.
@@ -40,8 +30,8 @@ from benchmarks.attention_ablation.tasks import (
     slices,
 )
 from data_pipeline.errors import UserError
+from eval.long_range.recall.mqar import draw, slots
 
-POWER = 0.01
 FILLER = 16
 """Ids 0 to 15."""
 
@@ -94,7 +84,7 @@ class MultiQueryRecall:
     @property
     def slots(self) -> int:
         """Places for queries."""
-        return (self.shape.seq_len - 2 * self.pairs - self.gap) // 2
+        return slots(self.shape.seq_len, self.pairs, self.gap)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -127,29 +117,21 @@ class MultiQueryRecall:
         return slices(examples(rows.inputs, rows.labels, groups), self.shape.rows)
 
     def rows(self, rng: np.random.Generator, count: int) -> Recall:
-        """``count`` rows as the module describes them."""
-        pairs, first = self.pairs, 2 * self.pairs + self.gap
-        keys = FILLER + _choices(rng, count, self.half, pairs)
-        values = FILLER + self.half + _choices(rng, count, self.half, pairs)
-        inputs = rng.integers(0, FILLER, (count, self.shape.seq_len))
-        inputs[:, 0 : 2 * pairs : 2] = keys
-        inputs[:, 1 : 2 * pairs : 2] = values
-        # The order of exponential arrival times with rates p is a draw without replacement with weights p (Efraimidis
-        # and Spirakis 2006).
-        rates = np.arange(1, self.slots + 1) ** (POWER - 1)
-        slot = np.argsort(rng.exponential(size=(count, self.slots)) / rates, axis=1)[:, :pairs]
-        at = first + 2 * slot
-        np.put_along_axis(inputs, at, keys, axis=1)
+        """``count`` rows of these ids: filler, then keys, then values."""
+        inputs, at = draw(
+            rng,
+            count,
+            length=self.shape.seq_len,
+            pairs=self.pairs,
+            gap=self.gap,
+            filler=FILLER,
+            half=self.half,
+        )
         labels, distance = no_labels(inputs.shape), np.zeros_like(inputs)
-        np.put_along_axis(labels, at, values, axis=1)
-        np.put_along_axis(distance, at, at - 2 * np.arange(pairs), axis=1)
+        np.put_along_axis(labels, at, inputs[:, 1 : 2 * self.pairs : 2], axis=1)
+        np.put_along_axis(distance, at, at - 2 * np.arange(self.pairs), axis=1)
         return Recall(inputs, labels, distance)
 
     @property
     def _bins(self) -> DistanceBins:
         return DistanceBins(self.window, self.shape.seq_len - 1)
-
-
-def _choices(rng: np.random.Generator, count: int, size: int, chosen: int) -> Ints:
-    """(count, chosen): numbers below ``size``, no row with the same one twice."""
-    return rng.permuted(np.tile(np.arange(size, dtype=np.int64), (count, 1)), axis=1)[:, :chosen]

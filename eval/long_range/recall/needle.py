@@ -120,7 +120,8 @@ class Needle:
         )
 
     def _keys(self, rng: np.random.Generator, hay: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        """Keys and other keys (B, size), options (B, size, K) and the right ones' places in them (B, size)."""
+        """Keys and other keys (B, size), options (B, size, K) and the right ones' places in them (B, size). Noise in
+        ``hay`` that is one of the options is drawn anew."""
         count = len(hay)
         if self.digits is not None:
             right = rng.integers(0, 10, (count, self.size))
@@ -130,13 +131,17 @@ class Needle:
         said = np.concatenate([*self.sentence, *self.question])
         chosen = np.empty((count, self.settings.choices), dtype=np.int64)
         for row in range(count):
-            free = np.setdiff1d(self.words, np.concatenate([hay[row], said]))
+            noise = self.settings.haystack == "noise"
+            free = np.setdiff1d(self.words, said if noise else np.concatenate([hay[row], said]))
             if len(free) < self.settings.choices:
                 raise UserError(
                     f"a haystack of {hay.shape[1]} tokens leaves {len(free)} words of one token that are not in it, "
                     f"--choices {self.settings.choices} asks for more: fewer, or --key digits"
                 )
             chosen[row] = rng.permutation(free)[: self.settings.choices]
+            if noise:
+                taken = np.isin(hay[row], chosen[row])
+                hay[row, taken] = rng.choice(np.setdiff1d(self.ordinary, chosen[row]), taken.sum())
         answer = rng.integers(0, self.settings.choices, (count, 1))
         wrong = (answer + rng.integers(1, self.settings.choices, answer.shape)) % self.settings.choices
         key, other = (np.take_along_axis(chosen, place, axis=1) for place in (answer, wrong))

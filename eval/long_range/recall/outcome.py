@@ -180,10 +180,10 @@ def _series(study: Study, view: View) -> list[Series]:
             if key not in items[0] or (key == "exact" and "right" in items[0]):
                 continue
             points: list[tuple[float, float, float, float]] = []
-            for x, keep in bins:
+            for middle, keep in bins:
                 interval = _interval(items, key, keep)
                 if interval is not None:
-                    points.append((x, interval.value, interval.low, interval.high))
+                    points.append((middle, interval.value, interval.low, interval.high))
             x, y, low, high = (list(column) for column in zip(*points, strict=True))
             xlabel = "distance to what is asked for, tokens"
             curves.append(Series(f"{label}, {variant.name}", x, y, xlabel, label, chart=chart, low=low, high=high))

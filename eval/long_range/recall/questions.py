@@ -50,8 +50,8 @@ class Questions:
 
     def first(self, count: int) -> Questions:
         """The first rows, without their controls."""
-        parts = (self.inputs, self.at, self.options, self.answer, self.distance)
-        return Questions(*(part[:count] for part in parts))
+        rows = slice(count)
+        return Questions(self.inputs[rows], self.at[rows], self.options[rows], self.answer[rows], self.distance[rows])
 
     def ids(self) -> list[str]:
         """A hash of the content of each row: tokens, questions, options."""
