@@ -127,7 +127,8 @@ def test_the_outcome_follows_from_its_records(
 ) -> None:
     subject = subject_of(causal if objective == "clm" else masked, shards)
     asked = settings.model_copy(update={"attention": ("own", "window"), "train_steps": 2, "seeds": 2})
-    asked = asked.model_copy(update={"train_batch_tokens": 256, "precision": "fp32"})
+    start = "checkpoint" if objective == "clm" else "scratch"
+    asked = asked.model_copy(update={"train_batch_tokens": 256, "precision": "fp32", "start": start})
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
     outcome = recall(subject, asked, Parts(tmp_path))
     again = recall(subject, asked)
