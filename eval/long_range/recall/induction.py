@@ -44,11 +44,6 @@ class Induction:
         ]
         self.distances = dict(zip((cell.name for cell in self.cells), settings.distances, strict=True))
 
-    @property
-    def chance(self) -> float | None:
-        """One of the passage's tokens; text has no options."""
-        return 1 / self.passage if isinstance(self.source, np.ndarray) else None
-
     def rows(self, cell: Cell, rng: np.random.Generator, count: int, *, training: bool) -> Questions:
         """``count`` rows. A causal model is asked for every token of the passage but the first, which nothing tells;
         a masked one for a share of them."""

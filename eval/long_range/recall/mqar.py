@@ -84,17 +84,11 @@ class MQAR:
                         f"rows of {length} tokens have no room for {pairs} queries behind {pairs} pairs and a gap of "
                         f"{self.gap}: --lengths {4 * pairs + self.gap} or more, fewer --pairs or a smaller --gap"
                     )
-        self.pairs = settings.pairs
         self.cells: Sequence[Cell] = [
             Cell(f"{pairs} pairs, length {length}", length, {"pairs": pairs, "length": length})
             for pairs in settings.pairs
             for length in settings.lengths
         ]
-
-    @property
-    def chance(self) -> float:
-        """One of the row's values, mean over the cells."""
-        return float(np.mean([1 / pairs for pairs in self.pairs]))
 
     def rows(self, cell: Cell, rng: np.random.Generator, count: int, *, training: bool) -> Questions:
         """``count`` rows. Control ``without``: the pairs have other values, none of them an option."""

@@ -75,11 +75,6 @@ class Needle:
             for depth in settings.depths
         ]
 
-    @property
-    def chance(self) -> float:
-        """One of the options."""
-        return 1 / (10 if self.digits is not None else self.settings.choices)
-
     def rows(self, cell: Cell, rng: np.random.Generator, count: int, *, training: bool) -> Questions:
         """``count`` rows of a depth and length."""
         room = cell.length - self.end

@@ -12,7 +12,7 @@ from eval.long_range.recall.forms import OWN
 from eval.long_range.recall.questions import Kind
 from eval.long_range.recall.study import AS_IS, TRAINED, Study, Variant
 from eval.results.schema import Estimator, Grid, Metric, Outcome, Series, Table
-from eval.results.statistics import Interval, bootstrap, paired_bootstrap
+from eval.results.statistics import Interval, bootstrap, estimate, paired_bootstrap
 
 TABLE = "recall"
 FEW = 12
@@ -46,8 +46,8 @@ def outcome(study: Study, view: View) -> Outcome:
     main = "trained_accuracy" if "trained_accuracy" in metrics else "trained_exact"
     if len(seeds) > 1:
         metrics["trained_std_over_seeds"] = Metric(float(np.std(seeds, ddof=1)), None, n=len(seeds))
-    if view.kind.chance is not None:
-        metrics["chance"] = Metric(view.kind.chance, None)
+    if "accuracy" in metrics:
+        metrics["chance"] = Metric(_chance(_flat(study.items[Variant(AS_IS, OWN)])), None)
     tables = [_table(study, view)]
     if study.by_seed:
         tables.append(_seeds(study, main.removeprefix("trained_")))
@@ -103,6 +103,11 @@ def _sums(items: Iterable[dict[str, Any]], key: str, keep: Any = None) -> list[d
 _MEAN = Estimator("sum", "count")
 
 
+def _chance(items: Iterable[dict[str, Any]], keep: Any = None) -> float:
+    """Accuracy of choosing blindly, mean over the questions."""
+    return estimate(_sums(items, "chance", keep), _MEAN)
+
+
 def _interval(items: Iterable[dict[str, Any]], key: str, keep: Any = None) -> Interval | None:
     rows = _sums(items, key, keep)
     return bootstrap(rows, _MEAN) if rows else None
@@ -145,10 +150,9 @@ def _table(study: Study, view: View) -> Table:
             own = _flat(study.items[Variant(variant.mode, OWN)])
             row.append(None if variant.form == OWN or main not in items[0] else _shown(_difference(own, items, main)))
         rows.append(row)
-    if view.kind.chance is not None:
-        rows.append(
-            ["chance", *(f"{view.kind.chance:.3f}" if n in ("accuracy", "calibrated") else None for n in names)]
-        )
+    if "accuracy" in names:
+        chance = f"{_chance(_flat(study.items[Variant(AS_IS, OWN)])):.3f}"
+        rows.append(["chance", *(chance if name in ("accuracy", "calibrated") else None for name in names)])
         rows[-1] += [None] * (len(columns) - len(rows[-1]))
     return Table(TABLE, columns, rows, "In brackets: 95% interval, bootstrap over rows. " + view.note)
 
@@ -187,12 +191,11 @@ def _series(study: Study, view: View) -> list[Series]:
             x, y, low, high = (list(column) for column in zip(*points, strict=True))
             xlabel = "distance to what is asked for, tokens"
             curves.append(Series(f"{label}, {variant.name}", x, y, xlabel, label, chart=chart, low=low, high=high))
-        level = view.kind.chance if key == "right" else 0.0 if key == "gain" else None
-        if curves and level is not None:
-            one = curves[0]
+        if curves and key != "exact":
+            one, own = curves[0], _flat(study.items[Variant(AS_IS, OWN)])
             name = "chance" if key == "right" else "no recall"
-            flat = [level] * len(one.x)
-            curves.append(Series(name, one.x, flat, one.xlabel, label, chart=chart, reference=True))
+            level = [_chance(own, keep) if key == "right" else 0.0 for _, keep in bins]
+            curves.append(Series(name, one.x, level, one.xlabel, label, chart=chart, reference=True))
         found += curves
     for form, curve in study.curves.items():
         found.append(
@@ -243,7 +246,7 @@ def _grids(study: Study, view: View) -> list[Grid]:
                     [[values.get((y, x)) for x in columns] for y in rows],
                     "length, tokens",
                     view.kind.axes[0],
-                    low=view.kind.chance if key == "right" else 0.0,
+                    low=_chance(_flat(study.items[Variant(AS_IS, OWN)])) if key == "right" else 0.0,
                     high=1.0 if key == "right" else None,
                     note=view.note,
                 )

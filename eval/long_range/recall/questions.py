@@ -70,11 +70,6 @@ class Kind(Protocol):
     def cells(self) -> Sequence[Cell]: ...
 
     @property
-    def chance(self) -> float | None:
-        """Accuracy of choosing blindly, mean over the cells; None where there is nothing to choose."""
-        ...
-
-    @property
     def axes(self) -> tuple[str, str] | None:
         """The facts that are the rows and columns of the heat map; None: no heat map."""
         ...

@@ -47,14 +47,18 @@ def answers(model: Any, inputs: Ints, questions: Questions) -> tuple[NDArray[np.
 
 
 def items(model: Any, questions: Questions, *, controls: bool = True) -> list[dict[str, Any]]:
-    """For each row its ``id`` and, a value for each question: ``distance``; ``right`` (the likeliest option is the
-    right one; absent where there is one option); ``exact`` (the likeliest of all tokens is); ``nats`` (-log p of the
-    right one).
+    """For each row its ``id`` and, a value for each question:
 
-    With ``controls`` also ``gain`` (nats in the control ``without`` minus ``nats``), ``calibrated`` (as ``right`` for
-    log p minus that in the control, which takes out what the model prefers anyhow: Holtzman et al. 2021, "Surface form
-    competition", domain-conditional PMI), and ``gain_other`` where there is a control ``other``. Of several options
-    equally likely the first counts.
+    - ``distance``, and ``nats``, -log p of the right answer.
+    - ``exact``: the likeliest of all tokens is the right one.
+    - ``right``: the likeliest option is, and ``chance``, one in the number of options; both absent with one option. Of
+      options equally likely the first counts.
+
+    With ``controls`` also
+
+    - ``gain``: nats in the control ``without`` minus ``nats``; ``gain_other``: the same with the control ``other``.
+    - ``calibrated``: as ``right`` for log p minus that in the control ``without``, which takes out what the model
+      prefers anyhow (domain-conditional PMI: Holtzman et al. 2021, "Surface form competition", arXiv 2104.08315).
     """
     log_p, likeliest = answers(model, questions.inputs, questions)
     columns: dict[str, NDArray[Any]] = {
@@ -65,6 +69,7 @@ def items(model: Any, questions: Questions, *, controls: bool = True) -> list[di
     choice = log_p.shape[2] > 1
     if choice:
         columns["right"] = (log_p.argmax(2) == questions.answer).astype(np.int64)
+        columns["chance"] = np.full(questions.at.shape, 1 / log_p.shape[2])
     if controls:
         without, _ = answers(model, questions.controls["without"], questions)
         columns["gain"] = _of_right(log_p - without, questions)
