@@ -21,7 +21,7 @@ def outputs(folder: Path, command: list[str]) -> list[Path]:
     if command[0] == "launch":
         return [folder / "runs" / Path(words["--config"]).stem / "export" / "export.json"]
     if command[0] == "eval":
-        return [Path(words["--checkpoint"]) / "eval" / f"{task}.json" for task in demo.TASKS]
+        return [Path(words["--checkpoint"]) / "eval" / f"{suite}.json" for suite in demo.SUITES]
     return [Path(words["--out"])]
 
 
