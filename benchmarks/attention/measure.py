@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,20 +17,6 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 1000
 
 # Large enough to run at full speed, small enough to take no time: 0.02 TFLOP and 1 TFLOP.
 _PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of a sample."""
-
-    median: float
-    q1: float
-    q3: float
-
-    @classmethod
-    def of(cls, sample: Sequence[float]) -> Spread:
-        q1, median, q3 = np.quantile(np.asarray(sample, dtype=np.float64), [0.25, 0.5, 0.75])
-        return cls(float(median), float(q1), float(q3))
 
 
 @dataclass

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention.measure import Spread
 from benchmarks.presentation import markdown
 from data_pipeline.files import write_atomic
+from eval.efficiency.measure import Spread
 
 SCHEMA = 1
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention.forms import CAUSAL, FULL, PACKED, Built, Form, UnavailableError
-from benchmarks.attention.measure import Case, Memory, Spread, Times, interleave, memory
+from benchmarks.attention.measure import Case, Memory, Times, interleave, memory
 from benchmarks.attention.published import PUBLISHED
 from benchmarks.attention.report import Against, Row, Stage
 from benchmarks.attention.setting import Setting
 from benchmarks.attention.stages import stages
+from eval.efficiency.measure import Spread
 
 FORMS = {form.name: form for form in [*FULL, *PUBLISHED, *PACKED, *CAUSAL]}
 

@@ -22,6 +22,7 @@ from benchmarks.attention_ablation.tasks import Shape, Task
 from benchmarks.attention_ablation.training import Recipe
 from benchmarks.presentation import provenance
 from data_pipeline.errors import UserError
+from eval.subject import choose_device
 from pretrain.model.config import ModelConfig
 
 EXAMPLE = """examples:
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(arguments)
     seeds = _check(args)
-    device = _device(args.device)
+    device = choose_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     defaults = DEFAULTS[args.task]
@@ -155,17 +156,6 @@ def _check(args: argparse.Namespace) -> list[int]:
     if not seeds or not all(seed.isdecimal() for seed in seeds):
         raise UserError(f"--seeds {args.seeds}: write whole numbers, for example 0,1,2")
     return list(dict.fromkeys(map(int, seeds)))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _task(args: argparse.Namespace, recipe: Recipe, held_out_tokens: int) -> tuple[ModelConfig, Task]:

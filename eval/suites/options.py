@@ -7,11 +7,11 @@ import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic.fields import FieldInfo
 
 from data_pipeline.errors import UserError
 from eval.suites.tasks import TASKS, Task
+from pretrain.config.load import yaml_scalar
 
 PREFIX = "setting:"
 
@@ -42,7 +42,7 @@ def overrides_of(args: argparse.Namespace) -> list[tuple[str | None, str, Any]]:
         suite, dot, name = key.rpartition(".")
         if not sep or not name:
             raise UserError(f"--set {text}: write it as key=value or suite.key=value, for example lm.length=512")
-        found.append((suite if dot else None, name, _plain(value)))
+        found.append((suite if dot else None, name, yaml_scalar(value)))
     return found
 
 
@@ -87,13 +87,3 @@ def _show(value: Any) -> str:
         if isinstance(value, float)
         else str(value)
     )
-
-
-def _plain(text: str) -> Any:
-    value = yaml.safe_load(text) if text else ""
-    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

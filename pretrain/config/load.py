@@ -49,7 +49,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, sep, text = override.partition("=")
     if not sep or not key:
         raise UserError(f"--set {override}: write it as key.sub=value, for example optimizer.lr=3e-4")
-    value = _yaml_scalar(text)
+    value = yaml_scalar(text)
     node: Any = raw
     parts = key.split(".")
     for depth, part in enumerate(parts):
@@ -72,7 +72,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             node = node[index]
 
 
-def _yaml_scalar(text: str) -> Any:
+def yaml_scalar(text: str) -> Any:
+    """A value from the command line, read as YAML reads it, with 3e-4 a number."""
     value = yaml.safe_load(text) if text else ""
     if isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string
         try:

@@ -16,11 +16,12 @@ from torch import Tensor
 from benchmarks.attention import cli, goals, published, run
 from benchmarks.attention import measure as measuring
 from benchmarks.attention.forms import UnavailableError
-from benchmarks.attention.measure import Case, Spread, Times, interleave, memory
+from benchmarks.attention.measure import Case, Times, interleave, memory
 from benchmarks.attention.report import Against, Row
 from benchmarks.attention.setting import Setting, document_ids, document_lengths, models
 from benchmarks.attention.stages import stages
 from data_pipeline.errors import UserError, run_cli
+from eval.efficiency.measure import Spread
 
 CPU = torch.device("cpu")
 TINY = ["--heads", "2", "--head-dim", "8", "--landmarks", "8", "--segment-length", "4", "--conv-kernel", "5"]
