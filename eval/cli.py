@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,13 +34,18 @@ for the same weights, settings and data is not computed again, and an interrupte
 that cannot be run does not keep the others from running."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of ``nystrom eval``: those of the command, and one for each setting of each task."""
+def build_parser(shown: Collection[str] = ()) -> argparse.ArgumentParser:
+    """The options of ``nystrom eval``: those of the command, and one for each setting of each task.
+
+    ``shown``: the tasks whose settings the help explains.
+    """
     parser = argparse.ArgumentParser(
         prog="nystrom eval",
+        usage="nystrom eval SUITE [SUITE ...] [--checkpoint RUN] [options and settings]",
         allow_abbrev=False,  # a setting of a later version would make them ambiguous
-        description="Evaluate a checkpoint. A suite is a task with settings: a name of `nystrom eval list`, or a YAML "
-        "file. validity runs before any other and blocks them when it fails.",
+        description="Evaluate a checkpoint. A suite is a task with settings: a name of `nystrom eval list`, or a YAML file.\n"
+        "validity runs before any other and blocks them when it fails. Every setting is an option too:\n"
+        "`nystrom eval SUITE --help` explains those of a suite.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -66,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="off",
         help="log fresh results to Weights & Biases too, its files in the results folder (default: off)",
     )
-    add_options(parser)
+    add_options(parser, shown)
     return parser
 
 
@@ -84,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # What is wrong in the command itself, every process finds alike: one says it.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(sys.stderr if rank.is_first else nowhere):
-            args = build_parser().parse_args(words)
+            args = build_parser(_explained(words)).parse_args(words)
         if args.suites[0] == "list":
             return _list(args) if rank.is_first else 0
         try:
@@ -97,6 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank.is_first:
             raise
         return 2
+
+
+def _explained(words: Sequence[str]) -> set[str]:
+    """The tasks of the suites named before ``--help``."""
+    if not {"-h", "--help"} & set(words):
+        return set()
+    named = [word for word in words if word in TASKS or word in {path.stem for path in available()}]
+    return {suite.task.name for suite in load_suites(named)}
 
 
 def check_arguments(args: argparse.Namespace) -> list[Suite]:

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from data_pipeline.errors import UserError
-from eval.suites.tasks import TASKS, Task
+from eval.suites.tasks import TASKS
 from pretrain.config.load import yaml_scalar
 
 PREFIX = "setting:"
 
 
-def add_options(parser: argparse.ArgumentParser, tasks: Sequence[Task] = tuple(TASKS.values())) -> None:
-    """An option for every setting; one that several tasks have stands with the first and is for all of them."""
-    seen: dict[str, argparse.Action] = {}
-    for task in tasks:
-        fields = task.settings_class().model_fields
+def add_options(parser: argparse.ArgumentParser, shown: Collection[str] = ()) -> None:
+    """An option for every setting of every task; one that several tasks have is for all of them.
+
+    The help explains those of the tasks ``shown``: more than a hundred would hide what is looked for.
+    """
+    seen: set[str] = set()
+    for task in sorted(TASKS.values(), key=lambda task: task.name not in shown):
         # The command has --device itself.
-        fresh = {name: field for name, field in fields.items() if name not in seen and name != "device"}
-        if not fresh:
-            continue
-        group = parser.add_argument_group(task.name, task.summary)
+        fields = {name: field for name, field in task.settings_class().model_fields.items() if name != "device"}
+        fresh = {name: field for name, field in fields.items() if name not in seen}
+        seen |= set(fresh)
+        group = parser.add_argument_group(task.name, task.summary) if task.name in shown and fresh else parser
         for name, field in fresh.items():
-            seen[name] = group.add_argument(
-                "--" + name.replace("_", "-"), dest=PREFIX + name, default=argparse.SUPPRESS, **_how(name, field)
-            )
+            how = _how(name, field)
+            if task.name not in shown:
+                how["help"] = argparse.SUPPRESS
+            group.add_argument("--" + name.replace("_", "-"), dest=PREFIX + name, default=argparse.SUPPRESS, **how)
 
 
 def overrides_of(args: argparse.Namespace) -> list[tuple[str | None, str, Any]]:

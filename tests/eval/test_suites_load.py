@@ -158,11 +158,12 @@ def test_help_and_list_load_no_model_code() -> None:
     """They answer at once."""
     code = (
         "import sys; from eval import cli\n"
-        "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "try: cli.main(['lm', 'imdb', '--help'])\nexcept SystemExit: pass\n"
         "cli.main(['list'])\n"
         "heavy = {'torch', 'sklearn', 'scipy', 'datasets', 'matplotlib', 'deepspeed'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "--max-length" in done.stdout
+    assert "--max-length" in done.stdout  # of the suites that were named,
+    assert "--temperature" not in done.stdout  # and of no others
