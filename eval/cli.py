@@ -43,8 +43,8 @@ def build_parser(shown: Collection[str] = ()) -> argparse.ArgumentParser:
         prog="nystrom eval",
         usage="nystrom eval SUITE [SUITE ...] [--checkpoint RUN] [options and settings]",
         allow_abbrev=False,  # a setting of a later version would make them ambiguous
-        description="Evaluate a checkpoint. A suite is a task with settings: a name of `nystrom eval list`, or a YAML file.\n"
-        "validity runs before any other and blocks them when it fails. Every setting is an option too:\n"
+        description="Evaluate a checkpoint. A suite is a task with settings: a name of `nystrom eval list`, or a YAML "
+        "file.\nvalidity runs before any other and blocks them when it fails. Every setting is an option too:\n"
         "`nystrom eval SUITE --help` explains those of a suite.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
