@@ -16,6 +16,9 @@ from eval.results.schema import Metric, Result, finite, read_result
 
 _Records = list[dict[str, Any]]
 GATE = "validity"
+ANY_OBJECTIVE = {"classify", "efficiency"}
+"""Tasks whose figures mean the same for masked and causal models. A masked model's loss is not a causal one's: it sees
+both sides of the word."""
 SAME = 1e-4
 """Relative difference up to which a metric computed from the records is the one that the result gives."""
 
@@ -144,6 +147,8 @@ def obstacle(a: Result, b: Result, ignore: Collection[str] = ()) -> str:
     forced = [side for side, result in (("A", a), ("B", b)) if result.gate == "forced"]
     if forced:
         return f"the validity gate failed for {' and '.join(forced)} and was forced: the numbers are not what they say"
+    if a.model.objective != b.model.objective and a.task not in ANY_OBJECTIVE:
+        return f"other objectives, {a.model.objective} and {b.model.objective}: the figures do not mean the same"
     if a.data["hash"] != b.data["hash"]:
         return f"other data: {_where(a)} and {_where(b)}"
     differ = [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import UserError
+from eval.compare import ANY_OBJECTIVE
 from eval.report.runs import Run, flatten
 from eval.results.records import read_records
 from eval.results.schema import Metric, Result, Table
@@ -16,9 +17,6 @@ from eval.validity.checks import CHECKS_TABLE
 
 # Settings that change how a number is computed but not what it is.
 IRRELEVANT = {"precision"}
-# Tasks whose figures mean the same for masked and causal models. A masked model's loss is not a causal one's: it sees
-# both sides of the word.
-ANY_OBJECTIVE = {"classify", "efficiency"}
 # Pairs of records above which a page would take minutes to write.
 MAX_PAIRS = 100_000
 

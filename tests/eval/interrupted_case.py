@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -39,4 +40,6 @@ def main(argv: Any = None) -> None:
 
 
 if __name__ == "__main__":
+    # A shell that starts its tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     raise SystemExit(run_cli(main, "parts"))

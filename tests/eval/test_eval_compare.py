@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from data_pipeline.errors import run_cli
 from eval import cli
-from eval.results.schema import Estimator, Metric, ModelInfo, Outcome
+from eval.compare import obstacle
+from eval.results.schema import Estimator, Metric, ModelInfo, Outcome, read_result
 from eval.results.statistics import paired_bootstrap
 from eval.results.store import obtain
 
@@ -130,3 +132,14 @@ def test_rejections(tmp_path: Path, capsys: Any) -> None:
     out = capsys.readouterr().out
     assert "both are of the same weights" in out
     assert "broken: not compared" in out
+
+
+def test_masked_and_causal_models_are_compared_only_where_the_figures_mean_the_same(tmp_path: Path) -> None:
+    write(tmp_path / "a", "a", 0.5)
+    result = read_result(tmp_path / "a" / "classify.json")
+    masked = replace(result, model=replace(result.model, objective="mlm"))
+    causal = replace(result, model=replace(result.model, objective="clm"))
+    assert obstacle(masked, causal) == ""
+    refused = obstacle(replace(masked, task="context"), replace(causal, task="context"))
+    assert refused == "other objectives, mlm and clm: the figures do not mean the same"
+    assert obstacle(replace(masked, task="context"), replace(masked, task="context")) == ""
