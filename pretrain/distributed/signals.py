@@ -60,17 +60,19 @@ class _Process:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._poll: select.poll | None = None
+        self._handle: int | None = None
         try:
-            handle = os.pidfd_open(pid)
+            self._handle = os.pidfd_open(pid)
         except (AttributeError, OSError):
             return  # not Linux, or one before 5.3; or it is gone already
-        self._poll = select.poll()
-        self._poll.register(handle, select.POLLIN)
 
     def ended(self) -> bool:
-        if self._poll is not None:
-            return bool(self._poll.poll(0))
+        if self._handle is not None:
+            # One of its own for each question: the training loop and the watchdog's thread both ask, and a shared
+            # object raises "concurrent poll() invocation" when they meet. 1 microsecond.
+            poll = select.poll()
+            poll.register(self._handle, select.POLLIN)
+            return bool(poll.poll(0))
         try:
             os.kill(self._pid, 0)  # asks whether it is there
         except ProcessLookupError:

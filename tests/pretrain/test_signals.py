@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -51,6 +52,15 @@ def test_a_killed_launcher_that_nobody_has_reaped_sets_it(monkeypatch: pytest.Mo
     assert stop()
     launcher.communicate()
     assert StopFlag(launched=True)()  # gone before the flag was made
+
+
+def test_the_training_loop_and_the_watchdogs_thread_may_ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A poll object shared by two threads raises "concurrent poll() invocation" when they meet."""
+    monkeypatch.setenv(LAUNCHER_PID, str(os.getppid()))
+    stop = StopFlag(launched=True)
+    with ThreadPoolExecutor(4) as threads:
+        asked = [threads.submit(lambda: any(stop() for _ in range(5000))) for _ in range(4)]
+    assert [one.result() for one in asked] == [False] * 4
 
 
 def test_where_the_system_has_no_handles_of_processes_it_asks_with_signal_0(monkeypatch: pytest.MonkeyPatch) -> None:
