@@ -89,9 +89,8 @@ def run(subject: Subject, settings: ClassifySettings, parts: Parts) -> Outcome:
         if "chosen" in value:
             curves.setdefault(row, []).append(value["curve"])
             chosen, score = value["chosen"], scores(truth, found)
-            seed_rows.append(
-                [row, seed, chosen["epoch"], chosen["accuracy"], score["accuracy"], score["macro_f1"], score["mcc"]]
-            )
+            epoch = int(chosen["epoch"]) if float(chosen["epoch"]).is_integer() else chosen["epoch"]
+            seed_rows.append([row, seed, epoch, chosen["accuracy"], score["accuracy"], score["macro_f1"], score["mcc"]])
     scored.rows[MAJORITY_ROW] = [majority(fits.train.examples.labels, len(data.classes), len(truth))]
 
     records = records_of(scored, data.test.item_ids(), lengths)

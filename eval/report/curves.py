@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -83,17 +84,20 @@ def charts_of(members: Sequence[Member], context: str) -> list[Chart]:
         crowded = len(indices) > 1 and len(own) > max(MOST_LINES, len(indices))
         for place, part in enumerate([[i] for i in indices] if crowded else [indices]):
             chosen = [pair for pair in own if pair[0].index in part]
-            lines = _lines(chosen, [s for m, s in found if s.reference and (not crowded or m.index in part)])
+            lines = _lines(chosen, [(m, s) for m, s in found if s.reference and (not crowded or m.index in part)])
             heading = f"{name}: {chosen[0][0].run.name}" if crowded else name
             drawn = _draw(lines, f"{context}, {number}.{place}: {heading}")
             charts += [Chart(heading, drawn, lines, _caption(lines))] if drawn else []
     return charts
 
 
-def _lines(own: Sequence[tuple[Member, Series]], references: Sequence[Series]) -> list[Line]:
-    """Runs are told by colour and series by dash and marker; where there is one of either, the other gets both."""
+def _lines(own: Sequence[tuple[Member, Series]], references: Sequence[tuple[Member, Series]]) -> list[Line]:
+    """Runs are told by colour and series by dash and marker; where there is one of either, the other gets both.
+
+    A reference that is the same in all runs is drawn once; those of one name that differ are named by their runs.
+    """
     names = list(dict.fromkeys(series.name for _, series in own))
-    common = _beginning([*names, *(s.name for s in references)])
+    common = _beginning([*names, *(s.name for _, s in references)])
     runs = list(dict.fromkeys(member.index for member, _ in own))
     lines = []
     for member, series in own:
@@ -105,8 +109,13 @@ def _lines(own: Sequence[tuple[Member, Series]], references: Sequence[Series]) -
         else:
             label, shade, style = f"{member.run.name}: {series.name[common:]}", member.index, rank
         lines.append(Line(series, label, shade, style, rank if len(runs) > 1 else style, member.doubt))
-    unique = {(s.name, str(s.x), str(s.y)): s for s in references}
-    lines += [Line(s, s.name[common:], None, 1 + i, 0) for i, s in enumerate(unique.values())]
+    unique: dict[tuple[str, str, str], tuple[Member, Series]] = {}
+    for member, series in references:
+        unique.setdefault((series.name, str(series.x), str(series.y)), (member, series))
+    count = Counter(name for name, *_ in unique)
+    for i, (member, series) in enumerate(unique.values()):
+        label = series.name[common:] if count[series.name] == 1 else f"{member.run.name}: {series.name[common:]}"
+        lines.append(Line(series, label, None, 1 + i, 0))
     return lines
 
 

@@ -20,6 +20,7 @@ from eval.report.samples import Sample, samples_of
 from eval.report.tables import (
     Joined,
     MetricRow,
+    attributed,
     difference_rows,
     joined_tables,
     measured,
@@ -211,7 +212,7 @@ def _heatmaps(members: Sequence[Member]) -> list[HeatMaps]:
     for (name, *_), found in groups.items():
         scale = scale_of([grid for _, grid in found])
         maps = [HeatMap(m, heatmap(grid, scale, f"{name}, {m.run.name}")) for m, grid in found]
-        notes = list(dict.fromkeys(grid.note for _, grid in found if grid.note))
+        notes = attributed([(m, grid.note) for m, grid in found])
         holes = any(value is None for _, grid in found for row in grid.values for value in row)
         rows.append(HeatMaps(name, scale, maps, notes, holes))
     return rows

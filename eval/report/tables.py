@@ -106,16 +106,32 @@ def metric_rows(members: Sequence[Member]) -> list[MetricRow]:
 
 
 def joined_tables(members: Sequence[Member]) -> list[Joined]:
-    """Tables of one name and the same columns as one; the runs' notes below it, each once."""
+    """Tables of one name and the same columns as one; the runs' notes below it."""
     tables: dict[tuple[str, tuple[str, ...]], Joined] = {}
+    notes: dict[tuple[str, tuple[str, ...]], list[tuple[Member, str]]] = {}
     for member in members:
         for table in member.result.tables:
             columns = [str(column) for column in table.columns]
             joined = tables.setdefault((table.name, tuple(columns)), Joined(table.name, columns))
             joined.rows += [(member, row) for row in table.rows]
-            if table.note and table.note not in joined.notes:
-                joined.notes.append(table.note)
-    return [table for table in tables.values() if table.rows]
+            notes.setdefault((table.name, tuple(columns)), []).append((member, table.note))
+    for key, joined in tables.items():
+        joined.notes = attributed(notes[key])
+    return [joined for joined in tables.values() if joined.rows]
+
+
+def attributed(notes: Sequence[tuple[Member, str]]) -> list[str]:
+    """Each note once: as it is if all runs say it, else behind the names of those that do."""
+    sayers: dict[str, list[Member]] = {}
+    for member, note in notes:
+        sayers.setdefault(note, []).append(member)
+    runs = {member.index for member, _ in notes}
+    said = []
+    for note, members in sayers.items():
+        names = ", ".join(dict.fromkeys(member.run.name for member in members))
+        if note:
+            said.append(note if {member.index for member in members} == runs else f"{names}: {note}")
+    return said
 
 
 def difference_rows(members: Sequence[Member]) -> list[tuple[str, Difference]]:

@@ -115,6 +115,17 @@ def test_tables_of_runs_are_joined_where_their_columns_are_the_same(tmp_path: Pa
     assert joined[0].numeric == [False, True]
 
 
+def test_a_note_that_not_all_runs_share_says_whose_it_is(tmp_path: Path) -> None:
+    def outcome(note: str) -> Outcome:
+        return Outcome({}, [Table("t", ["a"], [[1]], note)])
+
+    group = members(tmp_path, {"one": outcome("said by two"), "two": outcome("alone"), "three": outcome("said by two")})
+    notes = ["one, three: said by two", "two: alone"]
+    assert joined_tables(group)[0].notes == notes
+    assert joined_tables([group[0], group[2]])[0].notes == ["said by two"]
+    assert joined_tables(group[1:2])[0].notes == ["alone"]
+
+
 def test_curves_of_one_chart_share_a_picture(tmp_path: Path) -> None:
     x, y = [1.0, 2.0], [3.0, 4.0]
 
@@ -138,6 +149,15 @@ def test_curves_of_one_chart_share_a_picture(tmp_path: Path) -> None:
     assert [line.label for line in chart.lines] == ["model", "control"]
     crowded = charts_of(members(tmp_path / "more", {"one": outcome(5), "two": outcome(5)}), "context")
     assert [chart.title for chart in crowded] == ["both: one", "both: two", "other"]
+
+
+def test_references_that_differ_between_runs_say_whose_they_are(tmp_path: Path) -> None:
+    def outcome(scratch: float) -> Outcome:
+        x, names = [1.0, 2.0], [("own", 3.0, False), ("from scratch", scratch, True), ("chance", 0.5, True)]
+        return Outcome({}, series=[Series(n, x, [v, v], "x", "y", chart="c", reference=r) for n, v, r in names])
+
+    (chart,) = charts_of(members(tmp_path, {"one": outcome(1.0), "two": outcome(2.0)}), "context")
+    assert [line.label for line in chart.lines] == ["one", "two", "one: from scratch", "chance", "two: from scratch"]
 
 
 def test_heat_map() -> None:
