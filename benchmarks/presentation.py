@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from pretrain.describe import cpu_name
+
 
 def provenance(module: str, arguments: Sequence[str], device: torch.device) -> dict[str, Any]:
     """Command (``python -m module``), versions, machine, date."""
@@ -27,15 +29,6 @@ def provenance(module: str, arguments: Sequence[str], device: torch.device) -> d
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
-
-
-def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor as the system names it."""
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

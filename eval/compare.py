@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="nystrom eval compare",
         description="Compare the results of two models, suite by suite: each metric, the difference B - A, its 95% "
         "interval by the paired bootstrap over the items (both models scored the same ones), and the p-value.",
-        epilog="example: nystrom eval compare runs/books-nystrom runs/books-softmax --out compare.json\n\n"
+        epilog="example: nystrom eval compare runs/books-clm runs/exact --out compare.json\n\n"
         "Results on other data, with other settings or behind a forced validity gate are named, not compared.\n"
         "Exit status: 0, or 1 if nothing could be compared.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -103,6 +103,7 @@ def environment(world: World) -> dict[str, Any]:
         "packages": {name: _version(name) for name in packages},
         "platform": platform.platform(),
         "host": platform.node(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads_per_process": torch.get_num_threads(),
         "world_size": world.world_size,
@@ -110,6 +111,15 @@ def environment(world: World) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "code": _code(),
     }
+
+
+def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor as the system names it."""
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _code() -> dict[str, Any] | None:

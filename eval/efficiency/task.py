@@ -30,6 +30,7 @@ from eval.efficiency.work import BACKWARD, DECODE, FORWARD, Decoding, backward, 
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject
+from pretrain.describe import cpu_name
 from pretrain.model.decoding import cache_bytes
 from pretrain.model.transformer import NystromformerLM
 
@@ -66,7 +67,7 @@ def machine(subject: Subject) -> str:
     """The device by name."""
     if subject.device.type == "cuda":
         return torch.cuda.get_device_name(subject.device)
-    return f"{torch.backends.cpu.get_cpu_capability()} CPU"
+    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def run(subject: Subject, settings: EfficiencySettings, parts: Parts) -> Outcome:

@@ -15,7 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="nystrom report",
         description="Write one self-contained HTML page that shows and compares runs: validity, training curves, "
         "evaluation results, samples, configuration. It loads nothing from anywhere and works as a mail attachment.",
-        epilog="example:\n  nystrom report runs/books-clm runs/books-softmax --out report.html",
+        epilog="example:\n  nystrom report runs/books-clm runs/exact --out report.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

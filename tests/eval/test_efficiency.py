@@ -196,5 +196,5 @@ def test_another_machine_is_measured_anew(causal: Path, shards: ShardSet, monkey
     settings = task.resolve(subject, EfficiencySettings())
     here = task.data(subject, settings)["hash"]
     assert here == task.data(subject, settings)["hash"]
-    monkeypatch.setattr(task, "machine", lambda _: "another")
+    monkeypatch.setattr(task, "cpu_name", lambda: "another processor with the same instructions")
     assert task.data(subject, settings)["hash"] != here

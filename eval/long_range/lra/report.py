@@ -80,7 +80,8 @@ def deviations(settings: LRASettings) -> list[str]:
 def _note(settings: LRASettings) -> str:
     notes = ["Accuracy: mean over the seeds; low and high: 95% bootstrap interval over the test examples."]
     if is_published_data(settings):
-        notes.append(f"Published accuracies: {SOURCE}.")
+        unchecked = f"; they are of the published files, and whether {settings.path} holds those was not checked"
+        notes.append(f"Published accuracies: {SOURCE}{unchecked if settings.path else ''}.")
     else:
         notes.append("Not the published data, so no published accuracy stands beside it.")
     other = deviations(settings)
