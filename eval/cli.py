@@ -166,6 +166,7 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
     if results:
         print_table(results)
         print(f"\nresults in {folder}", flush=True)
+    team.gather(None)  # the launcher ends all soon after the first that failed: the first process has spoken by then
     if failures:
         raise _of_all(failures, len(suites))
     only_gate = all(suite.task.name == "validity" for suite in suites)
@@ -182,10 +183,13 @@ def _of_all(failures: dict[str, list[str]], suites: int) -> UserError:
 
 
 def results_folder(checkpoint: Path, run_dir: Path | None) -> Path:
-    """RUN/eval for a run and its export; RUN/eval/TAG for one of its checkpoints, so that the run's results stay."""
-    if checkpoint.parent.name == "checkpoints" and checkpoint.name != "latest" and run_dir is not None:
-        return run_dir / "eval" / checkpoint.name
-    return (run_dir or checkpoint) / "eval"
+    """RUN/eval for a run and its export; RUN/eval/NAME for a checkpoint or the averaged weights (export-ema), so that
+    the run's results stay."""
+    if run_dir is None:
+        return checkpoint / "eval"
+    place = checkpoint.resolve()
+    own = {run_dir.resolve(), run_dir.resolve() / "export", run_dir.resolve() / "checkpoints"}
+    return run_dir / "eval" / ("" if place in own or checkpoint.name == "latest" else place.name)
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
+from eval.results.comparable import ANY_OBJECTIVE, immaterial, same_unit
 from eval.results.records import read_records
 from eval.results.schema import Metric, Result, finite, read_result
 
 _Records = list[dict[str, Any]]
 GATE = "validity"
-ANY_OBJECTIVE = {"classify", "efficiency"}
-"""Tasks whose figures mean the same for masked and causal models. A masked model's loss is not a causal one's: it sees
-both sides of the word."""
 SAME = 1e-4
 """Relative difference up to which a metric computed from the records is the one that the result gives."""
 
@@ -99,12 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def results_at(path: Path) -> list[Path]:
-    """The result files of a run folder (its ``eval``), a folder of results, or the file itself."""
+    """The result files of a run (its ``eval``), of one of its checkpoints or exports, or of a folder; or the file."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UserError(f"{path} does not exist: name a run folder, a folder of results, or a result file")
-    beside = path.parent / "eval" if path.name == "export" else path
+    place = path.resolve()
+    run = place.parent.parent if place.parent.name == "checkpoints" else place.parent
+    beside = run / "eval" if place.name == "export" else run / "eval" / place.name
     folder = next((f for f in (path / "eval", beside) if f.is_dir()), path)
     found = sorted(p for p in folder.glob("*.json") if not p.name.startswith("."))
     if not found:
@@ -124,7 +124,8 @@ def compare_files(a: Path, b: Path, ignore: Collection[str] = ()) -> Comparison:
         return Comparison(name, refused=why)
     notes = []
     if first.model.weights_hash == second.model.weights_hash:
-        notes.append("both are of the same weights")
+        same = first.model.config_hash == second.model.config_hash
+        notes.append("both are of the same weights" + ("" if same else ", under other model configurations"))
     try:
         records: tuple[_Records, _Records] = (read_records(a), read_records(b))
     except UserError as error:
@@ -156,6 +157,7 @@ def obstacle(a: Result, b: Result, ignore: Collection[str] = ()) -> str:
         for key in sorted(set(a.settings) | set(b.settings))
         if a.settings.get(key) != b.settings.get(key)
         and key not in ignore
+        and key not in immaterial(a.task)
         and not (key in a.settings and a.settings[key] == a.data.get(key) and b.settings.get(key) == b.data.get(key))
     ]
     return f"other settings: {'; '.join(differ)} (--ignore SETTING if that is meant)" if differ else ""
@@ -166,6 +168,8 @@ def _difference(name: str, a: Result, b: Result, records: tuple[_Records, _Recor
     plain = Difference(
         name, x.value, y.value, y.value - x.value, x.higher_is_better, n=_common_n(x, y), std_a=x.std, std_b=y.std
     )
+    if not same_unit(name, [a, b]):
+        return Difference(**{**asdict(plain), "note": "by token, and their tokenizers differ: compare by byte or word"})
     estimator = a.estimators.get(name)
     if estimator is None or estimator != b.estimators.get(name) or not all(records):
         return plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ class Subject:
             attention=config.attention,
             parameters=self.model.num_parameters(),
             tokens=self.loaded.tokens,
+            config_hash=hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
+            tokenizer_hash=self.loaded.tokenizer.hash,
         )
 
     def held_out(self) -> ShardSet:

@@ -40,8 +40,8 @@ def data(subject: Subject, settings: GenerateSettings) -> dict[str, Any]:
         found |= {"prompts": len(prompts), "prompts_hash": content_hash(prompts)}
     if settings.reference or settings.features:
         judges = Judges.of(subject, settings)
-        found["features"] = judges.features.loaded.weights_hash
-        found["reference"] = judges.reference.loaded.weights_hash if judges.reference is not None else None
+        found["features"] = judges.features.info().identity
+        found["reference"] = judges.reference.info().identity if judges.reference is not None else None
     if settings.copies:
         found["copies"] = ShardSet.open(settings.copies).fingerprint
     return found | {"hash": content_hash({key: value for key, value in found.items() if key != "path"})}

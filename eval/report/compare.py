@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import UserError
-from eval.compare import ANY_OBJECTIVE
 from eval.report.runs import Run, flatten
+from eval.results.comparable import ANY_OBJECTIVE, immaterial, same_unit
 from eval.results.records import read_records
 from eval.results.schema import Metric, Result, Table
 from eval.results.statistics import paired_bootstrap
 from eval.validity.checks import CHECKS_TABLE
 
-# Settings that change how a number is computed but not what it is.
-IRRELEVANT = {"precision"}
 # Pairs of records above which a page would take minutes to write.
 MAX_PAIRS = 100_000
 
@@ -66,15 +64,17 @@ def doubt(run: Run, result: Result) -> str:
     if result.gate == "forced":
         return "forced: the validity gate failed"
     validity = run.results.get("validity")
-    same = validity is not None and validity.model.weights_hash == result.model.weights_hash != ""
+    same = validity is not None and validity.model.identity == result.model.identity and result.model.weights_hash != ""
     return "the validity gate failed" if same and failed_checks(run) else ""
 
 
 def conditions(result: Result) -> dict[str, Any]:
     """What must be equal for two figures to be comparable: data, settings and (but for some tasks) the objective."""
-    settings = {f"setting {k}": v for k, v in flatten(result.settings).items() if k not in IRRELEVANT}
+    kept = {k: v for k, v in result.settings.items() if k not in immaterial(result.task)}
+    settings = {f"setting {k}": v for k, v in flatten(kept).items()}
     objective = {} if result.task in ANY_OBJECTIVE else {"objective": result.model.objective}
-    return {"task": result.task, "data": result.data.get("hash")} | objective | settings
+    found = {"task": result.task, "version of the task": result.version, "data": result.data.get("hash")}
+    return found | objective | settings
 
 
 def unequal(results: Sequence[Result]) -> list[str]:
@@ -114,6 +114,8 @@ def differences(members: Sequence[Member]) -> list[Difference]:
         for name, estimator in first.result.estimators.items():
             metric = first.result.metrics.get(name)
             if metric is None or other.result.estimators.get(name) != estimator:
+                continue
+            if not same_unit(name, [first.result, other.result]):
                 continue
             try:
                 change = paired_bootstrap(mine, theirs, estimator)

@@ -232,10 +232,11 @@ def _read_results(run: Run, folder: Path) -> None:
         except UserError as error:
             run.problems.append(str(error))
             run.unread += 1
-    hashes = {result.model.weights_hash for result in run.results.values() if result.model.weights_hash}
-    if len(hashes) > 1:
+    models = {tuple(result.model.identity) for result in run.results.values() if result.model.weights_hash}
+    if len(models) > 1:
         run.problems.append(
-            "the evaluation results are of different weights of this run: evaluate again to bring them level"
+            "the evaluation results are of different weights or configurations of this run: evaluate again to bring "
+            "them level"
         )
 
 

@@ -62,9 +62,9 @@ def banner(run: Run) -> Banner | None:
         if gates == {"passed"}:
             return Banner(run.name, "passed", "the validity gate had passed when these scores were computed")
         return Banner(run.name, "unknown", "validity not checked")
-    weights = run.results["validity"].model.weights_hash
-    if any(result.model.weights_hash not in ("", weights) for result in scored.values()):
-        return Banner(run.name, "unknown", "checked on other weights than those scored below", table)
+    checked = run.results["validity"].model.identity
+    if any(result.model.weights_hash and result.model.identity != checked for result in scored.values()):
+        return Banner(run.name, "unknown", "checked on another model than the one scored below", table)
     return Banner(run.name, "passed", f"all {len(table.rows)} validity checks passed", table)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from eval.report.compare import Difference, Member, best_of, differences, unequal
 from eval.report.numbers import number, plain, words
 from eval.report.runs import flatten
+from eval.results.comparable import same_unit
 from eval.results.schema import Metric
 
 # Rows beyond which a table is folded, and beyond which the rest is left to the file.
@@ -89,14 +90,17 @@ def metric_row(label: str, members: Sequence[Member | None], name: str, *, ranke
     present = [member for member, metric in zip(members, found, strict=True) if member and metric]
     first = next(metric for metric in found if metric)
     winner = None
-    if ranked and not unequal([member.result for member in present]):
+    results = [member.result for member in present]
+    own_tokens = not same_unit(name, results)
+    if ranked and not own_tokens and not unequal(results):
         winner = best_of([m if member and not member.doubt else None for m, member in zip(found, members, strict=True)])
     figures = [
         figure(metric, best=place == winner, doubt=member.doubt if member and metric else "")
         for place, (metric, member) in enumerate(zip(found, members, strict=True))
     ]
     counts = list(dict.fromkeys(number(metric.n) if metric.n is not None else "" for metric in found if metric))
-    return MetricRow(label, direction(first) if ranked else "", figures, " / ".join(counts))
+    hint = "by token, and tokenizers differ" if own_tokens else direction(first)
+    return MetricRow(label, hint if ranked else "", figures, " / ".join(counts))
 
 
 def metric_rows(members: Sequence[Member]) -> list[MetricRow]:

@@ -98,7 +98,11 @@ class Estimator:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which weights were evaluated; empty (``weights_hash`` "") for a suite that trains its own models from nothing."""
+    """Which model was evaluated; empty (``weights_hash`` "") for a suite that trains its own models from nothing.
+
+    ``config_hash``: of the model's configuration. Landmarks, segments, the inverse's iterations or the rotary base
+    change what the same weights compute. ``tokenizer_hash``: of the tokenizer, which decides what a token is.
+    """
 
     weights_hash: str = ""
     run: str = ""
@@ -106,6 +110,13 @@ class ModelInfo:
     attention: str = ""
     parameters: int = 0
     tokens: int = 0
+    config_hash: str = ""
+    tokenizer_hash: str = ""
+
+    @property
+    def identity(self) -> list[str]:
+        """All that determines what the model computes from a text."""
+        return [self.weights_hash, self.config_hash, self.tokenizer_hash]
 
 
 @dataclass(frozen=True)

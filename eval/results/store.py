@@ -1,7 +1,7 @@
 """Where results lie, and the rule that the same result is never computed twice.
 
-A result is keyed by what determines it: the weights, the task with its settings, the data, and the version of the code
-that computes it. In a results folder,
+A result is keyed by what determines it: the model (weights, configuration, tokenizer), the task with its settings, the
+data, and the version of the code that computes it. In a results folder,
 
     finished/KEY/result.json, samples.jsonl   every finished result, under the beginning of its key
     SUITE.json, SUITE.samples.jsonl           the one that was last asked for under this name: what people read
@@ -55,13 +55,13 @@ KEEP_UNFINISHED_DAYS = 30
 """Parts of a suite that nobody went on with for so long are removed: its settings, data or code have changed since."""
 
 
-def result_key(task: str, version: int, weights_hash: str, settings: dict[str, Any], data_hash: str) -> str:
+def result_key(task: str, version: int, model: ModelInfo, settings: dict[str, Any], data_hash: str) -> str:
     """The sha256 of all that determines a result; ``version`` is the task's own, raised when its numbers change."""
     parts = {
         "schema": SCHEMA,
         "task": task,
         "version": version,
-        "weights": weights_hash,
+        "model": model.identity,
         "settings": settings,
         "data": data_hash,
     }
@@ -89,7 +89,7 @@ def obtain(
     written or the processes do not see the same weights, settings and data.
     """
     team = team or Team()
-    key = result_key(task, version, model.weights_hash, settings, data["hash"])
+    key = result_key(task, version, model, settings, data["hash"])
     keys = team.gather(key)
     if len(set(keys)) > 1:
         other = next(rank for rank, found in enumerate(keys) if found != keys[0])

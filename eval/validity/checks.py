@@ -87,12 +87,12 @@ def run(subject: Subject, settings: ValiditySettings, parts: Parts | None = None
 
 
 def stands(path: Path, model: ModelInfo) -> bool | None:
-    """Whether the result at ``path`` passed for these weights; None where it is of other weights, of an earlier version
+    """Whether the result at ``path`` passed for this model; None where it is of another one, of an earlier version
     of the checks, of fewer positions than are looked at by default, or not there."""
     result = read_result_or_none(path)
     if result is None or result.task != TASK or result.settings.get("positions", 0) < ValiditySettings().positions:
         return None
-    if result.key != result_key(TASK, VERSION, model.weights_hash, result.settings, result.data["hash"]):
+    if result.key != result_key(TASK, VERSION, model, result.settings, result.data["hash"]):
         return None
     return result.metrics["passed"].value == 1.0
 

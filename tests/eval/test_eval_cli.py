@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from data_pipeline.tokenization.training import train_tokenizer
 from eval import cli
+from eval.compare import results_at
 from eval.results.schema import read_result
 from pretrain.model.attention import self_attention
 
@@ -131,4 +134,43 @@ def test_results_of_an_older_checkpoint_do_not_replace_the_runs() -> None:
     assert cli.results_folder(run, run) == run / "eval"
     assert cli.results_folder(run / "export", run) == run / "eval"
     assert cli.results_folder(run / "checkpoints" / "step8", run) == run / "eval" / "step8"
+    assert cli.results_folder(run / "checkpoints" / "latest", run) == run / "eval"
+    assert cli.results_folder(run / "export-ema", run) == run / "eval" / "export-ema"
     assert cli.results_folder(Path("elsewhere"), None) == Path("elsewhere/eval")
+
+
+@pytest.mark.parametrize(("inside", "folder"), [("checkpoints", "step8"), (".", "export-ema"), (".", "export")])
+def test_a_checkpoint_named_from_within_the_run_has_its_results_in_the_same_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str, folder: str
+) -> None:
+    run = tmp_path / "run"
+    (run / inside / folder).mkdir(parents=True)
+    expected = run / "eval" / ("" if folder == "export" else folder)
+    expected.mkdir(parents=True)
+    (expected / "lm.json").touch()
+    monkeypatch.chdir(run / inside)
+    assert cli.results_folder(Path(folder), run) == expected
+    assert results_at(Path(folder)) == [expected / "lm.json"]
+
+
+def test_the_same_weights_under_another_configuration_are_judged_and_scored_anew(
+    export: Callable[..., Path], shards: ShardSet, capsys: Any
+) -> None:
+    """The starting scale of the inverse is no weight, and the published one lets batch mates through the gate."""
+    folder = export("configured", objective="mlm")
+    command = ["lm", "--checkpoint", str(folder), "--data", str(shards.path), "--max-tokens", "256", "--length", "32"]
+    assert run_cli(cli.main, "nystrom eval", command) == 0
+    assert run_cli(cli.main, "nystrom eval", command) == 0
+    assert "already there" in capsys.readouterr().out
+    config = (folder / "config.yaml").read_text()
+    assert "inverse_init: " in config
+    (folder / "config.yaml").write_text(re.sub("inverse_init: .*", "inverse_init: original", config))
+    assert run_cli(cli.main, "nystrom eval", command) == 2
+    assert "batch mates" in capsys.readouterr().err
+    (folder / "config.yaml").write_text(re.sub("num_landmarks: .*", "num_landmarks: 4", config))
+    before = read_result(folder / "eval" / "lm.json")
+    assert run_cli(cli.main, "nystrom eval", command) == 0
+    assert "already there" not in capsys.readouterr().out
+    after = read_result(folder / "eval" / "lm.json")
+    assert after.model.weights_hash == before.model.weights_hash
+    assert after.metrics["masked_loss"].value != before.metrics["masked_loss"].value

@@ -13,11 +13,15 @@ import pytest
 from data_pipeline.errors import run_cli
 from eval import cli
 from eval.compare import obstacle
+from eval.report.compare import Member, differences, unequal
+from eval.report.runs import read_run
+from eval.report.tables import metric_rows
 from eval.results.schema import Estimator, Metric, ModelInfo, Outcome, read_result
 from eval.results.statistics import paired_bootstrap
 from eval.results.store import obtain
 
 N = 200
+NAMES = ("short", "long")
 
 
 def write(folder: Path, weights: str, accuracy: float, suite: str = "classify", **changes: Any) -> list[dict[str, Any]]:
@@ -95,6 +99,43 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path, capsys: Any, changes: 
     assert f"classify: not compared: {words}" in capsys.readouterr().out
     if "settings" in changes:
         assert compare(tmp_path / "a", tmp_path / "bb", "--ignore", "lr") == 0
+
+
+def test_figures_by_token_of_different_tokenizers_are_not_compared(tmp_path: Path, capsys: Any) -> None:
+    """Tokens of one are not those of the other; bytes are."""
+    for name, nats, per_passage in (("short", 1.0, 400), ("long", 3.0, 100)):
+        records = [{"id": f"i{i}", "nats": nats * per_passage, "tokens": per_passage, "bytes": 400} for i in range(50)]
+        obtain(
+            tmp_path / name, "lm", task="lm", version=1, settings={}, data={"hash": "d"}, gate="passed",
+            model=ModelInfo(name, objective="clm", tokenizer_hash=name),
+            compute=lambda _, records=records, nats=nats, per_passage=per_passage: Outcome(
+                {"loss": Metric(nats, False), "nats_per_byte": Metric(nats * per_passage / 400, False)},
+                records=records,
+                estimators={"loss": Estimator("nats", "tokens"), "nats_per_byte": Estimator("nats", "bytes")},
+            ),
+        )  # fmt: skip
+    assert compare(tmp_path / "short", tmp_path / "long", "--out", tmp_path / "out.json") == 0
+    loss, by_byte = json.loads((tmp_path / "out.json").read_text())["suites"][0]["metrics"]
+    assert (loss["better"], loss["p"], by_byte["better"]) == ("", None, "b")
+    assert "loss: by token, and their tokenizers differ: compare by byte or word" in capsys.readouterr().out
+    members = [Member(i, read_run(tmp_path / n), read_result(tmp_path / n / "lm.json")) for i, n in enumerate(NAMES)]
+    assert [row.metric for row in differences(members)] == ["nats_per_byte"]
+    rows = metric_rows(members)
+    assert [row.hint for row in rows] == ["by token, and tokenizers differ", "lower is better"]
+    assert [[figure.best for figure in row.figures] for row in rows] == [[False, False], [False, True]]
+
+
+def test_settings_that_have_no_bearing_may_differ(tmp_path: Path) -> None:
+    """A sweep that is tried besides; the precision, but for timings, which it makes others."""
+    write(tmp_path / "a", "a", 0.5, task="approximation", settings={"landmarks": [8], "precision": "fp32"})
+    write(tmp_path / "bb", "bb", 0.8, task="approximation", settings={"landmarks": [16], "precision": "bf16"})
+    a, b = (read_result(tmp_path / name / "classify.json") for name in ("a", "bb"))
+    assert (obstacle(a, b), unequal([a, b])) == ("", [])
+    a, b = (replace(one, task="efficiency") for one in (a, b))
+    assert "landmarks" in obstacle(a, b)
+    assert unequal([a, b]) == ["setting landmarks", "setting precision"]
+    a, b = (replace(one, settings={"decode_tokens": n}) for one, n in ((a, 0), (b, 16)))
+    assert (obstacle(a, b), unequal([a, b])) == ("", [])
 
 
 def test_damage_and_disagreement_are_said(tmp_path: Path, capsys: Any) -> None:

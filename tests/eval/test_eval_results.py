@@ -24,7 +24,7 @@ from eval.results.schema import (
 from eval.results.store import obtain, result_key
 
 MODEL = ModelInfo("abc", "run", "clm", "nystrom", 10, 20)
-PINNED = "f87ef19af56b104e68a0d2dc88ac0dd524696263d569eef4cdf7ffc4b52a0e43"
+PINNED = "53712d657bb2f69afe2ae083b10010a616776ffcc7db4b73b8cf6d64d17a897e"
 OUTCOME = Outcome(
     {"accuracy": Metric(0.5, True, 0.1, 3), "loss": Metric(1.25, False)},
     [Table("t", ["a", "b"], [["x", 1.5], ["ü", None], ["z", True]])],
@@ -72,6 +72,8 @@ def test_finished_key_is_not_run_again(tmp_path: Path) -> None:
         {"data": {"hash": "other"}},
         {"version": 2},
         {"model": replace(MODEL, weights_hash="other")},
+        {"model": replace(MODEL, config_hash="other")},
+        {"model": replace(MODEL, tokenizer_hash="other")},
     ):
         with pytest.raises(AssertionError, match="computed again"):
             run(path, never, **change)
@@ -79,8 +81,8 @@ def test_finished_key_is_not_run_again(tmp_path: Path) -> None:
 
 
 def test_key_does_not_depend_on_order_and_is_pinned() -> None:
-    a = result_key("lm", 1, "w", {"a": 1, "b": None}, "d")
-    assert a == result_key("lm", 1, "w", {"b": None, "a": 1}, "d")
+    a = result_key("lm", 1, ModelInfo("w"), {"a": 1, "b": None}, "d")
+    assert a == result_key("lm", 1, ModelInfo("w", run="another name"), {"b": None, "a": 1}, "d")
     # Pinned: if this changes, every stored result is computed anew. Raise SCHEMA when that is meant.
     assert a == PINNED
 

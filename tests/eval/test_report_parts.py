@@ -71,6 +71,7 @@ def test_results_are_comparable_on_the_same_data_with_the_same_settings(tmp_path
     assert unequal([results["a"], results["b"]]) == []
     assert unequal([results["a"], results["c"]]) == ["setting length"]
     assert unequal([results["a"], results["d"]]) == ["data"]
+    assert unequal([results["a"], replace(results["a"], version=2)]) == ["version of the task"]
     masked = replace(results["a"], model=replace(results["a"].model, objective="mlm"))
     assert unequal([results["a"], masked]) == ["objective"]
     assert unequal([replace(result, task="classify") for result in (results["a"], masked)]) == []
