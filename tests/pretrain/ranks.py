@@ -140,6 +140,7 @@ def _fork(request: dict[str, Any], rank: int) -> int:
         world = str(request["world_size"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_SIZE=world)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(request["port"]))
+        sys.path.insert(0, str(Path(request["script"]).parent))  # whose helpers the script imports
         spec = importlib.util.spec_from_file_location("rank_script", request["script"])
         assert spec is not None
         assert spec.loader is not None
