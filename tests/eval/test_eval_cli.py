@@ -17,6 +17,8 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from data_pipeline.tokenization.training import train_tokenizer
 from eval import cli
 from eval.results.schema import read_result
+from eval.validity import checks
+from eval.validity.settings import ValiditySettings
 from pretrain.model.attention import self_attention
 
 
@@ -60,6 +62,30 @@ def test_failed_gate_blocks_unless_forced(
     (out / "validity.json").unlink()
     with pytest.raises(UserError, match="validity gate failed"):  # nor is the verdict forgotten
         cli.main(command)
+
+
+def test_a_gate_of_few_positions_lets_no_suite_through(
+    causal: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = root / "few"
+    command = ["validity", "lm", "--checkpoint", str(causal), "--out", str(out), "--max-tokens", "256"]
+    asked: list[int] = []
+    real = checks.run
+
+    def run(subject: Any, settings: ValiditySettings, parts: Any) -> Any:
+        asked.append(settings.positions)
+        return real(subject, settings, parts)
+
+    monkeypatch.setattr(checks, "run", run)
+    assert cli.main([*command, "--positions", "1"]) == 0
+    assert asked == [1, 32]
+    assert read_result(out / "validity.json").settings["positions"] == 32
+    assert cli.main([*command, "--positions", "40", "--rerun"]) == 0
+    assert asked == [1, 32, 40]
+    monkeypatch.setattr(self_attention, "causal_nystrom_attention", no_mask)
+    with pytest.raises(UserError, match="validity gate failed"):
+        cli.main([*command, "--positions", "1", "--rerun"])
+    assert asked == [1, 32, 40, 1]  # one position is enough to fail
 
 
 def test_a_suite_that_cannot_be_run_does_not_stop_the_others(
