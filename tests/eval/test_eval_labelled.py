@@ -67,6 +67,16 @@ def test_integer_labels_sort_as_numbers(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "x", "label": [1]}', "not a label"),
         ("a.jsonl", '{"text": "x", "label": 0.5}', "not a label"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{oops', "line 2: not JSON"),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": 1}\n{"text": "so good \\ud83d", "label": 1}',
+            "line 2: field 'text' holds half",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": "\\udc00"}',
+            "line 1: field 'label' holds half a surrogate pair (character 1)",
+        ),
         ("a.jsonl", "[1]", "list where an object"),
         ("a.jsonl", "", "holds no record"),
         ("a.csv", "text,label\n", "holds no record"),
