@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.errors import UserError, run_cli
 from eval import cli
 from eval.results.schema import read_result
-from eval.suites.load import BUILT_IN, available, load_suites
+from eval.suites.load import BUILT_IN, available, load_suites, parse
 from eval.suites.options import PREFIX, _without_none, add_options, overrides_of
 from eval.suites.tasks import TASKS
 
@@ -49,6 +49,18 @@ def test_tasks_hold_to_their_contract(task: Any) -> None:
     for name, field in task.settings_class().model_fields.items():
         assert field.description, f"{task.name}.{name} has no description"
         assert not field.is_required(), f"{task.name}.{name} has no default, so the task cannot be named alone"
+
+
+@pytest.mark.parametrize(
+    "task",
+    [task for task in TASKS.values() if "seed" in task.settings_class().model_fields],
+    ids=lambda task: task.name,
+)
+def test_negative_seeds_are_refused(task: Any) -> None:
+    """The libraries take none, and say so in their own words after the model is loaded."""
+    assert parse(task, {"seed": 0}, "here")
+    with pytest.raises(UserError, match="here: seed: Input should be greater than or equal to 0, got -1"):
+        parse(task, {"seed": -1}, "here")
 
 
 def test_settings_of_one_name_are_of_one_kind_in_all_tasks() -> None:
