@@ -78,7 +78,7 @@ class ClassifyData:
 def sources(settings: ClassifySettings) -> ClassifySettings:
     """Settings with the files of ``local_dir`` and pinned hub datasets in place.
 
-    Raises :class:`UserError` where no data is named, or files are not there.
+    Raises :class:`UserError` where no data is named, files are not there, or files and ``local_dir`` are named both.
     """
     if settings.local_dir is not None:
         folder = Path(settings.local_dir, settings.local_name or "")
@@ -86,6 +86,13 @@ def sources(settings: ClassifySettings) -> ClassifySettings:
         for part in ("train", "test"):
             if found[part] is None:
                 raise UserError(f"--local-dir {settings.local_dir}: there is no {folder / part} with {FORMATS}")
+        for part, path in found.items():
+            named_too = getattr(settings, part)
+            if named_too and not named_too.startswith(HUB) and named_too != path:
+                raise UserError(
+                    f"--local-dir {settings.local_dir} is in place of a suite's hub data, but --{part} names the file "
+                    f"{named_too}: leave one out (--local-dir reads {folder / part}.* itself)"
+                )
         return settings.model_copy(update=found)
     if not (settings.train and settings.test):
         raise UserError(

@@ -22,7 +22,7 @@ class ClassifySettings(Settings):
     )
     local_dir: str | None = Field(
         None,
-        description="folder that replaces the data named by a suite: DIR/SUITE/train.*, test.* and, if there, dev.*",
+        description="folder that replaces the hub data of a suite: DIR/SUITE/train.*, test.* and, if there, dev.*",
     )
     local_name: str | None = Field(None, description="the suite's folder in --local-dir; left out: the folder itself")
     text_field: str = Field("text", description="field or column with the text")

@@ -176,6 +176,21 @@ def test_parts_of_a_local_folder(tmp_path: Path) -> None:
     assert sources(ClassifySettings(train="x.csv", test="y.csv", dev="hub:x:dev")).dev is None
 
 
+def test_a_local_folder_and_files_named_too_contradict_each_other(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write(tmp_path / f"{part}.jsonl", [{"text": "x", "label": 1}])
+    local = {"local_dir": str(tmp_path), "train": "hub:x:train", "test": "hub:x:test"}
+    for given, option in [
+        ({"dev": "mine.jsonl"}, "--dev names the file mine.jsonl"),
+        ({"train": "x.csv", "test": "y.csv"}, "--train names the file x.csv"),
+        ({"test": "y.csv"}, "--test names the file y.csv"),
+    ]:
+        with pytest.raises(UserError, match=f"--local-dir .*{option}: leave one out"):
+            sources(ClassifySettings(**(local | given)))  # type: ignore[arg-type]
+    found = sources(ClassifySettings(**local))  # type: ignore[arg-type]
+    assert sources(found) == found
+
+
 def test_positive_label_and_a_draw_of_the_training_records(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": str(i), "label": "ab"[i % 2]} for i in range(40)])
     data = ClassifyData.read(ClassifySettings(train=path, test=path, train_records=10))
