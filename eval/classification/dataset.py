@@ -32,14 +32,14 @@ class ClassifyData:
         assert settings.test
         fields = settings.text_field, settings.label_field, settings.text_b_field
         train = read_labelled(settings.train, *fields)
-        if settings.train_records is not None and settings.train_records < len(train):
-            drawn = np.random.default_rng(0).choice(len(train), settings.train_records, replace=False)
-            train = train.take(np.sort(drawn))
         test = read_labelled(settings.test, *fields)
         dev = read_labelled(settings.dev, *fields) if settings.dev else None
         classes = class_names(train, test)
         if dev is not None:
             class_names(train, dev)
+        if settings.train_records is not None and settings.train_records < len(train):
+            # Of a class with a single record none is held out to choose the epoch on: two of each, where that is done.
+            train = train.take(draw(train, classes, settings.train_records, least=2 if dev is None else 1))
         return cls(train, test, classes, dev)
 
     def describe(self) -> dict[str, Any]:
@@ -126,6 +126,32 @@ def class_names(train: Labelled, other: Labelled) -> list[str]:
         shown = ", ".join(f"'{label}' ({n}x)" for label, n in unseen.most_common(5))
         raise UserError(f"{other.path} has labels that {train.path} lacks: {shown}; train has {', '.join(names[:10])}")
     return names
+
+
+def draw(train: Labelled, classes: list[str], records: int, least: int) -> np.ndarray:
+    """Indices (``records``,) of a random draw by class: each in its share, but ``least`` of each or all there are.
+
+    Raises :class:`UserError` where that is more than ``records``.
+    """
+    index = {name: i for i, name in enumerate(classes)}
+    numbers = np.array([index[label] for label in train.labels])
+    members = [np.flatnonzero(numbers == number) for number in range(len(classes))]
+    there = np.array([len(found) for found in members])
+    floor = np.minimum(there, least)
+    if floor.sum() > records:
+        raise UserError(
+            f"--train-records {records} is too few for the {len(classes)} labels of {train.path}: at least "
+            f"{floor.sum()}, so that there are {least} of each" + (", one to choose the epoch on" if least > 1 else "")
+        )
+    share = records * there / there.sum()
+    given = np.maximum(np.floor(share).astype(np.int64), floor)
+    while given.sum() < records:
+        given[np.argmax(np.where(given < there, share - given, -np.inf))] += 1
+    while given.sum() > records:
+        given[np.argmax(np.where(given > floor, given - share, -np.inf))] -= 1
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(found, count, replace=False) for found, count in zip(members, given, strict=True)]
+    return np.sort(np.concatenate(drawn))
 
 
 def carve(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

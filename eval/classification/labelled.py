@@ -40,11 +40,10 @@ class Labelled:
         return len(self.texts)
 
     def take(self, indices: np.ndarray) -> Labelled:
-        """Some of the records."""
+        """Some of the records; the hash tells which."""
         seconds = None if self.seconds is None else [self.seconds[i] for i in indices]
-        return Labelled(
-            [self.texts[i] for i in indices], [self.labels[i] for i in indices], self.path, self.hash, seconds
-        )
+        digest = hashlib.sha256(f"{self.hash} {indices.tolist()}".encode()).hexdigest()
+        return Labelled([self.texts[i] for i in indices], [self.labels[i] for i in indices], self.path, digest, seconds)
 
     def item_ids(self) -> list[str]:
         """SHA-256 (the first 32 hex digits) of each record's content; equal records are told apart by counting."""

@@ -32,7 +32,7 @@ class ClassifySettings(Settings):
         (), description="names of the class whose F1 is reported too (the first that the data has); left out: none"
     )
     train_records: int | None = Field(
-        None, ge=2, description="train on so many records, drawn at random once; left out: all"
+        None, ge=2, description="train on so many records, drawn at random once, by class; left out: all"
     )
     max_length: int | None = Field(
         None, ge=1, description="tokens read of each text; left out: the longest length of the run"

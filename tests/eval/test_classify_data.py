@@ -202,6 +202,39 @@ def test_positive_label_and_a_draw_of_the_training_records(tmp_path: Path) -> No
         data.positive(("same",))
 
 
+def test_the_draw_is_by_class(tmp_path: Path) -> None:
+    """Twenty classes, of which a draw without regard to them would miss some; one of them has a single record."""
+    sizes = {f"c{i:02d}": 40 for i in range(18)} | {"many": 279, "once": 1}
+    records = [{"text": f"{name} {i}", "label": name} for name, size in sizes.items() for i in range(size)]
+    train = write(tmp_path / "train.jsonl", records)
+    test = write(tmp_path / "test.jsonl", [{"text": "x", "label": name} for name in sizes])
+    plain = ClassifySettings(train=train, test=test)
+
+    def draw(**more: Any) -> ClassifyData:
+        return ClassifyData.read(plain.model_copy(update=more))
+
+    full = draw()
+    for count in (39, 60, 500, 999):
+        data = draw(train_records=count)
+        assert data.classes == full.classes
+        assert len(set(data.train.texts)) == len(data.train) == count
+        numbers = np.bincount(data.numbers(data.train), minlength=20)
+        assert (numbers >= [1 if name == "once" else 2 for name in data.classes]).all()
+        if count >= 500:
+            shares = [count * sizes[name] / 1000 for name in data.classes]
+            assert np.abs(numbers - shares).max() <= 1
+        assert draw(train_records=count) == data
+    assert draw(train_records=1000).train == full.train
+    assert (
+        len({draw(train_records=count).describe()["hash"] for count in (39, 40, 1000)}) == 3
+    )  # the key tells the draw
+    with pytest.raises(UserError, match=r"--train-records 38 is too few for the 20 labels of .*at least 39, so that"):
+        draw(train_records=38)
+    assert len(draw(train_records=20, dev=test).train) == 20  # none to be held out
+    with pytest.raises(UserError, match=r"--train-records 19 .*at least 20, so that there are 1 of each$"):
+        draw(train_records=19, dev=test)
+
+
 PRESETS = sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
 OURS = [name for name in PRESETS if load_suites([name])[0].task.name == "classify" and name != "glue"]
 
