@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from suites_case import no_mask
+from suites_case import WORDS, no_mask
 
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.prepare.plan import plan_preparation
@@ -141,6 +141,21 @@ def test_rejections(causal: Path, masked: Path, root: Path, labelled: tuple[Path
         error = capsys.readouterr().err
         assert words in error, (command, error)
         assert "Traceback" not in error
+
+
+def test_shards_that_no_suite_would_read_are_refused(causal: Path, shards: ShardSet, root: Path) -> None:
+    text = root / "text.txt"
+    text.write_text(" ".join(WORDS) + "\n")
+    out = root / "two-sources"
+    at = ["--checkpoint", str(causal), "--out", str(out), "--data", str(shards.path)]
+    for suites in (["lm"], ["lm", "context"], ["lm", "classify"]):
+        with pytest.raises(UserError, match=r"no suite reads --data .*: lm scores the text of --text in its place"):
+            cli.main([*suites, *at, "--text", str(text)])
+    with pytest.raises(UserError, match="scores the text of --dataset in its place"):
+        cli.main(["lm", *at, "--dataset", "owner/name"])
+    assert not out.exists()
+    assert cli.main(["validity", "lm", *at, "--text", str(text), "--length", "8"]) == 0  # the gate reads them
+    assert read_result(out / "lm.json").data["text"] == [str(text)]
 
 
 def test_shards_of_another_tokenizer_are_refused(causal: Path, root: Path, texts: list[str]) -> None:
