@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
+from eval.language_modeling.settings import TextSettings
 from eval.suites.load import Suite, available, find, load_suites
 from eval.suites.options import add_options, overrides_of
 from eval.suites.tasks import TASKS
@@ -117,12 +118,24 @@ def check_arguments(args: argparse.Namespace) -> list[Suite]:
     suites = load_suites(args.suites, args.suite_path or (), overrides_of(args))
     if args.name and not all(c.isalnum() or c in "-_." for c in args.name):
         raise UserError(f"--name {args.name}: letters, digits, '-', '_' and '.' only, it becomes part of a file name")
+    _check_data(args.data, suites)
     needing = [suite.name for suite in suites if suite.task.needs_checkpoint]
     if needing and not args.checkpoint:
         raise UserError(f"suite {needing[0]} evaluates a model: say which with --checkpoint RUN")
     if not needing and not (args.out or args.checkpoint):
         raise UserError(f"suite {suites[0].name} needs no checkpoint: say where its results go with --out DIR")
     return suites
+
+
+def _check_data(shards: str | None, suites: Sequence[Suite]) -> None:
+    """Raises :class:`UserError` for held-out shards that no suite reads, since text was named in their place."""
+    elsewhere = [s for s in suites if isinstance(s.settings, TextSettings) and (s.settings.text or s.settings.dataset)]
+    if shards and elsewhere and all(suite in elsewhere or not suite.task.held_out for suite in suites):
+        option = "--text" if getattr(elsewhere[0].settings, "text", ()) else "--dataset"
+        raise UserError(
+            f"no suite reads --data {shards}: {elsewhere[0].name} scores the text of {option} in its place. Leave one "
+            "of them out, or ask for validity too, which reads the shards"
+        )
 
 
 def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:

@@ -12,7 +12,7 @@ class ApproximationSettings(Settings):
 
     length: int | None = Field(None, ge=2, description="window in tokens; left out: the longest length of the run")
     max_tokens: int = Field(16384, ge=1, description="evaluate so many held-out tokens, spread evenly")
-    seed: int = Field(0, description="of random choices")
+    seed: int = Field(0, ge=0, description="of random choices")
     mask_rate: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are targets (masked models)")
     mask_share: float = Field(0.8, ge=0, le=1, description="of the targets, share replaced by the mask token")
     random_share: float = Field(0.1, ge=0, le=1, description="of the targets, share replaced by a random token")

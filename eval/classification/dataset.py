@@ -32,14 +32,14 @@ class ClassifyData:
         assert settings.test
         fields = settings.text_field, settings.label_field, settings.text_b_field
         train = read_labelled(settings.train, *fields)
-        if settings.train_records is not None and settings.train_records < len(train):
-            drawn = np.random.default_rng(0).choice(len(train), settings.train_records, replace=False)
-            train = train.take(np.sort(drawn))
         test = read_labelled(settings.test, *fields)
         dev = read_labelled(settings.dev, *fields) if settings.dev else None
         classes = class_names(train, test)
         if dev is not None:
             class_names(train, dev)
+        if settings.train_records is not None and settings.train_records < len(train):
+            # Of a class with a single record none is held out to choose the epoch on: two of each, where that is done.
+            train = train.take(draw(train, classes, settings.train_records, least=2 if dev is None else 1))
         return cls(train, test, classes, dev)
 
     def describe(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class ClassifyData:
 def sources(settings: ClassifySettings) -> ClassifySettings:
     """Settings with the files of ``local_dir`` and pinned hub datasets in place.
 
-    Raises :class:`UserError` where no data is named, or files are not there.
+    Raises :class:`UserError` where no data is named, files are not there, or files and ``local_dir`` are named both.
     """
     if settings.local_dir is not None:
         folder = Path(settings.local_dir, settings.local_name or "")
@@ -86,6 +86,13 @@ def sources(settings: ClassifySettings) -> ClassifySettings:
         for part in ("train", "test"):
             if found[part] is None:
                 raise UserError(f"--local-dir {settings.local_dir}: there is no {folder / part} with {FORMATS}")
+        for part, path in found.items():
+            named_too = getattr(settings, part)
+            if named_too and not named_too.startswith(HUB) and named_too != path:
+                raise UserError(
+                    f"--local-dir {settings.local_dir} is in place of a suite's hub data, but --{part} names the file "
+                    f"{named_too}: leave one out (--local-dir reads {folder / part}.* itself)"
+                )
         return settings.model_copy(update=found)
     if not (settings.train and settings.test):
         raise UserError(
@@ -119,6 +126,32 @@ def class_names(train: Labelled, other: Labelled) -> list[str]:
         shown = ", ".join(f"'{label}' ({n}x)" for label, n in unseen.most_common(5))
         raise UserError(f"{other.path} has labels that {train.path} lacks: {shown}; train has {', '.join(names[:10])}")
     return names
+
+
+def draw(train: Labelled, classes: list[str], records: int, least: int) -> np.ndarray:
+    """Indices (``records``,) of a random draw by class: each in its share, but ``least`` of each or all there are.
+
+    Raises :class:`UserError` where that is more than ``records``.
+    """
+    index = {name: i for i, name in enumerate(classes)}
+    numbers = np.array([index[label] for label in train.labels])
+    members = [np.flatnonzero(numbers == number) for number in range(len(classes))]
+    there = np.array([len(found) for found in members])
+    floor = np.minimum(there, least)
+    if floor.sum() > records:
+        raise UserError(
+            f"--train-records {records} is too few for the {len(classes)} labels of {train.path}: at least "
+            f"{floor.sum()}, so that there are {least} of each" + (", one to choose the epoch on" if least > 1 else "")
+        )
+    share = records * there / there.sum()
+    given = np.maximum(np.floor(share).astype(np.int64), floor)
+    while given.sum() < records:
+        given[np.argmax(np.where(given < there, share - given, -np.inf))] += 1
+    while given.sum() > records:
+        given[np.argmax(np.where(given > floor, given - share, -np.inf))] -= 1
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(found, count, replace=False) for found, count in zip(members, given, strict=True)]
+    return np.sort(np.concatenate(drawn))
 
 
 def carve(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

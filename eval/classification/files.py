@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def file_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise UserError(f"labelled data {path}: format not known by its name, must be {FORMATS}")
     except UnicodeDecodeError as error:
         raise UserError(f"labelled data {path} is not UTF-8 text: {error}") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"labelled data {path} cannot be read: {error}") from None
 
 

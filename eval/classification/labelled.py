@@ -40,11 +40,10 @@ class Labelled:
         return len(self.texts)
 
     def take(self, indices: np.ndarray) -> Labelled:
-        """Some of the records."""
+        """Some of the records; the hash tells which."""
         seconds = None if self.seconds is None else [self.seconds[i] for i in indices]
-        return Labelled(
-            [self.texts[i] for i in indices], [self.labels[i] for i in indices], self.path, self.hash, seconds
-        )
+        digest = hashlib.sha256(f"{self.hash} {indices.tolist()}".encode()).hexdigest()
+        return Labelled([self.texts[i] for i in indices], [self.labels[i] for i in indices], self.path, digest, seconds)
 
     def item_ids(self) -> list[str]:
         """SHA-256 (the first 32 hex digits) of each record's content; equal records are told apart by counting."""
@@ -143,6 +142,8 @@ def _collect(source: str, records: Iterable[tuple[str, Mapping[str, Any]]], fiel
             )
         if not isinstance(label, str | int | np.generic):
             raise UserError(f"{source}, {where}: field '{label_field}' holds {label!r}, not a label (text or integer)")
+        for column, name in zip((*columns, [str(label)]), fields, strict=True):
+            _check_unicode(column[-1], f"{source}, {where}: field '{name}'")
         labels.append(str(label))
         digest.update(json.dumps([*(column[-1] for column in columns), str(label)]).encode())
     if not labels:
@@ -152,3 +153,14 @@ def _collect(source: str, records: Iterable[tuple[str, Mapping[str, Any]]], fiel
             f"{source}: every label is -1, which stands for labels that are not public: test on the validation split"
         )
     return Labelled(columns[0], labels, source, digest.hexdigest(), columns[1] if len(columns) > 1 else None)
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """Raises :class:`UserError` for half a surrogate pair: JSON has it, but neither a tokenizer nor a file takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds half a surrogate pair (character {error.start + 1}), which is not Unicode text: mend the "
+            "record or leave it out"
+        ) from None

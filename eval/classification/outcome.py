@@ -108,6 +108,13 @@ def verdict(gains: dict[str, Metric]) -> str:
     return " ".join(line[0].upper() + line[1:] for line in lines)
 
 
+def few_seeds(seeds: int) -> str:
+    """What the table cannot say about the training where there are fewer than three seeds; with more, nothing."""
+    if seeds == 1:
+        return " 1 seed: how far another one would be off is not known."
+    return f" {seeds} seeds: the standard deviation over them says little." if seeds < 3 else ""
+
+
 def by_length(scored: Scored, records: list[dict[str, Any]], lengths: np.ndarray) -> tuple[Table, list[Series]]:
     """Accuracy in buckets of the items' whole lengths: up to 64 tokens, to 128, to 256 and so on."""
     place = np.maximum(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int), 6)

@@ -22,7 +22,7 @@ class ClassifySettings(Settings):
     )
     local_dir: str | None = Field(
         None,
-        description="folder that replaces the data named by a suite: DIR/SUITE/train.*, test.* and, if there, dev.*",
+        description="folder that replaces the hub data of a suite: DIR/SUITE/train.*, test.* and, if there, dev.*",
     )
     local_name: str | None = Field(None, description="the suite's folder in --local-dir; left out: the folder itself")
     text_field: str = Field("text", description="field or column with the text")
@@ -32,7 +32,7 @@ class ClassifySettings(Settings):
         (), description="names of the class whose F1 is reported too (the first that the data has); left out: none"
     )
     train_records: int | None = Field(
-        None, ge=2, description="train on so many records, drawn at random once; left out: all"
+        None, ge=2, description="train on so many records, drawn at random once, by class; left out: all"
     )
     max_length: int | None = Field(
         None, ge=1, description="tokens read of each text; left out: the longest length of the run"

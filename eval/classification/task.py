@@ -29,6 +29,7 @@ from eval.classification.outcome import (
     calibration,
     dev_curves,
     estimators_of,
+    few_seeds,
     mistakes,
     records_of,
     rows_table,
@@ -103,6 +104,7 @@ def run(subject: Subject, settings: ClassifySettings, parts: Parts) -> Outcome:
     }
     cut = float(fits.test.cut.mean())
     note = verdict(gains) + f" {cut:.1%} of the test texts are longer than the {settings.max_length} tokens read."
+    note += few_seeds(settings.seeds)
     table, metrics = rows_table(scored, note)
     metrics |= gains
     for name in ("accuracy", "brier"):  # with the very intervals that a comparison of two models resamples

@@ -22,7 +22,7 @@ class EfficiencySettings(Settings):
         16, ge=0, description="tokens decoded in each round (causal models); 0 leaves decoding out"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of weights; auto: bf16 where it is fast")
-    seed: int = Field(0, description="of random choices")
+    seed: int = Field(0, ge=0, description="of random choices")
 
     @field_validator("lengths")
     @classmethod

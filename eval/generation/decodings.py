@@ -38,8 +38,9 @@ class Decoding:
         """``greedy``, or ``key=value`` joined by commas: temperature, top_k, top_p, repetition_penalty, beams."""
         values: dict[str, float] = {}
         known = {field.name: field.type for field in fields(cls)}
-        for part in text.replace("-", "_").split(","):
+        for part in text.split(","):
             key, sep, value = part.strip().partition("=")
+            key = key.replace("-", "_")  # in the values it is a sign
             if key == "greedy" and not sep:
                 values["temperature"] = 0.0
                 continue

@@ -40,7 +40,7 @@ class GenerateSettings(Settings):
     copies: str | None = Field(
         None, description="shards of the training text, searched for copied passages; left out: not searched"
     )
-    seed: int = Field(0, description="of random choices")
+    seed: int = Field(0, ge=0, description="of random choices")
     masks: int = Field(3, ge=1, description="tokens hidden in each passage (masked models)")
 
     @model_validator(mode="after")

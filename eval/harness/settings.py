@@ -15,4 +15,4 @@ class HarnessSettings(Settings):
     num_fewshot: int | None = Field(None, ge=0, description="solved examples in each prompt; left out: the task's own")
     limit: int | None = Field(None, ge=1, description="documents of each task; left out: all")
     length: int | None = Field(None, ge=2, description="window in tokens; left out: the longest length of the run")
-    seed: int = Field(0, description="of random choices")
+    seed: int = Field(0, ge=0, description="of random choices")

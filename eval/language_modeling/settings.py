@@ -25,7 +25,7 @@ class TextSettings(Settings):
     dataset_revision: str | None = Field(None, description="commit, branch or tag of dataset")
     text_field: str = Field("text", description="field or column with the text")
     text_unit: Literal["file", "line"] = Field("file", description="what a document is in plain text files")
-    seed: int = Field(0, description="of random choices")
+    seed: int = Field(0, ge=0, description="of random choices")
 
 
 class MaskSettings(TextSettings):

@@ -28,6 +28,8 @@ from eval.results.schema import Outcome
 from eval.subject import Subject
 
 VERSION = 3
+CAUSAL_ONLY = ("stride", "record_chars", "contamination", "contamination_threshold")
+MASKED_ONLY = ("mask_rate", "mask_share", "random_share")
 
 
 def resolve(subject: Subject, settings: LMSettings) -> LMSettings:
@@ -37,15 +39,24 @@ def resolve(subject: Subject, settings: LMSettings) -> LMSettings:
     """
     check_source(settings)
     length = subject.check_length(settings.length or subject.trained_length, "--length")
+    _refuse_of_other_objective(subject, settings)
     if not subject.causal:
-        for name in ("stride", "contamination"):
-            if getattr(settings, name) is not None:
-                raise UserError(f"{name} is for causal models: a masked one is scored on windows side by side")
         return settings.model_copy(update={"length": length})
     stride = settings.stride or length
     if stride > length:
         raise UserError(f"--stride {stride} is longer than the window of {length} tokens: some would not be predicted")
     return settings.model_copy(update={"length": length, "stride": stride})
+
+
+def _refuse_of_other_objective(subject: Subject, settings: LMSettings) -> None:
+    """They would change the key of the result, and nothing else."""
+    if subject.causal:
+        why = "masked models: a causal one predicts every token and sees no noise"
+    else:
+        why = "causal models: a masked one is scored on whole windows side by side"
+    for name in MASKED_ONLY if subject.causal else CAUSAL_ONLY:
+        if getattr(settings, name) != LMSettings.model_fields[name].default:
+            raise UserError(f"{name} is for {why}; leave --{name.replace('_', '-')} out")
 
 
 def data(subject: Subject, settings: LMSettings) -> dict[str, Any]:

@@ -48,31 +48,42 @@ def load_suites(
 
     A name is a YAML file's path, a file NAME.yaml in a folder of ``suite_path`` or among the project's own
     (``configs/suites``), or a task, with its defaults. ``overrides``: (suite or None for all, key, value). Raises
-    :class:`UserError` for an unknown name, a file at fault, a key no suite has, or a value out of range.
+    :class:`UserError` for an unknown name, two suites of one name, a file at fault, a key no suite has, or a value out
+    of range.
     """
     files: dict[str, _File] = {}
     origins: dict[str, str] = {}
     order: list[str] = []
 
-    def add(name: str, above: tuple[str, ...]) -> None:
-        if name in above:
-            raise UserError(f"suite {name} contains itself: {' -> '.join([*above, name])}")
+    def add(name: str, above: dict[Path, str]) -> None:
         found = find(name, suite_path)
         if found is None:
             if name not in TASKS:
                 raise UserError(_unknown(name, suite_path))
             file, origin = _File(task=name), ""
         else:
+            place = found.resolve()  # one file has many spellings: its name, and paths to it
+            if place in above:
+                raise UserError(f"suite {name} contains itself: {' -> '.join([*above.values(), name])}")
             file, origin = _read(found), str(found)
+            above = {**above, place: name}
             name = found.stem
         for member in file.suites:
-            add(member, (*above, name))
-        if file.task is not None and name not in files:
+            add(member, above)
+        if file.task is None:
+            return
+        if name not in files:
             files[name], origins[name] = file, origin
             order.append(name)
+        elif _place(origin) != _place(origins[name]):
+            both = " and ".join(where or f"the task {name} with its defaults" for where in (origins[name], origin))
+            raise UserError(
+                f"two suites are called {name}: {both}. Results are kept under the name: rename a file, or run one "
+                "at a time"
+            )
 
     for name in names:
-        add(name, ())
+        add(name, {})
     used: set[int] = set()
     suites: list[Suite] = []
     for name in order:
@@ -148,9 +159,18 @@ def _read(path: Path) -> _File:
         raise UserError(f"suite {path}: {faults}") from None
     if (file.task is None) == (not file.suites):
         raise UserError(f"suite {path} must have either a task (with settings) or a list of suites")
+    if file.suites and file.settings:
+        raise UserError(
+            f"suite {path}: a list of suites takes no settings ({', '.join(file.settings)}): write them into the "
+            "suites' own files, or give them on the command line"
+        )
     if file.task is not None and file.task not in TASKS:
         raise UserError(f"suite {path}: no task '{file.task}'; there are {', '.join(TASKS)}")
     return file
+
+
+def _place(origin: str) -> Path | None:
+    return Path(origin).resolve() if origin else None
 
 
 def _unknown(name: str, suite_path: Sequence[str | Path]) -> str:

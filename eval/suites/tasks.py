@@ -26,7 +26,10 @@ from eval.suites.settings import Settings
 
 @dataclass(frozen=True)
 class Task:
-    """``module`` as above; ``settings``: "module:Class", a module that imports neither torch nor the task itself."""
+    """``module`` as above; ``settings``: "module:Class", a module that imports neither torch nor the task itself.
+
+    ``held_out``: whether it may read the subject's held-out shards.
+    """
 
     name: str
     module: str
@@ -34,6 +37,7 @@ class Task:
     summary: str
     needs_checkpoint: bool = True
     gated: bool = True
+    held_out: bool = True
 
     def settings_class(self) -> type[Settings]:
         """The class of its settings."""
@@ -76,6 +80,7 @@ _ALL = [
         "eval.classification.task",
         "eval.classification.settings:ClassifySettings",
         "fine-tuning on labelled text, beside the same network from scratch, TF-IDF and the majority",
+        held_out=False,
     ),
     Task(
         "generate",
@@ -89,12 +94,14 @@ _ALL = [
         "eval.long_range.lra.settings:LRASettings",
         "Long Range Arena: softmax and Nystrom attention trained from nothing on long sequences",
         needs_checkpoint=False,
+        held_out=False,
     ),
     Task(
         "harness",
         "eval.harness.task",
         "eval.harness.settings:HarnessSettings",
         "tasks of EleutherAI's lm-eval on a causal model (extra 'harness')",
+        held_out=False,
     ),
     Task(
         "approximation",
@@ -107,6 +114,7 @@ _ALL = [
         "eval.efficiency.task",
         "eval.efficiency.settings:EfficiencySettings",
         "tokens per second and memory by length, beside exact attention in the same model",
+        held_out=False,
     ),
     Task(
         "needle",

@@ -26,6 +26,11 @@ class Verdict:
         return self.result.metrics["passed"].value == 1.0
 
     @property
+    def full(self) -> bool:
+        """Whether it looked at as many positions as by default."""
+        return self.result.settings["positions"] >= ValiditySettings().positions
+
+    @property
     def failures(self) -> list[str]:
         """The failed checks as text."""
         return checks.failures(self.result.table(checks.CHECKS_TABLE) or Table("", [], []))

@@ -18,7 +18,7 @@ from eval.classification import task as classification
 from eval.classification.baselines import majority, tfidf
 from eval.classification.dataset import ClassifyData
 from eval.classification.finetune import length_batches
-from eval.classification.outcome import verdict
+from eval.classification.outcome import few_seeds, verdict
 from eval.classification.settings import ClassifySettings
 from eval.classification.task import MAJORITY_ROW, MODEL_ROW, SCRATCH_ROW, TFIDF_CUT_ROW, TFIDF_ROW
 from eval.results.parts import Job, Parts
@@ -72,6 +72,7 @@ def test_classification_of_a_separable_set(
     assert [row[0] for row in table.rows] == [MODEL_ROW, SCRATCH_ROW, TFIDF_ROW, TFIDF_CUT_ROW, MAJORITY_ROW]
     assert table.columns[:7] == ["predictor", "accuracy", "± std", "macro F1", "± std", "MCC", "± std"]
     assert table.rows[0][-1] == 2
+    assert "are longer than the 24 tokens read. 2 seeds: the standard deviation over them says little." in table.note
     assert [row[:2] for row in seeds.rows] == [[MODEL_ROW, 0], [SCRATCH_ROW, 0], [MODEL_ROW, 1]]
     assert np.mean([row[4] for row in seeds.rows if row[0] == MODEL_ROW]) == pytest.approx(metrics["accuracy"].value)
 
@@ -137,6 +138,7 @@ def test_pairs_dev_file_and_f1_of_a_class(
 
     monkeypatch.setattr(classification.Fits, "split", split)
     outcome = classify(subject, settings)
+    assert outcome.tables[0].note.endswith(" 1 seed: how far another one would be off is not known.")
     assert held == [40, 5]  # all of the training file, and a draw of the other
     assert outcome.metrics["tfidf_f1"].value > 0.95  # the second text alone tells
     assert "f1" in outcome.metrics
@@ -186,6 +188,10 @@ def test_the_verdict_follows_the_intervals() -> None:
     assert "The fine-tuned model is better than the same network from scratch: its accuracy is 0.200 above" in text
     assert "cannot be told apart" in verdict({"gain_over_tfidf": gain(-0.1, 0.2)})
     assert verdict({}) == ""
+
+
+def test_few_seeds_are_spoken_of() -> None:
+    assert [bool(few_seeds(seeds)) for seeds in (1, 2, 3, 5)] == [True, True, False, False]
 
 
 def test_length_batches_hold_every_example_once() -> None:

@@ -176,6 +176,21 @@ def test_parts_of_a_local_folder(tmp_path: Path) -> None:
     assert sources(ClassifySettings(train="x.csv", test="y.csv", dev="hub:x:dev")).dev is None
 
 
+def test_a_local_folder_and_files_named_too_contradict_each_other(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write(tmp_path / f"{part}.jsonl", [{"text": "x", "label": 1}])
+    local = {"local_dir": str(tmp_path), "train": "hub:x:train", "test": "hub:x:test"}
+    for given, option in [
+        ({"dev": "mine.jsonl"}, "--dev names the file mine.jsonl"),
+        ({"train": "x.csv", "test": "y.csv"}, "--train names the file x.csv"),
+        ({"test": "y.csv"}, "--test names the file y.csv"),
+    ]:
+        with pytest.raises(UserError, match=f"--local-dir .*{option}: leave one out"):
+            sources(ClassifySettings(**(local | given)))  # type: ignore[arg-type]
+    found = sources(ClassifySettings(**local))  # type: ignore[arg-type]
+    assert sources(found) == found
+
+
 def test_positive_label_and_a_draw_of_the_training_records(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": str(i), "label": "ab"[i % 2]} for i in range(40)])
     data = ClassifyData.read(ClassifySettings(train=path, test=path, train_records=10))
@@ -185,6 +200,39 @@ def test_positive_label_and_a_draw_of_the_training_records(tmp_path: Path) -> No
     assert data.positive(("same", "b", "a")) == 1
     with pytest.raises(UserError, match=r"--positive-label same: .* has no such class, it has a, b"):
         data.positive(("same",))
+
+
+def test_the_draw_is_by_class(tmp_path: Path) -> None:
+    """Twenty classes, of which a draw without regard to them would miss some; one of them has a single record."""
+    sizes = {f"c{i:02d}": 40 for i in range(18)} | {"many": 279, "once": 1}
+    records = [{"text": f"{name} {i}", "label": name} for name, size in sizes.items() for i in range(size)]
+    train = write(tmp_path / "train.jsonl", records)
+    test = write(tmp_path / "test.jsonl", [{"text": "x", "label": name} for name in sizes])
+    plain = ClassifySettings(train=train, test=test)
+
+    def draw(**more: Any) -> ClassifyData:
+        return ClassifyData.read(plain.model_copy(update=more))
+
+    full = draw()
+    for count in (39, 60, 500, 999):
+        data = draw(train_records=count)
+        assert data.classes == full.classes
+        assert len(set(data.train.texts)) == len(data.train) == count
+        numbers = np.bincount(data.numbers(data.train), minlength=20)
+        assert (numbers >= [1 if name == "once" else 2 for name in data.classes]).all()
+        if count >= 500:
+            shares = [count * sizes[name] / 1000 for name in data.classes]
+            assert np.abs(numbers - shares).max() <= 1
+        assert draw(train_records=count) == data
+    assert draw(train_records=1000).train == full.train
+    assert (
+        len({draw(train_records=count).describe()["hash"] for count in (39, 40, 1000)}) == 3
+    )  # the key tells the draw
+    with pytest.raises(UserError, match=r"--train-records 38 is too few for the 20 labels of .*at least 39, so that"):
+        draw(train_records=38)
+    assert len(draw(train_records=20, dev=test).train) == 20  # none to be held out
+    with pytest.raises(UserError, match=r"--train-records 19 .*at least 20, so that there are 1 of each$"):
+        draw(train_records=19, dev=test)
 
 
 PRESETS = sorted(path.stem for path in BUILT_IN.glob("*.yaml"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from suites_case import no_mask
+from suites_case import WORDS, no_mask
 
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.prepare.plan import plan_preparation
@@ -20,6 +20,8 @@ from data_pipeline.tokenization.training import train_tokenizer
 from eval import cli
 from eval.compare import results_at
 from eval.results.schema import read_result
+from eval.validity import checks
+from eval.validity.settings import ValiditySettings
 from pretrain.model.attention import self_attention
 
 
@@ -63,6 +65,30 @@ def test_failed_gate_blocks_unless_forced(
     (out / "validity.json").unlink()
     with pytest.raises(UserError, match="validity gate failed"):  # nor is the verdict forgotten
         cli.main(command)
+
+
+def test_a_gate_of_few_positions_lets_no_suite_through(
+    causal: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = root / "few"
+    command = ["validity", "lm", "--checkpoint", str(causal), "--out", str(out), "--max-tokens", "256"]
+    asked: list[int] = []
+    real = checks.run
+
+    def run(subject: Any, settings: ValiditySettings, parts: Any) -> Any:
+        asked.append(settings.positions)
+        return real(subject, settings, parts)
+
+    monkeypatch.setattr(checks, "run", run)
+    assert cli.main([*command, "--positions", "1"]) == 0
+    assert asked == [1, 32]
+    assert read_result(out / "validity.json").settings["positions"] == 32
+    assert cli.main([*command, "--positions", "40", "--rerun"]) == 0
+    assert asked == [1, 32, 40]
+    monkeypatch.setattr(self_attention, "causal_nystrom_attention", no_mask)
+    with pytest.raises(UserError, match="validity gate failed"):
+        cli.main([*command, "--positions", "1", "--rerun"])
+    assert asked == [1, 32, 40, 1]  # one position is enough to fail
 
 
 def test_a_suite_that_cannot_be_run_does_not_stop_the_others(
@@ -118,6 +144,21 @@ def test_rejections(causal: Path, masked: Path, root: Path, labelled: tuple[Path
         error = capsys.readouterr().err
         assert words in error, (command, error)
         assert "Traceback" not in error
+
+
+def test_shards_that_no_suite_would_read_are_refused(causal: Path, shards: ShardSet, root: Path) -> None:
+    text = root / "text.txt"
+    text.write_text(" ".join(WORDS) + "\n")
+    out = root / "two-sources"
+    at = ["--checkpoint", str(causal), "--out", str(out), "--data", str(shards.path)]
+    for suites in (["lm"], ["lm", "context"], ["lm", "classify"]):
+        with pytest.raises(UserError, match=r"no suite reads --data .*: lm scores the text of --text in its place"):
+            cli.main([*suites, *at, "--text", str(text)])
+    with pytest.raises(UserError, match="scores the text of --dataset in its place"):
+        cli.main(["lm", *at, "--dataset", "owner/name"])
+    assert not out.exists()
+    assert cli.main(["validity", "lm", *at, "--text", str(text), "--length", "8"]) == 0  # the gate reads them
+    assert read_result(out / "lm.json").data["text"] == [str(text)]
 
 
 def test_shards_of_another_tokenizer_are_refused(causal: Path, root: Path, texts: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,16 @@ def test_integer_labels_sort_as_numbers(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "x", "label": [1]}', "not a label"),
         ("a.jsonl", '{"text": "x", "label": 0.5}', "not a label"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{oops', "line 2: not JSON"),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": 1}\n{"text": "so good \\ud83d", "label": 1}',
+            "line 2: field 'text' holds half",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": "\\udc00"}',
+            "line 1: field 'label' holds half a surrogate pair (character 1)",
+        ),
         ("a.jsonl", "[1]", "list where an object"),
         ("a.jsonl", "", "holds no record"),
         ("a.csv", "text,label\n", "holds no record"),
@@ -91,6 +102,22 @@ def test_missing_file_and_bad_bytes(tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes("text,label\nf\xfcr,1\n".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         read_labelled(tmp_path / "latin.csv")
+
+
+def test_damaged_gzip(tmp_path: Path) -> None:
+    record = json.dumps({"text": "x", "label": 1}).encode() + b"\n"
+    packer = zlib.compressobj(wbits=31)
+    sound = packer.compress(record) + packer.flush(zlib.Z_FULL_FLUSH)
+    rest = packer.compress(record) + packer.flush()
+    path = tmp_path / "damaged.jsonl.gz"
+    path.write_bytes(sound + rest)
+    assert len(read_labelled(path)) == 2
+    damaged = sound + b"\xff" + rest[1:]  # no kind of block
+    with pytest.raises(zlib.error):
+        gzip.decompress(damaged)
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"damaged\.jsonl\.gz cannot be read: .*invalid block type"):
+        read_labelled(path)
 
 
 def labelled(labels: list[str]) -> Labelled:

@@ -301,6 +301,7 @@ def test_what_cannot_be_done_is_said(fitted: Subject, masked: Path, shards: Shar
 def test_ways_of_decoding_are_read_and_named() -> None:
     assert Decoding.parse("greedy") == Decoding(temperature=0) == Decoding(temperature=0, top_k=50, top_p=0.5)
     assert Decoding.parse("top-k=50, temperature=0.8") == Decoding(temperature=0.8, top_k=50)
+    assert Decoding.parse("top-p=1e-3") == Decoding(top_p=0.001)
     names = {
         "greedy": "greedy",
         "temperature=1": "sampled",
@@ -315,6 +316,8 @@ def test_ways_of_decoding_are_read_and_named() -> None:
         "top_k": "write greedy, or key=value",
         "top_k=1.5": "top_k must be a whole number, got '1.5'",
         "top_p=x": "top_p must be a number, got 'x'",
+        "temperature=-1": "temperature -1 is out of range",
+        "top_k=1-2": "top_k must be a whole number, got '1-2'",
         "top_p=0": "top_p 0 is out of range",
         "temperature=nan": "temperature nan is out of range",
         "beams=0": "beams 0 is out of range",

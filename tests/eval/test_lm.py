@@ -131,3 +131,21 @@ def test_learned_positions_bound_the_length(export: Callable[..., Path], shards:
     path = export("short", objective="mlm", positions="learned", max_positions=64)
     with pytest.raises(UserError, match="64 learned positions"):
         language_modeling.resolve(subject_of(path, shards), LMSettings(length=128))
+
+
+def test_settings_of_the_other_objective_are_refused(causal: Path, masked: Path, shards: ShardSet) -> None:
+    """They would change the key of the result, and no number of it."""
+    both = {
+        causal: {"mask_rate": 0.3, "mask_share": 0.5, "random_share": 0.0},
+        masked: {"stride": 8, "record_chars": 0, "contamination": "shards", "contamination_threshold": 0.9},
+    }
+    for path, given in both.items():
+        subject = subject_of(path, shards)
+        other = "masked" if path == causal else "causal"
+        for name, value in given.items():
+            settings = LMSettings(**{name: value})  # type: ignore[arg-type]
+            with pytest.raises(
+                UserError, match=f"^{name} is for {other} models: .* leave --{name.replace('_', '-')} out"
+            ):
+                language_modeling.resolve(subject, settings)
+        assert language_modeling.resolve(subject, LMSettings(mask_rate=0.15, record_chars=4096)).length == 64

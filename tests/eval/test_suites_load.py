@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.errors import UserError, run_cli
 from eval import cli
 from eval.results.schema import read_result
-from eval.suites.load import BUILT_IN, available, load_suites
+from eval.suites.load import BUILT_IN, available, load_suites, parse
 from eval.suites.options import PREFIX, _without_none, add_options, overrides_of
 from eval.suites.tasks import TASKS
 
@@ -51,6 +51,18 @@ def test_tasks_hold_to_their_contract(task: Any) -> None:
         assert not field.is_required(), f"{task.name}.{name} has no default, so the task cannot be named alone"
 
 
+@pytest.mark.parametrize(
+    "task",
+    [task for task in TASKS.values() if "seed" in task.settings_class().model_fields],
+    ids=lambda task: task.name,
+)
+def test_negative_seeds_are_refused(task: Any) -> None:
+    """The libraries take none, and say so in their own words after the model is loaded."""
+    assert parse(task, {"seed": 0}, "here")
+    with pytest.raises(UserError, match="here: seed: Input should be greater than or equal to 0, got -1"):
+        parse(task, {"seed": -1}, "here")
+
+
 def test_settings_of_one_name_are_of_one_kind_in_all_tasks() -> None:
     """An option of the command line is for all tasks that have it."""
     kinds: dict[str, Any] = {}
@@ -68,6 +80,8 @@ def test_names_groups_and_own_suites(own: Path) -> None:
     assert generate.settings.temperature == 0  # type: ignore[attr-defined]  # the user's own goes before the task
     assert validity.origin == ""
     assert load_suites([str(own / "short.yaml")])[0].settings == short.settings
+    again = load_suites(["all", "short", str(own / "short.yaml"), str(own / "." / "all.yaml"), "validity"], [own])
+    assert [suite.name for suite in again] == ["short", "generate", "validity"]  # the same by any path: once
     assert load_suites(["lm"])[0].settings == TASKS["lm"].settings_class()()
 
 
@@ -111,11 +125,30 @@ def test_options_come_from_the_settings() -> None:
         ({"a": "task: [lm"}, ["a"], "cannot be read"),
         ({"a": "task: lm\nsetting: {}"}, ["a"], "setting: Extra inputs are not permitted"),
         ({"a": "suites: [b]", "b": "suites: [a]"}, ["a"], "contains itself: a -> b -> a"),
+        ({"a": "suites: [a.yaml]"}, ["a.yaml"], "contains itself: a.yaml -> a.yaml"),
+        ({"a": "suites: [./b.yaml]", "b": "suites: [a]"}, ["a"], "contains itself: a -> ./b.yaml -> a"),
+        ({"a": "suites: [lm]\nsettings: {length: 32}"}, ["a"], "a list of suites takes no settings (length)"),
+        (
+            {"x/reviews": "task: lm", "y/reviews": "task: lm"},
+            ["x/reviews.yaml", "y/reviews.yaml"],
+            "two suites are called reviews: x/reviews.yaml and y/reviews.yaml",
+        ),
+        (
+            {"x/lm": "task: lm\nsettings: {length: 32}"},
+            ["lm", "x/lm.yaml"],
+            "two suites are called lm: the task lm with its defaults and x/lm.yaml",
+        ),
+        ({"a": "suites: [x/lm.yaml, lm]", "x/lm": "task: lm"}, ["a"], "two suites are called lm"),
     ],
 )
-def test_faults_are_named(tmp_path: Path, files: dict[str, str], names: list[str], message: str) -> None:
+def test_faults_are_named(
+    tmp_path: Path, files: dict[str, str], names: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for name, text in files.items():
-        (tmp_path / f"{name}.yaml").write_text(text)
+        path = tmp_path / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
     with pytest.raises(UserError, match=re.escape(message)):
         load_suites(names, [tmp_path])
 

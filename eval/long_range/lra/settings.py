@@ -62,7 +62,7 @@ class LRASettings(Settings):
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     seeds: int = Field(1, ge=1, description="trainings from different random seeds")
-    seed: int = Field(0, description="of random choices")
+    seed: int = Field(0, ge=0, description="of random choices")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of training; auto: bf16 where it is fast")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
 
