@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data_pipeline.batches.loader import validation_batches
+from data_pipeline.batches.loader import Batch, validation_batches
 from data_pipeline.shards.shardset import ShardSet
 from pretrain.config import RunConfig
 from pretrain.distributed import randomness, watchdog
 from pretrain.distributed.world import World
+from pretrain.model.attention.layout import Layout
 from pretrain.telemetry.lines import write_or_tell
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ def validate(
     """Mean loss (nats) over the held-out targets, and for masked models the share of targets that are predicted right.
 
     Rows and noise are the same every time: masked tokens are those of ``data.masking.rate`` in every stage, whatever
-    share the stage trains on, so that its numbers compare with those of other stages. Returns None on all processes as
-    soon as ``stop`` is true on one. The generators of training are left as they were.
+    share the stage trains on, so that its numbers compare with those of other stages. Documents are packed where those
+    of training are, with the default padding, so that the rows do not change with ``max_padding``. Returns None on all
+    processes as soon as ``stop`` is true on one. The generators of training are left as they were.
     """
     masked = config.model.objective == "mlm"
     totals = [0.0, 0.0, 0.0]  # loss, targets, right
@@ -50,13 +52,14 @@ def validate(
         max_tokens=config.validation.tokens,
         seed=config.seed,
         masking=config.data.masking.build(),
+        documents_apart=config.data.packing == "documents",
         rank=world.rank,
         world_size=world.world_size,
     )
     with randomness.preserved():
         for batch in batches:
             watchdog.at("validating")
-            part = _evaluate(engine, batch.input_ids.to(world.device), batch.labels.to(world.device), masked)
+            part = _evaluate(engine, batch, world.device, masked)
             *sums, stopped = world.sum([*part, float(stop())])
             if stopped:
                 return None
@@ -90,16 +93,18 @@ def validate_longest(
     return None if result is None else {f"longest_{name}": value for name, value in result.items()}
 
 
-def _evaluate(engine: TrainingEngine, input_ids: torch.Tensor, labels: torch.Tensor, masked: bool) -> list[float]:
+def _evaluate(engine: TrainingEngine, batch: Batch, device: torch.device, masked: bool) -> list[float]:
     """[loss sum, targets, right predictions] of this process's rows."""
+    input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+    layout = None if batch.document_ids is None else Layout.from_documents(batch.document_ids)
     targets = labels != IGNORE
     if not masked:
-        loss_sum = engine.evaluate(input_ids, labels).loss_sum
+        loss_sum = engine.evaluate(input_ids, labels, layout=layout).loss_sum
         assert loss_sum is not None
         return [float(loss_sum), float(targets.sum()), 0.0]
     # With labels the model computes no logits; asking for the hidden states and applying the head to the targets gives
     # loss and predictions from one pass.
-    hidden = engine.evaluate(input_ids, hidden=True).hidden
+    hidden = engine.evaluate(input_ids, layout=layout, hidden=True).hidden
     assert hidden is not None
     with torch.no_grad():
         logits = engine.model.head(hidden[targets]).float()

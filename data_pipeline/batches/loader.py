@@ -13,6 +13,7 @@ from data_pipeline.batches.blocks import Rows
 from data_pipeline.batches.masking import IGNORE, Masking, mask_tokens
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Part, Plan
+from data_pipeline.batches.packing import PackedBlocks
 from data_pipeline.batches.prefetch import Prefetcher
 from data_pipeline.batches.words import WordBoundaries
 from data_pipeline.errors import UserError
@@ -262,18 +263,21 @@ def validation_batches(
     max_tokens: int,
     seed: int,
     masking: Masking | None = None,
+    documents_apart: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
     """The same held-out rows with the same noise every time, whatever ``rows`` and ``world_size`` are.
 
     At most ``max_tokens`` tokens (but at least one row), as non-overlapping rows of ``seq_len`` spread evenly over
-    the stream. ``rows`` is the number of rows of *one process* in a batch. All processes get equally many batches of
-    equal shape; what is left over at the end is filled with rows whose labels are all -100, so that every target
-    counts exactly once in a sum over processes. Raises :class:`UserError` if the shards are shorter than one row.
+    the stream, or over packed rows of whole documents where they are to be ``documents_apart``. ``rows`` is the number
+    of rows of *one process* in a batch. All processes get equally many batches of equal shape; what is left over at the
+    end is filled with rows whose labels are all -100, so that every target counts exactly once in a sum over processes.
+    Raises :class:`UserError` if the shards are shorter than one row of the stream.
     """
     noise = _Noise(shards, objective, seed, [masking] if masking else [])
-    available = (shards.num_tokens - (1 if noise.causal else 0)) // seq_len
+    packed = PackedBlocks(shards, seq_len) if documents_apart else None
+    available = packed.num_blocks if packed else (shards.num_tokens - (1 if noise.causal else 0)) // seq_len
     if available < 1:
         raise UserError(
             f"held-out shards in {shards.path} hold {shards.num_tokens} tokens, less than one row of {seq_len}"
@@ -289,8 +293,11 @@ def validation_batches(
             mine = begin + rank * rows + np.arange(rows)
             filler = mine >= count
             chosen = sample_ids[np.where(filler, 0, mine)]
-            tokens = shards.read(chosen, seq_len + noise.causal)
-            text = Rows(tokens[:, :seq_len], tokens[:, 1:].copy() if noise.causal else None, None)
+            if packed:
+                text = packed.read(chosen // seq_len, 0, seq_len, causal=noise.causal)
+            else:
+                tokens = shards.read(chosen, seq_len + noise.causal)
+                text = Rows(tokens[:, :seq_len], tokens[:, 1:].copy() if noise.causal else None, None)
             inputs, labels = noise(text, chosen, seq_len)
             labels[filler] = IGNORE
             yield Batch(
@@ -301,6 +308,7 @@ def validation_batches(
                 seq_len=seq_len,
                 tokens=min(per_batch, count - begin) * seq_len,
                 tokens_before=begin * seq_len,
+                document_ids=None if text.documents is None else torch.from_numpy(text.documents),
             )
 
     return generate()

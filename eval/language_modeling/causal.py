@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data_pipeline.errors import UserError
 from eval.language_modeling.contamination import Overlap, overlap
 from eval.language_modeling.measures import LOG2E, metrics_of, perplexity, run_parts, score, unigram_entropy
 from eval.language_modeling.passages import pieces, records_of
 from eval.language_modeling.settings import LMSettings
 from eval.language_modeling.text import Stream, open_stream
-from eval.language_modeling.windows import Windows, strided
+from eval.language_modeling.windows import Windows, strided, strided_apart
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Metric, Outcome, Series, Table
 from eval.subject import Subject
+from pretrain.model.attention.layout import Layout
 
 TABLE = "held-out loss"
 POSITION_SERIES = "loss by position"
@@ -30,6 +32,7 @@ ESTIMATORS = {
     "byte_perplexity": Estimator("nats", "bytes", exponential=True),
     "word_perplexity": Estimator("nats", "words", exponential=True),
 }
+APART = ", of each document by itself, whose first token is not predicted"
 INEXACT = (
     " The tokenizer does not give the text back, so bytes and words are those of the decoded text, where tokens begin "
     "in it is estimated, and passages differ from those of other tokenizers: give the original with text."
@@ -40,13 +43,19 @@ def evaluate(subject: Subject, settings: LMSettings, parts: Parts) -> Outcome:
     """Score every token once in windows ``stride`` apart; see :mod:`eval.language_modeling.task`."""
     stream = open_stream(subject, settings, settings.record_chars)
     length, stride = settings.length or 0, settings.stride or 0
-    windows = strided(stream.num_tokens - 1, length, stride, settings.max_tokens)
+    apart = settings.documents == "apart"
+    if apart:
+        windows = strided_apart(stream.edges, length, stride, settings.max_tokens, settings.seed)
+    else:
+        windows = strided(stream.num_tokens - 1, length, stride, settings.max_tokens)
+    if not len(windows):
+        raise UserError(f"every document of {stream.name} is empty: nothing to predict with --documents apart")
     jobs = [
         (f"windows {p.start} to {p.stop} of {len(windows)}", partial(_part, subject, stream, windows, p))
         for p in windows.parts()
     ]
     found = run_parts(parts, jobs, "lm")
-    records, exact = records_of([piece for part in found for piece in part["pieces"]])
+    records, exact = records_of([piece for part in found for piece in part["pieces"]], apart)
     metrics = metrics_of(records, ESTIMATORS)
     estimators = dict(ESTIMATORS)
     entropy = unigram_entropy(_unigrams(stream, windows, subject.loaded.model_config.vocab_size or 1))
@@ -58,8 +67,8 @@ def evaluate(subject: Subject, settings: LMSettings, parts: Parts) -> Outcome:
     ]
     unit = f"passages of at most {settings.record_chars} characters" if settings.record_chars else "documents"
     note = (
-        f"Windows of {length} tokens, {stride} apart. Intervals resample the {len(records):,} {unit} (not tokens, "
-        "which depend on each other)."
+        f"Windows of {length} tokens, {stride} apart{APART if apart else ''}. Intervals resample the "
+        f"{len(records):,} {unit} (not tokens, which depend on each other)."
     ) + ("" if exact else INEXACT)
     if settings.contamination is not None:
         seen = overlap(stream, records, settings, parts)
@@ -81,23 +90,32 @@ def _part(subject: Subject, stream: Stream, windows: Windows, part: slice) -> di
     edges = bucket_edges(int(windows.widths.max()))
     positions = np.zeros((2, len(edges) - 1))
     runs: list[tuple[int, list[NDArray[np.float64]]]] = []
+    scored: dict[int, NDArray[np.float64]] = {}
     first, last = windows.bounds()
     reached = -1
     for chosen in windows.batches(part):
-        width, scored = int(windows.widths[chosen[0]]), int(windows.scored[chosen[0]])
-        tokens = torch.from_numpy(stream.read(windows.starts[chosen], width + 1))
-        where = torch.zeros(len(chosen), width, dtype=torch.bool)
-        where[:, width - scored :] = True
-        nats, _ = score(subject, tokens[:, :-1], where, tokens[:, 1:][where])
-        nats = nats.reshape(len(chosen), scored)
-        bucket = np.searchsorted(edges, np.arange(width - scored, width), side="right") - 1
+        widths = windows.widths[chosen]
+        tokens = torch.from_numpy(stream.rows(windows.starts[chosen], widths + 1))
+        column = np.arange(tokens.shape[1] - 1)
+        where = (column >= (widths - windows.scored[chosen])[:, None]) & (column < widths[:, None])
+        chosen_tokens = torch.from_numpy(where)
+        nats = np.zeros(where.shape)
+        nats[where], _ = score(
+            subject,
+            tokens[:, :-1],
+            chosen_tokens,
+            tokens[:, 1:][chosen_tokens],
+            Layout.from_lengths(torch.from_numpy(widths), len(column)),
+        )
+        bucket = np.searchsorted(edges, column, side="right") - 1
         positions[0] += np.bincount(bucket, weights=nats.sum(0), minlength=len(edges) - 1)
-        positions[1] += np.bincount(bucket, minlength=len(edges) - 1) * len(chosen)
-        for row, number in zip(nats, chosen.tolist(), strict=True):
-            if first[number] != reached:
-                runs.append((int(first[number]), []))
-            runs[-1][1].append(row)
-            reached = int(last[number])
+        positions[1] += np.bincount(bucket, weights=where.sum(0), minlength=len(edges) - 1)
+        scored |= {number: row[mine] for number, row, mine in zip(chosen.tolist(), nats, where, strict=True)}
+    for number in range(part.start, part.stop):
+        if first[number] != reached:
+            runs.append((int(first[number]), []))
+        runs[-1][1].append(scored[number])
+        reached = int(last[number])
     return {
         "pieces": [piece for begin, rows in runs for piece in pieces(stream, begin, np.concatenate(rows))],
         "positions": positions.tolist(),

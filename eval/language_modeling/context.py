@@ -106,7 +106,7 @@ def _part(subject: Subject, stream: Stream, settings: ContextSettings, starts: I
         target[:, longest - settings.probe_targets :] = True
     else:
         tokens = stream.read(starts, longest)
-        inputs, labels = noised(subject, stream, settings, starts, longest)
+        inputs, labels = noised(subject, stream, settings, starts, np.full_like(starts, longest))
         core = max(settings.contexts[0] // 2, 1)
         target = labels != IGNORE
         begin = (longest - core) // 2

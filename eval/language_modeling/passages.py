@@ -47,12 +47,13 @@ def pieces(stream: Stream, begin: int, nats: NDArray[np.float64]) -> list[Piece]
     return found
 
 
-def records_of(found: Sequence[Piece]) -> tuple[list[dict[str, Any]], bool]:
+def records_of(found: Sequence[Piece], apart: bool = False) -> tuple[list[dict[str, Any]], bool]:
     """Records of pieces in the order of the stream, those put together that parts of the work cut in two; and whether
     all of the text was exact.
 
-    The ``id`` is the hash of the passage's text where all of it was scored (but for the stream's first token, which
-    nothing predicts), so that models of other tokenizers have the same; else with the tokens that were.
+    The ``id`` is the hash of the passage's text where all of it was scored (but for the first token, which nothing
+    predicts, of the stream, or of each document where they are ``apart``), so that models of other tokenizers have the
+    same; else with the tokens that were.
     """
     joined: list[Piece] = []
     for piece in found:
@@ -63,7 +64,8 @@ def records_of(found: Sequence[Piece]) -> tuple[list[dict[str, Any]], bool]:
             joined.append(piece)
     records = []
     for document, passage, low, high, nats, size, words, (first, last), text_id, _ in joined:
-        whole = low <= max(first, 1) and high == last
+        unpredicted = first == 0 or (apart and passage == 0)
+        whole = low <= first + unpredicted and high == last
         records.append(
             {
                 "id": text_id if whole else f"{text_id}:{low - first}-{high - first}",

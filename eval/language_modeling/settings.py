@@ -36,7 +36,17 @@ class MaskSettings(TextSettings):
     random_share: float = Field(0.1, ge=0, le=1, description="of the targets, share replaced by a random token")
 
 
-class LMSettings(MaskSettings):
+class DocumentSettings(Settings):
+    """Whether a window may hold several documents."""
+
+    documents: Literal["auto", "apart", "stream"] = Field(
+        "auto",
+        description="apart: no window holds two documents, and their first tokens are not predicted; stream: windows "
+        "of the documents laid end to end; auto: as the model was trained (data.packing of the run)",
+    )
+
+
+class LMSettings(DocumentSettings, MaskSettings):
     """Windows, the unit of uncertainty, and what to look for in the training text."""
 
     max_tokens: int | None = Field(
@@ -71,7 +81,7 @@ class ContextSettings(MaskSettings):
     probe_targets: int = Field(8, ge=1, description="tokens scored at each place (causal models)")
 
 
-class PseudoSettings(TextSettings):
+class PseudoSettings(DocumentSettings, TextSettings):
     """How many positions are masked in turn."""
 
     pppl_tokens: int = Field(1024, ge=1, description="positions that are masked, one at a time")

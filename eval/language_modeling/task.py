@@ -2,8 +2,9 @@
 
 Deterministic: causal models read the held-out stream in windows of ``length`` tokens, ``stride`` apart (side by side
 unless said otherwise), each token predicted at most once (the very first has no context and never is); masked models
-see fixed noise, a function of the seed alone. Sums are in float64, and the cut of the work into parts depends on the
-settings alone: the numbers are the same for any number of processes.
+see fixed noise, a function of the seed alone. Where the rows of training held whole documents that do not see each
+other, so do these windows: each document is read by itself, and its first token is not predicted. Sums are in float64,
+and the cut of the work into parts depends on the settings alone: the numbers are the same for any number of processes.
 
 Words and bytes are those of the documents' text: the original where it was given as text, what the tokens decode to
 where it was given as shards. A word is a run without white space. The cost of a document's end is in the sum of losses
@@ -22,7 +23,7 @@ from eval.language_modeling.causal import TABLE as TABLE
 from eval.language_modeling.contamination import fingerprint
 from eval.language_modeling.measures import perplexity as perplexity
 from eval.language_modeling.settings import LMSettings
-from eval.language_modeling.text import check_source, describe_source
+from eval.language_modeling.text import check_source, describe_source, resolve_documents
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject
@@ -33,19 +34,21 @@ MASKED_ONLY = ("mask_rate", "mask_share", "random_share")
 
 
 def resolve(subject: Subject, settings: LMSettings) -> LMSettings:
-    """The window: the longest length of the run unless given, and one the model can read; the stride: the window.
+    """The window: the longest length of the run unless given, and one the model can read; the stride: the window;
+    documents apart where training held them apart.
 
     Raises :class:`UserError` for settings that do not fit the model or each other.
     """
     check_source(settings)
     length = subject.check_length(settings.length or subject.trained_length, "--length")
+    documents = resolve_documents(subject, settings.documents)
     _refuse_of_other_objective(subject, settings)
     if not subject.causal:
-        return settings.model_copy(update={"length": length})
+        return settings.model_copy(update={"length": length, "documents": documents})
     stride = settings.stride or length
     if stride > length:
         raise UserError(f"--stride {stride} is longer than the window of {length} tokens: some would not be predicted")
-    return settings.model_copy(update={"length": length, "stride": stride})
+    return settings.model_copy(update={"length": length, "stride": stride, "documents": documents})
 
 
 def _refuse_of_other_objective(subject: Subject, settings: LMSettings) -> None:

@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -56,6 +56,17 @@ class Stream(ABC):
     @abstractmethod
     def text(self, document: int) -> str:
         """A document's text: the original, or what its tokens decode to."""
+
+    def rows(self, starts: Ints, sizes: Ints) -> Ints:
+        """Rows of ``sizes`` (R,) consecutive tokens at ``starts`` (R,), as (R, longest) int64, filled up on the right
+        with the document's end: a special token, which no noise makes a target."""
+        longest = int(sizes.max())
+        if int(sizes.min()) == longest:
+            return self.read(starts, longest)
+        out = np.full((len(starts), longest), self.tokenizer.eos_id, dtype=np.int64)
+        for row, start, size in zip(out, starts.tolist(), sizes.tolist(), strict=True):
+            row[:size] = self.range(start, start + size)
+        return out
 
     def range(self, begin: int, end: int) -> Ints:
         """The tokens of [begin, end), (end - begin,) int64."""
@@ -136,6 +147,13 @@ def open_stream(subject: Subject, settings: TextSettings, record_chars: int = 0)
     if stream.num_tokens < 2:
         raise UserError(f"{stream.name} holds {stream.num_tokens} tokens: nothing to predict")
     return stream
+
+
+def resolve_documents(subject: Subject, chosen: Literal["auto", "apart", "stream"]) -> Literal["apart", "stream"]:
+    """What ``documents`` means for this model: rows of whole documents see no other one, in training and so here."""
+    if chosen == "auto":
+        return "apart" if subject.loaded.run_config.data.packing == "documents" else "stream"
+    return chosen
 
 
 def describe_source(subject: Subject, settings: TextSettings) -> dict[str, Any]:

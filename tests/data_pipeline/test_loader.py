@@ -367,3 +367,30 @@ def test_validation_takes_all_or_an_even_sample(shards: ShardSet) -> None:
 def test_validation_refuses_shards_shorter_than_a_row(shards: ShardSet) -> None:
     with pytest.raises(UserError, match="less than one row of 100000"):
         held_out(shards, "clm", seq_len=100_000)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_validation_rows_of_documents_apart(shards: ShardSet, objective: str) -> None:
+    """All documents fit a row, so each is whole in one, and its last token has no target."""
+    found = held_out(shards, objective, seq_len=256, max_tokens=10**9, documents_apart=True)
+    expected = rows_of(found)
+    documents = []
+    for batch in found:
+        assert batch.document_ids is not None
+        for ids, inputs, labels, numbers in zip(
+            batch.sample_ids, batch.input_ids, batch.labels, batch.document_ids, strict=True
+        ):
+            assert ids % 256 == 0
+            for number in torch.unique(numbers[numbers >= 0]) if (labels != -100).any() else ():
+                tokens, goals = inputs[numbers == number], labels[numbers == number]
+                if objective == "clm":
+                    assert goals.tolist() == [*tokens[1:].tolist(), -100]
+                documents.append(torch.where((goals == -100) | (objective == "clm"), tokens, goals).tolist())
+    whole = [[*document.tolist(), shards.eos_id] for document in shards.documents()]
+    assert sorted(documents) == sorted(whole)
+    options = {"seq_len": 256, "rows": 3, "world_size": 2, "documents_apart": True}
+    ranks = [held_out(shards, objective, max_tokens=10**9, rank=rank, **options) for rank in range(2)]
+    assert rows_of([batch for rank in ranks for batch in rank]) == expected
+    few = rows_of(held_out(shards, objective, seq_len=256, max_tokens=512, documents_apart=True))
+    assert len(few) == 2
+    assert set(few) < set(expected)

@@ -45,7 +45,7 @@ def shards(root: Path, texts: list[str]) -> ShardSet:
 def export(root: Path, shards: ShardSet) -> Callable[..., Path]:
     """Writes an export folder of a freshly initialised model."""
 
-    def write(name: str, **model: Any) -> Path:
+    def write(name: str, packing: str = "stream", **model: Any) -> Path:
         torch.manual_seed(0)
         settings = {
             "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_landmarks": 8, "segment_length": 8,
@@ -56,7 +56,7 @@ def export(root: Path, shards: ShardSet) -> Callable[..., Path]:
             {
                 "name": name,
                 "model": config.model_dump(),
-                "data": {"train": str(shards.path), "valid": str(shards.path)},
+                "data": {"train": str(shards.path), "valid": str(shards.path), "packing": packing},
                 "curriculum": [{"until_tokens": 1024, "seq_len": 64, "micro_batch": 2}],
                 "batch_tokens": 128,
             }
