@@ -170,6 +170,24 @@ def test_outcome_follows_from_the_records(tmp_path: Path) -> None:
     assert again.metrics == outcome.metrics
 
 
+def test_every_training_has_a_seed_of_its_own_from_the_seed_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[int, str]] = []
+    real = task._train
+
+    def watched(settings: LRASettings, data: Dataset, attention: str, seed: int) -> dict[str, Any]:
+        done = real(settings, data, attention, seed)
+        trained.append((seed, str(done["dev_loss"])))
+        return done
+
+    monkeypatch.setattr(task, "_train", watched)
+    first = arena(tmp_path, networks=("softmax",), seed=4, seeds=2)
+    assert [row[1] for row in first.tables[1].rows] == [seed for seed, _ in trained] == [4, 5]
+    assert len(dict.fromkeys(curve for _, curve in trained)) == 2
+    assert [row[1] for row in arena(tmp_path, networks=("softmax",)).tables[1].rows] == [0]
+
+
 def test_published_rows_stand_beside_published_data_only() -> None:
     for name in PUBLISHED:
         (suite,) = load_suites([f"lra-{name}"])

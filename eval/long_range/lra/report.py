@@ -49,7 +49,10 @@ def outcome(settings: LRASettings, dataset: Dataset, runs: Runs) -> Outcome:
         for name, value in PUBLISHED[dataset.name].accuracy.items():
             rows.append([f"published: {name}", value, None, None, None, None, None, None, SOURCE])
     columns = ["network", "accuracy", "± std", "low", "high", "seeds", "parameters", "tokens/s", "source"]
-    tables = [Table(f"Long Range Arena, {dataset.name}", columns, rows, _note(settings)), _by_seed(runs, right)]
+    tables = [
+        Table(f"Long Range Arena, {dataset.name}", columns, rows, _note(settings)),
+        _by_seed(runs, right, settings.seed),
+    ]
     series = [*_curves(runs), *_by_buckets("length", "tokens", test.lengths, right)]
     if depths is not None:
         series += _by_value("depth", "operators nested", depths, right)
@@ -114,12 +117,12 @@ def _records(dataset: Dataset, right: dict[str, np.ndarray], depths: np.ndarray 
     return records
 
 
-def _by_seed(runs: Runs, right: dict[str, np.ndarray]) -> Table:
+def _by_seed(runs: Runs, right: dict[str, np.ndarray], first: int) -> Table:
     rows: list[list[Any]] = []
     for name, trained in runs.items():
-        for seed, run in enumerate(trained):
-            chosen = run["step"].index(run["chosen_step"])
-            rows.append([name, seed, run["chosen_step"], run["dev_accuracy"][chosen], float(right[name][seed].mean())])
+        for number, run in enumerate(trained):
+            chosen, accuracy = run["step"].index(run["chosen_step"]), float(right[name][number].mean())
+            rows.append([name, first + number, run["chosen_step"], run["dev_accuracy"][chosen], accuracy])
     return Table(
         "by seed",
         ["network", "seed", "step chosen", "dev accuracy", "test accuracy"],

@@ -23,7 +23,7 @@ from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject, choose_device
 
-VERSION = 1
+VERSION = 2
 # What data() has read, for run(), which follows it: 200,000 images are not read twice.
 _READ: dict[LRASettings, Dataset] = {}
 
@@ -56,7 +56,8 @@ def data(subject: Subject | None, settings: LRASettings) -> dict[str, Any]:
 def run(subject: Subject | None, settings: LRASettings, parts: Parts) -> Outcome:
     """Train every network for every seed and score the test split; each training is a part."""
     dataset = _READ.pop(settings, None) or load(settings)
-    runs = [(attention, seed) for attention in settings.networks for seed in range(settings.seeds)]
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    runs = [(attention, seed) for attention in settings.networks for seed in seeds]
     values = parts.map([(f"{attention}, seed {seed}", partial(_train, settings, dataset, attention, seed))
                         for attention, seed in runs])  # fmt: skip
     results: dict[str, list[dict[str, Any]]] = {attention: [] for attention in settings.networks}
