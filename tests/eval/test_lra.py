@@ -221,6 +221,11 @@ def test_published_rows_stand_beside_published_data_only() -> None:
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--warmup 7 leaves none of --steps 7"):
         arena(tmp_path, warmup=7)
+    with pytest.raises(UserError, match=r"--max-length 22 would cut .* up to 23 symbols.*: --max-length 23, or fewer"):
+        arena(tmp_path, max_length=22)
+    assert task.resolve(None, LRASettings(max_symbols=24, min_symbols=5, max_length=23)).max_length == 23
+    with pytest.raises(UserError, match=r"--max-length 2000 would cut .* up to 2999 symbols"):
+        task.resolve(None, LRASettings(max_symbols=3000))
     for changes, message in (
         ({"hidden_size": 30, "heads": 4}, "hidden_size 30 is not divisible by heads 4"),
         ({"conv_kernel": 4}, "conv_kernel 4 is even"),

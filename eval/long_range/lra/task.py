@@ -41,6 +41,13 @@ def resolve(subject: Subject | None, settings: LRASettings) -> LRASettings:
         raise UserError(f"--warmup {filled['warmup']} leaves none of --steps {filled['steps']} for the decay")
     if settings.benchmark in ("image", "pathfinder") and filled["max_length"] < published.max_length:
         raise UserError(f"--max-length {filled['max_length']} would cut images of {published.max_length} pixels")
+    longest = settings.max_symbols - 1
+    if settings.benchmark == "listops" and settings.path is None and filled["max_length"] < longest:
+        # What is cut off decides the value of what is left.
+        raise UserError(
+            f"--max-length {filled['max_length']} would cut ListOps expressions of up to {longest} symbols, whose "
+            f"values would then be wrong: --max-length {longest}, or fewer --max-symbols"
+        )
     device = choose_device(settings.device)
     filled["precision"] = fast_precision(device) if settings.precision == "auto" else settings.precision
     return settings.model_copy(update=filled)
