@@ -202,6 +202,12 @@ def test_published_rows_stand_beside_published_data_only() -> None:
         assert not report.is_published_data(settings.model_copy(update={"test_size": 100}))
         shorter = task.resolve(None, suite.settings.model_copy(update={"steps": 200, "warmup": None}))
         assert report.deviations(shorter)[0].startswith("steps 200 (published ")
+        other = settings.model_copy(update={"num_landmarks": 16, "dev_share": 0.2})
+        # Where there is a published dev split, or the published one is the test split, the share tells nothing.
+        share = ["dev_share 0.2 (published 0.1)"] if name in ("image", "pathfinder") else []
+        assert report.deviations(other) == [*share, "num_landmarks 16 (published 32, 64, 128, 256)"]
+        exact = other.model_copy(update={"networks": ("softmax",)})
+        assert report.deviations(exact) == share
     (small,) = load_suites(["listops-small"])
     assert not report.is_published_data(task.resolve(None, small.settings))
     settings = task.resolve(None, LRASettings())
@@ -209,7 +215,11 @@ def test_published_rows_stand_beside_published_data_only() -> None:
                "parameters": 1, "tokens_per_second": 1.0}  # fmt: skip
     split = Split(([np.array([10, 1, i, 14], np.uint8) for i in range(4)],), np.array([0, 1, 1, 2]))
     data = Dataset("listops", split, split, split, 15, list(map(str, range(10))), "made here")
-    rows = report.outcome(settings, data, {"nystrom": [trained]}).tables[0].rows
+    table = report.outcome(settings, data, {"nystrom": [trained]}).tables[0]
+    assert "Trained as published" not in table.note
+    assert "Settings as published. Never as published: no dropout on attention weights or inside" in table.note
+    assert "batches of like lengths; mean over real tokens" in table.note
+    rows = table.rows
     assert [row[:2] for row in rows[:2]] == [["nystrom", 0.75], ["majority class", 0.5]]
     assert {row[0]: row[1] for row in rows[2:]} == {
         "published: softmax": 0.3710, "published: Nyströmformer": 0.3715, "published: Linformer": 0.3725,

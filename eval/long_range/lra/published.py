@@ -46,6 +46,25 @@ NETWORK = {
     "lr": 1e-4,
     "weight_decay": 0.0,
 }
-"""What all five share; the repository has 32, 64, 128 and 256 landmarks, and the paper does not say which are meant."""
+"""What all five share; see :data:`LANDMARKS`."""
+LANDMARKS = (32, 64, 128, 256)
+"""The repository has all of these, and the paper does not say which are meant."""
+DEV_SHARES = {"image": 0.1, "pathfinder": 0.1}
+"""Of the datasets whose dev split is carved. That of text is published as its test split."""
+_ALWAYS = (
+    "no dropout on attention weights or inside the feed-forward",
+    "normalised embeddings",
+    "GELU in its tanh form",
+)
+_OF_LENGTHS = ("batches of like lengths", "mean over real tokens, not the padded length")
+_OF_PIXELS = ("black pixels not masked",)
+DIFFERENCES = {
+    "listops": _ALWAYS + _OF_LENGTHS,
+    "text": (*_ALWAYS, *_OF_LENGTHS, "weights not chosen on the test split"),
+    "retrieval": _ALWAYS + _OF_LENGTHS,
+    "image": _ALWAYS + _OF_PIXELS,
+    "pathfinder": _ALWAYS + _OF_PIXELS,
+}
+"""In what the network and its training are never as published."""
 LISTOPS = {"min_symbols": 500, "max_symbols": 2000, "max_depth": 10, "max_args": 10}
 LISTOPS_SIZES = {"test": 2000, "dev": 2000, "train": 96_000}

@@ -9,7 +9,16 @@ import numpy as np
 
 from eval.long_range.lra import listops
 from eval.long_range.lra.examples import Dataset
-from eval.long_range.lra.published import LISTOPS, LISTOPS_SIZES, NETWORK, PUBLISHED, SOURCE
+from eval.long_range.lra.published import (
+    DEV_SHARES,
+    DIFFERENCES,
+    LANDMARKS,
+    LISTOPS,
+    LISTOPS_SIZES,
+    NETWORK,
+    PUBLISHED,
+    SOURCE,
+)
 from eval.long_range.lra.settings import LRASettings
 from eval.results.schema import Estimator, Metric, Outcome, Series, Table
 from eval.results.statistics import bootstrap
@@ -72,12 +81,19 @@ def is_published_data(settings: LRASettings) -> bool:
 def deviations(settings: LRASettings) -> list[str]:
     """Settings of the training and the network that are not the published ones, as text."""
     published = PUBLISHED[settings.benchmark]
-    expected = {name: getattr(published, name) for name in ("steps", "warmup", "validate_every", "batch_size")}
-    return [
+    expected = {
+        name: getattr(published, name) for name in ("steps", "warmup", "validate_every", "batch_size")
+    } | NETWORK
+    if settings.benchmark in DEV_SHARES:
+        expected["dev_share"] = DEV_SHARES[settings.benchmark]
+    found = [
         f"{name} {getattr(settings, name):g} (published {value:g})"
-        for name, value in (expected | NETWORK).items()
+        for name, value in expected.items()
         if getattr(settings, name) != value
     ]
+    if "nystrom" in settings.networks and settings.num_landmarks not in LANDMARKS:
+        found.append(f"num_landmarks {settings.num_landmarks} (published {', '.join(map(str, LANDMARKS))})")
+    return found
 
 
 def _note(settings: LRASettings) -> str:
@@ -88,7 +104,8 @@ def _note(settings: LRASettings) -> str:
     else:
         notes.append("Not the published data, so no published accuracy stands beside it.")
     other = deviations(settings)
-    notes.append("Trained as published." if not other else "Not as published: " + ", ".join(other) + ".")
+    notes.append("Settings as published." if not other else "Settings not as published: " + ", ".join(other) + ".")
+    notes.append("Never as published: " + "; ".join(DIFFERENCES[settings.benchmark]) + ".")
     return " ".join(notes)
 
 
