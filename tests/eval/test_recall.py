@@ -190,6 +190,12 @@ def test_left_out_settings_come_from_the_model(causal: Path, shards: ShardSet) -
     induction = task.resolve(subject, InductionSettings(passage=10))
     assert induction.distances == (10, 20, 40, 54)
     assert task.resolve(subject, induction) == induction
+    assert task.resolve(subject, InductionSettings(passage=32)).distances == (32,)
+    with pytest.raises(
+        UserError, match=r"--passage 33: a row of 64 .* --passage 32 or less, or --distances 33 or more"
+    ):
+        task.resolve(subject, InductionSettings(passage=33))
+    assert task.resolve(subject, InductionSettings(passage=33, distances=(40,))).distances == (40,)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,11 @@ def resolve(subject: Subject, settings: AnyRecall) -> AnyRecall:
         "train_lr": settings.train_lr or default_lr(config.hidden_size),
     }
     if isinstance(settings, InductionSettings):
+        if settings.distances is None and whole < 2 * settings.passage:
+            raise UserError(
+                f"--passage {settings.passage}: a row of {whole} tokens, the longest that the model was trained on, "
+                f"does not hold it twice: --passage {whole // 2} or less, or --distances {settings.passage} or more"
+            )
         distances = settings.distances or _doubling(settings.passage, whole - settings.passage)
         longest = subject.check_length(max(distances) + settings.passage, "--distances and --passage together,")
         found["distances"] = tuple(sorted(distances))
