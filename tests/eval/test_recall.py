@@ -185,7 +185,7 @@ def test_rows_longer_than_the_training_say_so(export: Callable[..., Path], shard
 
 def test_left_out_settings_come_from_the_model(causal: Path, shards: ShardSet) -> None:
     subject = subject_of(causal, shards)  # trained on 64 tokens, 32 wide
-    needle = task.resolve(subject, NeedleSettings())
+    needle = task.resolve(subject, NeedleSettings(train_steps=1))
     assert (needle.lengths, needle.train_length, needle.train_lr) == ((16, 32, 64), 64, 0.25 / 32)
     induction = task.resolve(subject, InductionSettings(passage=10))
     assert induction.distances == (10, 20, 40, 54)
@@ -196,6 +196,31 @@ def test_left_out_settings_come_from_the_model(causal: Path, shards: ShardSet) -
     ):
         task.resolve(subject, InductionSettings(passage=33))
     assert task.resolve(subject, InductionSettings(passage=33, distances=(40,))).distances == (40,)
+
+
+def test_what_plays_no_part_does_not_keep_models_from_being_compared(
+    causal: Path, export: Callable[..., Path], shards: ShardSet
+) -> None:
+    """A wide softmax model beside a narrow one of landmarks; and one of them asked for with other settings."""
+    nystrom = subject_of(causal, shards)
+    softmax = subject_of(export("wide", objective="clm", attention="softmax", hidden_size=64), shards)
+    asked = MQAR.model_copy(update={"attention": ("own", "softmax", "window")})
+    with_training = asked.model_copy(update={"seeds": 3, "start": "scratch", "train_lr": 1e-3, "precision": "bf16"})
+    first, second = task.resolve(nystrom, asked), task.resolve(softmax, with_training)
+    assert first.as_dict() == second.as_dict()
+    assert first.attention == ("own", "softmax", "window")
+    assert first.train_lr is first.train_length is None
+    assert task.resolve(nystrom, first) == first
+    rows = [[row[0] for row in recall(subject, asked).tables[0].rows] for subject in (nystrom, softmax)]
+    assert rows == [
+        ["as it is", "softmax, as it is", "window, as it is", "chance"],
+        ["as it is", "window, as it is", "chance"],  # its own form is not run twice
+    ]
+    alone = MQAR.model_copy(update={"attention": ("own", "softmax")})
+    assert "Forms other than" not in recall(softmax, alone).tables[0].note
+    trained = [task.resolve(s, with_training.model_copy(update={"train_steps": 1})) for s in (nystrom, softmax)]
+    assert trained[0].as_dict() == trained[1].as_dict()
+    assert (trained[0].seeds, trained[0].train_lr, trained[0].train_length) == (3, 1e-3, 64)
 
 
 @pytest.mark.parametrize(
