@@ -126,7 +126,7 @@ def test_the_outcome_follows_from_its_records(
     settings: RecallSettings, objective: str, causal: Path, masked: Path, shards: ShardSet, tmp_path: Path
 ) -> None:
     subject = subject_of(causal if objective == "clm" else masked, shards)
-    asked = settings.model_copy(update={"attention": ("own", "window"), "train_steps": 2, "seeds": 2})
+    asked = settings.model_copy(update={"attention": ("own", "window"), "train_steps": 2, "seeds": 2, "seed": 3})
     start = "checkpoint" if objective == "clm" else "scratch"
     asked = asked.model_copy(update={"train_batch_tokens": 256, "precision": "fp32", "start": start})
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
@@ -151,6 +151,9 @@ def test_the_outcome_follows_from_its_records(
     table = outcome.tables[0]
     assert [row[0] for row in table.rows] == ["as it is", "window, as it is", "trained", "window, trained", "chance"]
     assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert [row[:2] for row in outcome.tables[1].rows] == [
+        [form, seed] for form in ("own", "window") for seed in (3, 4)
+    ]
     for grid in outcome.grids:
         assert np.array(grid.values).shape == (len(grid.y), len(grid.x))
         if "accuracy" in grid.name:
