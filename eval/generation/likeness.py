@@ -54,7 +54,8 @@ def cosines(first: Floats, second: Floats) -> Floats:
 
 
 def others(count: int) -> NDArray[np.int64]:
-    """For each of ``count`` texts another one, half of them away: neighbours often come from one document."""
+    """For each of ``count`` texts another one, half of them away: neighbours often come from one document. A single
+    one has itself, for there is no other."""
     return (np.arange(count) + max(count // 2, 1)) % max(count, 1)
 
 

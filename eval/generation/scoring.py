@@ -101,7 +101,8 @@ def score(sets: Sequence[TextSet], judges: Judges, parts: Parts, copies: ShardSe
                 record["reference_nats"] = row["reference_nats"]
             # An empty text has no direction.
             record |= {"cosine": float(cosine[place]) if text else 0.0}
-            record |= {"cosine_other": float(other[place]) if text else 0.0}
+            # Of a single prompt there is no other one.
+            record |= {"cosine_other": None if len(rows) < 2 else float(other[place]) if text else 0.0}
             texts.records.append(record)
     if copies is not None:
         _search_copies(sets, copies, parts)

@@ -15,7 +15,7 @@ from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject
 
-VERSION = 4
+VERSION = 5
 
 
 def resolve(subject: Subject, settings: GenerateSettings) -> GenerateSettings:

@@ -27,9 +27,15 @@ ROWS = [
     ("generate", "distinct_2", "Generated text, distinct-2"),
     ("generate", "repetition_4", "Generated text, repeated 4-grams"),
     ("generate", "top_1", "Masked words filled in rightly"),
+    ("lra", "accuracy_softmax", "Long Range Arena accuracy, softmax"),
+    ("lra", "accuracy_nystrom", "Long Range Arena accuracy, Nyström"),
+    ("lra", "accuracy_softmax_conv", "Long Range Arena accuracy, softmax with convolution"),
+    ("lra", "nystrom_minus_softmax", "Long Range Arena, Nyström minus softmax"),
 ]
-# No winner is marked here: the control is not the model.
-UNRANKED = {"scratch_accuracy"}
+# No winner is marked here: the control is not the model, and a difference can be large for the control's sake.
+UNRANKED = {"scratch_accuracy", "nystrom_minus_softmax"}
+# Tasks whose suites are of different data, none of them plain and the others its variants.
+ALIKE = {"lra"}
 # Suites without a row above show their first metric, so many of them at most.
 MOST_OTHERS = 8
 
@@ -87,7 +93,8 @@ def summary(runs: Sequence[Run]) -> list[MetricRow]:
     known = {task for task, _, _ in ROWS}
     for task, metric, label in ROWS:
         # Where the plain suite was run, its variants are left to their section.
-        names = [task] if (task, task) in suites else sorted(name for t, name in suites if t == task)
+        plain = (task, task) in suites and task not in ALIKE
+        names = [task] if plain else sorted(name for t, name in suites if t == task)
         for name in names:
             row = _row(runs, task, name, metric, label if name == task else f"{label} ({name})")
             rows += [row] if row else []

@@ -24,10 +24,11 @@ def beam_search(
     """For each prompt the best continuation found, and its log probability in nats, that of its stop included.
 
     Of every prompt the ``beams`` likeliest beginnings are kept at each step, those of all prompts in one batch; one of
-    them is greedy decoding. A continuation ends before the first of ``stop_id`` or after ``max_new_tokens``. The best
-    has the largest log probability / length ** ``length_penalty``, the stop counted: with 1 a mean over tokens, with 0
-    the likeliest text, which of most models is the empty one (Stahlberg and Byrne 2019, arXiv 1908.10090). A prompt is
-    done when nothing that goes on can still win.
+    them is greedy decoding. A continuation ends before the first of ``stop_id``, if that stop is among the ``beams``
+    likeliest next tokens of all its prompt's beams, or after ``max_new_tokens``. The best has the largest log
+    probability / length ** ``length_penalty``, the stop counted: with 1 a mean over tokens, with 0 the likeliest text,
+    which of most models is the empty one (Stahlberg and Byrne 2019, arXiv 1908.10090). A prompt is done when ``beams``
+    of its continuations have ended (``early_stopping=True`` in transformers) or nothing that goes on can still win.
 
     Raises :class:`UserError` as :func:`generate` does, for fewer than one beam and a negative penalty.
     """
@@ -40,6 +41,7 @@ def beam_search(
     best: list[list[int]] = [[] for _ in prompts]
     best_log_p = torch.zeros(len(prompts), dtype=torch.float64)
     best_score = torch.full((len(prompts),), -torch.inf, dtype=torch.float64)
+    ended = torch.zeros(len(prompts), dtype=torch.int64)  # continuations of each that a stop ended
     alive = torch.arange(len(prompts))  # prompts that are not done
     log_p = torch.zeros(len(prompts), 1, dtype=torch.float64)  # (P, K), of the beams of each of them
     written = torch.zeros(len(prompts), 1, 0, dtype=torch.int64)  # (P, K, steps)
@@ -52,19 +54,25 @@ def beam_search(
             width, vocabulary = log_p.shape[1], logits.shape[-1]
             total = log_p[:, :, None] + logits.log_softmax(-1).view(len(alive), width, vocabulary)
             if stops:
-                ended, beam = total[:, :, stops].amax(-1).max(-1)
-                score = ended / (step + 1) ** length_penalty
+                # The likeliest candidates, stops and others alike: a stop that is not one of them ends nothing.
+                values, chosen = total.flatten(1).topk(min(beams, width * vocabulary), dim=-1)
+                stopped = torch.isin(chosen % vocabulary, torch.tensor(stops))
+                ended[alive] += stopped.sum(-1)
+                values, rank = values.masked_fill(~stopped, -torch.inf).max(-1)
+                score = values / (step + 1) ** length_penalty
                 for place in (score > best_score[alive]).nonzero().flatten().tolist():
                     prompt = alive[place]
-                    best[prompt] = written[place, beam[place]].tolist()
-                    best_log_p[prompt], best_score[prompt] = ended[place], score[place]
+                    best[prompt] = written[place, chosen[place, rank[place]] // vocabulary].tolist()
+                    best_log_p[prompt], best_score[prompt] = values[place], score[place]
                 total[:, :, stops] = -torch.inf
             number = min(beams, width * (vocabulary - len(set(stops))))
             log_p, chosen = total.flatten(1).topk(number, dim=-1)
             parents, tokens = chosen // vocabulary, chosen % vocabulary
             # Log probabilities only fall, so that this is the best that a beam can come to, at the last step exactly.
             reachable = log_p[:, 0] / max_new_tokens**length_penalty
-            going = (reachable > best_score[alive]).nonzero().flatten()
+            # Those of full length have ended too, and are compared with the rest.
+            searching = (ended[alive] < beams) | (step + 1 == max_new_tokens)
+            going = (searching & (reachable > best_score[alive])).nonzero().flatten()
             if not len(going):
                 break
             alive, log_p, parents, tokens = alive[going], log_p[going], parents[going], tokens[going]

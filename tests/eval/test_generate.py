@@ -260,6 +260,10 @@ def test_prompts_of_ones_own(fitted: Subject, causal: Path, tmp_path: Path) -> N
     assert len(alone.tables[0].rows) == 1
     assert "--data" in alone.tables[0].note
     assert alone.metrics["own_perplexity"].low is None
+    (other,) = column(alone, "with another prompt", 2).values()
+    assert other is None  # there is no other prompt
+    assert "coherence" in alone.metrics
+    assert alone.records[0]["cosine_other"] is None
 
 
 def test_what_cannot_be_done_is_said(fitted: Subject, masked: Path, shards: ShardSet, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from eval import cli
 from eval.long_range.lra import report, task
 from eval.long_range.lra.examples import Dataset, Split
 from eval.long_range.lra.network import ArenaClassifier, model_config
-from eval.long_range.lra.published import PUBLISHED
+from eval.long_range.lra.published import PUBLISHED, SOURCE
 from eval.long_range.lra.settings import LRASettings
 from eval.long_range.lra.train import Recipe, endless_batches, predict, train
 from eval.results.parts import Parts
@@ -170,39 +170,134 @@ def test_outcome_follows_from_the_records(tmp_path: Path) -> None:
     assert again.metrics == outcome.metrics
 
 
-def test_published_rows_stand_beside_published_data_only() -> None:
+def test_every_training_has_a_seed_of_its_own_from_the_seed_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[int, str]] = []
+    real = task._train
+
+    def watched(settings: LRASettings, data: Dataset, attention: str, seed: int) -> dict[str, Any]:
+        done = real(settings, data, attention, seed)
+        trained.append((seed, str(done["dev_loss"])))
+        return done
+
+    monkeypatch.setattr(task, "_train", watched)
+    first = arena(tmp_path, networks=("softmax",), seed=4, seeds=2)
+    assert [row[1] for row in first.tables[1].rows] == [seed for seed, _ in trained] == [4, 5]
+    assert len(dict.fromkeys(curve for _, curve in trained)) == 2
+    assert [row[1] for row in arena(tmp_path, networks=("softmax",)).tables[1].rows] == [0]
+
+
+def counted(name: str, classes: int, train: int, dev: int, test: int) -> Dataset:
+    """A dataset of so many examples, all with the same sequence."""
+
+    def split(size: int) -> Split:
+        return Split(([np.array([10, 1, 2, 14], np.uint8)] * size,), np.arange(size) % classes)
+
+    return Dataset(name, split(train), split(dev), split(test), 15, list(map(str, range(classes))), "made here")
+
+
+def test_settings_as_published_are_told_from_others() -> None:
     for name in PUBLISHED:
         (suite,) = load_suites([f"lra-{name}"])
         assert isinstance(suite.settings, LRASettings)
         settings = task.resolve(None, suite.settings)
         assert settings.benchmark == name
-        assert report.is_published_data(settings)
         assert report.deviations(settings) == []
         left_out = task.resolve(None, LRASettings(benchmark=settings.benchmark, seeds=3))
         assert left_out.as_dict() == {**settings.as_dict(), "train_size": left_out.train_size,
                                       "dev_size": left_out.dev_size, "test_size": left_out.test_size}  # fmt: skip
-        assert not report.is_published_data(settings.model_copy(update={"test_size": 100}))
         shorter = task.resolve(None, suite.settings.model_copy(update={"steps": 200, "warmup": None}))
         assert report.deviations(shorter)[0].startswith("steps 200 (published ")
+        other = settings.model_copy(update={"num_landmarks": 16, "dev_share": 0.2})
+        # Where there is a published dev split, or the published one is the test split, the share tells nothing.
+        share = ["dev_share 0.2 (published 0.1)"] if name in ("image", "pathfinder") else []
+        assert report.deviations(other) == [*share, "num_landmarks 16 (published 32, 64, 128, 256)"]
+        exact = other.model_copy(update={"networks": ("softmax",)})
+        assert report.deviations(exact) == share
+
+
+SIZES = {
+    "listops": (10, 96_000, 2000, 2000), "text": (2, 22_500, 2500, 25_000), "retrieval": (2, 147_086, 18_090, 17_437),
+    "image": (10, 45_000, 5000, 10_000), "pathfinder": (2, 160_000, 20_000, 20_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_published_data_has_the_published_sizes_and_classes(name: str, tmp_path: Path) -> None:
+    (suite,) = load_suites([f"lra-{name}"])
+    files = tmp_path / "images.npz"
+    files.touch()
+    settings = task.resolve(None, suite.settings.model_copy(update={"path": str(files)}))
+    assert isinstance(settings, LRASettings)
+    classes, train, dev, test = SIZES[name]
+    assert report.other_data(settings, counted(name, classes, train, dev, test)) == []
+    moved = report.other_data(settings, counted(name, classes, train - 7, dev + 7, test))
+    # Where the dev split is carved, its share is a setting of the training.
+    assert moved == ([] if name in ("text", "image", "pathfinder") else [f"dev examples {dev + 7} (published {dev})"])
+    assert report.other_data(settings, counted(name, classes, train, dev, test - 1)) == [
+        f"test examples {test - 1} (published {test})"
+    ]
+    assert report.other_data(settings, counted(name, 20, train - 1, dev, test)) == [
+        f"classes 20 (published {classes})",
+        f"train and dev examples {train + dev - 1} (published {train + dev})",
+    ]
+    shorter = settings.model_copy(update={"max_length": 100})
+    assert report.other_data(shorter, counted(name, classes, train, dev, test))[0].startswith("max_length 100 (publ")
+
+
+def test_folders_of_pathfinder_are_told_by_their_name(tmp_path: Path) -> None:
+    data = counted("pathfinder", 2, 160, 20, 20)
+    for folder, other in (
+        ("curv_contour_length_14", []),
+        ("curv_baseline", ["folder curv_baseline (published curv_contour_length_14)"]),
+    ):
+        path = tmp_path / folder
+        path.mkdir()
+        settings = task.resolve(None, LRASettings(benchmark="pathfinder", path=str(path)))
+        assert report.other_data(settings, data) == other
+    few = settings.model_copy(update={"path": str(tmp_path / "curv_contour_length_14"), "test_size": 20})
+    assert report.other_data(few, data) == ["test_size 20 (published all)"]
+    assert "its images were not counted" in report._note(few.model_copy(update={"test_size": None}), data)
+
+
+def test_published_rows_stand_beside_published_data_only() -> None:
     (small,) = load_suites(["listops-small"])
-    assert not report.is_published_data(task.resolve(None, small.settings))
+    data = counted("listops", 10, 96_000, 2000, 2000)
+    assert isinstance(small.settings, LRASettings)
+    assert "min_symbols 20 (published 500)" in report.other_data(task.resolve(None, small.settings), data)
     settings = task.resolve(None, LRASettings())
-    trained = {"predicted": [0, 1, 1, 7], "step": [1], "chosen_step": 1, "dev_accuracy": [0.5], "train_loss": [1.0],
+    trained = {"predicted": [0] * 2000, "step": [1], "chosen_step": 1, "dev_accuracy": [0.5], "train_loss": [1.0],
                "parameters": 1, "tokens_per_second": 1.0}  # fmt: skip
-    split = Split(([np.array([10, 1, i, 14], np.uint8) for i in range(4)],), np.array([0, 1, 1, 2]))
-    data = Dataset("listops", split, split, split, 15, list(map(str, range(10))), "made here")
-    rows = report.outcome(settings, data, {"nystrom": [trained]}).tables[0].rows
-    assert [row[:2] for row in rows[:2]] == [["nystrom", 0.75], ["majority class", 0.5]]
+    table = report.outcome(settings, data, {"nystrom": [trained]}).tables[0]
+    assert "Trained as published" not in table.note
+    assert "Settings as published. Never as published: no dropout on attention weights or inside" in table.note
+    assert "batches of like lengths; mean over real tokens" in table.note
+    assert f"Published accuracies: {SOURCE}. " in table.note
+    rows = table.rows
+    assert [row[:2] for row in rows[:2]] == [["nystrom", 0.1], ["majority class", 0.1]]
     assert {row[0]: row[1] for row in rows[2:]} == {
         "published: softmax": 0.3710, "published: Nyströmformer": 0.3715, "published: Linformer": 0.3725,
         "published: Reformer": 0.1905, "published: Performer": 0.1880,
     }  # fmt: skip
     assert {row[-1] for row in rows[2:]} == {"Xiong et al. 2021, arXiv 2102.03902"}
+    files = settings.model_copy(update={"path": "basic"})
+    note = report.outcome(files, data, {"nystrom": [trained]}).tables[0].note
+    assert "Of basic the sizes of its splits and the number of classes agree with those, the content was not" in note
+    other = counted("listops", 10, 95_999, 2000, 2000)
+    table = report.outcome(files, other, {"nystrom": [trained]}).tables[0]
+    assert not any("published" in row[0] for row in table.rows)
+    assert "stands beside it: train and dev examples 97999 (published 98000)." in table.note
 
 
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--warmup 7 leaves none of --steps 7"):
         arena(tmp_path, warmup=7)
+    with pytest.raises(UserError, match=r"--max-length 22 would cut .* up to 23 symbols.*: --max-length 23, or fewer"):
+        arena(tmp_path, max_length=22)
+    assert task.resolve(None, LRASettings(max_symbols=24, min_symbols=5, max_length=23)).max_length == 23
+    with pytest.raises(UserError, match=r"--max-length 2000 would cut .* up to 2999 symbols"):
+        task.resolve(None, LRASettings(max_symbols=3000))
     for changes, message in (
         ({"hidden_size": 30, "heads": 4}, "hidden_size 30 is not divisible by heads 4"),
         ({"conv_kernel": 4}, "conv_kernel 4 is even"),

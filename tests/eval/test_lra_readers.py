@@ -167,6 +167,8 @@ def test_listops_files_and_what_is_missing(tmp_path: Path) -> None:
     data = load(of(path=str(tmp_path)))
     assert [len(split) for split in data.splits().values()] == [3, 2, 1]
     assert data.train.labels.tolist() == [2, 3, 4]
+    reject(r"basic_train.tsv: an expression has 4 symbols, .* --max-length 4 or more", path=str(tmp_path), max_length=3)
+    assert load(of(path=str(tmp_path), max_length=4)).test.lengths.tolist() == [4]
     (tmp_path / "other_val.tsv").write_text("")
     reject(r"2 files \*_val.tsv", path=str(tmp_path))
     (tmp_path / "other_val.tsv").unlink()

@@ -126,7 +126,7 @@ def test_the_outcome_follows_from_its_records(
     settings: RecallSettings, objective: str, causal: Path, masked: Path, shards: ShardSet, tmp_path: Path
 ) -> None:
     subject = subject_of(causal if objective == "clm" else masked, shards)
-    asked = settings.model_copy(update={"attention": ("own", "window"), "train_steps": 2, "seeds": 2})
+    asked = settings.model_copy(update={"attention": ("own", "window"), "train_steps": 2, "seeds": 2, "seed": 3})
     start = "checkpoint" if objective == "clm" else "scratch"
     asked = asked.model_copy(update={"train_batch_tokens": 256, "precision": "fp32", "start": start})
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
@@ -151,6 +151,9 @@ def test_the_outcome_follows_from_its_records(
     table = outcome.tables[0]
     assert [row[0] for row in table.rows] == ["as it is", "window, as it is", "trained", "window, trained", "chance"]
     assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert [row[:2] for row in outcome.tables[1].rows] == [
+        [form, seed] for form in ("own", "window") for seed in (3, 4)
+    ]
     for grid in outcome.grids:
         assert np.array(grid.values).shape == (len(grid.y), len(grid.x))
         if "accuracy" in grid.name:
@@ -185,11 +188,42 @@ def test_rows_longer_than_the_training_say_so(export: Callable[..., Path], shard
 
 def test_left_out_settings_come_from_the_model(causal: Path, shards: ShardSet) -> None:
     subject = subject_of(causal, shards)  # trained on 64 tokens, 32 wide
-    needle = task.resolve(subject, NeedleSettings())
+    needle = task.resolve(subject, NeedleSettings(train_steps=1))
     assert (needle.lengths, needle.train_length, needle.train_lr) == ((16, 32, 64), 64, 0.25 / 32)
     induction = task.resolve(subject, InductionSettings(passage=10))
     assert induction.distances == (10, 20, 40, 54)
     assert task.resolve(subject, induction) == induction
+    assert task.resolve(subject, InductionSettings(passage=32)).distances == (32,)
+    with pytest.raises(
+        UserError, match=r"--passage 33: a row of 64 .* --passage 32 or less, or --distances 33 or more"
+    ):
+        task.resolve(subject, InductionSettings(passage=33))
+    assert task.resolve(subject, InductionSettings(passage=33, distances=(40,))).distances == (40,)
+
+
+def test_what_plays_no_part_does_not_keep_models_from_being_compared(
+    causal: Path, export: Callable[..., Path], shards: ShardSet
+) -> None:
+    """A wide softmax model beside a narrow one of landmarks; and one of them asked for with other settings."""
+    nystrom = subject_of(causal, shards)
+    softmax = subject_of(export("wide", objective="clm", attention="softmax", hidden_size=64), shards)
+    asked = MQAR.model_copy(update={"attention": ("own", "softmax", "window")})
+    with_training = asked.model_copy(update={"seeds": 3, "start": "scratch", "train_lr": 1e-3, "precision": "bf16"})
+    first, second = task.resolve(nystrom, asked), task.resolve(softmax, with_training)
+    assert first.as_dict() == second.as_dict()
+    assert first.attention == ("own", "softmax", "window")
+    assert first.train_lr is first.train_length is None
+    assert task.resolve(nystrom, first) == first
+    rows = [[row[0] for row in recall(subject, asked).tables[0].rows] for subject in (nystrom, softmax)]
+    assert rows == [
+        ["as it is", "softmax, as it is", "window, as it is", "chance"],
+        ["as it is", "window, as it is", "chance"],  # its own form is not run twice
+    ]
+    alone = MQAR.model_copy(update={"attention": ("own", "softmax")})
+    assert "Forms other than" not in recall(softmax, alone).tables[0].note
+    trained = [task.resolve(s, with_training.model_copy(update={"train_steps": 1})) for s in (nystrom, softmax)]
+    assert trained[0].as_dict() == trained[1].as_dict()
+    assert (trained[0].seeds, trained[0].train_lr, trained[0].train_length) == (3, 1e-3, 64)
 
 
 @pytest.mark.parametrize(

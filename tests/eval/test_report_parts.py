@@ -20,8 +20,9 @@ from eval.report.numbers import number, title, visible
 from eval.report.page import FOLDER
 from eval.report.runs import Run, flatten, read_run
 from eval.report.samples import Continued, Filled, Other, samples_of
+from eval.report.summary import summary
 from eval.report.tables import config_differences, joined_tables
-from eval.results.schema import Grid, Metric, Outcome, Series, Table
+from eval.results.schema import Grid, Metric, ModelInfo, Outcome, Series, Table
 from eval.results.statistics import paired_bootstrap
 
 
@@ -125,6 +126,28 @@ def test_a_note_that_not_all_runs_share_says_whose_it_is(tmp_path: Path) -> None
     assert joined_tables(group)[0].notes == notes
     assert joined_tables([group[0], group[2]])[0].notes == ["said by two"]
     assert joined_tables(group[1:2])[0].notes == ["alone"]
+
+
+def test_the_summary_sets_the_networks_of_long_range_arena_side_by_side(tmp_path: Path) -> None:
+    for suite, softmax in (("lra", 0.3), ("lra-text", 0.6)):  # of other data, so that neither stands for the other
+        outcome = Outcome(
+            {
+                "accuracy_softmax": Metric(softmax, True),
+                "accuracy_nystrom": Metric(softmax + 0.05, True),
+                "nystrom_minus_softmax": Metric(0.05, True),
+                "majority_accuracy": Metric(0.1, True),
+            }
+        )
+        write(tmp_path / "lra", "lra", outcome, suite=suite, model=ModelInfo(), gate="none", data={"hash": suite})
+    found = [(row.label, row.figures[0].text) for row in summary([read_run(tmp_path / "lra")])]
+    assert [row for row in found if row[0].startswith("Long Range Arena")] == [
+        ("Long Range Arena accuracy, softmax", "0.300"),
+        ("Long Range Arena accuracy, softmax (lra-text)", "0.600"),
+        ("Long Range Arena accuracy, Nyström", "0.350"),
+        ("Long Range Arena accuracy, Nyström (lra-text)", "0.650"),
+        ("Long Range Arena, Nyström minus softmax", "0.050"),
+        ("Long Range Arena, Nyström minus softmax (lra-text)", "0.050"),
+    ]
 
 
 def test_curves_of_one_chart_share_a_picture(tmp_path: Path) -> None:

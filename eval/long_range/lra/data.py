@@ -83,6 +83,7 @@ def _generated(settings: LRASettings) -> Dataset:
 
 
 def _listops_files(path: Path, settings: LRASettings) -> dict[str, Split]:
+    assert settings.max_length
     limits = _limits(settings)
     splits: dict[str, Split] = {}
     for name, ending in (("train", "train"), ("dev", "val"), ("test", "test")):
@@ -93,6 +94,12 @@ def _listops_files(path: Path, settings: LRASettings) -> dict[str, Split]:
                 "of *_train.tsv, *_val.tsv and *_test.tsv, is expected"
             )
         splits[name] = listops.read_tsv(found[0], limits[name])
+        longest = int(splits[name].lengths.max()) if len(splits[name]) else 0
+        if longest > settings.max_length:
+            raise UserError(
+                f"{found[0]}: an expression has {longest} symbols, and cut to --max-length {settings.max_length} its "
+                f"value would be wrong: --max-length {longest} or more"
+            )
     return splits
 
 

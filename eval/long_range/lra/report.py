@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval.long_range.lra import listops
 from eval.long_range.lra.examples import Dataset
-from eval.long_range.lra.published import LISTOPS, LISTOPS_SIZES, NETWORK, PUBLISHED, SOURCE
+from eval.long_range.lra.published import (
+    DEV_SHARES,
+    DIFFERENCES,
+    LANDMARKS,
+    LISTOPS,
+    NETWORK,
+    PATHFINDER_FOLDER,
+    PUBLISHED,
+    SOURCE,
+)
 from eval.long_range.lra.settings import LRASettings
 from eval.results.schema import Estimator, Metric, Outcome, Series, Table
 from eval.results.statistics import bootstrap
@@ -45,47 +55,84 @@ def outcome(settings: LRASettings, dataset: Dataset, runs: Runs) -> Outcome:
         rows.append([name, metric.value, std, metric.low, metric.high, len(seeds), trained[0]["parameters"], rate, ""])
     metrics["majority_accuracy"] = Metric(share, True, n=len(test))
     rows.append(["majority class", share, None, None, None, None, None, None, ""])
-    if is_published_data(settings):
+    if not other_data(settings, dataset):
         for name, value in PUBLISHED[dataset.name].accuracy.items():
             rows.append([f"published: {name}", value, None, None, None, None, None, None, SOURCE])
     columns = ["network", "accuracy", "± std", "low", "high", "seeds", "parameters", "tokens/s", "source"]
-    tables = [Table(f"Long Range Arena, {dataset.name}", columns, rows, _note(settings)), _by_seed(runs, right)]
+    tables = [
+        Table(f"Long Range Arena, {dataset.name}", columns, rows, _note(settings, dataset)),
+        _by_seed(runs, right, settings.seed),
+    ]
     series = [*_curves(runs), *_by_buckets("length", "tokens", test.lengths, right)]
     if depths is not None:
         series += _by_value("depth", "operators nested", depths, right)
     return Outcome(metrics, tables, series, [], _samples(dataset, predicted), records, estimators)
 
 
-def is_published_data(settings: LRASettings) -> bool:
-    """Whether the data is that of the published accuracies: all of the files, or ListOps of the published lengths."""
-    sizes = {"train": settings.train_size, "dev": settings.dev_size, "test": settings.test_size}
-    whole = settings.max_length == PUBLISHED[settings.benchmark].max_length
+def other_data(settings: LRASettings, dataset: Dataset) -> list[str]:
+    """In what the data is not that of the published accuracies, as text: what can be counted, not the content."""
+    published = PUBLISHED[settings.benchmark]
+    found: dict[str, tuple[int | None, int | None]] = {"max_length": (settings.max_length, published.max_length)}
     if settings.benchmark == "listops" and settings.path is None:
-        same = all(getattr(settings, name) == value for name, value in LISTOPS.items())
-        return whole and same and all(size in (None, LISTOPS_SIZES[name]) for name, size in sizes.items())
-    return whole and all(size is None for size in sizes.values())
+        found |= {name: (getattr(settings, name), value) for name, value in LISTOPS.items()}
+    found["classes"] = (len(np.unique(dataset.train.labels)), published.classes)
+    if _is_folder_of_pathfinder(settings):
+        found |= {name: (getattr(settings, name), None) for name in ("train_size", "dev_size", "test_size")}
+    else:
+        found["train and dev examples"] = (len(dataset.train) + len(dataset.dev), published.learned)
+        found["test examples"] = (len(dataset.test), published.test)
+        if published.dev is not None:
+            found["dev examples"] = (len(dataset.dev), published.dev)
+    other = [
+        f"{name} {value} (published {'all' if wanted is None else wanted})"
+        for name, (value, wanted) in found.items()
+        if value != wanted
+    ]
+    if _is_folder_of_pathfinder(settings) and Path(settings.path or "").absolute().name != PATHFINDER_FOLDER:
+        other.append(f"folder {Path(settings.path or '').absolute().name} (published {PATHFINDER_FOLDER})")
+    return other
+
+
+def _is_folder_of_pathfinder(settings: LRASettings) -> bool:
+    return settings.benchmark == "pathfinder" and settings.path is not None and not Path(settings.path).is_file()
 
 
 def deviations(settings: LRASettings) -> list[str]:
     """Settings of the training and the network that are not the published ones, as text."""
     published = PUBLISHED[settings.benchmark]
-    expected = {name: getattr(published, name) for name in ("steps", "warmup", "validate_every", "batch_size")}
-    return [
+    expected = {
+        name: getattr(published, name) for name in ("steps", "warmup", "validate_every", "batch_size")
+    } | NETWORK
+    if settings.benchmark in DEV_SHARES:
+        expected["dev_share"] = DEV_SHARES[settings.benchmark]
+    found = [
         f"{name} {getattr(settings, name):g} (published {value:g})"
-        for name, value in (expected | NETWORK).items()
+        for name, value in expected.items()
         if getattr(settings, name) != value
     ]
+    if "nystrom" in settings.networks and settings.num_landmarks not in LANDMARKS:
+        found.append(f"num_landmarks {settings.num_landmarks} (published {', '.join(map(str, LANDMARKS))})")
+    return found
 
 
-def _note(settings: LRASettings) -> str:
+def _note(settings: LRASettings, dataset: Dataset) -> str:
     notes = ["Accuracy: mean over the seeds; low and high: 95% bootstrap interval over the test examples."]
-    if is_published_data(settings):
-        unchecked = f"; they are of the published files, and whether {settings.path} holds those was not checked"
-        notes.append(f"Published accuracies: {SOURCE}{unchecked if settings.path else ''}.")
+    other = other_data(settings, dataset)
+    if other:
+        notes.append(f"Not the published data, so no published accuracy stands beside it: {', '.join(other)}.")
+    elif settings.path is None:
+        notes.append(f"Published accuracies: {SOURCE}.")
     else:
-        notes.append("Not the published data, so no published accuracy stands beside it.")
+        agrees = "the sizes of its splits and the number of classes agree"
+        if _is_folder_of_pathfinder(settings):
+            agrees = "its name and the number of classes agree (its images were not counted)"
+        notes.append(
+            f"Published accuracies: {SOURCE}; they are of the published files. Of {settings.path} {agrees} with those, "
+            "the content was not compared."
+        )
     other = deviations(settings)
-    notes.append("Trained as published." if not other else "Not as published: " + ", ".join(other) + ".")
+    notes.append("Settings as published." if not other else "Settings not as published: " + ", ".join(other) + ".")
+    notes.append("Never as published: " + "; ".join(DIFFERENCES[settings.benchmark]) + ".")
     return " ".join(notes)
 
 
@@ -114,12 +161,12 @@ def _records(dataset: Dataset, right: dict[str, np.ndarray], depths: np.ndarray 
     return records
 
 
-def _by_seed(runs: Runs, right: dict[str, np.ndarray]) -> Table:
+def _by_seed(runs: Runs, right: dict[str, np.ndarray], first: int) -> Table:
     rows: list[list[Any]] = []
     for name, trained in runs.items():
-        for seed, run in enumerate(trained):
-            chosen = run["step"].index(run["chosen_step"])
-            rows.append([name, seed, run["chosen_step"], run["dev_accuracy"][chosen], float(right[name][seed].mean())])
+        for number, run in enumerate(trained):
+            chosen, accuracy = run["step"].index(run["chosen_step"]), float(right[name][number].mean())
+            rows.append([name, first + number, run["chosen_step"], run["dev_accuracy"][chosen], accuracy])
     return Table(
         "by seed",
         ["network", "seed", "step chosen", "dev accuracy", "test accuracy"],

@@ -23,7 +23,7 @@ from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject, choose_device
 
-VERSION = 1
+VERSION = 2
 # What data() has read, for run(), which follows it: 200,000 images are not read twice.
 _READ: dict[LRASettings, Dataset] = {}
 
@@ -41,6 +41,13 @@ def resolve(subject: Subject | None, settings: LRASettings) -> LRASettings:
         raise UserError(f"--warmup {filled['warmup']} leaves none of --steps {filled['steps']} for the decay")
     if settings.benchmark in ("image", "pathfinder") and filled["max_length"] < published.max_length:
         raise UserError(f"--max-length {filled['max_length']} would cut images of {published.max_length} pixels")
+    longest = settings.max_symbols - 1
+    if settings.benchmark == "listops" and settings.path is None and filled["max_length"] < longest:
+        # What is cut off decides the value of what is left.
+        raise UserError(
+            f"--max-length {filled['max_length']} would cut ListOps expressions of up to {longest} symbols, whose "
+            f"values would then be wrong: --max-length {longest}, or fewer --max-symbols"
+        )
     device = choose_device(settings.device)
     filled["precision"] = fast_precision(device) if settings.precision == "auto" else settings.precision
     return settings.model_copy(update=filled)
@@ -56,7 +63,8 @@ def data(subject: Subject | None, settings: LRASettings) -> dict[str, Any]:
 def run(subject: Subject | None, settings: LRASettings, parts: Parts) -> Outcome:
     """Train every network for every seed and score the test split; each training is a part."""
     dataset = _READ.pop(settings, None) or load(settings)
-    runs = [(attention, seed) for attention in settings.networks for seed in range(settings.seeds)]
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    runs = [(attention, seed) for attention in settings.networks for seed in seeds]
     values = parts.map([(f"{attention}, seed {seed}", partial(_train, settings, dataset, attention, seed))
                         for attention, seed in runs])  # fmt: skip
     results: dict[str, list[dict[str, Any]]] = {attention: [] for attention in settings.networks}

@@ -42,7 +42,7 @@ def outcome(study: Study, view: View) -> Outcome:
         found = bootstrap(records, estimator)
         better = HIGHER[name.removeprefix("trained_").removesuffix("_beyond_window")]
         metrics[name] = Metric(found.value, better, n=found.n, low=found.low, high=found.high)
-    seeds = study.by_seed.get(OWN, [])
+    seeds = list(study.by_seed.get(OWN, {}).values())
     main = "trained_accuracy" if "trained_accuracy" in metrics else "trained_exact"
     if len(seeds) > 1:
         metrics["trained_std_over_seeds"] = Metric(float(np.std(seeds, ddof=1)), None, n=len(seeds))
@@ -166,7 +166,7 @@ def _shown(found: Interval | None) -> str | None:
 
 
 def _seeds(study: Study, what: str) -> Table:
-    rows = [[form, seed, value] for form, values in study.by_seed.items() for seed, value in enumerate(values)]
+    rows = [[form, seed, value] for form, values in study.by_seed.items() for seed, value in values.items()]
     return Table(
         "training on the task, by seed", ["attention", "seed", what], rows,
         "Whether a network finds the task depends on the seed; the intervals above do not hold that.",

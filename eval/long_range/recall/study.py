@@ -44,8 +44,8 @@ class Study:
     items: dict[Variant, list[list[dict[str, Any]]]]
     """For each cell the items of its rows; see :func:`eval.long_range.recall.score.items`. Those of trained variants
     are means over the seeds."""
-    by_seed: dict[str, list[float]]
-    """Form -> mean over the rows of each seed's trained model, of ``right``, or of ``exact`` without options."""
+    by_seed: dict[str, dict[int, float]]
+    """Form -> seed -> mean over the rows of its trained model, of ``right``, or of ``exact`` without options."""
     curves: dict[str, list[list[float]]]
     """Form -> (step, loss in nats per answer) of training with the first seed."""
     samples: list[dict[str, Any]]
@@ -95,13 +95,13 @@ def study(subject: Subject, settings: RecallSettings, kind: Kind, parts: Parts) 
         found[Variant(AS_IS, form)] = [value["items"] for value in looks]
         samples += [value["sample"] for value in looks if value["sample"]]
     runs = [(form, seed, next(values)) for form, seed in trained]
-    by_seed: dict[str, list[float]] = {}
+    by_seed: dict[str, dict[int, float]] = {}
     curves: dict[str, list[list[float]]] = {}
     for form in known if trained else ():
-        own = [value for name, _, value in runs if name == form]
-        found[Variant(TRAINED, form)] = _mean_items([value["items"] for value in own])
-        by_seed[form] = [_mean_right(value["items"]) for value in own]
-        curves[form] = own[0]["curve"]
+        own = {seed: value for name, seed, value in runs if name == form}
+        found[Variant(TRAINED, form)] = _mean_items([value["items"] for value in own.values()])
+        by_seed[form] = {seed: _mean_right(value["items"]) for seed, value in own.items()}
+        curves[form] = own[settings.seed]["curve"]
     return Study(found, by_seed, curves, samples)
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from data_pipeline.errors import UserError
 from eval.classification.finetune import fast_precision
-from eval.long_range.recall.forms import forms, window_tokens
+from eval.long_range.recall.forms import OWN, forms, window_tokens
 from eval.long_range.recall.induction import Induction
 from eval.long_range.recall.mqar import MQAR
 from eval.long_range.recall.needle import Needle
@@ -28,17 +28,22 @@ from eval.results.schema import Outcome
 from eval.subject import Subject
 
 VERSION = 1
+# What without training on the task changes no number: left at its default, so that any two models have it alike.
+_OF_TRAINING = ("start", "seeds", "train_batch_tokens", "train_lr", "train_length", "precision")
 AnyRecall = TypeVar("AnyRecall", bound=RecallSettings)
 
 
 def resolve(subject: Subject, settings: AnyRecall) -> AnyRecall:
-    """Lengths, learning rate and precision filled in from the model; raises for rows that it cannot read."""
+    """Lengths, and with training its learning rate and precision, filled in from the model; raises for rows that it
+    cannot read."""
     config, whole = subject.loaded.model_config, subject.trained_length
-    found: dict[str, Any] = {
-        "precision": fast_precision(subject.device) if settings.precision == "auto" else settings.precision,
-        "train_lr": settings.train_lr or default_lr(config.hidden_size),
-    }
+    found: dict[str, Any] = {}
     if isinstance(settings, InductionSettings):
+        if settings.distances is None and whole < 2 * settings.passage:
+            raise UserError(
+                f"--passage {settings.passage}: a row of {whole} tokens, the longest that the model was trained on, "
+                f"does not hold it twice: --passage {whole // 2} or less, or --distances {settings.passage} or more"
+            )
         distances = settings.distances or _doubling(settings.passage, whole - settings.passage)
         longest = subject.check_length(max(distances) + settings.passage, "--distances and --passage together,")
         found["distances"] = tuple(sorted(distances))
@@ -47,13 +52,17 @@ def resolve(subject: Subject, settings: AnyRecall) -> AnyRecall:
         assert isinstance(settings, NeedleSettings | MQARSettings)
         lengths = settings.lengths or tuple(sorted({max(whole // 4, 2), max(whole // 2, 2), whole}))
         found["lengths"] = tuple(sorted(subject.check_length(length, "--lengths") for length in lengths))
+    # As asked for, for models of any form: which of these is the model's own is told from its weights.
+    found["attention"] = (OWN, *(form for form in settings.attention if form != OWN))
+    if not settings.train_steps:
+        found |= {name: type(settings).model_fields[name].default for name in _OF_TRAINING}
+        return settings.model_copy(update=found)
+    found["precision"] = fast_precision(subject.device) if settings.precision == "auto" else settings.precision
+    found["train_lr"] = settings.train_lr or default_lr(config.hidden_size)
     found["train_length"] = settings.train_length or max(lengths)
-    # Only the forms that are there and differ: the same study has the same key however it is asked for.
-    found["attention"] = tuple(forms(config, settings.attention))
-    resolved = settings.model_copy(update=found)
-    if settings.train_steps and found["train_length"] < min(lengths):
+    if found["train_length"] < min(lengths):
         raise UserError(f"--train-length {found['train_length']}: the shortest rows have {min(lengths)} tokens")
-    return resolved
+    return settings.model_copy(update=found)
 
 
 def data(subject: Subject, settings: RecallSettings) -> dict[str, Any]:
@@ -131,7 +140,7 @@ def _note(subject: Subject, settings: RecallSettings, kind: Kind, window: int | 
             f"Each layer sees the {window - config.segment_length + 1} to {window} nearest tokens exactly"
             + (", those farther back through landmarks." if config.attention == "nystrom" else ", and no others.")
         )
-    if len(settings.attention) > 1:
+    if len(forms(config, settings.attention)) > 1:
         parts.append(
             "Forms other than the model's own have the same weights, which were not trained for them; "
             f"own: {config.attention}."

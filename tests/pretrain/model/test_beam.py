@@ -51,21 +51,24 @@ def test_a_search_wide_enough_finds_the_best_of_all_continuations(stops: int | N
 
 
 def plain_search(
-    model: NystromformerLM, prompt: list[int], beams: int, steps: int, stop: int | None, penalty: float
+    model: NystromformerLM, prompt: list[int], beams: int, steps: int, stops: Sequence[int], penalty: float
 ) -> tuple[list[int], float]:
     """The search with a full forward pass over every beginning."""
     alive: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
     ended: list[tuple[tuple[int, ...], float]] = []
-    for _ in range(steps):
-        longer = []
+    for step in range(steps):
+        candidates = []
         for text, score in alive:
             with torch.no_grad():
                 log_p = model(torch.tensor([[*prompt, *text]])).logits[0, -1].log_softmax(-1).tolist()
-            if stop is not None:
-                ended.append((text, score + log_p[stop]))
-            longer += [((*text, token), score + log_p[token]) for token in range(len(log_p)) if token != stop]
-        alive = sorted(longer, key=lambda pair: -pair[1])[:beams]
-    text, score = max([*ended, alive[0]], key=lambda pair: pair[1] / min(len(pair[0]) + 1, steps) ** penalty)
+            candidates += [(text, token, score + log_p[token]) for token in range(len(log_p))]
+        candidates.sort(key=lambda candidate: -candidate[2])
+        ended += [(text, score) for text, token, score in candidates[:beams] if token in stops]
+        alive = [((*text, token), score) for text, token, score in candidates if token not in stops][:beams]
+        if len(ended) >= beams and step + 1 < steps:
+            alive = []
+            break
+    text, score = max([*ended, *alive[:1]], key=lambda pair: pair[1] / min(len(pair[0]) + 1, steps) ** penalty)
     return list(text), score
 
 
@@ -74,19 +77,42 @@ def test_beams_over_the_cache_equal_a_search_without_one(changes: dict[str, obje
     model = decoder(23, **changes)
     prompts = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10]]
     steps = 6 if "max_positions" in changes else 14
-    for stop, penalty in ((None, 1.0), (STOP, 0.0), (5, 0.7)):
-        texts, scores = beam_search(model, prompts, beams=3, max_new_tokens=steps, length_penalty=penalty, stop_id=stop)
+    often = often_said(model, prompts, steps)
+    ends = 0
+    for beams, stops, penalty in (
+        (3, [], 1.0), (3, [STOP], 0.0), (3, [5], 0.7), (3, often[:1], 1.0), (2, often[:2], 0.5), (5, often[:3], 3.0),
+    ):  # fmt: skip
+        texts, scores = beam_search(
+            model, prompts, beams=beams, max_new_tokens=steps, length_penalty=penalty, stop_id=stops
+        )
         for prompt, text, score in zip(prompts, texts, scores, strict=True):
-            wanted, wanted_score = plain_search(model, prompt, 3, steps, stop, penalty)
+            wanted, wanted_score = plain_search(model, prompt, beams, steps, stops, penalty)
             assert text == wanted
             assert score == pytest.approx(wanted_score, abs=1e-8)
+            ends += len(text) < steps
+            stop_log_p = [log_p(model, prompt, [*text, stop]) for stop in stops] if len(text) < steps else []
+            whole = max(stop_log_p) if stop_log_p else log_p(model, prompt, text)
+            assert score == pytest.approx(whole, abs=1e-8)  # with that of its stop
+    assert ends > 3
+
+
+def often_said(model: NystromformerLM, prompts: Sequence[Sequence[int]], steps: int) -> list[int]:
+    """Tokens that greedy decoding says after several of them first: stops that end something."""
+    said = [row[steps // 2] for row in generate(model, prompts, max_new_tokens=steps, temperature=0)]
+    return list(dict.fromkeys(said))
 
 
 def test_one_beam_is_greedy_and_mistakes_are_named() -> None:
     model = decoder(23)
     prompts = [[1, 2, 3], [4]]
     texts, _ = beam_search(model, prompts, beams=1, max_new_tokens=12)
-    assert texts == generate(model, prompts, max_new_tokens=12, temperature=0)
+    greedy = generate(model, prompts, max_new_tokens=12, temperature=0)
+    assert texts == greedy
+    for stops in ([STOP], [greedy[0][7]], [greedy[1][4], greedy[0][11]]):
+        wanted = generate(model, prompts, max_new_tokens=12, temperature=0, stop_id=stops)
+        for penalty in (0.0, 1.0, 3.0):
+            texts, _ = beam_search(model, prompts, beams=1, max_new_tokens=12, length_penalty=penalty, stop_id=stops)
+            assert texts == wanted
     assert beam_search(model, prompts, beams=2, max_new_tokens=0) == ([[], []], [0.0, 0.0])
     with pytest.raises(UserError, match="at least 1 beam, got 0"):
         beam_search(model, prompts, beams=0, max_new_tokens=1)
