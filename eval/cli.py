@@ -140,6 +140,7 @@ def _check_data(shards: str | None, suites: Sequence[Suite]) -> None:
 
 def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
     from eval.console import print_table
+    from eval.results.records import results_folder
     from eval.runner import Runner
     from eval.subject import load_subject
 
@@ -193,16 +194,6 @@ def _of_all(failures: dict[str, list[str]], suites: int) -> UserError:
     failed = sum(map(len, failures.values()))
     lines = [f"{', '.join(names)}: {message}" for message, names in failures.items()]
     return SharedError(f"{failed} of {suites} suites could not be run\n" + "\n".join(lines))
-
-
-def results_folder(checkpoint: Path, run_dir: Path | None) -> Path:
-    """RUN/eval for a run and its export; RUN/eval/NAME for a checkpoint or the averaged weights (export-ema), so that
-    the run's results stay."""
-    if run_dir is None:
-        return checkpoint / "eval"
-    place = checkpoint.resolve()
-    own = {run_dir.resolve(), run_dir.resolve() / "export", run_dir.resolve() / "checkpoints"}
-    return run_dir / "eval" / ("" if place in own or checkpoint.name == "latest" else place.name)
 
 
 def _list(args: argparse.Namespace) -> int:

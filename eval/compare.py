@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from eval.results.comparable import ANY_OBJECTIVE, immaterial, same_unit
-from eval.results.records import read_records
+from eval.results.records import read_records, results_folder
 from eval.results.schema import Metric, Result, finite, read_result
 
 _Records = list[dict[str, Any]]
@@ -104,8 +104,7 @@ def results_at(path: Path) -> list[Path]:
         raise UserError(f"{path} does not exist: name a run folder, a folder of results, or a result file")
     place = path.resolve()
     run = place.parent.parent if place.parent.name == "checkpoints" else place.parent
-    beside = run / "eval" if place.name == "export" else run / "eval" / place.name
-    folder = next((f for f in (path / "eval", beside) if f.is_dir()), path)
+    folder = next((f for f in (path / "eval", results_folder(path, run)) if f.is_dir()), path)
     found = sorted(p for p in folder.glob("*.json") if not p.name.startswith("."))
     if not found:
         raise UserError(f"{folder} holds no results: run `nystrom eval` first")

@@ -1,4 +1,4 @@
-"""The records of single samples beside a result: JSON lines, with their number and checksum in the result."""
+"""Where results lie, and the records of single samples beside them: JSON lines, whose checksum the result holds."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ def encode_records(records: Sequence[dict[str, Any]]) -> tuple[bytes, dict[str, 
     lines = [json.dumps(finite(record), ensure_ascii=False, sort_keys=True, allow_nan=False) for record in records]
     data = "".join(line + "\n" for line in lines).encode()
     return data, {"count": len(lines), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def results_folder(checkpoint: Path, run_dir: Path | None) -> Path:
+    """RUN/eval for a run and its export; RUN/eval/NAME for a checkpoint or the averaged weights (export-ema), so that
+    the run's results stay."""
+    if run_dir is None:
+        return checkpoint / "eval"
+    place = checkpoint.resolve()
+    own = {run_dir.resolve(), run_dir.resolve() / "export", run_dir.resolve() / "checkpoints"}
+    return run_dir / "eval" / ("" if place in own or checkpoint.name == "latest" else place.name)
 
 
 def finished_folder(folder: Path, key: str) -> Path:

@@ -28,7 +28,7 @@ def test_predictions_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     alone, together = (row["ratio"] for row in result["rows"])
     assert abs(alone - 1) < 0.05
     # What gloo is still sending lives on: 385 to 419 MB in five runs, most where the other process was late.
-    assert abs(together - 1) < GOAL
+    assert 1 - GOAL < together < 1.05
     assert result["provenance"]["command"].startswith("python -m benchmarks.memory --cases")
     assert "| clm-zero2-2 |" in capsys.readouterr().out
 

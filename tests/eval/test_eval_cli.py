@@ -19,6 +19,7 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from data_pipeline.tokenization.training import train_tokenizer
 from eval import cli
 from eval.compare import results_at
+from eval.results.records import results_folder
 from eval.results.schema import read_result
 from eval.validity import checks
 from eval.validity.settings import ValiditySettings
@@ -172,12 +173,12 @@ def test_shards_of_another_tokenizer_are_refused(causal: Path, root: Path, texts
 
 def test_results_of_an_older_checkpoint_do_not_replace_the_runs() -> None:
     run = Path("runs/a")
-    assert cli.results_folder(run, run) == run / "eval"
-    assert cli.results_folder(run / "export", run) == run / "eval"
-    assert cli.results_folder(run / "checkpoints" / "step8", run) == run / "eval" / "step8"
-    assert cli.results_folder(run / "checkpoints" / "latest", run) == run / "eval"
-    assert cli.results_folder(run / "export-ema", run) == run / "eval" / "export-ema"
-    assert cli.results_folder(Path("elsewhere"), None) == Path("elsewhere/eval")
+    assert results_folder(run, run) == run / "eval"
+    assert results_folder(run / "export", run) == run / "eval"
+    assert results_folder(run / "checkpoints" / "step8", run) == run / "eval" / "step8"
+    assert results_folder(run / "checkpoints" / "latest", run) == run / "eval"
+    assert results_folder(run / "export-ema", run) == run / "eval" / "export-ema"
+    assert results_folder(Path("elsewhere"), None) == Path("elsewhere/eval")
 
 
 @pytest.mark.parametrize(("inside", "folder"), [("checkpoints", "step8"), (".", "export-ema"), (".", "export")])
@@ -190,7 +191,7 @@ def test_a_checkpoint_named_from_within_the_run_has_its_results_in_the_same_plac
     expected.mkdir(parents=True)
     (expected / "lm.json").touch()
     monkeypatch.chdir(run / inside)
-    assert cli.results_folder(Path(folder), run) == expected
+    assert results_folder(Path(folder), run) == expected
     assert results_at(Path(folder)) == [expected / "lm.json"]
 
 
