@@ -18,9 +18,9 @@ from pretrain.telemetry.trackers import check_trackers
 
 @dataclass(frozen=True)
 class Inputs:
-    """A configuration with nothing left open, and the data it names, opened."""
+    """A configuration with nothing left open but the precision, and the data it names, opened."""
 
-    config: RunConfig  # model.vocab_size is set
+    config: RunConfig  # model.vocab_size is set; precision may be auto until all processes have met
     plan: Plan
     train: TrainingData
     fingerprint: str  # of the training data
@@ -29,7 +29,7 @@ class Inputs:
 
 def check_inputs(config: RunConfig, world_size: int) -> Inputs:
     """Open the shards and compare them with the configuration; raises :class:`UserError` for what would fail later."""
-    build_deepspeed_config(config)
+    _check_deepspeed(config)
     check_trackers(config.telemetry)
     plan = build_plan(config)
     check_world_size(plan, world_size)
@@ -64,3 +64,19 @@ def check_inputs(config: RunConfig, world_size: int) -> Inputs:
             )
     resolved = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
     return Inputs(resolved, plan, train, fingerprint(config, plan, train), valid)
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    """The block ``deepspeed:`` must fit whatever ``precision: auto`` comes to."""
+    if config.precision != "auto":
+        build_deepspeed_config(config)
+        return
+    for precision in ("fp32",) if config.zero_stage == 0 else ("bf16", "fp32"):
+        try:
+            build_deepspeed_config(config.model_copy(update={"precision": precision}))
+        except UserError as error:
+            raise UserError(
+                f"{error} (precision is auto, which may come to {precision}; name the one you mean)"
+                if "with precision" in str(error)
+                else str(error)
+            ) from None

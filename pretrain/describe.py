@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from pretrain.distributed.world import World
 
 
-def describe(config: RunConfig, plan: Plan, data: TrainingData, parameters: int, world: World) -> str:
-    """Several lines for somebody who has not read the configuration."""
+def describe(
+    config: RunConfig, plan: Plan, data: TrainingData, parameters: int, world: World, precision: str | None = None
+) -> str:
+    """Several lines for somebody who has not read the configuration. ``precision``: in words, with why."""
     model = config.model
     kind = {"mlm": "masked", "clm": "causal"}[model.objective]
     memory = state_bytes(parameter_sizes(stage_model(config, 0), config.optimizer), config, world.world_size)
@@ -48,7 +50,8 @@ def describe(config: RunConfig, plan: Plan, data: TrainingData, parameters: int,
             *_describe_data(config, plan, data),
             f"Lengths: {stages}.",
             *describe_changes(config),
-            f"On {world.world_size} {'GPU' if world.device.type == 'cuda' else 'CPU'} process(es), {config.precision}, "
+            f"On {world.world_size} {'GPU' if world.device.type == 'cuda' else 'CPU'} process(es), "
+            f"{precision or config.precision}, "
             f"ZeRO stage {config.zero_stage}; each expects {bytes_text(memory.total)} for its state ({parts}); "
             "`nystrom plan` says how much activations take on top.",
         ]

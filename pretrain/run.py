@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -79,22 +80,27 @@ def _train_together(
     from pretrain.distributed.world import first_decides
     from pretrain.engine.probe import run_probe
     from pretrain.engine.training import TrainingEngine
+    from pretrain.precision import settle
     from pretrain.telemetry.folder import explain, write_start
     from pretrain.telemetry.telemetry import METRICS, Telemetry, truncate_metrics
     from pretrain.trainer import Trainer
 
-    config, run_dir = inputs.config, inputs.config.run_dir
+    run_dir = inputs.config.run_dir
     first_decides(world, lambda: _prepare_folder(inputs, resume))
     state = TrainState()
     world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, state)
     watchdog.at("reading checkpoints")
-    checkpoints = Checkpoints(
-        run_dir / "checkpoints", world, config.checkpoint.keep_last, config.checkpoint.keep_every_tokens
-    )
+    keep = inputs.config.checkpoint
+    checkpoints = Checkpoints(run_dir / "checkpoints", world, keep.keep_last, keep.keep_every_tokens)
     found, passed_over = checkpoints.find()
     changed: dict[str, Any] = {}
     if found is not None:
         changed, state = _check(found[1], inputs, world.world_size), found[1].state
+    began = None if found is None else found[1].identity["config"]["precision"]
+    precision = settle(inputs.config, world, began)
+    # From here on, in the folder's config.yaml and in every checkpoint, the precision is the one that it came to.
+    config = precision.config
+    inputs = dataclasses.replace(inputs, config=config)
     if world.is_first:
         leaving.last_words = lambda: leave_preempted(run_dir, state, "starting; nothing was trained")
 
@@ -133,7 +139,8 @@ def _train_together(
     try:
         for line in passed_over:
             telemetry.say(line)
-        telemetry.say(describe(config, inputs.plan, inputs.train, engine.num_parameters, world))
+        telemetry.say(describe(config, inputs.plan, inputs.train, engine.num_parameters, world, precision.text))
+        telemetry.say(precision.note)
         event: dict[str, Any] = {"event": "start"}
         if found is not None:
             event = {"event": "resume", "changed": changed, "passed_over": passed_over}

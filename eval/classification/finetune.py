@@ -144,14 +144,6 @@ def micro_batches(lengths: np.ndarray, indices: np.ndarray, tokens: int) -> Iter
         start += rows
 
 
-def fast_precision(device: torch.device) -> str:
-    """bf16 where matrix products in it are faster than in float32 (GPUs, CPUs with AMX), else fp32."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return "bf16" if amx is not None and amx() else "fp32"
-
-
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Mixed precision by autocast: weights and optimizer stay float32, matrix products run in bf16."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

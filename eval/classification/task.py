@@ -11,7 +11,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 from eval.classification.baselines import majority
 from eval.classification.dataset import ClassifyData, sources
-from eval.classification.finetune import default_lr, fast_precision
+from eval.classification.finetune import default_lr
 from eval.classification.jobs import (
     MAJORITY_ROW,
     MODEL_ROW,
@@ -40,6 +40,7 @@ from eval.results.parts import Parts
 from eval.results.schema import Metric, Outcome, Table
 from eval.results.statistics import bootstrap
 from eval.subject import Subject
+from pretrain.precision import fast_precision
 
 __all__ = ["MAJORITY_ROW", "MODEL_ROW", "SCRATCH_ROW", "TABLE", "TFIDF_CUT_ROW", "TFIDF_ROW", "data", "resolve", "run"]
 

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from eval.approximation.forms import EXACT, WINDOW, with_attention
-from eval.classification.finetune import fast_precision
 from eval.efficiency.measure import interleave, peak_memory
 from eval.efficiency.settings import EfficiencySettings
 from eval.efficiency.summary import Measured, summarize
@@ -33,6 +32,7 @@ from eval.subject import Subject
 from pretrain.describe import cpu_name
 from pretrain.model.decoding import cache_bytes
 from pretrain.model.transformer import NystromformerLM
+from pretrain.precision import fast_precision
 
 VERSION = 1
 LENGTHS = {"cpu": (512, 1024, 2048, 4096), "cuda": (1024, 4096, 16384, 32768)}

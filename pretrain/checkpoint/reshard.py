@@ -1,4 +1,4 @@
-"""A run goes on with another number of processes or another ZeRO stage: each process takes its piece of every state.
+"""A run goes on with other processes, another ZeRO stage or precision: each process takes its piece of every state.
 
 DeepSpeed's load (0.19.8) works by position: on the processes, stage and groups that wrote the files it is exact, on
 others it fails or, worse, does not (stage 1 into 2 loads; a parameter that moved to another group shifts all after it).
@@ -25,7 +25,8 @@ def layout_of(engine: Any) -> Layout:
     names = tuple(map(tuple, group_names(engine)))
     paddings = getattr(optimizer, "round_robin_bit16_padding", None) or [[0] * len(group) for group in names]
     bf16_optimizer = stage == 1 and not hasattr(optimizer, "round_robin_bit16_groups")
-    return Layout(dist.get_world_size(), stage, names, tuple(map(tuple, paddings)), bf16_optimizer)
+    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+    return Layout(dist.get_world_size(), stage, names, tuple(map(tuple, paddings)), bf16_optimizer, precision)
 
 
 def group_names(engine: Any) -> list[list[str]]:
@@ -65,7 +66,8 @@ def restore(engine: Any, saved: SavedStates) -> None:
     for name, buffer in engine.module.named_buffers():
         if name in saved.buffers:
             buffer.copy_(saved.buffers[name])
-    if saved.loss_scaler is not None and hasattr(engine.optimizer, "loss_scaler"):
+    # Only fp16's scales anything: another precision's would take its place, and the other way round.
+    if saved.loss_scaler is not None and saved.layout.precision == layout_of(engine).precision:
         engine.optimizer.loss_scaler = saved.loss_scaler
     for key, value in saved.counters.items():
         setattr(engine, key, value)

@@ -13,7 +13,7 @@ from pretrain.curriculum.plan import build_plan, slice_length
 
 # Dotted keys that the weights, the optimizer's state or the order of the data depend on. What only decides where the
 # same numbers lie or are computed (processes, zero_stage, offload_optimizer, compile ...) may change.
-FIXED = ("model", "seed", "precision", "optimizer.kind", "data.masking", "data.packing")
+FIXED = ("model", "seed", "optimizer.kind", "data.masking", "data.packing")
 # Where something is, not what it is (the contents are compared by fingerprint), and what has a comparison of its own.
 _ELSEWHERE = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
 
@@ -29,14 +29,17 @@ def check_resume(
     """Compare a checkpoint with what is asked for now.
 
     Returns the changes that are allowed, {dotted key: [old, new]}: learning rate and its schedule, stages to come,
-    micro-batches, validation, checkpoints, telemetry, the ZeRO stage and, as ``processes``, their number. Raises
-    :class:`UserError` that names every change that is not.
+    micro-batches, validation, checkpoints, telemetry, the ZeRO stage, bf16 for fp32 and fp32 for bf16 and, as
+    ``processes``, their number. ``precision: auto`` is no change: it is the checkpoint's. Raises :class:`UserError`
+    that names every change that is not allowed.
     """
     old = manifest.identity
     old_config = parse_config(old["config"], where=f"checkpoint {manifest.tag}")
+    refused = _precision(old_config, config)
+    if config.precision == "auto":
+        config = config.model_copy(update={"precision": old_config.precision})
     # What the checkpoint's version did not know yet had its default value.
     before, now = _flatten(old_config.model_dump(mode="json")), _flatten(config.model_dump(mode="json"))
-    refused: list[str] = []
     changed: dict[str, Any] = {}
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key) or key.startswith(("curriculum", "data.block_length")) or key in _ELSEWHERE:
@@ -73,6 +76,21 @@ def check_resume(
             "old folder is moved aside)"
         )
     return changed
+
+
+def _precision(old: RunConfig, new: RunConfig) -> list[str]:
+    """What is wrong with going on in the precision that is asked for; ``auto`` asks for the one there was."""
+    if new.precision == "auto" and new.zero_stage == 0 and old.precision != "fp32":
+        return [
+            f"zero_stage is now 0, which has fp32 only, and the run is in {old.precision}"
+            + (" (--set precision=fp32 changes that too)" if old.precision == "bf16" else "")
+        ]
+    # fp16's gradients are scaled by what its last steps came to; nobody tried to leave it or to begin in the middle.
+    if new.precision not in ("auto", old.precision) and "fp16" in (new.precision, old.precision):
+        return [
+            f"precision was {old.precision!r} and is now {new.precision!r}: only bf16 and fp32 take each other's place"
+        ]
+    return []
 
 
 def _repacked(old: RunConfig, new: RunConfig) -> list[str]:

@@ -37,6 +37,9 @@ class Layout:
     paddings: tuple[tuple[int, ...], ...]
     # Whether it is of DeepSpeed's BF16_Optimizer (stage 1 with float32 accumulation), whose files differ.
     bf16_optimizer: bool = False
+    # Of the weights that the model computes with: the master weights are float32 in any case, but a load by DeepSpeed
+    # puts all that it finds as it finds it.
+    precision: str = "fp32"
 
 
 class _Owner(NamedTuple):
@@ -121,7 +124,12 @@ class SavedStates:
         paddings = first.get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
         names = tuple(tuple(group) for group in shapes)
         self.layout = Layout(
-            self.world_size, stage, names, tuple(tuple(group) for group in paddings), bf16_optimizer=bf16_optimizer
+            self.world_size,
+            stage,
+            names,
+            tuple(tuple(group) for group in paddings),
+            bf16_optimizer=bf16_optimizer,
+            precision=_precision(model["ds_config"]),
         )
         self.loss_scaler = first.get("loss_scaler")
         base = [file["optimizer_state_dict" if stage == 3 else "base_optimizer_state"] for file in files]
@@ -183,6 +191,11 @@ def _owner(master: torch.Tensor, shape: torch.Size, state: dict[str, Any]) -> _O
     scalars = {key: value for key, value in state.items() if key not in per_element}
     values = {MASTER: master, **per_element}
     return _Owner({key: value.detach().reshape(-1) for key, value in values.items()}, scalars, shape.numel())
+
+
+def _precision(json: dict[str, Any]) -> str:
+    """By the JSON that DeepSpeed was given, which it keeps in its files."""
+    return next((name for name in ("bf16", "fp16") if json.get(name, {}).get("enabled")), "fp32")
 
 
 def _groups_by_axes(module: dict[str, torch.Tensor], buffers: Iterable[str]) -> list[list[str]]:

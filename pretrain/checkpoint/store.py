@@ -189,7 +189,7 @@ class Checkpoints:
         """
         lines = []
         if engine.load(folder.parent, folder.name):
-            lines.append("The states of the checkpoint were cut anew for these processes and this ZeRO stage.")
+            lines.append("The states of the checkpoint were cut anew for these processes, ZeRO stage and precision.")
         rank, world_size = self._world.rank, self._world.world_size
         if manifest.identity["world_size"] == world_size:
             randomness.set_state(torch.load(folder / _rng_file(rank), weights_only=True))

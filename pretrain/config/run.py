@@ -29,7 +29,9 @@ class RunConfig(Strict):
     batch_tokens: int = Field(
         gt=0, description="tokens of one optimizer step, over all processes, where the stage does not say otherwise"
     )
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 where the machine is faster in it, else fp32; a run keeps what it began in"
+    )
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = Field(False, description="keep optimizer state in the host's memory (ZeRO-Offload)")
     activation_checkpointing: bool = Field(
@@ -77,7 +79,7 @@ class RunConfig(Strict):
         self._check_batch("batch_tokens", self.batch_tokens)
         if self.model.trained_positions is not None:
             raise ValueError("model.trained_positions follows from the curriculum: leave it out")
-        if self.zero_stage == 0 and self.precision != "fp32":
+        if self.zero_stage == 0 and self.precision not in ("auto", "fp32"):
             raise ValueError(
                 f"zero_stage 0 with {self.precision} is refused: DeepSpeed 0.19.8 takes a phantom optimizer step there "
                 "and trains wrongly; use zero_stage 1 or more, or precision fp32"

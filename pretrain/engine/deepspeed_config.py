@@ -19,9 +19,11 @@ def build_deepspeed_config(config: RunConfig, *, pin_memory: bool = False) -> di
     Accumulation is unmanaged: ``engine.step()`` is the boundary and gradients are scaled by the trainer, the only way
     that stays exact when the number of micro-batches changes between stages. ``pin_memory``: offloaded state goes to
     page-locked memory, for a GPU to read without a copy. Raises :class:`UserError` for a key that is unknown, decided
-    elsewhere, or known to go wrong.
+    elsewhere, or known to go wrong, and ``ValueError`` for a precision that is still ``auto``.
     """
     stage, precision = config.zero_stage, config.precision
+    if precision == "auto":
+        raise ValueError("precision auto is not settled: pretrain.precision does that")
     check_passthrough(config)
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.curriculum[0].micro_batch,

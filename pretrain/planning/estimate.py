@@ -15,6 +15,7 @@ from pretrain.planning.fit import Change, Room, changes_that_fit, largest_micro_
 from pretrain.planning.memory import StageMemory, plan_memory
 from pretrain.planning.state import Zero, parameter_sizes, state_bytes
 from pretrain.planning.time import TRAINING, StageTime, plan_time
+from pretrain.precision import settle_for_plan
 from pretrain.sources import open_sources
 
 LIBRARIES = 600_000_000
@@ -47,6 +48,9 @@ class Estimate:
     """The answer; bytes, seconds, FLOPs."""
 
     config: RunConfig
+    """With the precision settled."""
+    precision: str
+    """In words, with why if it was ``auto``."""
     question: Question
     parameters: dict[str, int]
     """By part of the model."""
@@ -102,6 +106,8 @@ def estimate(config: RunConfig, question: Question) -> Estimate:
     GPUs cannot share."""
     if config.model.vocab_size is None:
         raise UserError("the size of the vocabulary is not known")
+    precision = settle_for_plan(config, question.on_gpu)
+    config = precision.config
     memory = plan_memory(config, question.gpus, on_gpu=question.on_gpu)
     parameters = parameters_by_part(stage_model(config, 0))
     total = sum(parameters.values())
@@ -118,6 +124,7 @@ def estimate(config: RunConfig, question: Question) -> Estimate:
     other = config.model_copy(update={"activation_checkpointing": not config.activation_checkpointing})
     return Estimate(
         config=config,
+        precision=precision.text,
         question=question,
         parameters=parameters,
         memory=memory,

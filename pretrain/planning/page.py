@@ -51,7 +51,8 @@ def _memory(found: Estimate) -> list[str]:
     checkpointing, other = ("on", "off") if config.activation_checkpointing else ("off", "on")
     where = "GPU" if question.on_gpu else "process"
     out = [
-        f"Memory of one {where} in GiB ({question.gpus} of them, {config.precision}, ZeRO stage {config.zero_stage}, "
+        f"Memory of one {where} in GiB ({question.gpus} of them, {found.precision}, "
+        f"ZeRO stage {config.zero_stage}, "
         f"activation_checkpointing {checkpointing}, offload_optimizer {'on' if config.offload_optimizer else 'off'})"
     ]
     head = ["", *(f"{stage.seq_len:,} x {stage.micro_batch}" for stage in stages)]
@@ -127,6 +128,8 @@ def as_dict(found: Estimate) -> dict[str, Any]:
     """Plain values; bytes, seconds, FLOPs."""
     return {
         "name": found.config.name,
+        "precision": found.config.precision,
+        "precision_why": found.precision,
         "question": asdict(found.question),
         "parameters": {"total": found.num_parameters, **found.parameters},
         "stages": [

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from eval.classification.finetune import fast_precision
 from eval.long_range.lra import report
 from eval.long_range.lra.data import load
 from eval.long_range.lra.examples import Dataset
@@ -22,6 +21,7 @@ from eval.long_range.lra.settings import LRASettings
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject, choose_device
+from pretrain.precision import fast_precision
 
 VERSION = 2
 # What data() has read, for run(), which follows it: 200,000 images are not read twice.

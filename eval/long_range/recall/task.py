@@ -12,7 +12,6 @@ import hashlib
 from typing import Any, TypeVar
 
 from data_pipeline.errors import UserError
-from eval.classification.finetune import fast_precision
 from eval.long_range.recall.forms import OWN, forms, window_tokens
 from eval.long_range.recall.induction import Induction
 from eval.long_range.recall.mqar import MQAR
@@ -26,6 +25,7 @@ from eval.long_range.recall.vocabulary import Text, symbols
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject
+from pretrain.precision import fast_precision
 
 VERSION = 1
 # What without training on the task changes no number: left at its default, so that any two models have it alike.
