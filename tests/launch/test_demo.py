@@ -76,5 +76,5 @@ def test_every_command_of_the_demo_exists_and_its_configurations_are_what_the_st
         assert step.command[0] in program.COMMANDS
     for path in demo.CONFIGS.glob("demo-*.yaml"):
         config = load_config(path)
-        assert (len(config.curriculum), config.precision, config.zero_stage) == (3, "bf16", 2)
+        assert (len(config.curriculum), config.precision, config.zero_stage) == (3, "auto", 2)
         assert config.model.objective == path.stem.removeprefix("demo-")

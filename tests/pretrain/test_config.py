@@ -35,6 +35,13 @@ def test_yaml_round_trip() -> None:
     assert parse_config(yaml.safe_load(config.to_yaml())) == config
 
 
+def test_the_precision_is_left_to_the_machine_unless_it_is_named() -> None:
+    config = parse_config(minimal())
+    assert config.precision == "auto" == parse_config(yaml.safe_load(config.to_yaml())).precision
+    assert parse_config(minimal(zero_stage=0)).precision == "auto"
+    assert parse_config(minimal(precision="bf16")).precision == "bf16"
+
+
 def test_masking_is_what_the_data_pipeline_takes() -> None:
     assert parse_config(minimal()).data.masking.build() == Masking()
     masking = {"unit": "span", "rate": 0.3, "mask_share": 1.0, "random_share": 0.0, "span_p": 0.5, "span_max": 4}
@@ -71,7 +78,7 @@ def stages_with(**changes: Any) -> list[dict[str, Any]]:
         ({"optimizer": {"learning_rate": 1e-3}}, "unknown key 'optimizer.learning_rate'"),
         ({"model": {"objective": "clm", "hidden_sise": 64}}, "did you mean 'hidden_size'"),
         ({"batch_token": 1}, "did you mean 'batch_tokens'"),
-        ({"zero_stage": 0}, "zero_stage 0 with bf16 is refused"),
+        ({"zero_stage": 0, "precision": "bf16"}, "zero_stage 0 with bf16 is refused"),
         ({"zero_stage": 4}, "zero_stage: .*got 4"),
         ({"batch_tokens": 1000}, "batch_tokens 1000 is not a multiple of the longest length, 128: use 1024"),
         ({"data": {"train": "x", "block_length": 64}}, "curriculum.1.seq_len 128 is longer than data.block_length 64"),
@@ -207,4 +214,7 @@ def test_the_configurations_that_come_along_are_right(path: Path) -> None:
     plan = build_plan(config)
     for processes in (1, 2):
         check_world_size(plan, processes)
-    assert build_deepspeed_config(config)["zero_optimization"]["stage"] == config.zero_stage
+    assert config.precision == "auto"
+    for precision in ("bf16", "fp32"):
+        generated = build_deepspeed_config(config.model_copy(update={"precision": precision}))
+        assert generated["zero_optimization"]["stage"] == config.zero_stage

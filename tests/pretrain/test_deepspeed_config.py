@@ -19,6 +19,7 @@ def config(**changes: Any) -> RunConfig:
         "data": {"train": "x"},
         "curriculum": [{"until_tokens": 1000, "seq_len": 16, "micro_batch": 4}],
         "batch_tokens": 64,
+        "precision": "bf16",
     }
     return RunConfig.model_validate({**base, **changes})
 

@@ -48,8 +48,10 @@ def write(folder: str, stages: list[int], precision: str, extra: dict[str, Any])
         engine.destroy()
 
 
-def read(folder: str, stages: list[int], precision: str, extra: dict[str, Any]) -> tuple[int, int]:
-    """Runs in the ranks: reads what every layout wrote into every stage.
+def read(
+    folder: str, stages: list[int], precision: str, extra: dict[str, Any], written: str | None = None
+) -> tuple[int, int]:
+    """Runs in the ranks: reads what every layout wrote into every stage; ``written`` in another precision, if given.
 
     Returns in how many cases, and how many of them DeepSpeed's own load could read too.
     """
@@ -91,7 +93,7 @@ def read(folder: str, stages: list[int], precision: str, extra: dict[str, Any]) 
             groups["decay"]["lr"] = 0.01
             take_step(engine, STEPS)
             ours = all_states(engine)
-            if precision == "fp32":  # bias correction, decay and averages all went on: it is the plain optimizer's step
+            if precision == (written or precision) == "fp32":  # bias correction, decay and averages all went on: it is the plain optimizer's step
                 for name, states in ours.items():
                     for state, value in states.items():
                         torch.testing.assert_close(value, after[name][state], rtol=1e-5, atol=1e-7)
@@ -134,6 +136,26 @@ def test_every_layout_reads_every_other(
         values(run_ranks(write, world_size, **case))
     counts = values(run_ranks(read, readers, **case))
     assert counts == [(len(stages) ** 2 * len(writers), len(stages) * (readers in writers))] * readers
+
+
+@pytest.mark.parametrize(
+    ("written", "precision", "stages", "extra"),
+    [
+        ("bf16", "fp32", [1, 2, 3], ACCUMULATE),
+        ("fp32", "bf16", [1, 2, 3], {}),
+        pytest.param("bf16", "fp32", [1, 2, 3], SMALL, marks=pytest.mark.slow),
+        pytest.param("fp32", "bf16", [1, 2, 3], SMALL, marks=pytest.mark.slow),
+        pytest.param("fp32", "bf16", [1, 2, 3], OFFLOAD, marks=pytest.mark.slow),
+    ],
+)
+def test_another_precision_takes_over_every_state_to_the_bit(
+    tmp_path: Path, written: str, precision: str, stages: list[int], extra: dict[str, Any]
+) -> None:
+    """Also the same processes and stage, where DeepSpeed's own load would have tried."""
+    case = {"folder": str(tmp_path), "stages": stages, "extra": extra}
+    values(run_ranks(write, 2, precision=written, **case))
+    counts = values(run_ranks(read, 2, precision=precision, written=written, **case))
+    assert counts == [(len(stages) ** 2, 0)] * 2
 
 
 def other_groups(folder: str, stage: int, extra: dict[str, Any]) -> None:
@@ -236,6 +258,32 @@ def fp16(folder: str, stage: int, reading: bool) -> tuple[float, float, int]:
         engine.save_checkpoint(folder, tag="step", save_latest=False)
     assert next(engine.module.parameters()).dtype == torch.float16
     return fresh, float(engine.optimizer.loss_scale), engine.optimizer.loss_scaler.cur_iter
+
+
+def without_scaler(folder: str) -> None:
+    """Runs in a rank: fp16's loss scale stays behind where nothing is scaled, and bf16's scale of 1 where fp16 begins."""
+    from deepspeed.accelerator import get_accelerator
+
+    from pretrain.checkpoint.reshard import restore
+    from pretrain.checkpoint.saved import SavedStates
+
+    get_accelerator().is_fp16_supported = lambda: True
+    join()
+    for written, precision in (("fp16", "bf16"), ("bf16", "fp16")):
+        engine = build_engine(1, written, {})
+        take_step(engine, 0)
+        engine.save_checkpoint(folder, tag=written, save_latest=False)
+        other = build_engine(2, precision, {})
+        fresh = float(other.optimizer.loss_scale)
+        assert (fresh == 1) == (precision == "bf16")
+        saved = SavedStates(Path(folder, written))
+        assert saved.layout.precision == written
+        restore(other, saved)
+        assert (float(other.optimizer.loss_scale), other.optimizer.loss_scaler.dynamic) == (fresh, precision == "fp16")
+
+
+def test_only_fp16_has_a_loss_scale(tmp_path: Path) -> None:
+    values(run_ranks(without_scaler, 1, folder=str(tmp_path)))
 
 
 @pytest.mark.parametrize(("writer", "reader"), [((2, 1), (1, 3)), pytest.param((1, 3), (2, 2), marks=pytest.mark.slow)])

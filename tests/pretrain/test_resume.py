@@ -170,6 +170,14 @@ def test_where_the_same_numbers_lie_may_change(corpus: Path) -> None:
         "zero_stage": [1, 3],
         **{key: [False, True] for key in switches},
     }
+    for precision, changed in {"auto": {}, "bf16": {}, "fp32": {"precision": ["bf16", "fp32"]}}.items():
+        asked = inputs.config.model_copy(update={"precision": precision})
+        assert check_resume(manifest, asked, inputs.plan, inputs.fingerprint, 4) == changed
+    stage_0 = inputs.config.model_copy(update={"precision": "auto", "zero_stage": 0})
+    with pytest.raises(UserError, match=r"zero_stage is now 0, .* run is in bf16 \(--set precision=fp32 changes that"):
+        check_resume(manifest, stage_0, inputs.plan, inputs.fingerprint, 4)
+    fp32 = stage_0.model_copy(update={"precision": "fp32"})
+    assert {"precision", "zero_stage"} == set(check_resume(manifest, fp32, inputs.plan, inputs.fingerprint, 4))
     for key, value in {"precision": "fp16", "optimizer": config.optimizer.model_copy(update={"kind": "muon"})}.items():
         with pytest.raises(UserError, match=rf"{key}.* was '(bf16|adamw)' and is now '(fp16|muon)'"):
             check_resume(manifest, config.model_copy(update={key: value}), inputs.plan, inputs.fingerprint, 2)

@@ -73,9 +73,9 @@ def test_fingerprints_tell_everything_apart_that_changes_the_rows(corpus: Path) 
     assert found["both"] == opened(corpus, valid, train).fingerprint
 
 
-def told(inputs: Inputs) -> str:
+def told(inputs: Inputs, precision: str | None = None) -> str:
     world = SimpleNamespace(world_size=1, device=SimpleNamespace(type="cpu"))
-    return describe(inputs.config, inputs.plan, inputs.train, 1000, cast(Any, world))
+    return describe(inputs.config, inputs.plan, inputs.train, 1000, cast(Any, world), precision)
 
 
 def test_the_description_names_sources_shares_and_epochs(corpus: Path) -> None:
@@ -86,6 +86,8 @@ def test_the_description_names_sources_shares_and_epochs(corpus: Path) -> None:
         f"Reads 2,048 tokens, {epochs:.2f} times the {blocks.shards.num_tokens:,} of {corpus}/train, in 8 steps of 256."
         in told(single)
     )
+    assert "On 1 CPU process(es), fp32, ZeRO stage 0" in told(single)
+    assert "On 1 CPU process(es), fp32 (auto: why), ZeRO stage 0" in told(single, "fp32 (auto: why)")
     both = opened(corpus, corpus / "train", corpus / "valid", data={"packing": "documents", "max_padding": 0.1})
     text = told(both)
     assert "Reads 2,048 tokens of 2 sources in 8 steps of 256:" in text
