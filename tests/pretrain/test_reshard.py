@@ -93,7 +93,9 @@ def read(
             groups["decay"]["lr"] = 0.01
             take_step(engine, STEPS)
             ours = all_states(engine)
-            if precision == (written or precision) == "fp32":  # bias correction, decay and averages all went on: it is the plain optimizer's step
+            if (
+                precision == (written or precision) == "fp32"
+            ):  # bias correction, decay and averages all went on: it is the plain optimizer's step
                 for name, states in ours.items():
                     for state, value in states.items():
                         torch.testing.assert_close(value, after[name][state], rtol=1e-5, atol=1e-7)
@@ -261,7 +263,7 @@ def fp16(folder: str, stage: int, reading: bool) -> tuple[float, float, int]:
 
 
 def without_scaler(folder: str) -> None:
-    """Runs in a rank: fp16's loss scale stays behind where nothing is scaled, and bf16's scale of 1 where fp16 begins."""
+    """Runs in a rank: fp16's loss scale stays behind in bf16, and bf16's scale of 1 where fp16 begins."""
     from deepspeed.accelerator import get_accelerator
 
     from pretrain.checkpoint.reshard import restore
