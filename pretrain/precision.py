@@ -24,14 +24,14 @@ HOPELESS = 0.6
 """Below it a small product has decided: a larger one would take tens of milliseconds and say the same."""
 SMALL, LARGE = 128, 384
 """Sides of the matrices: 0.04 and 1 ms in float32 on one core; the small one 1.2 ms in bf16 where that is slow."""
-TRIES = 5
+TRIES = 4
 """Of which the fastest counts, after one that pays for what is prepared at the first call."""
 
 
 def bf16_speed() -> float:
     """How many times as fast as float32 a core of this CPU multiplies bf16 matrices; measured once in a process.
 
-    In 13 ms where bf16 is slow and 35 ms where it is not, most of them for the first products ever.
+    In 10 ms where bf16 is slow and 30 ms where it is not, most of them for the first products ever.
     """
     return _measured()
 
