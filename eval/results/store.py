@@ -94,7 +94,7 @@ def obtain(
     if len(set(keys)) > 1:
         other = next(rank for rank, found in enumerate(keys) if found != keys[0])
         raise UserError(f"{suite}: process {other} sees other weights, settings or data than process 0: are the files "
-                        "the same on all machines?")  # fmt: skip
+                        "the same on all machines? If their processors are not, give a --precision")  # fmt: skip
     unfinished = folder / UNFINISHED / key[:32]
     own, path = finished_folder(folder, key) / RESULT, folder / f"{suite}.json"
 
