@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from training_case import EPS
+
 VOCAB = 60
 
 
@@ -23,13 +25,14 @@ def engine_settings(**changes: Any) -> dict[str, Any]:
             "num_landmarks": 8,
             "segment_length": 8,
             "conv_kernel": 5,
+            "init_std": 0.2,
         },
         "data": {"train": "unused"},
         "curriculum": [{"until_tokens": 4096, "seq_len": 32, "micro_batch": 2}],
         "batch_tokens": 256,
         "precision": "fp32",
         "zero_stage": 2,
-        "optimizer": {"lr": 0.01, "grad_clip": 0.5},
+        "optimizer": {"lr": 0.01, "grad_clip": 0.5, "eps": EPS},
         "schedule": {"kind": "constant"},
     }
     for key, value in changes.items():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from optimizer_case import KINDS, optimizer_settings, plain_loop, train
+from plain_loop import KINDS, keep_rounding_small, optimizer_settings, plain_loop, train
 from ranks import run_ranks, values
 from test_run import train as train_as_is
 from test_run import train_until
@@ -146,10 +146,8 @@ def test_other_processes_and_another_stage_take_it_over(corpus: Path, tmp_path: 
 
 
 def stop_early(config: str, step: int) -> int:
-    """Runs in the ranks: :func:`train_until` with Muon's matrices in float32, as :func:`train` has them."""
-    from pretrain.optim import muon
-
-    muon.COMPUTE_DTYPE = torch.float32
+    """Runs in the ranks: :func:`train_until`, with the optimizers of :func:`train`."""
+    keep_rounding_small()
     return train_until(config, step, "step")
 
 

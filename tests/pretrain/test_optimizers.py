@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from optimizer_case import KINDS, optimizer_settings, plain_loop, train
+from plain_loop import KINDS, optimizer_settings, plain_loop, train
 from ranks import run_ranks, values
 from training_case import metrics, settings, write_config
 
