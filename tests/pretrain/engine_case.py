@@ -25,7 +25,6 @@ def engine_settings(**changes: Any) -> dict[str, Any]:
             "num_landmarks": 8,
             "segment_length": 8,
             "conv_kernel": 5,
-            "init_std": 0.2,
         },
         "data": {"train": "unused"},
         "curriculum": [{"until_tokens": 4096, "seq_len": 32, "micro_batch": 2}],
