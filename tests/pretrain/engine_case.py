@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from training_case import EPS
+
 VOCAB = 60
 
 
@@ -29,7 +31,7 @@ def engine_settings(**changes: Any) -> dict[str, Any]:
         "batch_tokens": 256,
         "precision": "fp32",
         "zero_stage": 2,
-        "optimizer": {"lr": 0.01, "grad_clip": 0.5},
+        "optimizer": {"lr": 0.01, "grad_clip": 0.5, "eps": EPS},
         "schedule": {"kind": "constant"},
     }
     for key, value in changes.items():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from optimizer_case import KINDS, optimizer_settings, plain_loop, train
+from plain_loop import KINDS, keep_rounding_small, optimizer_settings, plain_loop, train
 from ranks import run_ranks, values
 from test_run import train as train_as_is
 from test_run import train_until
@@ -25,6 +25,8 @@ from pretrain.model.config import ModelConfig
 from pretrain.optim.optimizer import build_optimizer
 
 DECAY = 0.6
+TOLERANCE = 4e-6
+"""Absolute; measured: at most 4e-7, on AVX-512, AVX2 and none, and with sums in other orders (MKL_CBWR=COMPATIBLE)."""
 
 
 def averages(run: Path) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def test_equals_a_plain_average_over_the_run(
     (expected,) = values(run_ranks(plain_loop, 1, config=config))
     assert values(run_ranks(train, world_size, config=config)) == [0] * world_size
     for name, value in averages(tmp_path / "run").items():
-        np.testing.assert_allclose(value, expected["average"][name], atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(value, expected["average"][name], atol=TOLERANCE, err_msg=name)
     moved = [np.abs(expected["average"][name] - last).max() for name, last in expected["weights"].items()]
     assert max(moved) > 1e-3  # so that the last weights are not taken for their average
     loaded = load_model(tmp_path / "run" / "export-ema")
@@ -101,7 +103,7 @@ def test_a_skipped_step_does_not_move_it(corpus: Path, tmp_path: Path, zero_stag
     (expected,) = values(run_ranks(plain_loop, 1, config=config, skip=[1]))
     assert values(run_ranks(train_with_a_bad_step, 2, config=config, step=1, kind="gradient")) == [0, 0]
     for name, value in averages(tmp_path / "run").items():
-        np.testing.assert_allclose(value, expected["average"][name], atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(value, expected["average"][name], atol=TOLERANCE, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -142,14 +144,12 @@ def test_other_processes_and_another_stage_take_it_over(corpus: Path, tmp_path: 
     write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=2, optimizer=optimizer))
     assert values(run_ranks(train, 4, config=config)) == [0] * 4
     for name, value in averages(tmp_path / "run").items():
-        np.testing.assert_allclose(value, expected["average"][name], atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(value, expected["average"][name], atol=TOLERANCE, err_msg=name)
 
 
 def stop_early(config: str, step: int) -> int:
-    """Runs in the ranks: :func:`train_until` with Muon's matrices in float32, as :func:`train` has them."""
-    from pretrain.optim import muon
-
-    muon.COMPUTE_DTYPE = torch.float32
+    """Runs in the ranks: :func:`train_until`, with the optimizers of :func:`train`."""
+    keep_rounding_small()
     return train_until(config, step, "step")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from engine_case import build, draw, engine_settings, one_world, outcome, train_steps, whole_and_resumed
 from ranks import run_ranks, values
@@ -119,16 +120,23 @@ def with_a_bad_step(configs: list[dict[str, Any]]) -> list[Any]:
     ],
 )
 def test_offloading_equals_the_run_without_through_a_bad_step(zero_stage: int, precision: str) -> None:
-    # At stage 3 the norm is rounded to float32 with offloading, and clipping would spread that to the weights.
-    clip = {"grad_clip": 0.0 if zero_stage == 3 else 0.5}
-    plain = engine_settings(zero_stage=zero_stage, precision=precision, optimizer=clip)
-    configs = [plain, {**plain, "offload_optimizer": True}]
-    for (without, norms, bad), (offloaded, offloaded_norms, offloaded_bad) in values(
-        run_ranks(with_a_bad_step, 2, configs=configs)
-    ):
-        assert without == offloaded
-        assert offloaded_norms == pytest.approx(norms, rel=1e-6)
-        assert bad == offloaded_bad == (False, float("inf"), True)
+    # With offloading the norm is summed in another order, and clipping spreads its last bit to the weights: whether
+    # they are equal then is chance (with larger initial weights they were not). Measured: 1.2e-7 at most, one bit.
+    # In bfloat16 that bit would now and then round a weight to its neighbour.
+    for clip in (0.0, 0.5) if precision == "fp32" else (0.0,):
+        plain = engine_settings(zero_stage=zero_stage, precision=precision, optimizer={"grad_clip": clip})
+        configs = [plain, {**plain, "offload_optimizer": True}]
+        for (without, norms, bad), (offloaded, offloaded_norms, offloaded_bad) in values(
+            run_ranks(with_a_bad_step, 2, configs=configs)
+        ):
+            if not clip:
+                assert without == offloaded
+            assert min(norms) > 0.5
+            assert offloaded_norms == pytest.approx(norms, rel=1e-6)
+            assert bad == offloaded_bad == (False, float("inf"), True)
+            for name, value in without["weights"].items():
+                a, b = (np.frombuffer(weights, np.float32) for weights in (offloaded["weights"][name], value))
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-6, err_msg=name)
 
 
 def where_state_lies(config: dict[str, Any]) -> tuple[str, Any]:

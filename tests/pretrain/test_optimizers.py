@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from optimizer_case import KINDS, optimizer_settings, plain_loop, train
+from plain_loop import KINDS, optimizer_settings, plain_loop, train
 from ranks import run_ranks, values
 from training_case import metrics, settings, write_config
 
@@ -227,9 +227,9 @@ def test_equals_a_plain_loop(
     case = settings(corpus, tmp_path, model=THREE_LAYERS, zero_stage=zero_stage, optimizer=optimizer_settings(kind))
     assert values(run_ranks(train, world_size, config=write_config(tmp_path / "run.yaml", case))) == [0] * world_size
     rows, expected = metrics(tmp_path / "run"), references[kind]
-    np.testing.assert_allclose([row["loss"] for row in rows], expected["losses"], rtol=2e-6)
-    np.testing.assert_allclose([row["grad_norm"] for row in rows], expected["norms"], rtol=5e-6)
+    np.testing.assert_allclose([row["loss"] for row in rows], expected["losses"], rtol=1e-6)
+    np.testing.assert_allclose([row["grad_norm"] for row in rows], expected["norms"], rtol=3e-6)
     for name, value in load_file(tmp_path / "run" / "export" / "model.safetensors").items():
-        # AdamW divides by the root of the second moment: where gradients are near zero, rounding decides their sign.
-        # Measured: 2.6e-5 at most, of steps of 1e-2.
-        np.testing.assert_allclose(value, expected["weights"][name], atol=1e-4, err_msg=name)
+        # Measured: 4e-7 at most, of steps of 1e-2, and 8e-7 with Muon, which makes small singular values larger.
+        tolerance = 8e-6 if kind == "muon" else 4e-6
+        np.testing.assert_allclose(value, expected["weights"][name], atol=tolerance, err_msg=name)

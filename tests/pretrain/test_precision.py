@@ -136,8 +136,8 @@ def test_the_loss_scale_is_found_and_lost_and_found_again(zero_stage: int, offlo
         assert constant["scales"] == [2.0**14] * 8
         np.testing.assert_allclose(growing["norms"], constant["norms"], rtol=1e-4)  # growing changes no step
         np.testing.assert_allclose(growing["losses"], constant["losses"], rtol=1e-5)
-        np.testing.assert_allclose(growing["losses"], expected["losses"], rtol=5e-3)
-        np.testing.assert_allclose(growing["norms"], expected["norms"], rtol=2e-2)
+        np.testing.assert_allclose(growing["losses"], expected["losses"], rtol=5e-4)  # measured: 2.2e-5
+        np.testing.assert_allclose(growing["norms"], expected["norms"], rtol=5e-3)  # measured: 3e-4
 
 
 def float16_resumes(config: dict[str, Any], folder: str) -> tuple[Any, Any, Any]:

@@ -10,7 +10,10 @@ from plain_loop import plain_loop, train
 from ranks import run_ranks, values
 from training_case import metrics, settings, write_config
 
-LOSS_TOLERANCE = 2e-5  # float32 in another order of summation, over 8 steps of AdamW
+# float32 in another order of summation, over 8 steps of AdamW; measured: at most 1.8e-7, 3.7e-7 and 2.4e-7.
+LOSS_TOLERANCE = 2e-6
+NORM_TOLERANCE = 4e-6
+WEIGHT_TOLERANCE = 2e-6  # absolute
 
 
 def exported_weights(run: Path) -> dict[str, Any]:
@@ -34,9 +37,9 @@ def assert_same_run(run: Path, expected: dict[str, Any]) -> None:
 
     rows = metrics(run)
     np.testing.assert_allclose([row["loss"] for row in rows], expected["losses"], rtol=LOSS_TOLERANCE)
-    np.testing.assert_allclose([row["grad_norm"] for row in rows], expected["norms"], rtol=2e-4)
+    np.testing.assert_allclose([row["grad_norm"] for row in rows], expected["norms"], rtol=NORM_TOLERANCE)
     for name, value in exported_weights(run).items():
-        np.testing.assert_allclose(value, expected["weights"][name], atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(value, expected["weights"][name], atol=WEIGHT_TOLERANCE, err_msg=name)
 
 
 def test_reference_uses_clipping_and_crosses_the_edge(reference: dict[str, dict[str, Any]]) -> None:
