@@ -33,7 +33,7 @@ INSTALL = for python in $(PYTHONS); do \
 	if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	exec "$$python" -m tools.install --venv "$(VENV)" $(ASKED) $(1); fi; done; \
 	echo "make: Python 3.11 or newer is needed, and $(PYTHON) is" \
-	"$$("$(PYTHON)" --version 2>&1 || echo 'not there'): say which with PYTHON=python3.12" >&2; exit 2
+	"$$("$(PYTHON)" -c 'import sys; print(sys.version.split()[0])' 2>/dev/null || echo 'not there'): say which with PYTHON=python3.12" >&2; exit 2
 
 installed:
 	@$(call INSTALL)
@@ -42,7 +42,7 @@ installed-dev:
 	@$(call INSTALL,--extra dev)
 
 demo: installed
-	@"$(BIN)/python" -m launch.program demo --dir "$(DEMO)"
+	@exec "$(BIN)/python" -m launch.program demo --dir "$(DEMO)"
 
 test: installed-dev
 	"$(BIN)/python" -m pytest -q -m "not slow" $(PYTEST_ARGS)
