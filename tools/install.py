@@ -31,10 +31,10 @@ OURS = {LOCK, LOG}
 """What this program itself writes into an environment before the environment is there."""
 
 ABOUT = {
-    "": "about 85 packages: 0.4 GB to download, 1.4 GB on disk, one to three minutes",
+    "": "about 85 packages: 0.4 GB to download, 1.7 GB on disk, one to three minutes",
     "dev": "about 150 packages: 0.6 GB to download, 2.5 GB on disk, two to five minutes",
 }
-CUDA = "Where torch comes as its CUDA build, add some 3 GB to download; README.md says how to get the CPU build."
+CUDA = "\nWhere torch comes as its CUDA build, add some 3 GB to download; README.md says how to get the CPU build."
 HEARTBEAT = 30.0
 """Seconds between two signs of life where the output is no terminal."""
 NOISE = "is ignored: it is neither a file nor a directory"
@@ -90,7 +90,8 @@ def _install(venv: Path, asked: str | None, extra: str, lock: IO[str]) -> int:
     anew = not version or not _has_pip(python)
     shown = version or _version(Path(sys.executable))
     if anew or not stamp:
-        print(f"Installing into {venv} (Python {shown}): {ABOUT['dev' if extras else '']}.\n{CUDA}", flush=True)
+        note = CUDA if sys.platform == "linux" else ""
+        print(f"Installing into {venv} (Python {shown}): {ABOUT['dev' if extras else '']}.{note}", flush=True)
     else:
         print(f"Bringing {venv} (Python {shown}) up to {PYPROJECT} and {CONSTRAINTS}.", flush=True)
     if anew:
