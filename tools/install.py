@@ -31,8 +31,8 @@ OURS = {LOCK, LOG}
 """What this program itself writes into an environment before the environment is there."""
 
 ABOUT = {
-    "": "about 85 packages: 0.4 GB to download, 1.7 GB on disk, one to three minutes",
-    "dev": "about 150 packages: 0.6 GB to download, 2.5 GB on disk, two to five minutes",
+    "": "about 85 packages: 0.4 GB to download, 1.7 GB on disk, one to five minutes",
+    "dev": "about 150 packages: 0.6 GB to download, 2.5 GB on disk, two to ten minutes",
 }
 CUDA = "\nWhere torch comes as its CUDA build, add some 3 GB to download; README.md says how to get the CPU build."
 HEARTBEAT = 30.0
