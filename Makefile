@@ -1,44 +1,63 @@
 # The two commands of a newcomer: `make demo` and `make test`. Both set up a virtual environment first, once.
-PYTHON ?= python3
-VENV   ?= .venv
-BIN    := $(VENV)/bin
-DEMO   ?= demo
+PYTHON      ?= python3
+VENV        ?= .venv
+DEMO        ?= demo
+PYTEST_ARGS ?=
+# Programs are started with `python -m`: their own files in the environment name it in a first line that can't hold a
+# space. No target is named after a file, since make splits such a name at spaces.
+BIN         := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-all lint clean
+.PHONY: help installed installed-dev demo test test-slow test-all lint clean
 help:
 	@echo "make demo       set up, then text -> shards -> pretraining -> evaluation -> report, on a built-in corpus"
 	@echo "make test       set up, then the tests (minutes)"
 	@echo "make test-slow  the tests marked slow (tens of minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove the virtual environment and the demo's folder"
+	@echo
+	@echo "PYTHON=python3.12   the Python to set up with ($(PYTHON))"
+	@echo "VENV=folder         the virtual environment ($(VENV))"
+	@echo "DEMO=folder         the demo's folder ($(DEMO))"
+	@echo "PYTEST_ARGS='...'   more words for pytest"
 
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; say which with PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+# A PYTHON that was asked for is used, and must be the environment's. Otherwise an environment that is there decides,
+# also where python3 is an older one.
+ifeq ($(origin PYTHON),file)
+PYTHONS = "$(BIN)/python" "$(PYTHON)"
+ASKED   =
+else
+PYTHONS = "$(PYTHON)"
+ASKED   = --python "$(PYTHON)"
+endif
+INSTALL = for python in $(PYTHONS); do \
+	if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	exec "$$python" -m tools.install --venv "$(VENV)" $(ASKED) $(1); fi; done; \
+	echo "make: Python 3.11 or newer is needed, and $(PYTHON) is" \
+	"$$("$(PYTHON)" -c 'import sys; print(sys.version.split()[0])' 2>/dev/null || echo 'not there'): say which with PYTHON=python3.12" >&2; exit 2
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
-	@touch $@
+installed:
+	@$(call INSTALL)
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+installed-dev:
+	@$(call INSTALL,--extra dev)
 
-demo: $(VENV)/.installed
-	$(BIN)/nystrom demo --dir $(DEMO)
+demo: installed
+	@exec "$(BIN)/python" -m launch.program demo --dir "$(DEMO)"
 
-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow"
+test: installed-dev
+	"$(BIN)/python" -m pytest -q -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m slow
+test-slow: installed-dev
+	"$(BIN)/python" -m pytest -q -m slow $(PYTEST_ARGS)
 
 test-all: test test-slow
 
-lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+lint: installed-dev
+	"$(BIN)/python" -m ruff check .
+	"$(BIN)/python" -m ruff format --check .
+	"$(BIN)/python" -m mypy
 
+# Only what was made here: a VENV or DEMO mistyped must not cost somebody's folder.
 clean:
-	rm -rf $(VENV) $(DEMO)
+	@if [ -e "$(VENV)/pyvenv.cfg" ] || [ -e "$(VENV)/.lock" ]; then echo "removing $(VENV)"; rm -rf "$(VENV)"; fi
+	@if [ -d "$(DEMO)/corpus" ] || [ -e "$(DEMO)/.lock" ]; then echo "removing $(DEMO)"; rm -rf "$(DEMO)"; fi

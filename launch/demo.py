@@ -7,6 +7,7 @@ is not run again.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shlex
 import subprocess
@@ -47,6 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="where everything goes")
     parser.add_argument("--nproc", type=int, default=2, help="processes to train with")
     args = parser.parse_args(argv)
+    try:
+        args.dir.mkdir(parents=True, exist_ok=True)
+        lock = (args.dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{args.dir} can't hold the demo: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the system's: it goes with its process, however that ends
+        except BlockingIOError:
+            raise UserError(f"another demo is at work in {args.dir}: wait for it, or say --dir another") from None
+        return _demo(args)
+
+
+def _demo(args: argparse.Namespace) -> int:
     steps = demo_steps(args.dir, args.nproc)
     started = time.monotonic()
     rows: list[tuple[str, str]] = []

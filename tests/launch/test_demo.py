@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import UserError
 from launch import demo, program
 from pretrain.config import load_config
 
@@ -69,6 +71,15 @@ def test_a_failing_step_ends_the_demo_with_its_status(tmp_path: Path, monkeypatc
     )
     assert demo.main(["--dir", str(tmp_path)]) == 75
     assert seen == ["stdlib", "tokenizer"]
+
+
+def test_two_demos_in_one_folder_do_not_run_at_once(tmp_path: Path, ran: list[list[str]]) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another demo is at work"):
+            demo.main(["--dir", str(tmp_path)])
+        assert ran == []
+    assert demo.main(["--dir", str(tmp_path)]) == 0
 
 
 def test_every_command_of_the_demo_exists_and_its_configurations_are_what_the_steps_say(tmp_path: Path) -> None:

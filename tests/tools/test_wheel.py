@@ -1,0 +1,62 @@
+"""The wheel has every file of the packages, and its commands are found without a checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from launch import program
+from tools.install import CHECKOUT
+
+PACKAGES = ("configs", "data_pipeline", "eval", "launch", "pretrain")
+
+
+@pytest.mark.slow
+def test_the_wheel_has_what_the_packages_have(tmp_path: Path) -> None:
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed here, and without a network pip can't fetch it")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout: nothing says which files belong to the packages")
+    tracked = [name for name in listed.stdout.split("\0") if (CHECKOUT / name).is_file()]
+    source = tmp_path / "source"  # of its own, since a folder build/ in the checkout would go into the wheel
+    for name in tracked:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(CHECKOUT / name, source / name)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path]
+    done = subprocess.run([*build, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    # In both directions: nothing left out, and nothing of the tests or benchmarks taken along.
+    assert held == {name for name in tracked if name.split("/")[0] in PACKAGES}
+
+    code = "import launch.program; print(launch.program.__file__); raise SystemExit(launch.program.main(['--help']))"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for argv in (["-c", code], ["-m", "launch.program", "eval", "list"]):
+        done = subprocess.run(
+            [sys.executable, *argv],
+            cwd=elsewhere,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        if argv[0] == "-c":
+            assert done.stdout.startswith(str(site))
+            assert all(command in done.stdout for command in program.COMMANDS)
+        else:
+            assert "listops-small" in done.stdout  # a suite of configs/suites
