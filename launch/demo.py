@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from data_pipeline.processes import ending_with_us
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-PROGRAM = [sys.executable, "-m", "launch.program"]
+PROGRAM = "launch.program"
 SUITES = ("validity", "lm", "classify", "generate", "approximation", "repeats")
 VOCAB_SIZE = 4096
+POLL_SECONDS = 0.1
 SHOWN = 6
 """Metrics of each suite in the table at the end; the report has all."""
 
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status:
             print(
                 f"\nnystrom demo: step {number} ended with status {status}; what was done stays, and the same command "
-                "goes on there",
+                "resumes there",
                 file=sys.stderr,
             )
             return status
@@ -72,14 +75,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: list[str]) -> int:
-    """Run ``nystrom`` with these words; returns its status. On Ctrl-C the command, which hears it too, ends by itself:
-    training saves first, which ``subprocess.run`` would not wait for."""
-    process = subprocess.Popen([*PROGRAM, *command])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
+    """Run ``nystrom`` with these words; returns its status.
+
+    SIGTERM, Ctrl-C and SIGHUP are passed on as SIGTERM, once, and waited for: training saves first (status 75). So is
+    our end by -9. 75 also for a step that SIGTERM killed or did not reach: the same command resumes here as well.
+    """
+    from launch.local import StopRequest
+    from pretrain.distributed.signals import EXIT_PREEMPTED
+
+    request = StopRequest()
+    try:
+        # In a session of its own: Ctrl-C reaches it through this process only, and once.
+        words = ending_with_us(PROGRAM, *command, number=signal.SIGTERM)
+        process = subprocess.Popen(words, start_new_session=True)
+        asked = False
+        while True:
+            try:
+                status = process.wait(timeout=POLL_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                if request.number is not None and not asked:
+                    asked = True
+                    process.send_signal(signal.SIGTERM)
+    finally:
+        request.restore()
+    if request.number is not None and status in (0, -signal.SIGTERM):
+        return EXIT_PREEMPTED
+    return status if status >= 0 else 128 - status
 
 
 def demo_steps(folder: Path, nproc: int) -> list[Step]:
