@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from processes_case import family, start_python, survivors, wait_until
 
 from launch import demo, program
 from pretrain.config import load_config
@@ -78,3 +82,76 @@ def test_every_command_of_the_demo_exists_and_its_configurations_are_what_the_st
         config = load_config(path)
         assert (len(config.curriculum), config.precision, config.zero_stage) == (3, "bf16", 2)
         assert config.model.objective == path.stem.removeprefix("demo-")
+
+
+# A step of the demo. One that "saves" notes the signals it gets, takes a while, and ends with status 75.
+STAND_IN = """
+import os, signal, sys, time
+mode, heard = sys.argv[1], []
+if mode == "exits":
+    sys.exit(3)
+if mode == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode in ("saves", "finishes"):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: heard.append(signal.Signals(number).name))
+open("ready", "w").close()
+while not heard:
+    time.sleep(0.02)
+time.sleep(0.5)
+open("heard", "w").write(" ".join(heard))
+sys.exit(75 if mode == "saves" else 0)
+"""
+
+
+def start_step(folder: Path, mode: str) -> subprocess.Popen[str]:
+    (folder / "stand_in.py").write_text(STAND_IN)
+    code = f"""
+import sys
+from launch import demo
+demo.PROGRAM = "stand_in"
+step = demo.Step("One", ["{mode}"], lambda: False)
+demo.demo_steps = lambda *_: [step, step]
+sys.exit(demo.main([]))
+"""
+    return start_python(code, folder)
+
+
+@pytest.mark.parametrize("to_the_group", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_lets_the_step_save_once(tmp_path: Path, number: signal.Signals, to_the_group: bool) -> None:
+    process = start_step(tmp_path, "saves")
+    wait_until((tmp_path / "ready").exists, process)
+    for _ in range(2):  # the impatient press Ctrl-C twice
+        (os.killpg if to_the_group else os.kill)(process.pid, number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert (tmp_path / "heard").read_text() == "SIGTERM"
+    assert "step 1 ended with status 75; what was done stays, and the same command resumes there" in output
+
+
+@pytest.mark.parametrize("mode", ["dies", "finishes"])
+def test_a_stopped_demo_says_so_whatever_became_of_the_step(tmp_path: Path, mode: str) -> None:
+    process = start_step(tmp_path, mode)
+    wait_until((tmp_path / "ready").exists, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert "[2/2]" not in output
+
+
+def test_kill_9_of_the_demo_is_a_request_to_stop(tmp_path: Path) -> None:
+    process = start_step(tmp_path, "saves")
+    wait_until((tmp_path / "ready").exists, process)
+    (child,) = family(process)
+    process.kill()
+    process.wait(60)
+    assert survivors([child]) == []
+    assert (tmp_path / "heard").read_text() == "SIGTERM"
+
+
+@pytest.mark.parametrize(("mode", "status"), [("exits", 3), ("killed", 137)])
+def test_a_step_s_own_status_is_the_demo_s(tmp_path: Path, mode: str, status: int) -> None:
+    process = start_step(tmp_path, mode)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == status, output
