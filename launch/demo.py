@@ -7,6 +7,7 @@ is not run again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import signal
@@ -63,11 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         began = time.monotonic()
         status = _run(step.command)
         if status:
-            print(
-                f"\nnystrom demo: step {number} ended with status {status}; what was done stays, and the same command "
-                "resumes there",
-                file=sys.stderr,
-            )
+            with contextlib.suppress(OSError):  # of a terminal that is gone
+                print(
+                    f"\nnystrom demo: step {number} ended with status {status}; what was done stays, and the same "
+                    "command resumes there",
+                    file=sys.stderr,
+                )
             return status
         rows.append((step.title, f"{time.monotonic() - began:.0f} s"))
     _summary(args.dir, rows, time.monotonic() - started)

@@ -7,6 +7,7 @@ failure ends all of them, and none outlives this command (if it is itself killed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -85,7 +86,8 @@ def launch_evaluation(nproc: int, words: Sequence[str]) -> int:
             process.wait()
         request.restore()
     if request.number is not None:
-        print("stopped; finished parts are kept, and the same command goes on from there", file=sys.stderr)
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            print("stopped; finished parts are kept, and the same command resumes", file=sys.stderr)
         return 128 + request.number
     if failed is None:
         return 0

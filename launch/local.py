@@ -197,9 +197,7 @@ class _Watch:
     def kill_all(self, when: str) -> None:
         """SIGKILL to everything; says so the first time."""
         if not self._killed:
-            with contextlib.suppress(
-                OSError
-            ):  # a terminal that hung up takes no words, and nobody may be left for that
+            with contextlib.suppress(OSError):  # of a terminal that is gone: all are killed nevertheless
                 print(f"processes still there {when} are killed", file=sys.stderr, flush=True)
         self._killed = True
         for process in self.alive():
@@ -228,7 +226,8 @@ def _exit_status(runner_code: int, run_dir: Path, launch_id: str, asked: bool = 
     if runner_code < 0 or runner_code > 128 + 64:
         number = -runner_code if runner_code < 0 else 256 - runner_code
         if asked and number == signal.SIGTERM:
-            print("stopped while starting; the same command goes on from there", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print("stopped while starting; the same command resumes", file=sys.stderr)
             return EXIT_PREEMPTED
         print(
             f"a process was killed by signal {number} ({_signal_name(number)}); the run is not finished",
