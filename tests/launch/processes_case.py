@@ -31,10 +31,14 @@ def leftovers(word: str) -> list[str]:
 
 
 def start_python(code: str, folder: Path, **env: str) -> subprocess.Popen[str]:
-    """Run ``code`` in ``folder``, whose modules it can import, in a process group of its own."""
+    """Run ``code`` in ``folder``, whose modules it can import, in a process group of its own.
+
+    It hears SIGINT and SIGHUP also where these tests run in the background of a script, or under ``nohup``.
+    """
+    heard = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); s.signal(s.SIGHUP, s.SIG_DFL)\n"
     path = os.pathsep.join([str(folder), str(REPOSITORY)])
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", heard + code],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path, **env},
         stdout=subprocess.PIPE,
