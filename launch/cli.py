@@ -26,12 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Start `nystrom train` on several processes of this machine through DeepSpeed's launcher, look "
         "after them, and answer with what became of the run.",
         epilog="example: nystrom launch local --nproc 2 --config configs/demo-clm.yaml --set optimizer.lr=1e-3\n\n"
-        "SIGTERM or Ctrl-C lets the processes save a checkpoint and end (exit status 75: run the same command to go\n"
-        "on); those still there after --stop-timeout are killed. A process that hangs for stall_seconds ends the run\n"
-        "with status 77 and is named. No process outlives this command; if it is itself killed, they save and end at\n"
-        "the next step, or after 300 s at the latest.\n\n"
+        "SIGTERM, Ctrl-C or SIGHUP lets the processes save a checkpoint and end (exit status 75: the same command\n"
+        "resumes); those still there after --stop-timeout are killed. A process that hangs for stall_seconds ends the\n"
+        "run with status 77 and is named. No process outlives this command; if it is itself killed, they save and end\n"
+        "at the next step, or after 300 s at the latest.\n\n"
         "`nystrom launch local --nproc 2 -- eval SUITE ...` runs an evaluation on several processes, which share its\n"
-        "work; SIGTERM or Ctrl-C ends them at once, and the same command goes on with what is missing.",
+        "work; SIGTERM, Ctrl-C or SIGHUP ends them at once, and the same command resumes with the rest.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     local.add_argument("--nproc", type=int, default=None, help="processes (default: one for each GPU, or one)")

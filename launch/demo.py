@@ -7,9 +7,11 @@ is not run again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -18,13 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from data_pipeline.processes import ending_with_us
+from launch.demo_estimate import Cost, Speed, cores, duration, measure
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-PROGRAM = [sys.executable, "-m", "launch.program"]
+PROGRAM = "launch.program"
 SUITES = ("validity", "lm", "classify", "generate", "approximation", "repeats")
 VOCAB_SIZE = 4096
+POLL_SECONDS = 0.1
 SHOWN = 6
 """Metrics of each suite in the table at the end; the report has all."""
+
+# By model. Of steps timed with nothing beside them, see docs/training.md.
+PREPARING = Cost(starts=0.4, tokens=0)
+TRAINING = {"masked": Cost(2.5, 600_000), "causal": Cost(2.5, 800_000)}
+EVALUATING = {"masked": Cost(2.0, 600_000), "causal": Cost(2.0, 800_000)}
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Step:
     title: str
     command: list[str]
     done: Callable[[], bool]
+    cost: Cost
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,9 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{args.dir} can't hold the demo: {error.strerror}") from error
     with lock:
         try:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the system's: it goes with its process, however that ends
+            # The system's lock: it goes with its process, however that ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another demo is at work in {args.dir}: wait for it, or say --dir another") from None
         return _demo(args)
@@ -65,38 +75,78 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     steps = demo_steps(args.dir, args.nproc)
+    expected = _announce([step for step in steps if not step.done()], args.nproc)
     started = time.monotonic()
-    rows: list[tuple[str, str]] = []
+    rows: list[Timing] = []
     for number, step in enumerate(steps, 1):
         print(f"\n[{number}/{len(steps)}] {step.title}", flush=True)
         if step.done():
             print("      already there", flush=True)
-            rows.append((step.title, "already there"))
+            rows.append(Timing(step.title))
             continue
         print(f"      $ nystrom {shlex.join(step.command)}", flush=True)
         began = time.monotonic()
         status = _run(step.command)
         if status:
-            print(
-                f"\nnystrom demo: step {number} ended with status {status}; what was done stays, and the same command "
-                "goes on there",
-                file=sys.stderr,
-            )
+            with contextlib.suppress(OSError):  # of a terminal that is gone
+                print(
+                    f"\nnystrom demo: step {number} ended with status {status}; what was done stays, and the same "
+                    "command resumes there",
+                    file=sys.stderr,
+                )
             return status
-        rows.append((step.title, f"{time.monotonic() - began:.0f} s"))
+        rows.append(Timing(step.title, expected.get(step.title), time.monotonic() - began))
     _summary(args.dir, rows, time.monotonic() - started)
     return 0
 
 
+def _announce(steps: Sequence[Step], nproc: int) -> dict[str, float]:
+    """Say how long these steps will take on this machine; returns the seconds of each by its title."""
+    if not any(step.cost.tokens for step in steps):
+        return {}  # seconds, which a measurement would double
+    speed: Speed | None = measure(nproc)
+    if speed is None:
+        print("How long this takes could not be measured.", flush=True)
+        return {}
+    expected = {step.title: speed.seconds(step.cost, nproc) for step in steps}
+    each = f"{speed.threads} thread{'s' if speed.threads > 1 else ''} each"
+    print(
+        f"This takes about {duration(sum(expected.values()))} on this machine: {nproc} process(es), {each}, on "
+        f"{cores()} cores. One trains {speed.tokens_per_second:,.0f} tokens/s in {speed.precision} and starts in "
+        f"{speed.import_seconds:.0f} s.",
+        flush=True,
+    )
+    return expected
+
+
 def _run(command: list[str]) -> int:
-    """Run ``nystrom`` with these words; returns its status. On Ctrl-C the command, which hears it too, ends by itself:
-    training saves first, which ``subprocess.run`` would not wait for."""
-    process = subprocess.Popen([*PROGRAM, *command])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
+    """Run ``nystrom`` with these words; returns its status.
+
+    SIGTERM, Ctrl-C and SIGHUP are passed on as SIGTERM, once, and waited for: training saves first (status 75). So is
+    our end by -9. 75 also for a step that SIGTERM killed or did not reach: the same command resumes here as well.
+    """
+    from launch.local import StopRequest
+    from pretrain.distributed.signals import EXIT_PREEMPTED
+
+    request = StopRequest()
+    try:
+        # In a session of its own: Ctrl-C reaches it through this process only, and once.
+        words = ending_with_us(PROGRAM, *command, number=signal.SIGTERM)
+        process = subprocess.Popen(words, start_new_session=True)
+        asked = False
+        while True:
+            try:
+                status = process.wait(timeout=POLL_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                if request.number is not None and not asked:
+                    asked = True
+                    process.send_signal(signal.SIGTERM)
+    finally:
+        request.restore()
+    if request.number is not None and status in (0, -signal.SIGTERM):
+        return EXIT_PREEMPTED
+    return status if status >= 0 else 128 - status
 
 
 def demo_steps(folder: Path, nproc: int) -> list[Step]:
@@ -111,6 +161,7 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
             "Collect the corpus: the standard library's source and documentation",
             _words("data", "stdlib", "--out", corpus),
             (corpus / "classify-test.jsonl").exists,
+            PREPARING,
         ),
         Step(
             "Train a byte-level BPE tokenizer",
@@ -119,6 +170,7 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
                 *("--vocab-size", VOCAB_SIZE, "--out", tokenizer),
             ),
             (tokenizer / "tokenizer.json").exists,
+            PREPARING,
         ),
     ]
     for shards in (train, valid):
@@ -128,17 +180,19 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
                 f"Tokenize the {shards.name} split into shards",
                 _words("data", "prepare", "--input", text, "--tokenizer", tokenizer, "--out", shards),
                 (shards / "manifest.json").exists,
+                PREPARING,
             )
         )
     for word, run in models:
         steps.append(
             Step(
-                f"Pretrain a small {word} Nyströmformer: {nproc} processes, ZeRO-2, bf16, three lengths",
+                f"Pretrain a small {word} Nyströmformer: {nproc} processes, ZeRO-2, three lengths",
                 _words(
                     *("launch", "local", "--nproc", nproc, "--config", CONFIGS / f"{run.name}.yaml"),
                     *("--set", f"output_dir={runs}", f"data.train={train}", f"data.valid={valid}"),
                 ),
                 (run / "export" / "export.json").exists,  # the last file that training writes
+                TRAINING[word],
             )
         )
     for word, run in models:
@@ -146,11 +200,12 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
             Step(
                 f"Evaluate the {word} model: validity, loss, classification, samples, exact attention, recall",
                 _words(
-                    *("eval", *SUITES, "--checkpoint", run),
-                    *("--train", labelled[0], "--test", labelled[1], "--set", "lm.max_tokens=200_000"),
+                    *("launch", "local", "--nproc", nproc, "--", "eval", *SUITES, "--checkpoint", run),
+                    *("--train", labelled[0], "--test", labelled[1], "--set", "lm.max_tokens=65_536"),
                     *("--max-length", 128, "--epochs", 4, "--batch-size", 8, "--lr", 2e-3, "--scratch-seeds", 1),
                 ),
                 _All([run / "eval" / f"{suite}.json" for suite in SUITES]),
+                EVALUATING[word],
             )
         )
     results = [run / "eval" / f"{suite}.json" for _, run in models for suite in SUITES]
@@ -159,6 +214,7 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
             "Write the report",
             _words("report", *(run for _, run in models), "--out", report),
             _All([report], newer_than=results),
+            PREPARING,
         )
     )
     return steps
@@ -182,13 +238,27 @@ class _All:
         return all(path.stat().st_mtime <= oldest for path in self.newer_than)
 
 
-def _summary(folder: Path, timings: list[tuple[str, str]], seconds: float) -> None:
-    """Print what each step took and what the evaluations measured, and last the report's path."""
-    width = max(len(title) for title, _ in timings)
-    print(f"\n{'step'.ljust(width)}  time")
-    for title, took in timings:
-        print(f"{title.ljust(width)}  {took}")
-    print(f"{'in all'.ljust(width)}  {seconds:.0f} s\n")
+@dataclass(frozen=True)
+class Timing:
+    """What one step took, and was expected to; None where it was there already or could not be told."""
+
+    title: str
+    expected: float | None = None
+    took: float | None = None
+
+
+def _summary(folder: Path, timings: Sequence[Timing], seconds: float) -> None:
+    """Print where the time went and what the evaluations measured, and last the report's path."""
+    width = max(len(timing.title) for timing in timings)
+    print(f"\n{'step'.ljust(width)}  expected   took  share")
+    for timing in timings:
+        if timing.took is None:
+            print(f"{timing.title.ljust(width)}  already there")
+        else:
+            expected = "" if timing.expected is None else f"{timing.expected:.0f} s"
+            print(f"{timing.title.ljust(width)}  {expected:>8}{timing.took:>5.0f} s{timing.took / seconds:>7.0%}")
+    known = [timing.expected for timing in timings if timing.expected is not None]
+    print(f"{'in all'.ljust(width)}  {f'{sum(known):.0f} s' if known else '':>8}{seconds:>5.0f} s\n")
     rows = [("model", "suite", "measure", "value")]
     for run in ("demo-mlm", "demo-clm"):
         for suite in SUITES:

@@ -7,6 +7,7 @@ failure ends all of them, and none outlives this command (if it is itself killed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 import psutil
 
 from data_pipeline.errors import UserError
+from data_pipeline.processes import ending_with_us
 from launch.local import REPOSITORY, StopRequest, become_subreaper, count_gpus, free_port
 from pretrain.distributed.signals import LAUNCHER_PID
 from pretrain.ending import LAUNCH_ID
@@ -64,8 +66,8 @@ def check_command(words: Sequence[str]) -> list[str]:
 def launch_evaluation(nproc: int, words: Sequence[str]) -> int:
     """Run ``python -m eval *words`` on ``nproc`` processes; returns 0, or the status of the first that failed.
 
-    On SIGTERM or SIGINT all are ended (128 + the signal's number is returned); parts that are finished stay, and the
-    same command goes on with the others. All processes that this call started are gone when it returns.
+    On SIGTERM, SIGINT or SIGHUP all are ended (128 + the signal's number is returned); parts that are finished stay,
+    and the same command resumes with the others. All processes that this call started are gone when it returns.
     """
     become_subreaper()
     launch_id = uuid.uuid4().hex
@@ -84,7 +86,8 @@ def launch_evaluation(nproc: int, words: Sequence[str]) -> int:
             process.wait()
         request.restore()
     if request.number is not None:
-        print("stopped; finished parts are kept, and the same command goes on from there", file=sys.stderr)
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            print("stopped; finished parts are kept, and the same command resumes", file=sys.stderr)
         return 128 + request.number
     if failed is None:
         return 0
@@ -97,7 +100,8 @@ def launch_evaluation(nproc: int, words: Sequence[str]) -> int:
 
 def command(words: Sequence[str]) -> list[str]:
     """What each process runs."""
-    return [sys.executable, "-m", "eval", *words]
+    # One process alone has nobody to look after: without this, kill -9 of the launcher left it at work (--nproc 1).
+    return ending_with_us("eval", *words, number=signal.SIGTERM)
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]], request: StopRequest) -> subprocess.Popen[bytes] | None:

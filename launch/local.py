@@ -7,6 +7,7 @@ the workers themselves, nothing is over before the last of them is gone, and suc
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -49,7 +50,7 @@ def launch_local(
 ) -> int:
     """Run ``python -m pretrain *words`` on ``nproc`` processes of this machine; returns the run's own exit status.
 
-    On SIGTERM or SIGINT the workers get SIGTERM and ``stop_timeout`` seconds to save; then everything is killed. All
+    On SIGTERM, SIGINT or SIGHUP the workers get SIGTERM and ``stop_timeout`` seconds to save; then all is killed. All
     processes that this call started are gone when it returns. After a crash it starts again, ``max_restarts`` times.
     """
     become_subreaper()
@@ -116,11 +117,14 @@ def count_gpus() -> int:
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGINT while it is installed."""
+    """Remembers SIGTERM, SIGINT and SIGHUP while it is installed; not SIGHUP under ``nohup``, which ignores it."""
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.number = number
@@ -193,7 +197,8 @@ class _Watch:
     def kill_all(self, when: str) -> None:
         """SIGKILL to everything; says so the first time."""
         if not self._killed:
-            print(f"processes still there {when} are killed", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # of a terminal that is gone: all are killed nevertheless
+                print(f"processes still there {when} are killed", file=sys.stderr, flush=True)
         self._killed = True
         for process in self.alive():
             try:
@@ -221,7 +226,8 @@ def _exit_status(runner_code: int, run_dir: Path, launch_id: str, asked: bool = 
     if runner_code < 0 or runner_code > 128 + 64:
         number = -runner_code if runner_code < 0 else 256 - runner_code
         if asked and number == signal.SIGTERM:
-            print("stopped while starting; the same command goes on from there", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print("stopped while starting; the same command resumes", file=sys.stderr)
             return EXIT_PREEMPTED
         print(
             f"a process was killed by signal {number} ({_signal_name(number)}); the run is not finished",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -117,4 +118,5 @@ def _stands(now: Standing) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"nystrom launch: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # of a terminal that is gone
+        print(f"nystrom launch: {text}", file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
+from data_pipeline.processes import end_with_parent
 
 GOAL_RATIO = 0.5
 """Ours, causal, to the bare memory map."""
@@ -137,7 +138,8 @@ def _turn(name: str, corpus: Any, args: argparse.Namespace) -> float:
 
     if CONTENDERS[name].needs is None:
         return turn(name, corpus, args.batches, args.seconds)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent) as pool:
         return pool.submit(turn, name, corpus, args.batches, args.seconds).result()
 
 

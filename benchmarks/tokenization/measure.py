@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from data_pipeline.errors import UserError
+from data_pipeline.processes import ending_with_us
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def run(method: str, corpus: Path, tokenizer: Path, workers: int, work: Path) ->
     (out / "out").mkdir()
     with open(out / "log", "w+") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.tokenization.methods", *words],
+            ending_with_us("benchmarks.tokenization.methods", *words),
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

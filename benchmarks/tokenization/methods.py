@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.processes import forks_end_with_us
+
 CONTEXT = 1024  # length of the rows that the run_mlm recipe makes
 
 
@@ -126,6 +128,7 @@ def main() -> None:
     """Run one method and print its seconds and tokens as JSON."""
     name, corpus, tokenizer, out, workers = sys.argv[1:]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    forks_end_with_us()
     seconds, tokens = METHODS[name](Path(corpus), Path(tokenizer), Path(out), int(workers))
     print(json.dumps({"seconds": seconds, "tokens": tokens}))
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing.connection import wait as wait_for_end
 from typing import Any, Literal, Protocol
 
 from data_pipeline.errors import UserError
 from data_pipeline.prepare.plan import Unit
 from data_pipeline.prepare.worker import Context, UnitResult, Worker
+from data_pipeline.processes import end_with_parent
 
 Method = Literal["sign", "tokenize"]
 
@@ -141,21 +140,13 @@ def _start(context: Context, threads: int, stop: Any) -> None:
     global _worker
     use_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
     def on_text(size: int) -> None:
         if stop.value:
             raise _Stopped
 
     _worker = Worker(context, on_text)
-
-
-def _end_with_parent() -> None:
-    """A parent killed with -9 tells nobody: wait for its end and go as well."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait_for_end([parent.sentinel])
-    os._exit(1)
 
 
 def _load() -> None:

@@ -14,6 +14,7 @@ no evaluation text has is set aside before hashing.
 from __future__ import annotations
 
 import re
+import signal
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,10 +22,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise, repeat
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from data_pipeline.processes import end_with_parent
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE
 
@@ -237,8 +240,10 @@ def _search(
             yield from _search_shard(grams, *task, on_tokens)
         return
     # Spawned, not forked: the threads of the tokenizer and of Arrow do not survive a fork.
+    spawn = get_context("spawn")
+    stop = spawn.RawValue("b", 0)  # no lock, which a killed process might have held for ever
     with ProcessPoolExecutor(
-        min(workers, len(tasks)), get_context("spawn"), initializer=_begin_worker, initargs=(grams,)
+        min(workers, len(tasks)), spawn, initializer=_begin_worker, initargs=(grams, stop)
     ) as pool:
         futures = {
             pool.submit(_work, shards.path, place, first): shards.manifest.shards[place].num_tokens
@@ -249,6 +254,7 @@ def _search(
                 yield future.result()
                 on_tokens(futures[future])
         finally:
+            stop.value = 1  # at the next batch; a shard that is begun would take minutes
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -277,21 +283,33 @@ def _search_shard(
 
 
 _worker_grams: EvaluationGrams | None = None
+_worker_stop: Any = None
 
 
-def _begin_worker(grams: EvaluationGrams) -> None:
+class _Stopped(Exception):
+    """The search ended elsewhere."""
+
+
+def _begin_worker(grams: EvaluationGrams, stop: Any) -> None:
     import os
 
-    global _worker_grams
+    global _worker_grams, _worker_stop
+    end_with_parent()  # else kill of the command left all of these waiting for work, for ever
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
-    _worker_grams = grams
+    _worker_grams, _worker_stop = grams, stop
+
+
+def _look_at_stop(tokens: int) -> None:
+    if _worker_stop.value:
+        raise _Stopped
 
 
 def _work(folder: Path, place: int, before: int) -> _Hits:
     assert _worker_grams is not None
     shards = ShardSet.open(folder)
     first = np.full(_worker_grams.distinct, _NONE, dtype=np.int64)
-    for numbers, documents in _search_shard(_worker_grams, shards, place, before, lambda count: None):
+    for numbers, documents in _search_shard(_worker_grams, shards, place, before, _look_at_stop):
         first[numbers] = np.minimum(first[numbers], documents)
     found = np.flatnonzero(first != _NONE)
     return found, first[found]

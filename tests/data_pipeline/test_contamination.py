@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes_case import family, start_python, survivors, wait_until
 
 from data_pipeline.cli import main
 from data_pipeline.errors import UserError
@@ -228,3 +230,28 @@ def test_mistakes_are_told(
     (tmp_path / "empty.jsonl").write_text('{"text": " "}\n')
     with pytest.raises(UserError, match=message):
         main(["contamination", "--shards", str(shards.path), *words])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_nobody_outlives_a_search_that_is_ended(
+    shards: ShardSet, texts: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    code = f"""
+import json, time
+from data_pipeline.quality.contamination import EvaluationGrams, _search
+from data_pipeline.shards.shardset import ShardSet
+grams = EvaluationGrams(json.load(open("texts.json")), 13)
+if __name__ == "__main__":
+    search = _search([ShardSet.open({str(shards.path)!r})], grams, 2, lambda tokens: None)
+    next(search)  # its processes are there, and soon wait for more
+    open("ready", "w").close()
+    time.sleep(600)
+"""
+    top = start_python(code, tmp_path)
+    wait_until((tmp_path / "ready").exists, top)
+    children = family(top)
+    assert len(children) >= 2
+    top.send_signal(number)
+    top.wait(60)
+    assert survivors(children) == []

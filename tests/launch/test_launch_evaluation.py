@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from processes_case import family, start_python, survivors, wait_until
 
 from data_pipeline.errors import run_cli
 from launch import evaluation
@@ -91,7 +92,7 @@ def test_a_crash_ends_all(
     assert ("process 1 was killed by signal 9" in capfd.readouterr().err) == (mode == "killed")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("mode", ["works", "stubborn"])
 def test_a_request_to_stop_ends_all(
     stand_in: Callable[[str], int], tmp_path: Path, mode: str, number: signal.Signals
@@ -103,6 +104,22 @@ def test_a_request_to_stop_ends_all(
 
     threading.Thread(target=ask, daemon=True).start()
     assert stand_in(mode) == 128 + number
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_nobody_outlives_a_launcher_that_is_killed(tmp_path: Path, nproc: int) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/__init__.py").touch()
+    stand_in = "import os, time\nopen('ready' + os.environ['RANK'], 'w').close()\ntime.sleep(600)\n"
+    (tmp_path / "eval/__main__.py").write_text(stand_in)
+    code = f"from launch.evaluation import launch_evaluation\nlaunch_evaluation({nproc}, [])"
+    top = start_python(code, tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("ready*"))) == nproc, top)
+    children = family(top)
+    assert len(children) == nproc
+    top.kill()
+    top.wait(60)
+    assert survivors(children) == []
 
 
 @pytest.mark.parametrize(

@@ -147,17 +147,32 @@ def test_workers_that_do_not_end_are_killed(
     assert "are killed" in capsys.readouterr().err
 
 
-def test_sigterm_reaches_the_workers_and_not_their_helpers(stand_in: Callable[[str], int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_reach_the_workers_as_sigterm_and_not_their_helpers(
+    stand_in: Callable[[str], int], tmp_path: Path, number: signal.Signals
+) -> None:
     pid = os.fork()
     if pid == 0:
         while not ((tmp_path / "ready1").exists() and (tmp_path / "ready0").exists()):
             time.sleep(0.02)
-        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(os.getppid(), number)
         os._exit(0)
     assert stand_in("waits") == 75
     os.waitpid(pid, 0)
     assert not (tmp_path / "helper-signalled").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back
+
+
+def test_nohup_stays_in_force() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        request = local.StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert request.number is None
+        request.restore()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_sigterm_before_there_are_workers_is_not_lost(stand_in: Callable[..., int], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from processes_case import REPOSITORY, leftovers
+from processes_case import REPOSITORY, family, leftovers, start_python, survivors
 from ranks import run_ranks, values
 from training_case import events, metrics, numbers, settings, weights_hash, write_config, write_corpus
 
@@ -117,6 +117,32 @@ def test_after_kill_9_of_a_worker_the_restarted_run_ends_as_if_nothing_had_been(
     assert values(run_ranks(train, 2, config=whole)) == [0, 0]
     assert weights_hash(tmp_path / "run") == weights_hash(tmp_path / "whole")
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_the_demo_alone_lets_training_save(tmp_path: Path, number: signal.Signals) -> None:
+    write_corpus(tmp_path)
+    config = write_config(tmp_path / "run.yaml", long_run(tmp_path))
+    words = ["launch", "local", "--nproc", "2", "--config", config]
+    process = start_python(
+        f"""
+import sys
+from launch import demo
+demo.demo_steps = lambda *_: [demo.Step("Pretrain", {words!r}, lambda: False)]
+sys.exit(demo.main([]))
+""",
+        tmp_path,
+    )
+    wait_for_step(tmp_path / "run", 3, process)
+    children = family(process)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert survivors(children, 120) == []
+    assert leftovers(config) == []
+    assert process.returncode == (-9 if number == signal.SIGKILL else 75), output
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "preempted"
+    assert ("the same command resumes" in output) == (number == signal.SIGTERM)
 
 
 @pytest.mark.slow

@@ -88,13 +88,20 @@ def _start_server() -> subprocess.Popen[str]:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             env.pop(name, None)
         _server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+            [sys.executable, __file__, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
         )
         atexit.register(_server.kill)
     return _server
 
 
 def _serve() -> None:
+    from data_pipeline.processes import end_with_parent
+
+    end_with_parent(int(sys.argv[1]))  # a session of pytest that was killed has left ranks at work for minutes
     import torch
 
     from pretrain.engine.training import import_deepspeed
@@ -129,11 +136,14 @@ def _serve() -> None:
 
 
 def _fork(request: dict[str, Any], rank: int) -> int:
-    pid = os.fork()
+    server, pid = os.getpid(), os.fork()
     if pid:
         return pid
     code = 1
     try:
+        from data_pipeline.processes import end_with_parent
+
+        end_with_parent(server)
         log = os.open(f"{request['out']}/{rank}.log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -1,0 +1,87 @@
+"""Processes that do not outlive the one that started them, however that one ends.
+
+A process that is killed with -9 tells nobody, and one that SIGTERM ends as it does by default does not either. Children
+left behind train on, or wait for work for ever: those of a pool hold both ends of the pipe they wait at. So each child
+asks the system to be told. It is in ``data_pipeline`` because that is the bottom layer, and imports next to nothing:
+between its start and its question a child is on its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.5
+
+
+def ending_with_us(module: str, *words: str, number: int = signal.SIGKILL) -> list[str]:
+    """The command ``python -m module *words`` for a child of this process, which gets signal ``number`` at our end.
+
+    Linux tells the child when the *thread* that started it ends: start it from one that lasts.
+    """
+    return [sys.executable, "-m", "data_pipeline.processes", str(os.getpid()), str(int(number)), module, *words]
+
+
+def end_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
+    """Have this process get signal ``number`` when the process ``parent`` that started it is gone, or is already.
+
+    To be called first thing in the child; one that multiprocessing started knows its parent. A fork has to ask again.
+    """
+    if parent is None:
+        started_by = multiprocessing.parent_process()
+        assert started_by is not None, "not a child of multiprocessing: say whose"
+        assert started_by.pid is not None
+        parent = started_by.pid
+    if sys.platform == "linux":
+        # Not a thread that looks: this works also while C code holds the interpreter, and in a stopped process.
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if os.getppid() != parent:  # it was gone before we asked
+            os.kill(os.getpid(), number)
+    else:
+        threading.Thread(target=_watch, args=(parent, number), name="watches its parent", daemon=True).start()
+
+
+def forks_end_with_us() -> None:
+    """From here on each fork of this process, and of its forks, is killed at the end of the one that made it.
+
+    For pools of other libraries: the workers of ``datasets.map`` waited for work for ever after their parent's end.
+    """
+    os.register_at_fork(before=_remember, after_in_child=_end_with_forker)
+
+
+_forker = os.getpid()
+
+
+def _remember() -> None:
+    global _forker
+    _forker = os.getpid()
+
+
+def _end_with_forker() -> None:
+    end_with_parent(_forker)
+
+
+def _watch(parent: int, number: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    with contextlib.suppress(OSError):
+        os.kill(os.getpid(), number)
+
+
+def _main() -> None:
+    parent, number, module, *words = sys.argv[1:]
+    end_with_parent(int(parent), int(number))
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _main()
