@@ -38,9 +38,13 @@ def run(method: str, corpus: Path, tokenizer: Path, workers: int, work: Path) ->
             text=True,
         )
         peak = 0
-        while child.poll() is None:
-            peak = max(peak, _memory(child.pid))
-            time.sleep(0.1)
+        try:
+            while child.poll() is None:
+                peak = max(peak, _memory(child.pid))
+                time.sleep(0.1)
+        finally:
+            child.kill()  # at Ctrl-C it would write into a folder that is being removed
+            child.wait()
         assert child.stdout is not None
         text = child.stdout.read()
         log.seek(0)

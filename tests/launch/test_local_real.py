@@ -120,8 +120,7 @@ def test_after_kill_9_of_a_worker_the_restarted_run_ends_as_if_nothing_had_been(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_to_the_demo_alone_lets_training_save(tmp_path: Path, number: signal.Signals) -> None:
+def test_sigterm_to_the_demo_alone_lets_training_save(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     config = write_config(tmp_path / "run.yaml", long_run(tmp_path))
     words = ["launch", "local", "--nproc", "2", "--config", config]
@@ -136,13 +135,13 @@ sys.exit(demo.main([]))
     )
     wait_for_step(tmp_path / "run", 3, process)
     children = family(process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
-    assert survivors(children, 120) == []
+    assert process.returncode == 75, output
+    assert survivors(children) == []
     assert leftovers(config) == []
-    assert process.returncode == (-9 if number == signal.SIGKILL else 75), output
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "preempted"
-    assert ("the same command resumes" in output) == (number == signal.SIGTERM)
+    assert "the same command resumes" in output
 
 
 @pytest.mark.slow
