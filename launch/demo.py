@@ -44,7 +44,7 @@ class Step:
     title: str
     command: list[str]
     done: Callable[[], bool]
-    cost: Cost
+    cost: Cost = PREPARING
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,7 +161,6 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
             "Collect the corpus: the standard library's source and documentation",
             _words("data", "stdlib", "--out", corpus),
             (corpus / "classify-test.jsonl").exists,
-            PREPARING,
         ),
         Step(
             "Train a byte-level BPE tokenizer",
@@ -170,7 +169,6 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
                 *("--vocab-size", VOCAB_SIZE, "--out", tokenizer),
             ),
             (tokenizer / "tokenizer.json").exists,
-            PREPARING,
         ),
     ]
     for shards in (train, valid):
@@ -180,7 +178,6 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
                 f"Tokenize the {shards.name} split into shards",
                 _words("data", "prepare", "--input", text, "--tokenizer", tokenizer, "--out", shards),
                 (shards / "manifest.json").exists,
-                PREPARING,
             )
         )
     for word, run in models:
@@ -214,7 +211,6 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
             "Write the report",
             _words("report", *(run for _, run in models), "--out", report),
             _All([report], newer_than=results),
-            PREPARING,
         )
     )
     return steps
