@@ -3,6 +3,9 @@ PYTHON      ?= python3
 VENV        ?= .venv
 DEMO        ?= demo
 PYTEST_ARGS ?=
+# A worker for each core. A module's tests stay together, since they share what its fixtures trained.
+WORKERS     ?= auto
+PARALLEL    := -n $(WORKERS) --maxprocesses 16 --dist loadfile
 # Programs are started with `python -m`: their own files in the environment name it in a first line that can't hold a
 # space. No target is named after a file, since make splits such a name at spaces.
 BIN         := $(VENV)/bin
@@ -18,6 +21,7 @@ help:
 	@echo "PYTHON=python3.12   the Python to set up with ($(PYTHON))"
 	@echo "VENV=folder         the virtual environment ($(VENV))"
 	@echo "DEMO=folder         the demo's folder ($(DEMO))"
+	@echo "WORKERS=1           processes of the tests (one for each core)"
 	@echo "PYTEST_ARGS='...'   more words for pytest"
 
 # A PYTHON that was asked for is used, and must be the environment's. Otherwise an environment that is there decides,
@@ -45,10 +49,10 @@ demo: installed
 	@exec "$(BIN)/python" -m launch.program demo --dir "$(DEMO)"
 
 test: installed-dev
-	"$(BIN)/python" -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	"$(BIN)/python" -m pytest -q -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: installed-dev
-	"$(BIN)/python" -m pytest -q -m slow $(PYTEST_ARGS)
+	"$(BIN)/python" -m pytest -q -m slow $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: test test-slow
 

@@ -88,7 +88,8 @@ def _measure_here(threads: int) -> Speed:
     stage = config.curriculum[0]
     precision = fast_precision(torch.device("cpu"))
     model = build_model(config.model.model_copy(update={"vocab_size": VOCAB_SIZE}))
-    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    if precision == "bf16":
+        model.bfloat16()
     ids = torch.randint(0, VOCAB_SIZE, (stage.micro_batch, stage.seq_len))
 
     def step() -> None:
