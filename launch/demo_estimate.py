@@ -78,7 +78,7 @@ def _measure_here(threads: int) -> Speed:
 
     from pretrain.config import load_config
     from pretrain.engine.training import import_deepspeed
-    from pretrain.model import build_model
+    from pretrain.model.transformer import build_model
     from pretrain.precision import fast_precision
 
     import_deepspeed()
