@@ -5,7 +5,7 @@ DEMO        ?= demo
 PYTEST_ARGS ?=
 # A worker for each core. A module's tests stay together, since they share what its fixtures trained.
 WORKERS     ?= auto
-PARALLEL    := -n $(WORKERS) --maxprocesses 16 --dist loadfile
+PARALLEL    := -n $(WORKERS) --maxprocesses 16 --dist loadfile --durations 10
 # Programs are started with `python -m`: their own files in the environment name it in a first line that can't hold a
 # space. No target is named after a file, since make splits such a name at spaces.
 BIN         := $(VENV)/bin

@@ -29,7 +29,7 @@ def keep_rounding_small() -> None:
     """
     from pretrain.optim import muon
 
-    muon.COMPUTE_DTYPE = torch.float32
+    muon.compute_dtype = lambda device: torch.float32
     torch.Tensor.bfloat16 = torch.Tensor.float  # type: ignore[method-assign]  # in PyTorch's Muon
     torch.Tensor.sign_ = lambda self: self.div_(self.abs().add_(EPS))  # type: ignore[method-assign]
 

@@ -22,7 +22,7 @@ from pretrain.curriculum.plan import build_plan
 from pretrain.engine.deepspeed_config import build_deepspeed_config
 from pretrain.model import build_model
 from pretrain.model.config import ModelConfig
-from pretrain.optim import lion
+from pretrain.optim import lion, muon
 from pretrain.optim.lion import Lion
 from pretrain.optim.muon import Muon, orthogonalize
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, parameter_groups, set_learning_rate
@@ -50,7 +50,10 @@ def test_lion_is_algorithm_2_of_the_paper() -> None:
         torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_muon_on_whole_matrices_is_torchs_to_the_bit() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_on_whole_matrices_is_torchs_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "compute_dtype", lambda device: dtype)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.to(dtype))  # as PyTorch's says it
     torch.manual_seed(0)
     shapes = [(8, 24), (24, 8), (8, 8)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -74,6 +77,11 @@ def test_muon_on_whole_matrices_is_torchs_to_the_bit() -> None:
             other.step()
     for mine, reference in zip([*ours, vector], [*theirs, their_vector], strict=True):
         assert torch.equal(mine, reference)
+
+
+def test_muon_computes_in_float32_on_a_cpu_and_in_bf16_elsewhere() -> None:
+    assert muon.compute_dtype(torch.device("cpu")) == torch.float32
+    assert muon.compute_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 def test_orthogonalize_brings_singular_values_near_1() -> None:
