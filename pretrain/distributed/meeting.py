@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 POLL_SECONDS = 0.2
+FIRST_POLL_SECONDS = 0.01
+"""The first looks come soon after each other: processes of one machine are there at nearly the same time."""
 _ARRIVED, _EVERYBODY, _GIVEN_UP = "arrived", "everybody", "given up"
 
 
@@ -56,6 +58,7 @@ def meet(
     if store.add(_ARRIVED, 1) == world_size:
         store.set(_EVERYBODY, "")
     # store.wait() would do, but logs a warning of PyTorch's at each time-out, and does not hear a signal before.
+    pause = FIRST_POLL_SECONDS
     while not store.check([_EVERYBODY]):
         if stop is not None and stop():
             raise StoppedWhileWaiting
@@ -63,7 +66,8 @@ def meet(
             raise NotAllCame("")
         if time.monotonic() > deadline:
             _give_up(store, rank, world_size, patience, holds)
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(POLL_SECONDS, 2 * pause)
     return store
 
 

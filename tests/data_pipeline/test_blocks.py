@@ -149,7 +149,10 @@ def with_interruptions(data: TrainingData, plan: Plan, seed: int, draw: np.rando
 
 
 @pytest.mark.parametrize("kind", ["stream", "packed", "mixture", "packed mixture"])
-@pytest.mark.parametrize(("case", "block", "batch", "stages"), plans())
+@pytest.mark.parametrize(
+    ("case", "block", "batch", "stages"),
+    [pytest.param(*plan, marks=[pytest.mark.slow] if plan[0] >= 4 else []) for plan in plans()],
+)
 def test_every_slice_of_every_block_once_an_epoch(
     shards: ShardSet, kind: str, case: int, block: int, batch: int, stages: list[tuple[int, int]]
 ) -> None:

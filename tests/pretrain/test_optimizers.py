@@ -218,9 +218,9 @@ def references(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return out
 
 
-FAST_CASES = [("adamw", 2, 2), ("lion", 0, 2), ("lion", 3, 2)]
-FAST_CASES += [("muon", 0, 1), ("muon", 1, 2), ("muon", 2, 2), ("muon", 3, 2)]
-ALL_CASES = itertools.product(KINDS, (0, 1, 2, 3), (1, 2, 4))
+FAST_CASES = [("adamw", 2, 2), ("lion", 3, 2), ("muon", 0, 1), ("muon", 1, 2), ("muon", 3, 2)]
+# AdamW's steps on other numbers of processes are those of test_same_mathematics.
+ALL_CASES = [*itertools.product(KINDS, (0, 1, 2, 3), (2,)), *itertools.product(("lion", "muon"), (0, 1, 2, 3), (4,))]
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def test_the_slowest_process_is_named(corpus: Path, tmp_path: Path, zero_stage: 
         assert row["tokens_per_second"] == pytest.approx(256 / row["step_seconds"])
 
 
+@pytest.mark.slow
 def test_a_trace_of_the_steps_asked_for(corpus: Path, tmp_path: Path) -> None:
     plain = write_config(tmp_path / "plain.yaml", settings(corpus, tmp_path, name="plain", zero_stage=2))
     assert values(run_ranks(train, 2, config=plain)) == [0, 0]

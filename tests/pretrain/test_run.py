@@ -85,7 +85,7 @@ def resumable(corpus: Path, runs: Path, **changes: Any) -> dict[str, Any]:
     [
         (0, "fp32", "mlm", 4, "step"),  # at the curriculum's edge
         pytest.param(1, "bf16", "mlm", 3, "step", marks=pytest.mark.slow),  # in the middle of a stage
-        (2, "bf16", "clm", 5, "step"),
+        pytest.param(2, "bf16", "clm", 5, "step", marks=pytest.mark.slow),
         (2, "fp32", "mlm", 4, "validation"),
         pytest.param(2, "bf16", "mlm", 3, "saving", marks=pytest.mark.slow),
         (3, "bf16", "clm", 5, "step"),
