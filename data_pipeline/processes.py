@@ -22,6 +22,11 @@ _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.5
 
 
+def available_cores() -> int:
+    """Cores that a container or a scheduler left to this process, where the system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def ending_with_us(module: str, *words: str, number: int = signal.SIGKILL) -> list[str]:
     """The command ``python -m module *words`` for a child of this process, which gets signal ``number`` at our end.
 

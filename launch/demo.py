@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from data_pipeline.processes import ending_with_us
-from launch.demo_estimate import Cost, Speed, cores, duration, measure
+from data_pipeline.processes import available_cores, ending_with_us
+from launch.demo_estimate import Cost, Speed, duration, measure
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PROGRAM = "launch.program"
@@ -112,8 +112,8 @@ def _announce(steps: Sequence[Step], nproc: int) -> dict[str, float]:
     each = f"{speed.threads} thread{'s' if speed.threads > 1 else ''} each"
     print(
         f"This takes about {duration(sum(expected.values()))} on this machine: {nproc} process(es), {each}, on "
-        f"{cores()} cores. One trains {speed.tokens_per_second:,.0f} tokens/s in {speed.precision} and starts in "
-        f"{speed.import_seconds:.0f} s.",
+        f"{available_cores()} cores. One trains {speed.tokens_per_second:,.0f} tokens/s in {speed.precision} and "
+        f"starts in {speed.import_seconds:.0f} s.",
         flush=True,
     )
     return expected

@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.processes import available_cores
+
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo-clm.yaml"
 VOCAB_SIZE = 4096
 MEASURED_SECONDS = 2.0
@@ -44,13 +46,8 @@ class Speed:
 
     def seconds(self, cost: Cost, processes: int) -> float:
         """How long a step of this cost takes on so many processes."""
-        together = self.tokens_per_second * min(processes, cores())
+        together = self.tokens_per_second * min(processes, available_cores())
         return cost.starts * self.import_seconds + cost.tokens / together
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def duration(seconds: float) -> str:
@@ -62,7 +59,7 @@ def duration(seconds: float) -> str:
 
 def measure(processes: int) -> Speed | None:
     """The speed of one of so many processes; None if it could not be measured, which the first step will explain."""
-    command = [sys.executable, "-m", "launch.demo_estimate", str(max(1, cores() // processes))]
+    command = [sys.executable, "-m", "launch.demo_estimate", str(max(1, available_cores() // processes))]
     root = str(Path(__file__).resolve().parent.parent)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))}
     try:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import psutil
 
 from data_pipeline.errors import UserError
-from data_pipeline.processes import ending_with_us
+from data_pipeline.processes import available_cores, ending_with_us
 from launch.local import REPOSITORY, StopRequest, become_subreaper, count_gpus, free_port
 from pretrain.distributed.signals import LAUNCHER_PID
 from pretrain.ending import LAUNCH_ID
@@ -154,6 +154,8 @@ def _environment(rank: int, nproc: int, port: str, launch_id: str) -> dict[str, 
     env = dict(os.environ)
     env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, LAUNCH_ID: launch_id, LAUNCHER_PID: str(os.getpid())}
+    # Not only torch's threads, which are set later: BLAS takes all cores in every process, and they wait for others.
+    env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // nproc)))
     env.pop("LOCAL_SIZE", None)  # DeepSpeed's name for LOCAL_WORLD_SIZE, if this runs within one of its launches
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(REPOSITORY)]))
     return env

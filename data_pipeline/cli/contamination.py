@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
+from data_pipeline.processes import available_cores
 
 if TYPE_CHECKING:
     from data_pipeline.quality.contamination import Contamination, Example
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     with tqdm(desc="searching", total=tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
         found = contamination(
-            sets, texts, args.n, workers=args.workers or _cores(), examples=args.examples, on_tokens=bar.update
+            sets, texts, args.n, workers=args.workers or available_cores(), examples=args.examples, on_tokens=bar.update
         )
     seconds = time.monotonic() - began
     rows, start = [], 0
@@ -88,10 +88,6 @@ def _texts(file: str, text_field: str) -> list[str]:
     if not texts:
         raise UserError(f"{file} has no text in '{text_field}'")
     return texts
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _row(file: str, found: Contamination, start: int, end: int, threshold: float) -> dict[str, Any]:

@@ -133,9 +133,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _how(args: argparse.Namespace) -> How:
-    from data_pipeline.prepare.executors import available_cores
     from data_pipeline.prepare.folder import Part
     from data_pipeline.prepare.run import How
+    from data_pipeline.processes import available_cores
 
     if (args.shard_index is None) != (args.num_shards is None):
         raise UserError("--shard-index and --num-shards belong together: which part of how many")

@@ -13,11 +13,11 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
-from data_pipeline.prepare.executors import available_cores
 from data_pipeline.prepare.folder import BAD_FILE, DROPPED_FILE, occupied
 from data_pipeline.prepare.plan import STDIN, Preparation, Unit
 from data_pipeline.prepare.spool import UNIT_BYTES
 from data_pipeline.prepare.worker import WORK, UnitResult, total
+from data_pipeline.processes import available_cores
 from data_pipeline.shards.manifest import FileEntry, InputEntry, Manifest, hash_stream, read_manifest
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.shards.writer import remove_files, token_dtype, unit_of

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 from data_pipeline.errors import UserError
 from data_pipeline.prepare.plan import Unit
 from data_pipeline.prepare.worker import Context, UnitResult, Worker
-from data_pipeline.processes import end_with_parent
+from data_pipeline.processes import available_cores, end_with_parent
 
 Method = Literal["sign", "tokenize"]
 
@@ -115,11 +115,6 @@ def fresh_text(result: int | UnitResult) -> int:
     if isinstance(result, int):
         return result
     return 0 if result.reused else result.text_bytes
-
-
-def available_cores() -> int:
-    """Cores that this process may use, which in a container or a job are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_threads(threads: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from data_pipeline.errors import UserError
+from data_pipeline.processes import available_cores
 from pretrain.distributed.meeting import meet
 from pretrain.distributed.signals import StopFlag
 from pretrain.distributed.watchdog import Watchdog, group_timeout
@@ -96,9 +97,7 @@ class World:
         self.rank, self.world_size, self.local_rank = rank.rank, rank.world_size, rank.local_rank
         self.is_first = rank.is_first
         if not os.environ.get("OMP_NUM_THREADS"):
-            # The cores that a container or a scheduler left to this process, where the system can tell.
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // rank.local_size))
+            torch.set_num_threads(max(1, available_cores() // rank.local_size))
         if torch.cuda.is_available():
             if rank.local_rank >= torch.cuda.device_count():
                 raise UserError(

@@ -22,8 +22,8 @@ STEPS = 16
     [
         ("mlm", 0, "fp32", "stream", 3),
         pytest.param("mlm", 2, "bf16", "documents", 1, marks=pytest.mark.slow),
-        pytest.param("clm", 3, "bf16", "stream", 1, marks=pytest.mark.slow),
-        pytest.param("clm", 1, "fp32", "documents", 1, marks=pytest.mark.slow),
+        pytest.param("clm", 3, "bf16", "stream", 2, marks=pytest.mark.slow),
+        pytest.param("clm", 1, "fp32", "documents", 2, marks=pytest.mark.slow),
     ],
 )
 def test_stopped_at_every_step(
