@@ -33,8 +33,8 @@ SHOWN = 6
 
 # By model. Of steps timed with nothing beside them, see docs/training.md.
 PREPARING = Cost(starts=0.4, tokens=0)
-TRAINING = {"masked": Cost(2.5, 600_000), "causal": Cost(2.5, 800_000)}
-EVALUATING = {"masked": Cost(2.0, 600_000), "causal": Cost(2.0, 800_000)}
+TRAINING = {"masked": Cost(2.5, 750_000), "causal": Cost(2.5, 900_000)}
+EVALUATING = {"masked": Cost(2.0, 650_000), "causal": Cost(2.0, 650_000)}
 
 
 @dataclass(frozen=True)
