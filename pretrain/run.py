@@ -13,7 +13,7 @@ from data_pipeline.files import write_atomic
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
 from pretrain.checkpoint.resume import check_resume, identity
-from pretrain.checks import Inputs, check_inputs
+from pretrain.checks import check_inputs
 from pretrain.config import RunConfig
 from pretrain.distributed import watchdog
 from pretrain.distributed.leaving import LeaveAtOnce
@@ -26,6 +26,7 @@ from pretrain.distributed.signals import (
 )
 from pretrain.distributed.world import Rank
 from pretrain.ending import export_weights, is_finished, leave_preempted, write_status
+from pretrain.inputs import Inputs
 
 
 def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool = False) -> int:

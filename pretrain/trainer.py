@@ -13,13 +13,13 @@ import torch
 from data_pipeline.batches.loader import Batch, TrainLoader
 from pretrain.checkpoint.commit import TrainState
 from pretrain.checkpoint.store import Checkpoints, SaveFailed
-from pretrain.checks import Inputs
 from pretrain.curriculum.plan import micro_batches
 from pretrain.curriculum.stages import model_at, stage_maskings, stage_model, stage_settings
 from pretrain.distributed import watchdog
 from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_NOT_SAVED, EXIT_PREEMPTED
 from pretrain.distributed.world import World
 from pretrain.engine.training import StepResult, TrainingEngine
+from pretrain.inputs import Inputs
 from pretrain.optim.schedule import learning_rate
 from pretrain.telemetry.profile import StepProfiler
 from pretrain.telemetry.reports import Step, StepReports

@@ -19,15 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from data_pipeline.errors import UserError
-from pretrain.checkpoint.reshard import group_names, layout_of, restore
-from pretrain.checkpoint.saved import GROUPS, SavedStates
-from pretrain.checkpoint.writing import Writes
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.curriculum.stages import stage_model
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
-from pretrain.engine.fragments import full_shape, places
 from pretrain.engine.layers import layer_runner
 from pretrain.engine.positions import extend_positions
 from pretrain.engine.repairs import (
@@ -36,6 +32,10 @@ from pretrain.engine.repairs import (
     keep_scale_until_applied,
     zero_optimizer_at_stage_1,
 )
+from pretrain.engine.state.fragments import full_shape, places
+from pretrain.engine.state.reshard import group_names, layout_of, restore
+from pretrain.engine.state.saved import GROUPS, SavedStates
+from pretrain.engine.state.writing import Writes
 from pretrain.model.attention.layout import Layout
 from pretrain.optim.muon import Muon, Piece
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, moments, set_learning_rate
