@@ -5,6 +5,7 @@ from __future__ import annotations
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.roles import check_objective
+from pretrain.callbacks import check_callbacks
 from pretrain.config import RunConfig
 from pretrain.curriculum.plan import build_plan, check_world_size
 from pretrain.engine.deepspeed_config import build_deepspeed_config
@@ -17,6 +18,7 @@ def check_inputs(config: RunConfig, world_size: int) -> Inputs:
     """Open the shards and compare them with the configuration; raises :class:`UserError` for what would fail later."""
     _check_deepspeed(config)
     check_trackers(config.telemetry)
+    check_callbacks(config.callbacks)
     plan = build_plan(config)
     check_world_size(plan, world_size)
     expected = None

@@ -25,7 +25,7 @@ from pretrain.distributed.signals import (
     StopFlag,
 )
 from pretrain.distributed.world import Rank
-from pretrain.ending import export_weights, is_finished, leave_preempted, write_status
+from pretrain.ending import STATES, export_weights, is_finished, leave_preempted, write_status
 from pretrain.inputs import Inputs
 
 
@@ -76,6 +76,7 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
 def _train_together(
     inputs: Inputs, world: Any, stop: StopFlag, leaving: LeaveAtOnce, resume: str, verbose: bool
 ) -> int:
+    from pretrain.callbacks import Callbacks, Ended, Started
     from pretrain.checkpoint.store import Checkpoints
     from pretrain.describe import describe
     from pretrain.distributed.world import first_decides
@@ -87,6 +88,7 @@ def _train_together(
     from pretrain.trainer import Trainer
 
     run_dir = inputs.config.run_dir
+    callbacks = Callbacks(inputs.config, world)
     first_decides(world, lambda: _prepare_folder(inputs, resume))
     state = TrainState()
     world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, state)
@@ -135,8 +137,10 @@ def _train_together(
         identity(config, inputs.fingerprint, world.world_size),
         state,
         stop,
+        callbacks,
     )
     world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, trainer.state)
+    callbacks.say = telemetry.say
     try:
         for line in passed_over:
             telemetry.say(line)
@@ -155,6 +159,10 @@ def _train_together(
         )
         watchdog.at("trying the longest rows")
         telemetry.say(run_probe(engine, config, inputs.plan, world, state.tokens).sentence())
+        total, processes = inputs.plan.total_tokens, world.world_size
+        callbacks.call(
+            "on_start", lambda: Started(config, run_dir, state.step, state.tokens, total, world.rank, processes)
+        )
         try:
             code = trainer.run()
             if code == EXIT_DONE:
@@ -165,6 +173,8 @@ def _train_together(
                 raise
             leaving.last_words()
             return EXIT_PREEMPTED
+        last = trainer.state
+        callbacks.call("on_end", lambda: Ended(STATES[code], code, last.step, last.tokens, run_dir))
     finally:
         telemetry.close()
     if world.is_first:
