@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pretrain.describe import cpu_name
+from pretrain.machine import cpu_name
 
 
 def provenance(module: str, arguments: Sequence[str], device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from eval.results.schema import ModelInfo
 from pretrain.curriculum.stages import trained_length
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint.store import LoadedModel
+    from pretrain.checkpoint.load import LoadedModel
 
 # Float32 logits held at once: 2^25 values are 128 MiB. Rows per forward pass follow from it.
 LOGIT_BUDGET = 2**25
@@ -106,7 +106,7 @@ def load_subject(checkpoint: str | Path, data: str | Path | None = None, device:
     Shards that the run names but are not there leave the subject without any. Raises :class:`UserError` for a
     checkpoint that is not whole, shards of another tokenizer, or a device that cannot be used.
     """
-    from pretrain.checkpoint.store import load_model
+    from pretrain.checkpoint.load import load_model
 
     if not Path(checkpoint).exists():
         raise UserError(f"checkpoint {checkpoint} does not exist")

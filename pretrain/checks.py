@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from data_pipeline.batches.mixture import TrainingData
-from data_pipeline.batches.order import Plan
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.roles import check_objective
+from pretrain.callbacks import check_callbacks
 from pretrain.config import RunConfig
 from pretrain.curriculum.plan import build_plan, check_world_size
 from pretrain.engine.deepspeed_config import build_deepspeed_config
+from pretrain.inputs import Inputs
 from pretrain.sources import fingerprint, open_sources
 from pretrain.telemetry.trackers import check_trackers
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A configuration with nothing left open but the precision, and the data it names, opened."""
-
-    config: RunConfig  # model.vocab_size is set; precision may be auto until all processes have met
-    plan: Plan
-    train: TrainingData
-    fingerprint: str  # of the training data
-    valid: ShardSet | None
 
 
 def check_inputs(config: RunConfig, world_size: int) -> Inputs:
     """Open the shards and compare them with the configuration; raises :class:`UserError` for what would fail later."""
     _check_deepspeed(config)
     check_trackers(config.telemetry)
+    check_callbacks(config.callbacks)
     plan = build_plan(config)
     check_world_size(plan, world_size)
     expected = None

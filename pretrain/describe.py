@@ -1,15 +1,9 @@
-"""A run in plain words before it starts, and the machine it ran on."""
+"""A run in plain words before it starts."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import platform
-import subprocess
-import sys
-from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan
@@ -92,59 +86,3 @@ def _describe_data(config: RunConfig, plan: Plan, data: TrainingData) -> list[st
             f"({', '.join(shares)}) counts as tokens."
         )
     return lines
-
-
-def environment(world: World) -> dict[str, Any]:
-    """What a reader needs to repeat the run: versions, machine, command."""
-    import torch
-
-    packages = ("torch", "deepspeed", "numpy", "tokenizers", "datasets", "pydantic", "wandb")
-    return {
-        "command": sys.argv,
-        "working_directory": os.getcwd(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "cpu": cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "threads_per_process": torch.get_num_threads(),
-        "world_size": world.world_size,
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-        "cuda": torch.version.cuda,
-        "code": _code(),
-    }
-
-
-def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor as the system names it."""
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _code() -> dict[str, Any] | None:
-    """The commit that the code is at, and whether files of it were changed since; None outside a git checkout."""
-    folder = Path(__file__).resolve().parent.parent
-    if not (folder / ".git").exists():  # else a run folder's or an environment's own repository would be taken for it
-        return None
-    words = ("rev-parse HEAD", "status --porcelain --untracked-files=no")
-    try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(folder), *word.split()], capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
-            for word in words
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit, "changed_since": bool(changes)}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -10,7 +10,8 @@ from typing import Any
 
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
-from pretrain.checkpoint.export import export, read_info
+from pretrain.checkpoint.export import export
+from pretrain.checkpoint.load import read_info
 from pretrain.distributed import watchdog
 from pretrain.distributed.leaving import LeaveAtOnce
 from pretrain.distributed.signals import (

@@ -106,7 +106,7 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
     """
     import torch
 
-    from pretrain.checkpoint.export import load_model
+    from pretrain.checkpoint.load import load_model
     from pretrain.config import load_config
     from pretrain.curriculum.stages import stage_model
     from pretrain.model.transformer import NystromformerLM

@@ -13,7 +13,7 @@ from data_pipeline.files import write_atomic
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
 from pretrain.checkpoint.resume import check_resume, identity
-from pretrain.checks import Inputs, check_inputs
+from pretrain.checks import check_inputs
 from pretrain.config import RunConfig
 from pretrain.distributed import watchdog
 from pretrain.distributed.leaving import LeaveAtOnce
@@ -25,7 +25,8 @@ from pretrain.distributed.signals import (
     StopFlag,
 )
 from pretrain.distributed.world import Rank
-from pretrain.ending import export_weights, is_finished, leave_preempted, write_status
+from pretrain.ending import STATES, export_weights, is_finished, leave_preempted, write_status
+from pretrain.inputs import Inputs
 
 
 def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool = False) -> int:
@@ -75,6 +76,7 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
 def _train_together(
     inputs: Inputs, world: Any, stop: StopFlag, leaving: LeaveAtOnce, resume: str, verbose: bool
 ) -> int:
+    from pretrain.callbacks import Callbacks, Ended, Started
     from pretrain.checkpoint.store import Checkpoints
     from pretrain.describe import describe
     from pretrain.distributed.world import first_decides
@@ -86,6 +88,7 @@ def _train_together(
     from pretrain.trainer import Trainer
 
     run_dir = inputs.config.run_dir
+    callbacks = Callbacks(inputs.config, world)
     first_decides(world, lambda: _prepare_folder(inputs, resume))
     state = TrainState()
     world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, state)
@@ -134,8 +137,10 @@ def _train_together(
         identity(config, inputs.fingerprint, world.world_size),
         state,
         stop,
+        callbacks,
     )
     world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, trainer.state)
+    callbacks.say = telemetry.say
     try:
         for line in passed_over:
             telemetry.say(line)
@@ -154,6 +159,10 @@ def _train_together(
         )
         watchdog.at("trying the longest rows")
         telemetry.say(run_probe(engine, config, inputs.plan, world, state.tokens).sentence())
+        total, processes = inputs.plan.total_tokens, world.world_size
+        callbacks.call(
+            "on_start", lambda: Started(config, run_dir, state.step, state.tokens, total, world.rank, processes)
+        )
         try:
             code = trainer.run()
             if code == EXIT_DONE:
@@ -164,6 +173,8 @@ def _train_together(
                 raise
             leaving.last_words()
             return EXIT_PREEMPTED
+        last = trainer.state
+        callbacks.call("on_end", lambda: Ended(STATES[code], code, last.step, last.tokens, run_dir))
     finally:
         telemetry.close()
     if world.is_first:

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from data_pipeline.batches.loader import Batch, TrainLoader
-from pretrain.checkpoint.commit import TrainState
+from pretrain.callbacks import Callbacks, Saved, Stepped, Validated
+from pretrain.checkpoint.commit import TrainState, tag_name
 from pretrain.checkpoint.store import Checkpoints, SaveFailed
-from pretrain.checks import Inputs
 from pretrain.curriculum.plan import micro_batches
 from pretrain.curriculum.stages import model_at, stage_maskings, stage_model, stage_settings
 from pretrain.distributed import watchdog
 from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_NOT_SAVED, EXIT_PREEMPTED
 from pretrain.distributed.world import World
 from pretrain.engine.training import StepResult, TrainingEngine
+from pretrain.inputs import Inputs
 from pretrain.optim.schedule import learning_rate
 from pretrain.telemetry.profile import StepProfiler
 from pretrain.telemetry.reports import Step, StepReports
@@ -48,11 +49,13 @@ class Trainer:
         identity: dict[str, Any],
         state: TrainState,
         stop: Callable[[], bool],
+        callbacks: Callbacks,
     ) -> None:
         self.inputs, self.engine, self.world = inputs, engine, world
         self.config, self.plan = inputs.config, inputs.plan
         self.checkpoints, self.telemetry = checkpoints, telemetry
-        self.identity, self.state, self.stop = identity, state, stop
+        self.identity, self.state, self.callbacks = identity, state, callbacks
+        self.stop = lambda: callbacks.stop_asked or stop()
         self._saved_step = state.step if state.step else -1
         self._started = time.monotonic() - state.seconds
         self._reports = StepReports(inputs, engine, world, telemetry, self._event, state.losses)
@@ -139,6 +142,20 @@ class Trainer:
         self.telemetry.advance(tokens)
         if loss is not None:
             (self._reports.bad_step if bad else self._reports.log)(step, loss, self.state)
+        self.callbacks.call(
+            "on_step",
+            lambda: Stepped(
+                step=step.number,
+                tokens=tokens,
+                stage=batch.stage,
+                seq_len=batch.seq_len,
+                lr=lr,
+                grad_norm=result.grad_norm,
+                applied=result.applied,
+                loss=None if loss is None else loss.mean,
+                seconds=self.state.seconds,
+            ),
+        )
 
     def _enter_stage(self, batch: Batch) -> None:
         before = stage_model(self.config, max(0, batch.stage - 1))
@@ -194,6 +211,7 @@ class Trainer:
             f"{result['perplexity']:.2f}{accuracy} (length {stage.seq_len}, {result['targets']:,} targets, "
             f"{took:.1f} s){beyond}"
         )
+        texts: list[str] = []
         if self.config.model.objective == "clm" and self.config.validation.samples:
             watchdog.at("writing samples")
             texts = write_samples(
@@ -203,6 +221,21 @@ class Trainer:
             for text in texts[:1]:
                 self.telemetry.say(f"  it writes: {' '.join(text.split())}")
         self.state = dataclasses.replace(state, validated_tokens=state.tokens)
+        self.callbacks.call(
+            "on_validation",
+            lambda: Validated(
+                step=state.step,
+                tokens=state.tokens,
+                stage=index,
+                seq_len=stage.seq_len,
+                loss=result["loss"],
+                perplexity=result["perplexity"],
+                accuracy=result.get("accuracy"),
+                longest_loss=longest.get("longest_loss"),
+                texts=tuple(texts),
+                seconds=took,
+            ),
+        )
         return True
 
     def _checkpoint_due(self, batch: Batch) -> bool:
@@ -231,9 +264,12 @@ class Trainer:
             self.telemetry.say(f"step {self.state.step}: the checkpoint is NOT saved: {error}.")
             return False
         self._saved_step = self.state.step
-        self._event("checkpoint", took=time.monotonic() - began)
+        took = time.monotonic() - began
+        self._event("checkpoint", took=took)
         for line in lines:
             self.telemetry.say(line)
+        folder = self.checkpoints.root / tag_name(self.state.step)
+        self.callbacks.call("on_checkpoint", lambda: Saved(self.state.step, self.state.tokens, folder, took))
         return True
 
     def _preempt(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from data_pipeline.shards.shardset import ShardSet
 from pretrain.config import RunConfig
 from pretrain.distributed import randomness, watchdog
 from pretrain.distributed.world import World
+from pretrain.measures import perplexity
 from pretrain.model.attention.layout import Layout
 from pretrain.telemetry.lines import write_or_tell
 
@@ -110,11 +110,6 @@ def _evaluate(engine: TrainingEngine, batch: Batch, device: torch.device, masked
         logits = engine.model.head(hidden[targets]).float()
         loss = torch.nn.functional.cross_entropy(logits, labels[targets], reduction="sum")
     return [float(loss), float(targets.sum()), float((logits.argmax(-1) == labels[targets]).sum())]
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def write_samples(

@@ -19,7 +19,6 @@ held-out loss at the longest length by seconds of training. Each is a process of
 steps, so that a slow spell of the machine falls on both. Validation and saving do not count as training."""
 EXAMPLE = """example:
   OMP_NUM_THREADS=2 python -m benchmarks.curriculum --config configs/books-clm.yaml --seeds 1,2 --out curriculum.json"""
-RUNS = {"curriculum": "curriculum of lengths", "fixed": "longest length throughout"}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Point = dict[str, float]
+RUNS = {"curriculum": "curriculum of lengths", "fixed": "longest length throughout"}
 
 
 def curve(metrics: Path, times: list[float]) -> list[Point]:
@@ -83,8 +84,6 @@ def draw(pairs: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-
-    from benchmarks.curriculum.cli import RUNS
 
     figure, axes = plt.subplots(figsize=(7.2, 4.0))
     for (name, title), colour in zip(RUNS.items(), ("#1a7f5a", "#b4552d"), strict=True):

@@ -29,7 +29,7 @@ from eval.efficiency.work import BACKWARD, DECODE, FORWARD, Decoding, backward, 
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject
-from pretrain.describe import cpu_name
+from pretrain.machine import cpu_name
 from pretrain.model.decoding import cache_bytes
 from pretrain.model.transformer import NystromformerLM
 from pretrain.precision import fast_precision

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_pipeline.errors import UserError
 from eval.generation.settings import GenerateSettings
 from eval.subject import Subject, batches
-from pretrain.checkpoint.store import load_model
+from pretrain.checkpoint.load import load_model
 
 Pair = tuple[Sequence[int], Sequence[int]]
 

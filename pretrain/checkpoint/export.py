@@ -1,68 +1,18 @@
-"""From a sharded training checkpoint to one file of float32 weights, and from either to a model for evaluation."""
+"""From a sharded training checkpoint to one file of float32 weights."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
-from data_pipeline.tokenization.roles import check_objective
-from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain.checkpoint import commit
-from pretrain.config import RunConfig, load_config, parse_config
-from pretrain.curriculum.stages import model_at
-from pretrain.model.config import ModelConfig
+from pretrain.checkpoint.load import CONFIG, INFO, WEIGHTS, load_checkpoint, unique_weights
+from pretrain.moved import moved
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-CONFIG, WEIGHTS, INFO, TOKENIZER = "config.yaml", "model.safetensors", "export.json", "tokenizer.json"
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to be evaluated: float32, evaluation mode, on the CPU."""
-
-    model: nn.Module
-    model_config: ModelConfig  # as of the stage it was trained to
-    run_config: RunConfig
-    tokenizer: Tokenizer
-    weights_hash: str  # SHA-256 over names, shapes and bytes
-    tokens: int  # that it was trained on
-    path: Path  # of what was loaded
-    run_dir: Path | None  # the run it belongs to, if it lies in one
-
-
-def load_model(path: str | Path) -> LoadedModel:
-    """Load a run folder, one of its checkpoints (``checkpoints/stepN``) or an ``export`` folder, in a single process.
-
-    A run folder means its newest whole checkpoint, through ``export/`` if that is of the same step. Raises
-    :class:`UserError` if there is nothing whole to load.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist: give a run folder, a checkpoint in it, or an export folder")
-    if (path / INFO).is_file():
-        return _load_export(path)
-    if (path / commit.MANIFEST).is_file():
-        return _load_checkpoint(path)
-    if (path / "checkpoints").is_dir():
-        found = commit.newest(path / "checkpoints")
-        if found is None:
-            raise UserError(f"run {path} has no whole checkpoint yet")
-        folder, manifest = found
-        exported = read_info(path / "export")
-        if exported is not None and exported["step"] == manifest.state.step:
-            return _load_export(path / "export")
-        return _load_checkpoint(folder)
-    raise UserError(f"{path} is neither a run folder, nor a checkpoint, nor an export folder")
+__getattr__ = moved(__name__, "pretrain.checkpoint.load", "LoadedModel", "consolidate", "load_model", "weights_hash")
 
 
 def export(folder: Path, out: Path, state: str = "fp32") -> str:
@@ -75,7 +25,7 @@ def export(folder: Path, out: Path, state: str = "fp32") -> str:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    loaded = _load_checkpoint(folder, state)
+    loaded = load_checkpoint(folder, state)
     manifest = commit.Manifest.read(folder)
     (out / INFO).unlink(missing_ok=True)  # the marker first: what an interruption leaves must not look finished
     shutil.rmtree(out, ignore_errors=True)
@@ -97,117 +47,3 @@ def export(folder: Path, out: Path, state: str = "fp32") -> str:
     }
     write_atomic(out / INFO, (json.dumps(info, indent=1) + "\n").encode())
     return loaded.weights_hash
-
-
-def read_info(folder: Path) -> dict[str, Any] | None:
-    """The contents of ``export.json``, or None if the export is not there or not finished."""
-    try:
-        info = json.loads((folder / INFO).read_text())
-        return info if {"weights_hash", "tokens", "step"} <= set(info) else None
-    except (OSError, ValueError):
-        return None
-
-
-def unique_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, float32, on the CPU; a tied weight once, under its first name."""
-    seen: set[int] = set()
-    out: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            value = tensor.detach().cpu()
-            out[name] = (value.float() if value.is_floating_point() else value).contiguous()
-    return out
-
-
-def weights_hash(weights: dict[str, torch.Tensor]) -> str:
-    """SHA-256 (hex) over the sorted names, shapes, types and bytes: equal weights, equal hash, however stored."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name]
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def consolidate(folder: Path, state: str = "fp32") -> dict[str, torch.Tensor]:
-    """Weights of a checkpoint by name and the model's buffers, float32 on the CPU, whatever ZeRO stage wrote it.
-
-    ``state``: ``fp32``, the master weights, or a state of the optimizer that has the shape of the weights, such as
-    ``ema``. A tied weight is there once, under its first name. Raises :class:`UserError` if the checkpoint has no such
-    state.
-    """
-    from pretrain.engine.training import import_deepspeed
-
-    import_deepspeed()  # whose classes are in the files
-    from pretrain.checkpoint.saved import SavedStates
-
-    saved = SavedStates(folder)
-    for name in saved.shapes:
-        if state not in saved.state_names(name):
-            there = ", ".join(saved.state_names(name))
-            raise UserError(f"checkpoint {folder} has no '{state}' of {name}: there are {there}")
-    weights = {name: saved.full(name, state) for name in saved.shapes}
-    buffers = {k: v.float() if v.is_floating_point() else v.clone() for k, v in saved.buffers.items()}
-    return {**weights, **buffers}
-
-
-def _load_checkpoint(folder: Path, state: str = "fp32") -> LoadedModel:
-    try:
-        manifest = commit.Manifest.read(folder)
-    except ValueError as error:
-        raise UserError(f"checkpoint {folder} cannot be used: {error}") from None
-    problem = commit.problem_with(folder, manifest, manifest.files)
-    if problem:
-        raise UserError(f"checkpoint {folder} cannot be used: {problem}")
-    run_dir = folder.resolve().parent.parent
-    config = parse_config(manifest.identity["config"], where=str(folder / commit.MANIFEST))
-    return _loaded(consolidate(folder, state), config, run_dir / "tokenizer", manifest.state.tokens, folder, run_dir)
-
-
-def _load_export(folder: Path) -> LoadedModel:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    info = read_info(folder)
-    if info is None:
-        raise UserError(f"{folder / INFO} is damaged: export the checkpoint again")
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read: {error}") from None
-    parent = folder.resolve().parent
-    run_dir = parent if (parent / "checkpoints").is_dir() else None
-    loaded = _loaded(weights, load_config(folder / CONFIG), folder, info["tokens"], folder, run_dir)
-    if loaded.weights_hash != info["weights_hash"]:
-        raise UserError(f"{folder / WEIGHTS} is not what {INFO} says: it was changed or damaged")
-    return loaded
-
-
-def _loaded(
-    weights: dict[str, torch.Tensor], config: RunConfig, folder: Path, tokens: int, path: Path, run_dir: Path | None
-) -> LoadedModel:
-    """``folder`` holds the tokenizer."""
-    from pretrain.model.transformer import build_model
-
-    tokenizer = Tokenizer.load(folder)
-    check_objective(tokenizer.roles.as_dict(), config.model.objective, str(folder))
-    model_config = model_at(config, tokens)
-    model = build_model(model_config).float().eval()
-    wanted = unique_weights(model)
-    missing = sorted(set(wanted) - set(weights))
-    if missing:
-        raise UserError(f"{path} lacks the weights {', '.join(missing[:3])}: it belongs to another model or version")
-    extra = sorted(set(weights) - set(model.state_dict()))
-    if extra:
-        raise UserError(
-            f"{path} has weights this model does not know ({', '.join(extra[:3])}): it belongs to another version"
-        )
-    for name, tensor in wanted.items():
-        if tuple(weights[name].shape) != tuple(tensor.shape):
-            raise UserError(
-                f"{path}: {name} has the shape {tuple(weights[name].shape)}, the model's is {tuple(tensor.shape)}"
-            )
-    model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
-    digest = weights_hash(unique_weights(model))
-    return LoadedModel(model, model_config, config, tokenizer, digest, tokens, path, run_dir)

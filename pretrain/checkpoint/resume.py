@@ -29,8 +29,8 @@ def check_resume(
     """Compare a checkpoint with what is asked for now.
 
     Returns the changes that are allowed, {dotted key: [old, new]}: learning rate and its schedule, stages to come,
-    micro-batches, validation, checkpoints, telemetry, the ZeRO stage, bf16 for fp32 and fp32 for bf16 and, as
-    ``processes``, their number. ``precision: auto`` is no change: it is the checkpoint's. Raises :class:`UserError`
+    micro-batches, validation, checkpoints, telemetry, callbacks, the ZeRO stage, bf16 for fp32 and fp32 for bf16 and,
+    as ``processes``, their number. ``precision: auto`` is no change: it is the checkpoint's. Raises :class:`UserError`
     that names every change that is not allowed.
     """
     old = manifest.identity

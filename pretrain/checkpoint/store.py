@@ -13,16 +13,17 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import fsync_folder
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import FileEntry, Manifest, TrainState
-from pretrain.checkpoint.export import LoadedModel, load_model
 from pretrain.checkpoint.room import SaveFailed, free_bytes, with_margin
-from pretrain.checkpoint.writing import Writes
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
+from pretrain.engine.state.writing import Writes
+from pretrain.moved import moved
 
 if TYPE_CHECKING:
     from pretrain.engine.training import TrainingEngine
 
-__all__ = ["Checkpoints", "LoadedModel", "SaveFailed", "load_model"]
+__all__ = ["Checkpoints", "SaveFailed"]
+__getattr__ = moved(__name__, "pretrain.checkpoint.load", "LoadedModel", "load_model")
 
 T = TypeVar("T")
 

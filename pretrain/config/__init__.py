@@ -9,9 +9,10 @@ from pretrain.config.data import DataConfig, MaskingConfig, SourceConfig
 from pretrain.config.load import load_config, parse_config
 from pretrain.config.optimizer import OptimizerConfig, ScheduleConfig
 from pretrain.config.run import RunConfig
-from pretrain.config.watching import CheckpointConfig, TelemetryConfig, ValidationConfig
+from pretrain.config.watching import CallbackConfig, CheckpointConfig, TelemetryConfig, ValidationConfig
 
 __all__ = [
+    "CallbackConfig",
     "CheckpointConfig",
     "DataConfig",
     "MaskingConfig",

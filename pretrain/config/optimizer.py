@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pretrain.config.strict import Strict
+from pretrain.optim.kind import KINDS
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-LION_BETAS = (0.9, 0.99)
-"""The defaults of Lion's authors (Chen et al. 2023, section 4.1), who take (0.95, 0.98) where training is unstable."""
 
 
 class OptimizerConfig(Strict):
     """The rule that turns gradients into steps; no weight decay on norms, biases and other vectors."""
 
-    kind: Literal["adamw", "lion", "muon"] = Field(
+    kind: str = Field(
         "adamw",
         description="adamw (Loshchilov & Hutter 2019); lion (Chen et al. 2023): give it a 3 to 10 times smaller lr and "
         "a larger weight_decay; muon (Jordan et al. 2024): for the layers' matrices, AdamW for all else, at the lr and "
@@ -29,6 +28,9 @@ class OptimizerConfig(Strict):
     )
     eps: float = Field(1e-8, gt=0, description="of AdamW; Lion has none")
     momentum: Beta = Field(0.95, description="muon only: of the layers' matrices (Nesterov)")
+    settings: dict[str, float] = Field(
+        default_factory=dict, description="hyper-parameters that only this kind has; adamw, lion and muon have none"
+    )
     weight_decay: float = Field(0.1, ge=0)
     decay_embeddings: bool = Field(
         True, description="whether the word and position tables decay too; a tied head is the word table"
@@ -45,9 +47,29 @@ class OptimizerConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _defaults_by_kind(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("kind") == "lion" and "betas" not in values:
-            return {**values, "betas": LION_BETAS}
+        if isinstance(values, dict) and values.get("kind") in KINDS.names():
+            return {**KINDS.get(values["kind"]).defaults, **values}
         return values
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        KINDS.get(kind)
+        return kind
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> OptimizerConfig:
+        known = KINDS.get(self.kind).settings
+        for name in self.settings:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(known) or 'none'}"
+                raise ValueError(f"settings: {self.kind} has no hyper-parameter '{name}': {hint}")
+        return self
+
+    def setting(self, name: str) -> float:
+        """A hyper-parameter that only this kind has, as set or by default."""
+        return self.settings.get(name, KINDS.get(self.kind).settings[name])
 
 
 class ScheduleConfig(Strict):

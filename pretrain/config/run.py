@@ -13,7 +13,7 @@ from pretrain.config.curriculum import StageConfig
 from pretrain.config.data import DataConfig
 from pretrain.config.optimizer import OptimizerConfig, ScheduleConfig
 from pretrain.config.strict import Strict
-from pretrain.config.watching import CheckpointConfig, TelemetryConfig, ValidationConfig
+from pretrain.config.watching import CallbackConfig, CheckpointConfig, TelemetryConfig, ValidationConfig
 from pretrain.model.config import ModelConfig
 
 
@@ -43,6 +43,9 @@ class RunConfig(Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    callbacks: tuple[CallbackConfig, ...] = Field(
+        (), description="classes to call while the run trains, each my.module:Class or {call: ..., settings: {...}}"
+    )
     max_bad_steps: int = Field(5, gt=0, description="stop after this many non-finite steps in a row")
     stall_seconds: float = Field(
         1800.0, gt=0, description="end the run when a process makes no progress for so long, naming it"

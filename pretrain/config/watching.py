@@ -1,10 +1,10 @@
-"""What a run keeps and tells while it trains: checkpoints, held-out loss, metrics."""
+"""What a run keeps and tells while it trains: checkpoints, held-out loss, metrics, and whom it calls."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pretrain.config.strict import Strict
 
@@ -44,3 +44,17 @@ class TelemetryConfig(Strict):
     )
     profile_steps: int = Field(3, gt=0, description="how many steps the trace covers")
     spike_window: int = Field(100, gt=1, description="steps that a loss is compared with to be called a spike")
+
+
+class CallbackConfig(Strict):
+    """A class of the user's that is called while the run trains (``pretrain/callbacks.py``)."""
+
+    call: str = Field(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$", description="where it is: my.module:Class"
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="arguments that it is made with")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, raw: Any) -> Any:
+        return {"call": raw} if isinstance(raw, str) else raw

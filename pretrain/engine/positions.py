@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from pretrain.engine import fragments
+from pretrain.engine.state import fragments
 from pretrain.model.positions import POSITION_OFFSET
 
 if TYPE_CHECKING:

@@ -19,15 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from data_pipeline.errors import UserError
-from pretrain.checkpoint.reshard import group_names, layout_of, restore
-from pretrain.checkpoint.saved import GROUPS, SavedStates
-from pretrain.checkpoint.writing import Writes
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.curriculum.stages import stage_model
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
-from pretrain.engine.fragments import full_shape, places
 from pretrain.engine.layers import layer_runner
 from pretrain.engine.positions import extend_positions
 from pretrain.engine.repairs import (
@@ -36,9 +32,13 @@ from pretrain.engine.repairs import (
     keep_scale_until_applied,
     zero_optimizer_at_stage_1,
 )
+from pretrain.engine.state.fragments import full_shape, places
+from pretrain.engine.state.reshard import group_names, layout_of, restore
+from pretrain.engine.state.saved import GROUPS, SavedStates
+from pretrain.engine.state.writing import Writes
 from pretrain.model.attention.layout import Layout
-from pretrain.optim.muon import Muon, Piece
-from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, moments, set_learning_rate
+from pretrain.optim.kind import CutByZero, Piece
+from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, most_values_kept, set_learning_rate
 
 if TYPE_CHECKING:
     from pretrain.model.config import ModelConfig
@@ -116,7 +116,7 @@ class TrainingEngine:
             raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {faults}") from None
         if config.precision == "fp16":
             keep_scale_until_applied(self._engine.optimizer)
-        if isinstance(optimizer, Muon) and self.zero_stage:
+        if isinstance(optimizer, CutByZero) and self.zero_stage:
             pieces = [
                 (place.owner, Piece(tuple(full_shape(parameter)), place.start, place.numel, place.offset))
                 for parameter, place in places(self._engine).items()
@@ -199,7 +199,7 @@ class TrainingEngine:
         partitions = {0: "", 1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups"}
         name = partitions.get(self.zero_stage, "fp32_partitioned_groups_flat")
         weights = list(self.model.parameters()) if not name else getattr(zero, name)
-        return 4 * moments(self.config.optimizer) * sum(w.numel() for w in weights if not zero.state.get(w))
+        return 4 * most_values_kept(self.config.optimizer) * sum(w.numel() for w in weights if not zero.state.get(w))
 
     def save(self, folder: Path, tag: str) -> None:
         """Write DeepSpeed's files below ``folder/tag``, durable. No pointer, no commit: those are the store's.

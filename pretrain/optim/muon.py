@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
+
+from pretrain.optim.kind import Piece
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al. 2024)."""
@@ -19,16 +21,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     CPUs float32, where bf16 products may be 50 times slower (30 ms a step for a matrix of 128 x 128) and the run's
     other products need not be in bf16 either."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-class Piece(NamedTuple):
-    """What one process holds of a weight: elements [start, start + numel) of it lie at ``at`` of a flat tensor."""
-
-    shape: tuple[int, ...]
-    start: int
-    numel: int
-    at: int
-    shared: bool = False  # between processes
 
 
 class Muon(torch.optim.Optimizer):

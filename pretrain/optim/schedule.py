@@ -7,8 +7,10 @@ and so that a resumed run needs no scheduler state.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from pretrain.config import ScheduleConfig
+if TYPE_CHECKING:
+    from pretrain.config import ScheduleConfig
 
 DEFAULT_DECAY_SHARE = 0.2
 """Share of the run that WSD's decay takes when ``decay_tokens`` is left out (Hägele et al. 2024: 10 to 20%)."""

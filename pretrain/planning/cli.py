@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from data_pipeline.errors import UserError
 from pretrain.config import RunConfig, load_config
+from pretrain.machine import PEAK_FLOPS
 
 DEFAULT_MFU = 0.3
 
@@ -112,8 +113,6 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _peak_flops(args: argparse.Namespace, config: RunConfig) -> float | None:
-    from pretrain.telemetry.telemetry import PEAK_FLOPS
-
     if args.peak_flops is not None:
         return args.peak_flops
     if args.gpu is None:

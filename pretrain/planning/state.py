@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.engine.deepspeed_config import build_deepspeed_config
+from pretrain.optim.optimizer import values_kept
 
 if TYPE_CHECKING:
     from pretrain.model.config import ModelConfig
@@ -40,15 +41,21 @@ class Group:
         return sum(self.numels)
 
 
-@functools.lru_cache(maxsize=8)
 def parameter_sizes(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Group, ...]:
     """The groups of the optimizer that a run would build, from the model's own code, without allocating weights."""
+    return _parameter_sizes(model, optimizer.model_dump_json())
+
+
+@functools.lru_cache(maxsize=8)
+def _parameter_sizes(model: ModelConfig, optimizer_json: str) -> tuple[Group, ...]:
+    # As JSON, since the settings of an optimizer's kind are a dictionary, which has no hash.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from pretrain.model.transformer import build_model
     from pretrain.optim.optimizer import build_optimizer
 
     with FakeTensorMode():
+        optimizer = OptimizerConfig.model_validate_json(optimizer_json)
         groups = build_optimizer(build_model(model), optimizer).param_groups
         return tuple(Group(g["name"], tuple(p.numel() for p in g["params"])) for g in groups)
 
@@ -122,13 +129,6 @@ class StateBytes:
     def total(self) -> int:
         """On the device."""
         return self.weights + self.gradients + self.optimizer + self.buffers
-
-
-def values_kept(config: OptimizerConfig, group: str) -> int:
-    """Float32 values beside the master weight: AdamW's two moments, Lion's or Muon's momentum, and the average."""
-    from pretrain.optim.optimizer import MUON, moments
-
-    return moments(config) - (group == MUON)
 
 
 def state_bytes(groups: Sequence[Group], config: RunConfig, processes: int) -> StateBytes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.files import write_atomic
 from pretrain.checkpoint.commit import TrainState
-from pretrain.describe import environment
+from pretrain.machine import environment
 
 if TYPE_CHECKING:
     from pretrain.distributed.world import World

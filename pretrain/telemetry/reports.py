@@ -11,14 +11,15 @@ import torch
 
 from data_pipeline.batches.loader import Batch
 from pretrain.checkpoint.commit import TrainState
-from pretrain.checks import Inputs
 from pretrain.distributed.world import World, memory_gib
 from pretrain.engine.training import StepResult, TrainingEngine
+from pretrain.inputs import Inputs
+from pretrain.machine import peak_flops
+from pretrain.measures import model_flops_utilization, perplexity
 from pretrain.telemetry.clock import StepClock
 from pretrain.telemetry.spikes import SpikeDetector
 from pretrain.telemetry.suspects import BAD_STEPS, SPIKES, Suspects, save_batch
-from pretrain.telemetry.telemetry import Telemetry, model_flops_utilization, peak_flops
-from pretrain.validation import perplexity
+from pretrain.telemetry.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from pathlib import Path

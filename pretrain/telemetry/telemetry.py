@@ -12,39 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_atomic
-from pretrain.config import RunConfig, TelemetryConfig
+from pretrain.config import RunConfig
 from pretrain.telemetry.lines import LineFile
 from pretrain.telemetry.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 10.0
 """Without a terminal (a log file, a pipe) progress is a line at most this often."""
-
-# Dense bf16 (fp16 on V100) tensor-core peaks from the vendors' data sheets, FLOP/s; matched within the device's name.
-PEAK_FLOPS = {
-    "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12,
-    "A30": 165e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
-    "4090": 165e12, "3090": 71e12,
-}  # fmt: skip
-
-
-def peak_flops(config: TelemetryConfig, device_name: str | None) -> float | None:
-    """FLOP/s one device can reach: the configuration's, else a known GPU's, else None (MFU is then null)."""
-    if config.peak_flops is not None:
-        return config.peak_flops
-    if device_name is None:
-        return None
-    return next((value for name, value in PEAK_FLOPS.items() if name in device_name), None)
-
-
-def model_flops_utilization(
-    tokens_per_second: float, forward_flops: float, devices: int, peak: float | None
-) -> float | None:
-    """MFU (Chowdhery et al. 2022, appendix B): tokens/s x 3 x forward FLOPs per token / (devices x peak).
-
-    The backward pass counts twice the forward; recomputation does not count. None without a known peak.
-    """
-    return None if peak is None else tokens_per_second * 3.0 * forward_flops / (devices * peak)
 
 
 def truncate_metrics(path: Path, step: int) -> int:

@@ -17,7 +17,7 @@ from data_pipeline.prepare.plan import plan_preparation
 from data_pipeline.prepare.run import prepare
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.training import train_tokenizer
-from pretrain.checkpoint.export import unique_weights, weights_hash
+from pretrain.checkpoint.load import unique_weights, weights_hash
 from pretrain.config import RunConfig
 from pretrain.model import ModelConfig, build_model
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from data_pipeline.shards.shardset import ShardSet
 from eval.subject import Subject
-from pretrain.checkpoint.export import load_model
+from pretrain.checkpoint.load import load_model
 
 WORDS = ["river", "stone", "cloud", "münster", "lamp", "orange", "quiet", "seven", "window", "paper", "ghost", "violin"]
 

@@ -26,7 +26,7 @@ from eval.results.schema import Metric, Outcome
 from eval.results.statistics import bootstrap
 from eval.subject import Subject
 from eval.suites.load import load_suites
-from pretrain.checkpoint.export import unique_weights, weights_hash
+from pretrain.checkpoint.load import unique_weights, weights_hash
 
 
 def classify(subject: Subject, settings: ClassifySettings, parts: Parts | None = None) -> Outcome:

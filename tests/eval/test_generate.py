@@ -29,7 +29,7 @@ from eval.results.statistics import estimate
 from eval.subject import Subject
 from eval.suites.load import parse
 from eval.suites.tasks import TASKS
-from pretrain.checkpoint.export import load_model
+from pretrain.checkpoint.load import load_model
 from pretrain.model.generation import generate
 
 CONTROLS = ["real continuation (control)", "other real text (control)", "shuffled tokens (control)"]

@@ -12,7 +12,7 @@ import torch
 from data_pipeline.errors import UserError
 from data_pipeline.tokenization.training import train_tokenizer
 from eval.validity.checks import _different, _ordinary, _random_ids
-from pretrain.checkpoint.export import _loaded
+from pretrain.checkpoint.load import _loaded
 
 
 def subject(vocab_size: int | None, special_ids: tuple[int, ...]) -> Any:

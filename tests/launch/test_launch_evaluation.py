@@ -155,7 +155,7 @@ def labelled_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     from data_pipeline.prepare.plan import plan_preparation
     from data_pipeline.prepare.run import prepare
     from data_pipeline.tokenization.training import train_tokenizer
-    from pretrain.checkpoint.export import unique_weights, weights_hash
+    from pretrain.checkpoint.load import unique_weights, weights_hash
     from pretrain.config import RunConfig
     from pretrain.model import ModelConfig, build_model
 

@@ -157,7 +157,7 @@ def outcome(engine: Any, steps: dict[str, list[float]]) -> dict[str, Any]:
 
 def whole_and_resumed(config: dict[str, Any], world: Any, folder: Any, **options: Any) -> tuple[Any, Any, Any]:
     """Runs in the ranks: (steps 2 and 3 of an uninterrupted run, of a resumed one, what the export would hold)."""
-    from pretrain.checkpoint.export import consolidate
+    from pretrain.checkpoint.load import consolidate
     from pretrain.distributed import randomness
 
     whole = build(config, world)

@@ -23,7 +23,7 @@ PLACES = {
     "loading": "pretrain.checkpoint.store:Checkpoints.load",
     "validating": "pretrain.trainer:validate",
     "sampling": "pretrain.model.generation:generate",
-    "writing": "pretrain.checkpoint.writing:Writes.save",  # inside DeepSpeed's own save, once for each file
+    "writing": "pretrain.engine.state.writing:Writes.save",  # inside DeepSpeed's own save, once for each file
     "hashing": "pretrain.checkpoint.store:Checkpoints._hash",  # between the files and the manifest
     "pointing": "pretrain.checkpoint.commit:point_to",  # between the manifest and `latest`
     "pruning": "pretrain.checkpoint.commit:shutil.rmtree",  # an old checkpoint has lost its manifest, not its files

@@ -170,7 +170,7 @@ def train(config: str, speeds: list[float], words: list[str], stop_after: int | 
 
     from pretrain import precision
     from pretrain.cli import main
-    from pretrain.engine import fragments
+    from pretrain.engine.state import fragments
     from pretrain.engine.training import TrainingEngine
 
     rank = int(os.environ["RANK"])
@@ -198,7 +198,7 @@ def train(config: str, speeds: list[float], words: list[str], stop_after: int | 
 
 def masters(folder: str) -> dict[str, bytes]:
     """Runs in a rank: the master weights of a checkpoint."""
-    from pretrain.checkpoint.export import consolidate
+    from pretrain.checkpoint.load import consolidate
 
     return {name: value.numpy().tobytes() for name, value in consolidate(Path(folder)).items()}
 

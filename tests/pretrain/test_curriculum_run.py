@@ -231,7 +231,7 @@ def test_a_run_tells_its_stages_and_validates_at_two_lengths(corpus: Path, tmp_p
 def look_at_checkpoints(run: str) -> dict[int, tuple[float, int]]:
     """Runs in a rank: what an evaluation takes each checkpoint for: the scale of positions, the length trained on."""
     from eval.subject import Subject
-    from pretrain.checkpoint.export import load_model
+    from pretrain.checkpoint.load import load_model
 
     out = {}
     for folder in sorted(Path(run, "checkpoints").glob("step*")):
@@ -247,7 +247,7 @@ def loss_of_export(run: str, config: str) -> float:
 
     from data_pipeline.batches.loader import validation_batches
     from data_pipeline.shards.shardset import ShardSet
-    from pretrain.checkpoint.export import load_model
+    from pretrain.checkpoint.load import load_model
     from pretrain.config import load_config
 
     settings, loaded = load_config(config), load_model(run)
@@ -272,7 +272,7 @@ def extend_once(config: str) -> dict[str, Any]:
     from pretrain.config import load_config
     from pretrain.curriculum.stages import stage_model
     from pretrain.distributed.world import World, read_rank
-    from pretrain.engine import fragments
+    from pretrain.engine.state import fragments
     from pretrain.engine.training import TrainingEngine
 
     rank = read_rank()

@@ -43,7 +43,7 @@ def train(config: str, stop_after: int | None = None) -> int:
 def consolidated(folder: str) -> tuple[list[str], str]:
     """Runs in a rank: names of the second moments in a checkpoint, and what is said of a state that it has not."""
     from data_pipeline.errors import UserError
-    from pretrain.checkpoint.export import consolidate
+    from pretrain.checkpoint.load import consolidate
 
     moments = consolidate(Path(folder), "exp_avg_sq")
     assert {name: value.shape for name, value in moments.items()} == {

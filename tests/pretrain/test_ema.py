@@ -18,7 +18,7 @@ from test_run import train_until
 from test_training import train_with_a_bad_step
 from training_case import settings, weights_hash, write_config
 
-from pretrain.checkpoint.export import load_model
+from pretrain.checkpoint.load import load_model
 from pretrain.config import OptimizerConfig
 from pretrain.model import build_model
 from pretrain.model.config import ModelConfig

@@ -15,7 +15,7 @@ def read_and_write(stage: int, precision: str, extra: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from pretrain.engine import fragments
+    from pretrain.engine.state import fragments
 
     _, world_size = join()
     engine = build_engine(stage, precision, extra)

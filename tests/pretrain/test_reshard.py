@@ -18,7 +18,7 @@ OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
 def all_states(engine: Any) -> dict[str, dict[str, Any]]:
-    from pretrain.engine import fragments
+    from pretrain.engine.state import fragments
 
     return {
         name: {state: fragments.get_full(engine, p, state) for state in fragments.state_names(engine, p)}
@@ -30,8 +30,8 @@ def write(folder: str, stages: list[int], precision: str, extra: dict[str, Any])
     """Runs in the ranks: some steps at each stage; DeepSpeed's files, and every state as a reference."""
     import torch
 
-    from pretrain.checkpoint.reshard import group_names
-    from pretrain.checkpoint.saved import GROUPS
+    from pretrain.engine.state.reshard import group_names
+    from pretrain.engine.state.saved import GROUPS
 
     rank, world_size = join()
     for stage in stages:
@@ -59,8 +59,8 @@ def read(
     import torch
     import torch.distributed as dist
 
-    from pretrain.checkpoint.reshard import layout_of, restore
-    from pretrain.checkpoint.saved import SavedStates
+    from pretrain.engine.state.reshard import layout_of, restore
+    from pretrain.engine.state.saved import SavedStates
 
     join()
     after = plain_states(STEPS + 1)
@@ -164,8 +164,8 @@ def other_groups(folder: str, stage: int, extra: dict[str, Any]) -> None:
     """Runs in the ranks: the same processes and stage, but a matrix that is not decayed any more."""
     import torch
 
-    from pretrain.checkpoint.reshard import layout_of, restore
-    from pretrain.checkpoint.saved import SavedStates
+    from pretrain.engine.state.reshard import layout_of, restore
+    from pretrain.engine.state.saved import SavedStates
 
     _, world_size = join()
     path = Path(folder, f"from-{world_size}-{stage}")
@@ -183,7 +183,7 @@ def unnamed_stage_0(folder: str) -> None:
     """Runs in a rank: a checkpoint without the names of its parameters, as they were before there were names."""
     import torch
 
-    from pretrain.checkpoint.saved import GROUPS, SavedStates
+    from pretrain.engine.state.saved import GROUPS, SavedStates
 
     path = Path(folder, "from-1-0")
     (file,) = path.glob("*model_states.pt")
@@ -198,8 +198,8 @@ def unnamed_stage_0(folder: str) -> None:
 def another_model(folder: str) -> str:
     """Runs in a rank: tries to read the states of a model of another width."""
     from data_pipeline.errors import UserError
-    from pretrain.checkpoint.reshard import restore
-    from pretrain.checkpoint.saved import SavedStates
+    from pretrain.engine.state.reshard import restore
+    from pretrain.engine.state.saved import SavedStates
 
     join()
     with pytest.raises(UserError) as refusal:
@@ -210,7 +210,7 @@ def another_model(folder: str) -> str:
 def missing_file(folder: str) -> str:
     """Runs in a rank: a checkpoint that lacks what one process wrote."""
     from data_pipeline.errors import UserError
-    from pretrain.checkpoint.saved import SavedStates
+    from pretrain.engine.state.saved import SavedStates
 
     next(Path(folder, "from-2-2").glob("*rank_1_*optim_states.pt")).unlink()
     with pytest.raises(UserError) as refusal:
@@ -242,8 +242,8 @@ def fp16(folder: str, stage: int, reading: bool) -> tuple[float, float, int]:
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    from pretrain.checkpoint.reshard import restore
-    from pretrain.checkpoint.saved import SavedStates
+    from pretrain.engine.state.reshard import restore
+    from pretrain.engine.state.saved import SavedStates
 
     get_accelerator().is_fp16_supported = lambda: True
     join()
@@ -266,8 +266,8 @@ def without_scaler(folder: str) -> None:
     """Runs in a rank: fp16's loss scale stays behind in bf16, and bf16's scale of 1 where fp16 begins."""
     from deepspeed.accelerator import get_accelerator
 
-    from pretrain.checkpoint.reshard import restore
-    from pretrain.checkpoint.saved import SavedStates
+    from pretrain.engine.state.reshard import restore
+    from pretrain.engine.state.saved import SavedStates
 
     get_accelerator().is_fp16_supported = lambda: True
     join()

@@ -248,7 +248,7 @@ def load(path: str) -> tuple[str, int, str, float]:
     """Runs in a rank: what an evaluation sees of a checkpoint."""
     import torch
 
-    from pretrain.checkpoint.store import load_model
+    from pretrain.checkpoint.load import load_model
 
     loaded = load_model(path)
     ids = torch.arange(64)[None] % loaded.model_config.vocab_size
@@ -277,7 +277,7 @@ def test_load_model_finds_the_same_weights_everywhere(
 
 
 def test_load_model_says_what_is_wrong(tmp_path: Path) -> None:
-    from pretrain.checkpoint.export import load_model
+    from pretrain.checkpoint.load import load_model
 
     with pytest.raises(UserError, match="does not exist"):
         load_model(tmp_path / "none")

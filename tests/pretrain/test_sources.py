@@ -16,9 +16,10 @@ from data_pipeline.prepare.plan import plan_preparation
 from data_pipeline.prepare.run import prepare
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.training import train_tokenizer
-from pretrain.checks import Inputs, check_inputs
+from pretrain.checks import check_inputs
 from pretrain.config import parse_config
 from pretrain.describe import describe
+from pretrain.inputs import Inputs
 
 
 def add_shards(folder: Path, name: str, texts: list[str], tokenizer: Any) -> Path:

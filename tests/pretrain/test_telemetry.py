@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from pretrain.config import RunConfig, TelemetryConfig
-from pretrain.telemetry.telemetry import Telemetry, model_flops_utilization, peak_flops, truncate_metrics
+from pretrain.machine import peak_flops
+from pretrain.measures import model_flops_utilization
+from pretrain.telemetry.telemetry import Telemetry, truncate_metrics
 
 
 def config(wandb: str = "disabled") -> RunConfig:

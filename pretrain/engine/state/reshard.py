@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from data_pipeline.errors import UserError
-from pretrain.checkpoint.saved import Layout, SavedStates
-from pretrain.engine import fragments
+from pretrain.engine.state import fragments
+from pretrain.engine.state.saved import Layout, SavedStates
 
 
 def layout_of(engine: Any) -> Layout:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from data_pipeline.errors import UserError
-from pretrain.engine.fragments import MASTER, is_per_element
+from pretrain.engine.state.fragments import MASTER, is_per_element
 
 GROUPS = "parameter_groups"
 """Key of the names of the parameters, group by group, that a checkpoint of ours has besides DeepSpeed's."""
