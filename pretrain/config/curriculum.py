@@ -52,5 +52,5 @@ class StageConfig(Strict):
         allow_inf_nan=False,
         description="Base of the rotary angles from this stage on. It wins over the rule `model.rope_scaling`, which "
         "goes on from it.",
-        json_schema_extra={"left_out": "that of the stage before, by model.rope_scaling"},
+        json_schema_extra={"left_out": "as before, by model.rope_scaling"},
     )

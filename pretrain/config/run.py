@@ -43,8 +43,8 @@ class RunConfig(Strict):
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto",
-        description="Of weights and activations in the passes; master weights are float32 always. auto: bf16 where the "
-        "machine is faster in it, else fp32. A run keeps what it began in.",
+        description="Number format of weights and activations in the passes; master weights are float32 always. auto: "
+        "bf16 where the machine is faster in it, else fp32. A run keeps what it began in.",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2,
