@@ -92,8 +92,8 @@ class ScheduleConfig(Strict):
     )
     decay_shape: Literal["sqrt", "linear"] = Field(
         "sqrt",
-        description="wsd only: the learning rate falls as 1 - sqrt(x) or as 1 - x, x the share of the decay that is "
-        "over.",
+        description="wsd only: shape of the decay. With x the share of it that is over, sqrt is 1 - sqrt(x), linear 1 "
+        "- x.",
     )
     min_lr_ratio: float = Field(
         0.1,

@@ -42,7 +42,7 @@ def test_every_key_says_what_it_means(key: Key) -> None:
     assert key.meaning, f"{key.name} has no description: Field(..., description=...)"
     assert key.meaning[0].isupper() or re.match(r"\w+( only)?: ", key.meaning), "begin as a sentence, or with a choice"
     assert key.meaning.endswith(".")
-    for sentence in re.split(r"(?<=[.:;]) ", key.meaning):
+    for sentence in re.split(r"(?<=\.) ", key.meaning):
         assert len(sentence.split()) <= LONGEST_SENTENCE, f"{key.name}: shorten {sentence!r}"
 
 
@@ -184,7 +184,7 @@ def test_a_file_with_sources_shows_each(tmp_path: Path, capsys: pytest.CaptureFi
     ]
     assert main(["curriculum.N.seq_len", "--config", path, "--set", "curriculum.0.seq_len=64"]) == 0
     assert capsys.readouterr().out.split() == ["curriculum.0.seq_len", "64", SET]
-    with pytest.raises(UserError, match="has no 'curriculum.3'"):
+    with pytest.raises(UserError, match=r"has no 'curriculum\.3'"):
         main(["curriculum.3", "--config", path])
 
 
@@ -202,9 +202,7 @@ def test_mistakes_are_named(argv: list[str], message: str) -> None:
 
 
 def test_a_block_is_printed_with_its_meanings_and_without_torch() -> None:
-    code = (
-        "import sys; from launch import program; program.main(['config', 'optimizer']); print('torch' in sys.modules)"
-    )
+    code = "import sys; from launch.program import main; main(['config', 'optimizer']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "optimizer.kind  (adamw | lion | muon; default: adamw)\n    adamw: Loshchilov" in done.stdout
     assert "schedule." not in done.stdout
