@@ -14,6 +14,7 @@ from data_pipeline.errors import run_cli
 
 COMMANDS = {
     "data": ("data_pipeline.cli", "text -> tokenizer -> shards: stdlib, tokenizer, prepare, verify, inspect"),
+    "config": ("pretrain.config.cli", "the keys of a run's YAML: type, default, meaning; what a file comes to"),
     "plan": ("pretrain.planning.cli", "before a run: its memory, time, cost, and whether it fits"),
     "train": ("pretrain.cli", "pretrain on this process, or as one rank of a launcher's"),
     "launch": ("launch.cli", "start `train` or `eval` on several processes of this machine"),

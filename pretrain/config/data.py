@@ -18,17 +18,35 @@ class MaskingConfig(Strict):
         0.15,
         gt=0.0,
         lt=1.0,
-        description="share of ordinary tokens that become targets, in validation and where a stage says nothing else",
+        description="Share of ordinary tokens that become targets. It holds in validation, and in every stage without "
+        "a `masking_rate`.",
     )
     mask_share: float = Field(
-        0.8, ge=0.0, le=1.0, description="of the targets, how many are replaced by the mask token"
+        0.8,
+        ge=0.0,
+        le=1.0,
+        description="Share of the targets that are replaced by the mask token. What neither this nor `random_share` "
+        "takes stays as it is.",
     )
-    random_share: float = Field(0.1, ge=0.0, le=1.0, description="of the targets, how many by a random ordinary token")
+    random_share: float = Field(
+        0.1,
+        ge=0.0,
+        le=1.0,
+        description="Share of the targets that are replaced by a random ordinary token. With `mask_share` at most 1.",
+    )
     unit: Literal["token", "word", "span"] = Field(
-        "token", description="what becomes a target as a whole: a token, a word, or a span of words (SpanBERT)"
+        "token",
+        description="What becomes a target as a whole: a token, a word, or a span of words (SpanBERT, Joshi et al. "
+        "2020).",
     )
-    span_p: float = Field(0.2, gt=0.0, le=1.0, description="span: parameter of the geometric length in words")
-    span_max: int = Field(10, ge=1, le=255, description="span: the most words")
+    span_p: float = Field(
+        0.2,
+        gt=0.0,
+        le=1.0,
+        description="Unit span only: parameter of the geometric distribution of a span's words. 1 masks single words; "
+        "smaller values make longer spans.",
+    )
+    span_max: int = Field(10, ge=1, le=255, description="Unit span only: the most words of a span.")
 
     @model_validator(mode="after")
     def _check(self) -> MaskingConfig:
@@ -44,11 +62,18 @@ class MaskingConfig(Strict):
 class SourceConfig(Strict):
     """One of several sources of training text."""
 
-    path: str = Field(description="folder of shards written by `nystrom data prepare`")
+    path: str = Field(description="Folder of shards, as `nystrom data prepare` writes it.")
     weight: float = Field(
-        ge=0.0, allow_inf_nan=False, description="share of the tokens; any scale, 0 leaves the source out"
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Share of the training tokens, in any scale. 0 leaves the source out unless a stage gives it a "
+        "weight.",
     )
-    name: str = Field("", description="what stages and metrics call it; left out: the folder's name")
+    name: str = Field(
+        "",
+        description="Name of the source in `curriculum.N.weights` and in the metrics.",
+        json_schema_extra={"left_out": "the folder's name"},
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -68,19 +93,42 @@ class DataConfig(Strict):
         Annotated[str, Tag(TRAIN_TAGS[0])]
         | Annotated[tuple[SourceConfig, ...], Field(min_length=1), Tag(TRAIN_TAGS[1])],
         Discriminator(lambda value: TRAIN_TAGS[isinstance(value, (list, tuple))]),
-    ] = Field(description="folder of shards written by `nystrom data prepare`, or a list of sources")
-    valid: str | None = Field(None, description="held-out shards; without them there is no validation in the loop")
-    tokenizer: str | None = Field(None, description="tokenizer folder to check the shards against; normally left out")
+    ] = Field(
+        description="Folder of shards, as `nystrom data prepare` writes it, or a list of sources with weights. Paths "
+        "are relative to the working directory."
+    )
+    valid: str | None = Field(
+        None,
+        description="Folder of held-out shards, made with the same tokenizer.",
+        json_schema_extra={"left_out": "no validation"},
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Folder of a tokenizer. The run is refused if the shards were made with another one.",
+        json_schema_extra={"left_out": "no check"},
+    )
     block_length: int | None = Field(
-        None, gt=0, description="tokens of the unit that is shuffled; left out: the longest seq_len of the curriculum"
+        None,
+        gt=0,
+        description="Tokens of the unit that is shuffled. Every `seq_len` must divide it. It can't change at a resume, "
+        "so set it if longer stages may follow later.",
+        json_schema_extra={"left_out": "the longest seq_len"},
     )
     packing: Literal["stream", "documents"] = Field(
         "stream",
-        description="stream: rows are cut from the documents laid end to end; documents: whole documents are packed "
-        "into rows, and none attends to another",
+        description="stream: rows are cut from the documents laid end to end. documents: whole documents are packed "
+        "into rows, and none attends to another.",
     )
-    max_padding: float = Field(0.02, ge=0.0, lt=1.0, description="packing documents: share of padding at most")
-    masking: MaskingConfig = MaskingConfig()
+    max_padding: float = Field(
+        0.02,
+        ge=0.0,
+        lt=1.0,
+        description="Packing documents only: largest share of padding. At 0 documents are cut wherever a block would "
+        "not be full.",
+    )
+    masking: MaskingConfig = Field(
+        MaskingConfig(), description="What masked language modeling hides. Objective mlm only."
+    )
 
     @model_validator(mode="after")
     def _check_names(self) -> DataConfig:

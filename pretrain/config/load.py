@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from data_pipeline.errors import UserError
 from pretrain.config.data import TRAIN_TAGS
+from pretrain.config.reference import all_keys, blocks_in, did_you_mean, suggestions
 from pretrain.config.run import RunConfig
 
 
@@ -20,6 +20,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises :class:`UserError` with the file and the key for a missing file, bad YAML, an unknown key or a bad value.
     """
+    raw = read_yaml(path)
+    for override in overrides:
+        apply_override(raw, override)
+    return parse_config(raw, where=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file as they stand there; raises :class:`UserError` for what is no such file."""
     path = Path(path)
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -31,9 +39,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold keys and values at the top, not {type(raw).__name__}")
-    for override in overrides:
-        _apply_override(raw, override)
-    return parse_config(raw, where=str(path))
+    return raw
 
 
 def parse_config(raw: dict[str, Any], where: str = "configuration") -> RunConfig:
@@ -45,7 +51,8 @@ def parse_config(raw: dict[str, Any], where: str = "configuration") -> RunConfig
         raise UserError(f"{where}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))) from None
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Change one key of what :func:`read_yaml` returned; raises :class:`UserError` for one that can't be."""
     key, sep, text = override.partition("=")
     if not sep or not key:
         raise UserError(f"--set {override}: write it as key.sub=value, for example optimizer.lr=3e-4")
@@ -89,9 +96,9 @@ def _describe(error: Any) -> str:
         parts = (*parts[:2], *parts[3:])
     loc = ".".join(str(part) for part in parts)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(parts[:-1])
-        close = difflib.get_close_matches(str(parts[-1]), known, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
+        known, last = _known_keys(parts[:-1]), str(parts[-1])
+        near = suggestions(last, known, all_keys())
+        hint = did_you_mean(near) if near else f"known keys: {', '.join(known)}"
         return f"unknown key '{loc}': {hint}"
     if error["type"] == "missing":
         return f"key '{loc}' is missing"
@@ -106,15 +113,7 @@ def _known_keys(loc: Iterable[str | int]) -> list[str]:
     for part in loc:
         if isinstance(part, int):
             continue
-        model = next(_models(model.model_fields[part].annotation), None)
+        model = next(blocks_in(model.model_fields[part].annotation), None)
         if model is None:
             return []
     return list(model.model_fields)
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The configuration blocks within a type such as ``tuple[StageConfig, ...] | None``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _models(part)

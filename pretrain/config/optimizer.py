@@ -18,30 +18,50 @@ class OptimizerConfig(Strict):
 
     kind: str = Field(
         "adamw",
-        description="adamw (Loshchilov & Hutter 2019); lion (Chen et al. 2023): give it a 3 to 10 times smaller lr and "
-        "a larger weight_decay; muon (Jordan et al. 2024): for the layers' matrices, AdamW for all else, at the lr and "
-        "weight_decay of AdamW",
+        description="adamw: Loshchilov & Hutter 2019. lion: Chen et al. 2023, with a 3 to 10 times smaller `lr` and a "
+        "larger `weight_decay`. muon: Jordan et al. 2024, for the layers' matrices, and AdamW for all else. muon takes "
+        "AdamW's `lr` and `weight_decay`.",
+        json_schema_extra={"type": " | ".join(KINDS.names())},
     )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate, reached at the end of the warm-up.")
     betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.95), description="of AdamW, or of Lion, for which they are (0.9, 0.99) if left out"
+        (0.9, 0.95),
+        description="Decay rates a step of AdamW's two moments, or of Lion's interpolation and momentum. With muon "
+        "they hold for what AdamW trains.",
+        json_schema_extra={"left_out": "[0.9, 0.95]; lion: [0.9, 0.99]"},
     )
-    eps: float = Field(1e-8, gt=0, description="of AdamW; Lion has none")
-    momentum: Beta = Field(0.95, description="muon only: of the layers' matrices (Nesterov)")
+    eps: float = Field(
+        1e-8, gt=0, description="Added to the root of AdamW's second moment, against division by 0. Lion has none."
+    )
+    momentum: Beta = Field(
+        0.95,
+        description="Muon only: Nesterov momentum of the layers' matrices. 0 takes the gradient of the step alone.",
+    )
+    weight_decay: float = Field(
+        0.1,
+        ge=0,
+        description="Decoupled weight decay: each step takes `lr` x `weight_decay` of a weight away. Norms, biases and "
+        "gates never decay. 0: none.",
+    )
     settings: dict[str, float] = Field(
-        default_factory=dict, description="hyper-parameters that only this kind has; adamw, lion and muon have none"
+        default_factory=dict,
+        description="Hyper-parameters that only this kind has. adamw, lion and muon have none.",
     )
-    weight_decay: float = Field(0.1, ge=0)
     decay_embeddings: bool = Field(
-        True, description="whether the word and position tables decay too; a tied head is the word table"
+        True, description="Whether the word and position tables decay too. A tied head is the word table."
     )
-    grad_clip: float = Field(1.0, ge=0, description="largest norm of the global gradient; 0 does not clip")
+    grad_clip: float = Field(
+        1.0,
+        ge=0,
+        description="Largest L2 norm of the gradient over all weights. Longer ones are scaled down. 0: no clipping.",
+    )
     ema_decay: float | None = Field(
         None,
         gt=0.0,
         lt=1.0,
-        description="also keep a running average of the weights with this decay a step, exported as export-ema; one "
-        "that is set later starts from the weights of that step",
+        description="Decay a step of a running average of the weights, exported as `export-ema`. It averages about 1 / "
+        "(1 - decay) steps. Set at a resume, it starts from the weights of that step.",
+        json_schema_extra={"left_out": "no average"},
     )
 
     @model_validator(mode="before")
@@ -75,15 +95,37 @@ class OptimizerConfig(Strict):
 class ScheduleConfig(Strict):
     """Learning rate as a function of tokens seen."""
 
-    kind: Literal["wsd", "cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
-    warmup_tokens: int = Field(0, ge=0)
+    kind: Literal["wsd", "cosine", "linear", "inverse_sqrt", "constant"] = Field(
+        "cosine",
+        description="Learning rate after the warm-up. wsd: constant, then a decay at the end. cosine and linear: a "
+        "fall over the rest of the run. inverse_sqrt: lr x sqrt(warmup_tokens / tokens), whatever the length of the "
+        "run.",
+    )
+    warmup_tokens: int = Field(
+        0,
+        ge=0,
+        description="Tokens over which the learning rate rises linearly from 0 to `optimizer.lr`. 0: no warm-up. "
+        "inverse_sqrt needs one.",
+    )
     decay_tokens: int | None = Field(
-        None, gt=0, description="wsd only: length of the final decay; left out: 20% of the run"
+        None,
+        gt=0,
+        description="wsd only: tokens of the decay at the end. More than the warm-up leaves: it starts right after the "
+        "warm-up.",
+        json_schema_extra={"left_out": "20% of the run"},
     )
     decay_shape: Literal["sqrt", "linear"] = Field(
-        "sqrt", description="wsd only: sqrt falls as 1 - sqrt(share of the decay), linear as 1 - share"
+        "sqrt",
+        description="wsd only: shape of the decay. With x the share of it that is over, sqrt is 1 - sqrt(x), linear 1 "
+        "- x.",
     )
-    min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="the last learning rate as a share of the peak")
+    min_lr_ratio: float = Field(
+        0.1,
+        ge=0.0,
+        le=1.0,
+        description="Lowest learning rate after the warm-up, as a share of `optimizer.lr`. 0: down to nothing. 1: no "
+        "decay. constant ignores it.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:

@@ -20,37 +20,81 @@ from pretrain.model.config import ModelConfig
 class RunConfig(Strict):
     """A whole pretraining run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    output_dir: str = Field("runs", description="the run folder is output_dir/name")
-    seed: int = Field(1234, ge=0, lt=2**63)
-    model: ModelConfig
-    data: DataConfig
-    curriculum: tuple[StageConfig, ...] = Field(min_length=1)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run. The same name in the same `output_dir` goes on with that run.",
+    )
+    output_dir: str = Field(
+        "runs",
+        description="Folder of the run folders, relative to the working directory. A run writes `output_dir/name`.",
+    )
+    seed: int = Field(
+        1234, ge=0, lt=2**63, description="Decides the initial weights, the order of the data, the masks and dropout."
+    )
+    model: ModelConfig = Field(description="The network. A resume takes no other one.")
+    data: DataConfig = Field(description="Where the tokens are, and how they become rows.")
+    curriculum: tuple[StageConfig, ...] = Field(
+        min_length=1, description="Stages in order, each with its length. One stage is a run at one length."
+    )
     batch_tokens: int = Field(
-        gt=0, description="tokens of one optimizer step, over all processes, where the stage does not say otherwise"
+        gt=0,
+        description="Tokens of one optimizer step, over all micro-batches and processes. A multiple of "
+        "`data.block_length`. A stage may have its own.",
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="auto: bf16 where the machine is faster in it, else fp32; a run keeps what it began in"
+        "auto",
+        description="Number format of weights and activations in the passes; master weights are float32 always. auto: "
+        "bf16 where the machine is faster in it, else fp32. A run keeps what it began in.",
     )
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    offload_optimizer: bool = Field(False, description="keep optimizer state in the host's memory (ZeRO-Offload)")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2,
+        description="What ZeRO divides among processes. 1: optimizer states. 2: gradients too. 3: weights too, with "
+        "more communication. 0: nothing, in fp32 only.",
+    )
+    offload_optimizer: bool = Field(
+        False,
+        description="Keep optimizer states in the host's memory (ZeRO-Offload). Saves GPU memory, costs time. Not with "
+        "`zero_stage: 0`.",
+    )
     activation_checkpointing: bool = Field(
-        False, description="keep each layer's input only and compute the rest again in the backward pass"
+        False,
+        description="Keep each layer's input only and compute the rest again in the backward pass. Saves memory, costs "
+        "about a forward pass.",
     )
-    compile: bool = Field(False, description="torch.compile the model")
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    validation: ValidationConfig = ValidationConfig()
-    telemetry: TelemetryConfig = TelemetryConfig()
+    compile: bool = Field(
+        False, description="Run layers through torch.compile. Each length compiles anew. Not with `zero_stage: 3`."
+    )
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The rule that turns gradients into steps.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning rate as a function of tokens seen.")
+    checkpoint: CheckpointConfig = Field(
+        CheckpointConfig(), description="When a checkpoint is written, and how many stay."
+    )
+    validation: ValidationConfig = Field(
+        ValidationConfig(), description="Held-out loss while training. Needs `data.valid`."
+    )
+    telemetry: TelemetryConfig = Field(
+        TelemetryConfig(), description="What is written while training, besides metrics.jsonl."
+    )
+    max_bad_steps: int = Field(
+        5,
+        gt=0,
+        description="Optimizer steps in a row with a non-finite loss or gradient that end the run, with status 76. "
+        "Each is skipped.",
+    )
     callbacks: tuple[CallbackConfig, ...] = Field(
-        (), description="classes to call while the run trains, each my.module:Class or {call: ..., settings: {...}}"
+        (),
+        description="Classes that are called while the run trains, each `my.module:Class`, or `call` with `settings`.",
     )
-    max_bad_steps: int = Field(5, gt=0, description="stop after this many non-finite steps in a row")
     stall_seconds: float = Field(
-        1800.0, gt=0, description="end the run when a process makes no progress for so long, naming it"
+        1800.0,
+        gt=0,
+        description="Seconds without progress of a process that end the run, with status 77 and its name. Below 20 "
+        "imports may look like a stall.",
     )
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to the DeepSpeed JSON")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keys that only DeepSpeed has, merged into its JSON. Unknown and contradicting ones are refused.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

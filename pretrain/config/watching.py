@@ -12,47 +12,87 @@ from pretrain.config.strict import Strict
 class CheckpointConfig(Strict):
     """When a checkpoint is committed and how many stay."""
 
-    every_tokens: int | None = Field(None, gt=0, description="left out: only at the end and on SIGTERM")
-    keep_last: int = Field(2, gt=0)
+    every_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens between two checkpoints. A crash loses at most what came after the last one. The end of "
+        "the run and SIGTERM always save.",
+        json_schema_extra={"left_out": "only at the end and on SIGTERM"},
+    )
+    keep_last: int = Field(
+        2, gt=0, description="Newest checkpoints that stay. 1 leaves nothing to fall back on if a file is damaged."
+    )
     keep_every_tokens: int | None = Field(
-        None, gt=0, description="besides the last ones, keep the first checkpoint after each multiple of this for good"
+        None,
+        gt=0,
+        description="The first checkpoint at or after each multiple of this many tokens stays for good.",
+        json_schema_extra={"left_out": "the last ones only"},
     )
 
 
 class ValidationConfig(Strict):
     """Held-out loss in the loop."""
 
-    every_tokens: int | None = Field(None, gt=0, description="left out: only at the end of each stage")
-    tokens: int = Field(131_072, gt=0, description="tokens of the held-out set that one validation reads")
-    samples: int = Field(1, ge=0, description="texts generated at each validation (objective clm)")
+    every_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens between two validations, besides those at the end of each stage.",
+        json_schema_extra={"left_out": "only at the end of each stage"},
+    )
+    tokens: int = Field(
+        131_072,
+        gt=0,
+        description="Tokens of the held-out set that one validation reads. More than there are: the whole set, once.",
+    )
+    samples: int = Field(
+        1, ge=0, description="Texts that a causal model writes at each validation, into `samples/` of the run. 0: none."
+    )
 
 
 class TelemetryConfig(Strict):
     """What is written while training, beside metrics.jsonl, which always is."""
 
-    wandb: Literal["offline", "online", "disabled"] = "offline"
-    wandb_project: str = "nystrom"
-    tensorboard: bool = Field(
-        False, description="also write event files for TensorBoard (needs the extra of that name)"
+    wandb: Literal["offline", "online", "disabled"] = Field(
+        "offline",
+        description="Weights & Biases. offline: files in the run folder, for `wandb sync`. online falls back to "
+        "offline if it can't connect.",
     )
-    log_every_steps: int = Field(10, gt=0)
+    wandb_project: str = Field("nystrom", description="Project of Weights & Biases that the run belongs to.")
+    tensorboard: bool = Field(
+        False, description="Also write event files for TensorBoard. Needs the extra `tensorboard`."
+    )
+    log_every_steps: int = Field(
+        10, gt=0, description="Optimizer steps between two lines of metrics.jsonl and of the console. 1: every step."
+    )
     peak_flops: float | None = Field(
-        None, gt=0, description="peak FLOP/s of one device, for MFU; left out: known GPUs only"
+        None,
+        gt=0,
+        description="Peak FLOP/s of one device in the run's precision, which MFU is a share of. No training depends on "
+        "it.",
+        json_schema_extra={"left_out": "known GPUs only"},
     )
     profile_step: int | None = Field(
-        None, gt=0, description="write a trace of torch's profiler of the steps from this one on"
+        None,
+        gt=0,
+        description="Optimizer step at which a trace of torch's profiler begins, written into `profile/` of the run.",
+        json_schema_extra={"left_out": "no trace"},
     )
-    profile_steps: int = Field(3, gt=0, description="how many steps the trace covers")
-    spike_window: int = Field(100, gt=1, description="steps that a loss is compared with to be called a spike")
+    profile_steps: int = Field(3, gt=0, description="Optimizer steps that the trace covers.")
+    spike_window: int = Field(
+        100,
+        gt=1,
+        description="Steps before it that a loss is compared with to be called a spike. Spikes are reported and change "
+        "nothing.",
+    )
 
 
 class CallbackConfig(Strict):
     """A class of the user's that is called while the run trains (``pretrain/callbacks.py``)."""
 
     call: str = Field(
-        pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$", description="where it is: my.module:Class"
+        pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$", description="Where it is: `my.module:Class`."
     )
-    settings: dict[str, Any] = Field(default_factory=dict, description="arguments that it is made with")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Arguments that it is made with.")
 
     @model_validator(mode="before")
     @classmethod

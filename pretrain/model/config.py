@@ -19,70 +19,147 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    objective: Literal["mlm", "clm"] = Field("mlm", description="mlm: masked encoder; clm: causal decoder")
+    objective: Literal["mlm", "clm"] = Field(
+        "mlm", description="mlm: masked encoder, guesses hidden tokens. clm: causal decoder, guesses the next token."
+    )
     attention: Literal["nystrom", "window", "softmax"] = Field(
         "nystrom",
-        description="nystrom: landmarks, linear in the length; window: near tokens only; softmax: exact attention",
+        description="nystrom: landmarks, linear in the length. window: near tokens only. softmax: exact attention, "
+        "quadratic in the length.",
     )
-    vocab_size: int | None = Field(None, gt=0, description="left out: taken from the shards' manifest")
-    hidden_size: int = Field(256, gt=0)
-    num_layers: int = Field(4, gt=0)
-    num_heads: int = Field(4, gt=0)
-    intermediate_size: int | None = Field(None, gt=0, description="left out: 4 x hidden_size")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    norm: Literal["pre", "post"] = Field("pre", description="where the layer norm sits; post is the paper's")
-    norm_eps: float = Field(1e-5, gt=0)
-    tie_embeddings: bool = True
-    init_std: float = Field(0.02, gt=0)
+    vocab_size: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens of the vocabulary: rows of the word table. At least that of the shards' tokenizer.",
+        json_schema_extra={"left_out": "from the shards' manifest"},
+    )
+    hidden_size: int = Field(
+        256, gt=0, description="Width of the residual stream. `num_heads` must divide it, into even parts with rotary."
+    )
+    num_layers: int = Field(4, gt=0, description="Transformer layers: attention and feed-forward each.")
+    num_heads: int = Field(4, gt=0, description="Attention heads of a layer, each hidden_size / num_heads wide.")
+    intermediate_size: int | None = Field(
+        None,
+        gt=0,
+        description="Width of the feed-forward layer.",
+        json_schema_extra={"left_out": "4 x hidden_size"},
+    )
+    dropout: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Probability of dropout of embeddings and of each sublayer's output. 0: none."
+    )
+    norm: Literal["pre", "post"] = Field(
+        "pre", description="Layer norm before each sublayer, or after its residual sum as in the Nyströmformer paper."
+    )
+    norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in each layer norm, against division by 0.")
+    tie_embeddings: bool = Field(
+        True, description="The output head shares the word table. false adds vocab_size x hidden_size parameters."
+    )
+    init_std: float = Field(
+        0.02,
+        gt=0,
+        description="Standard deviation of the initial weights. With `norm: pre`, projections into the residual stream "
+        "have it divided by sqrt(2 num_layers).",
+    )
 
-    positions: Literal["rotary", "learned", "none"] = "rotary"
+    positions: Literal["rotary", "learned", "none"] = Field(
+        "rotary",
+        description="How a token's place enters: rotated queries and keys, a learned table, or not at all. With none a "
+        "masked model has the convolution only.",
+    )
     rope_theta: float = Field(
-        10_000.0, gt=0, description="base of the rotary angles; stages of the curriculum may change it"
+        10_000.0,
+        gt=0,
+        description="Base of the rotary angles. A larger one turns slower and suits longer texts. Stages may change "
+        "it.",
     )
     rope_scaling: Literal["none", "ntk", "linear"] = Field(
         "none",
-        description="rotary angles where a stage is longer than those before. none: they stay; ntk: the base grows so "
-        "that the slowest angle spans the new length; linear: positions are shrunk to the old one",
+        description="Rotary angles where a stage is longer than all before. none: they stay. ntk: the base grows until "
+        "the slowest angle spans the new length. linear: positions shrink to the old length.",
     )
     rope_position_scale: float = Field(
-        1.0, gt=0.0, le=1.0, description="rotary positions are multiplied by it; rope_scaling: linear makes it smaller"
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="Factor of rotary positions. 1 leaves them; `rope_scaling: linear` makes it smaller by stage.",
     )
     max_positions: int = Field(
         512,
         gt=0,
-        description="learned: rows of the position table, at least; a run makes it as long as the longest stage",
+        description="Learned positions only: rows of the table, in tokens, at least. A run makes it as long as "
+        "`data.block_length`.",
     )
     trained_positions: int | None = Field(
         None,
         gt=0,
-        description="learned: positions from here on repeat the rows of those before; set by the curriculum, which "
-        "copies the rows where a longer stage begins",
+        description="Learned positions only: later positions repeat the rows before this one, in tokens. The "
+        "curriculum sets it in checkpoints; a run's file leaves it out.",
+        json_schema_extra={"left_out": "by the curriculum"},
     )
 
     # Landmarks' values: through the (pseudo-)inverse of the landmark matrix, as in the paper, or pooled.
-    landmark_inverse: bool = Field(description="left out: true for mlm, false for clm, as measured (docs/attention.md)")
+    landmark_inverse: bool = Field(
+        description="Landmarks' values go through the (pseudo-)inverse of the landmark matrix, or are pooled. The "
+        "defaults were measured (docs/attention.md).",
+        json_schema_extra={"left_out": "mlm: true; clm: false"},
+    )
 
     # Bidirectional Nystrom attention (paper, section 3): F · pinv(A) · (B V).
-    num_landmarks: int = Field(64, gt=0, description="m, for objective mlm")
-    inverse_iterations: int = Field(6, gt=0, description="steps of the iterative pseudo-inverse; part of the function")
+    num_landmarks: int = Field(
+        64,
+        gt=0,
+        description="Landmarks m of a sequence, objective mlm only. Sequences of up to m tokens get exact attention.",
+    )
+    inverse_iterations: int = Field(
+        6,
+        gt=0,
+        description="Steps of the iterative pseudo-inverse. More come closer to the inverse, with larger gradients. "
+        "Trained weights are adapted to their number.",
+    )
     inverse_init: Literal["block", "original"] = Field(
-        "block", description="starting scale per matrix and document, or the published global maximum (for parity only)"
+        "block",
+        description="Starting scale of that iteration. block: by matrix and document. original: the maximum over the "
+        "batch, as published, for parity only.",
     )
 
     # Causal Nystrom attention: exact inside a window of segments, landmarks beyond it. (attention: window has the same
     # windows; for objective mlm a token sees w - 1 segments on both sides of its own.)
-    segment_length: int = Field(64, gt=1, description="c, tokens a landmark stands for; for objective clm")
-    window_segments: int = Field(2, gt=0, description="w, segments seen exactly, the token's own included")
+    segment_length: int = Field(
+        64,
+        gt=1,
+        description="Tokens c of a segment, for clm and for `attention: window`. In clm a landmark stands for one "
+        "segment.",
+    )
+    window_segments: int = Field(
+        2,
+        gt=0,
+        description="Segments w that a token sees exactly, its own included. Causal sequences of up to w x c tokens "
+        "get exact attention.",
+    )
     landmark_keys: Literal["weighted", "mean"] = Field(
-        "weighted", description="weighted: the tangent of the segment's softmax; mean: plain means"
+        "weighted",
+        description="Keys of causal landmarks. weighted: means weighted by the segment's softmax, its tangent. mean: "
+        "plain means.",
     )
-    learn_landmark_query: bool = Field(False, description="a learned offset to the landmarks' queries, per head")
+    learn_landmark_query: bool = Field(
+        False, description="Causal landmarks' queries get a learned offset for each head."
+    )
     gamma_init: float = Field(
-        0.75, gt=0.5, lt=1.0, description="weight of the identity in the triangular inverse; with landmark_inverse"
+        0.75,
+        gt=0.5,
+        lt=1.0,
+        description="Weight of the identity in the causal inverse, with `landmark_inverse`. Near 1 it is close to "
+        "pooling; near 0.5 nothing bounds the inverse.",
     )
-    learn_gamma: bool = True
+    learn_gamma: bool = Field(
+        True, description="That weight is learned for each head, from `gamma_init`, or stays what it is."
+    )
 
-    conv_kernel: int = Field(65, ge=0, description="width of the depthwise convolution over values; 0 leaves it out")
+    conv_kernel: int = Field(
+        65,
+        ge=0,
+        description="Taps, in tokens, of the depthwise convolution over values. Odd for mlm. 0 leaves it out.",
+    )
 
     @model_validator(mode="before")
     @classmethod

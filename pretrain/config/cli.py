@@ -1,0 +1,154 @@
+"""``nystrom config``: the keys of a run's YAML, and what a file comes to."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from data_pipeline.errors import UserError
+from pretrain.config.load import apply_override, parse_config, read_yaml
+from pretrain.config.reference import (
+    ITEM,
+    all_keys,
+    as_markdown,
+    as_text,
+    blocks_in,
+    find,
+    left_out,
+    pattern_of,
+    value_text,
+)
+
+WIDEST = 110
+FILE, SET, DEFAULT = "file", "--set", "default"
+
+EPILOG = """examples:
+  nystrom config                                          every key: type, default, meaning
+  nystrom config optimizer                                those of one block
+  nystrom config curriculum.N.seq_len                     one key; N is the number of an item of a list
+  nystrom config --config configs/books-clm.yaml          the values of a file, and which of them are defaults
+  nystrom config optimizer --config configs/books-clm.yaml --set optimizer.lr=1e-3
+
+exit status: 0; 2 an unknown key, or a mistake in the file"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="nystrom config",
+        description="Every key of a run's YAML with type, default and meaning. With --config, the value of every key "
+        "of that file and where it comes from.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("key", nargs="?", help="only this key or block, dotted: optimizer, optimizer.lr")
+    parser.add_argument("--config", help="YAML file of a run: print what its keys come to; configs/ has examples")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the file, for example zero_stage=1 model.num_layers=6",
+    )
+    parser.add_argument(
+        "--format",
+        choices=["text", "markdown"],
+        default="text",
+        help="markdown: the page docs/configuration.md (default: text)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    if args.overrides and args.config is None:
+        raise UserError("--set changes keys of a file: give --config too")
+    if args.format == "markdown" and (args.config is not None or args.key is not None):
+        raise UserError("--format markdown makes the whole reference: leave out the key and --config")
+    keys = all_keys()
+    if args.format == "markdown":
+        print(as_markdown(keys), end="")
+        return 0
+    chosen = keys if args.key is None else find(args.key, keys)
+    if args.config is None:
+        print(as_text(chosen, min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)))
+        return 0
+    values = values_of(args.config, args.overrides)
+    if args.key is not None:
+        names = {key.name for key in chosen}
+        values = [value for value in values if pattern_of(value.name) in names and _matches(value.name, args.key)]
+        if not values:
+            raise UserError(f"{args.config} has no '{args.key}'")
+    print(as_table(values))
+    return 0
+
+
+class Value(NamedTuple):
+    """What a key of a file comes to."""
+
+    name: str
+    text: str
+    origin: str
+    """FILE, SET or DEFAULT."""
+
+
+def values_of(path: str, overrides: Sequence[str] = ()) -> list[Value]:
+    """Every key of a run's file with its value as the run would have it; raises as ``load_config`` does."""
+    in_file = read_yaml(path)
+    raw = copy.deepcopy(in_file)
+    for override in overrides:
+        apply_override(raw, override)
+    config = parse_config(raw, where=path)
+    changed = [override.partition("=")[0] for override in overrides]
+    return [
+        Value(name, text, _origin(name, in_file, changed))
+        for name, text in sorted(_walk(config, ""), key=lambda pair: "." in pair[0])  # the top level first
+    ]
+
+
+def _walk(block: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:
+    """Dotted names and values of what is no block, in the order of the configuration."""
+    for name, field in type(block).model_fields.items():
+        value, dotted = getattr(block, name), f"{prefix}{name}"
+        if isinstance(value, BaseModel):
+            yield from _walk(value, f"{dotted}.")
+        elif isinstance(value, tuple) and next(blocks_in(field.annotation), None):
+            for i, item in enumerate(value):
+                yield from _walk(item, f"{dotted}.{i}.")
+        else:
+            words = left_out(field) if value is None else None
+            yield dotted, f"null ({words})" if words else value_text(value)
+
+
+def _origin(name: str, in_file: dict[str, Any], changed: Sequence[str]) -> str:
+    if any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for key in changed):
+        return SET
+    node: Any = in_file
+    for part in name.split("."):
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
+        else:
+            return DEFAULT
+    return FILE
+
+
+def _matches(name: str, wanted: str) -> bool:
+    """Whether a key of a file lies in what was asked for: ``curriculum.0`` is one stage, ``curriculum`` all."""
+    parts = name.split(".")
+    return all(want in (part, ITEM) for part, want in zip(parts, wanted.split("."), strict=False))
+
+
+def as_table(values: Sequence[Value]) -> str:
+    """A line for each: name, value, origin."""
+    names, texts = max(len(value.name) for value in values), max(len(value.text) for value in values)
+    return "\n".join(f"{value.name:<{names}}  {value.text:<{texts}}  {value.origin}" for value in values)
