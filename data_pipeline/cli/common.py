@@ -51,6 +51,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--text-unit", choices=["file", "line"], default="file", help="what a document is in plain text files"
     )
+    add_quotes(what)
     what.add_argument(
         "--normalize",
         choices=["nfc", "nfd", "nfkc", "nfkd"],
@@ -58,11 +59,22 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quotes(parser: argparse._ActionsContainer) -> None:
+    """The option that says what double quotes are in CSV and TSV."""
+    parser.add_argument(
+        "--quotes",
+        choices=["auto", "csv", "none"],
+        default="auto",
+        help="double quotes in CSV and TSV: csv, they enclose fields (RFC 4180); none, they are text; auto is csv for "
+        "CSV and none for TSV",
+    )
+
+
 def reading_of(args: argparse.Namespace) -> Reading:
     """What the options say about documents."""
     from data_pipeline.sources.reading import Reading
 
-    return Reading(args.text_field, args.template, args.text_unit, args.normalize)
+    return Reading(args.text_field, args.template, args.text_unit, args.normalize, args.quotes)
 
 
 def corpus_of(args: argparse.Namespace) -> Corpus | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from data_pipeline.quality.duplicates import Dedup
 from data_pipeline.quality.filters import Filters
 from data_pipeline.shards.manifest import FORMAT_VERSION
 from data_pipeline.sources.corpus import Corpus, open_corpus
+from data_pipeline.sources.format import by_name, text_is_hidden
 from data_pipeline.sources.inputs import CorpusFile
 from data_pipeline.sources.pieces import Piece
 from data_pipeline.sources.reading import Reading
@@ -41,7 +42,7 @@ class Settings:
     def facts(self) -> dict[str, Any]:
         """The settings as JSON values, as the manifest keeps them."""
         return {
-            "reading": asdict(self.reading),
+            "reading": self.reading.facts(),
             "filters": list(self.filters.specs),
             "dedup": self.dedup.spec if self.dedup else None,
             "shard_tokens": self.shard_tokens,
@@ -86,7 +87,7 @@ class Preparation:
     @property
     def text_bytes(self) -> int | None:
         """About how much text there is; None if compression or a hub hides it."""
-        if self.stdin or any(p.codec or p.format in ("hub", "parquet") for unit in self.units for p in unit.pieces):
+        if self.stdin or any(text_is_hidden(piece) for unit in self.units for piece in unit.pieces):
             return None
         return sum(piece.size for unit in self.units for piece in unit.pieces)
 
@@ -96,8 +97,15 @@ class Preparation:
             "format_version": FORMAT_VERSION,
             "tokenizer": self.tokenizer.hash,
             "stdin": self.stdin,
-            **self.settings.facts(),
+            **self.facts(),
         }
+
+    def facts(self) -> dict[str, Any]:
+        """The settings as JSON values, and the versions of the inputs' formats that read their files otherwise than
+        the first: shards of such files are never taken for those of an earlier reading."""
+        names = {piece.format for unit in self.units for piece in unit.pieces} - {"hub"}
+        later = {name: version for name in sorted(names) if (version := by_name(name, name).version) > 1}
+        return {**self.settings.facts(), **({"format_versions": later} if later else {})}
 
 
 def plan_preparation(
