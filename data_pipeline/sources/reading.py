@@ -62,8 +62,9 @@ class Wanted:
     quotes: Quotes = "auto"
 
     def choose(self, field: str) -> str:
-        """The option that chooses a field."""
-        return dict(zip(self.fields, self.options, strict=False)).get(field, "--text-field")
+        """How to choose another field than this one, for the end of a message; nothing where there is no option."""
+        option = dict(zip(self.fields, self.options, strict=False)).get(field)
+        return f" (choose with {option})" if option else ""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def read_records(
     Raises :class:`UserError` naming file and place at the first record that is broken or lacks a field, and for a file
     that does not exist, cannot be read or is of an unknown kind.
     """
-    wanted = Wanted(fields, options, "any", quotes)
+    chosen = dict(zip(fields, options or ("",) * len(fields), strict=True))  # a field may be asked for twice
+    wanted = Wanted(tuple(chosen), tuple(chosen.values()), "any", quotes)
     for piece in _whole(Path(path), wanted, text_unit):
         unit = by_name(piece.format, piece.location).unit
         for number, found in enumerate(read_found(piece, wanted, lambda digest: None), 1):
@@ -76,7 +77,7 @@ def _chosen(record: Mapping[str, Any], wanted: Wanted, where: str) -> dict[str, 
     for field, value in chosen.items():
         if value is MISSING:
             have = ", ".join(map(str, record)) or "none"
-            raise UserError(f"{where}: no field '{field}'; fields there: {have}. Choose with {wanted.choose(field)}")
+            raise UserError(f"{where}: no field '{field}'; its fields are: {have}{wanted.choose(field)}")
     return chosen
 
 

@@ -45,7 +45,8 @@ class _Delimited(Format):
         places = _places(header.fields, wanted, source.location, quoted)
         for row in rows:
             if row.fault is not None:
-                yield from _broken(row, Bad("not CSV", f"not a CSV record: {row.fault}", ""))
+                detail = f"not a CSV record: {row.fault}{_advice(row, len(header.fields), quoted)}"
+                yield from _broken(row, Bad("not CSV", detail, ""))
             elif len(row.fields) != len(header.fields):
                 detail = f"{len(row.fields)} fields where the header has {len(header.fields)}"
                 detail += _advice(row, len(header.fields), quoted)
@@ -123,10 +124,8 @@ def _places(header: list[str], wanted: Wanted, location: str, quoted: bool) -> d
         if header.count(field) != 1:
             columns = ", ".join(map(printable, header))
             what = "no column" if field not in header else "more than one column"
-            more = "; with --quotes csv the quotes around a name are none of it" if _quotes(header, quoted) else ""
-            raise UserError(
-                f"{location}: {what} '{field}'; its columns are: {columns} (choose with {wanted.choose(field)}{more})"
-            )
+            more = "; --quotes csv takes the quotes off names and fields" if _quotes(header, quoted) else ""
+            raise UserError(f"{location}: {what} '{field}'; its columns are: {columns}{wanted.choose(field)}{more}")
     return {field: header.index(field) for field in fields}
 
 

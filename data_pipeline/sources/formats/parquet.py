@@ -108,9 +108,7 @@ def columns_of(schema: pa.Schema, wanted: Wanted, where: str) -> list[str] | Non
         kind = _field_type(schema, field)
         if kind is None:
             columns = ", ".join(schema.names) or "none"
-            raise UserError(
-                f"{where}: no column '{field}'; its columns are: {columns} (choose with {wanted.choose(field)})"
-            )
+            raise UserError(f"{where}: no column '{field}'; its columns are: {columns}{wanted.choose(field)}")
         if wanted.types != "any" and not _text_type(kind, wanted.types == "values"):
             raise UserError(f"{where}: column '{field}' is not text but {kind}")
     return list(wanted.fields) or None
