@@ -25,6 +25,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
     """The options that say where text comes from and what a document is."""
+    from data_pipeline.sources.format import stream_formats
+
     where = parser.add_argument_group("where the text comes from (one of --input and --dataset)")
     where.add_argument(
         "--input",
@@ -34,7 +36,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         help="files, folders (searched to any depth), quoted patterns ('data/**/*.parquet'), or - for standard input",
     )
     where.add_argument(
-        "--stdin-format", choices=["lines", "jsonl"], default="lines", help="what comes in when --input is -"
+        "--stdin-format", choices=stream_formats(), default="lines", help="what comes in when --input is -"
     )
     where.add_argument("--dataset", metavar="ID", help="a dataset of the Hugging Face hub, streamed")
     where.add_argument("--config", metavar="NAME", help="configuration of --dataset")

@@ -7,14 +7,14 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.quality.duplicates import Dedup
 from data_pipeline.quality.filters import Filters
 from data_pipeline.shards.manifest import FORMAT_VERSION
 from data_pipeline.sources.corpus import Corpus, open_corpus
-from data_pipeline.sources.format import by_name, text_is_hidden
+from data_pipeline.sources.format import by_name, stream_formats, text_is_hidden
 from data_pipeline.sources.inputs import CorpusFile
 from data_pipeline.sources.pieces import Piece
 from data_pipeline.sources.reading import Reading
@@ -23,7 +23,6 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 DEFAULT_SHARD_TOKENS = 1 << 27  # 256 MB as uint16
 MIB = 1 << 20
 STDIN = "<stdin>"
-StdinFormat = Literal["lines", "jsonl"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Preparation:
     description: str
     tokenizer: Tokenizer
     settings: Settings
-    stdin: StdinFormat | None = None
+    stdin: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -104,6 +103,7 @@ class Preparation:
         """The settings as JSON values, and the versions of the inputs' formats that read their files otherwise than
         the first: shards of such files are never taken for those of an earlier reading."""
         names = {piece.format for unit in self.units for piece in unit.pieces} - {"hub"}
+        names |= {self.stdin} if self.stdin else set()
         later = {name: version for name in sorted(names) if (version := by_name(name, name).version) > 1}
         return {**self.settings.facts(), **({"format_versions": later} if later else {})}
 
@@ -124,8 +124,13 @@ def plan_preparation(
     return Preparation(units, corpus.files, corpus.describe(), tokenizer, settings)
 
 
-def plan_stdin(form: StdinFormat, tokenizer: Tokenizer, settings: Settings | None = None) -> Preparation:
-    """The text is standard input, ``lines`` (each a document) or ``jsonl``."""
+def plan_stdin(form: str, tokenizer: Tokenizer, settings: Settings | None = None) -> Preparation:
+    """The text is standard input in a format that is cut at lines: ``lines`` (each a document), ``jsonl``.
+
+    Raises :class:`UserError` for another.
+    """
+    if form not in stream_formats():
+        raise UserError(f"standard input cannot come as '{form}': choose one of {', '.join(stream_formats())}")
     return Preparation((), (), "standard input", tokenizer, settings or Settings(), form)
 
 

@@ -172,6 +172,11 @@ def of_path(path: Path, text_unit: TextUnit = "file") -> tuple[Format, str] | No
     return None
 
 
+def stream_formats() -> list[str]:
+    """Names of the formats in which standard input may come: it is cut at lines."""
+    return sorted(found.name for found in formats().values() if found.cut == "lines")
+
+
 def text_is_hidden(piece: Piece) -> bool:
     """Whether the size of a piece says little about its text: it is compressed, a hub's, or its format's own affair."""
     return bool(piece.codec) or piece.format == "hub" or by_name(piece.format, piece.location).opens == "path"

@@ -15,7 +15,7 @@ class ClassifySettings(Settings):
 
     train: str | None = Field(
         None,
-        description="labelled text to train on: a file as for data prepare (JSONL, CSV, TSV, Parquet), or "
+        description="labelled text to train on: a file as data prepare takes it (JSONL, CSV, TSV, Parquet), or "
         "hub:OWNER/NAME[/CONFIG]:SPLIT",
     )
     test: str | None = Field(None, description="labelled text to score once, in the end; formats as for --train")
