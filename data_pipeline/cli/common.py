@@ -25,6 +25,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
     """The options that say where text comes from and what a document is."""
+    from data_pipeline.sources.format import stream_formats
+
     where = parser.add_argument_group("where the text comes from (one of --input and --dataset)")
     where.add_argument(
         "--input",
@@ -34,7 +36,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         help="files, folders (searched to any depth), quoted patterns ('data/**/*.parquet'), or - for standard input",
     )
     where.add_argument(
-        "--stdin-format", choices=["lines", "jsonl"], default="lines", help="what comes in when --input is -"
+        "--stdin-format", choices=stream_formats(), default="lines", help="what comes in when --input is -"
     )
     where.add_argument("--dataset", metavar="ID", help="a dataset of the Hugging Face hub, streamed")
     where.add_argument("--config", metavar="NAME", help="configuration of --dataset")
@@ -51,6 +53,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--text-unit", choices=["file", "line"], default="file", help="what a document is in plain text files"
     )
+    add_quotes(what)
     what.add_argument(
         "--normalize",
         choices=["nfc", "nfd", "nfkc", "nfkd"],
@@ -58,11 +61,22 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quotes(parser: argparse._ActionsContainer) -> None:
+    """The option that says what double quotes are in CSV and TSV."""
+    parser.add_argument(
+        "--quotes",
+        choices=["auto", "csv", "none"],
+        default="auto",
+        help="double quotes in CSV and TSV: csv, they enclose fields (RFC 4180); none, they are text; auto is csv for "
+        "CSV and none for TSV",
+    )
+
+
 def reading_of(args: argparse.Namespace) -> Reading:
     """What the options say about documents."""
     from data_pipeline.sources.reading import Reading
 
-    return Reading(args.text_field, args.template, args.text_unit, args.normalize)
+    return Reading(args.text_field, args.template, args.text_unit, args.normalize, args.quotes)
 
 
 def corpus_of(args: argparse.Namespace) -> Corpus | None:

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.cli.common import add_quotes
 from data_pipeline.errors import UserError
 from data_pipeline.processes import available_cores
 
 if TYPE_CHECKING:
     from data_pipeline.quality.contamination import Contamination, Example
     from data_pipeline.shards.shardset import ShardSet
+    from data_pipeline.sources.reading import Quotes
 
 SUMMARY = "say how much of evaluation texts stands in shards, by 13-grams of words (Brown et al. 2020)"
 EXAMPLE = "nystrom data contamination --shards shards/train --eval test.jsonl --out contamination.json"
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluation texts: files of the kinds that prepare reads",
     )
     parser.add_argument("--text-field", default="text", metavar="NAME", help="field or column with the text")
+    add_quotes(parser)
     parser.add_argument("--n", type=int, default=13, metavar="N", help="words in a gram")
     parser.add_argument(
         "--threshold", type=float, default=0.5, metavar="F", help="also count texts with at least this share of grams"
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     from data_pipeline.shards.shardset import ShardSet
 
     sets = [ShardSet.open(folder) for folder in args.shards]
-    files = {file: _texts(file, args.text_field) for file in dict.fromkeys(args.eval)}
+    files = {file: _texts(file, args.text_field, args.quotes) for file in dict.fromkeys(args.eval)}
     texts = [text for part in files.values() for text in part]
     tokens = sum(shards.num_tokens for shards in sets)
     size = sum(shards.manifest.text_bytes for shards in sets)
@@ -80,11 +83,14 @@ def run(args: argparse.Namespace) -> None:
         _write(args, sets, rows, found.examples)
 
 
-def _texts(file: str, text_field: str) -> list[str]:
+def _texts(file: str, text_field: str, quotes: Quotes) -> list[str]:
     from data_pipeline.sources.documents import iter_documents
     from data_pipeline.sources.reading import Reading
+    from data_pipeline.sources.tally import Tally
 
-    texts = [document.text for document in iter_documents([file], Reading(text_field=text_field))]
+    reading = Reading(text_field=text_field, quotes=quotes)
+    # No broken record is passed over: every evaluation text counts.
+    texts = [document.text for document in iter_documents([file], reading, Tally(max_bad_fraction=0))]
     if not texts:
         raise UserError(f"{file} has no text in '{text_field}'")
     return texts

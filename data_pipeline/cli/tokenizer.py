@@ -7,7 +7,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     pieces = corpus.pieces(sys.maxsize, reading)  # one for each file
     facts = {
         "inputs": [{"name": piece.name, "bytes": piece.end, "digest": piece_digest(piece)} for piece in pieces],
-        "reading": asdict(reading),
+        "reading": reading.facts(),
         "vocab_size": args.vocab_size,
         "model": args.model,
         "lowercase": args.lowercase,
@@ -99,8 +98,9 @@ class _Texts:
 
     def __init__(self, corpus: Corpus, pieces: list[Piece], reading: Reading, vocab_size: int) -> None:
         self._corpus, self._reading, self._vocab_size = corpus, reading, vocab_size
-        hidden = any(piece.codec or piece.format in ("parquet", "hub") for piece in pieces)
-        self._total = None if hidden else sum(piece.size for piece in pieces)
+        from data_pipeline.sources.format import text_is_hidden
+
+        self._total = None if any(map(text_is_hidden, pieces)) else sum(piece.size for piece in pieces)
         self._begin()
 
     def _begin(self) -> None:

@@ -56,7 +56,7 @@ def complete(
     remove_files(folder, [p.name for p in folder.iterdir() if unit_of(p.name) is not None and p.name not in listed])
     special_ids = tokenizer.roles.as_dict()
     Manifest(
-        settings=preparation.settings.facts(),
+        settings=preparation.facts(),
         num_tokens=sum(shard.num_tokens for shard in shards),
         num_documents=documents,
         text_bytes=sum(result.text_bytes for _, result in results),
@@ -150,8 +150,7 @@ def check_complete(preparation: Preparation, folder: Path, stream: BinaryIO | No
     tokenizer = preparation.tokenizer
     if manifest.tokenizer_hash != tokenizer.hash:
         raise occupied(folder, f"shards of another tokenizer (hash {manifest.tokenizer_hash[:12]})")
-    settings = preparation.settings.facts()
-    for name, old, new in _differences(manifest.settings, settings):
+    for name, old, new in _differences(manifest.settings, preparation.facts()):
         raise occupied(folder, f"shards made with another {name}: {old}, now {new}")
     names = [entry.name for entry in manifest.inputs]
     if names != list(preparation.names):
@@ -170,8 +169,8 @@ def check_complete(preparation: Preparation, folder: Path, stream: BinaryIO | No
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Name, old and new value of the settings that differ."""
-    for name, value in new.items():
-        before = old.get(name)
+    for name in {**new, **old}:
+        before, value = old.get(name), new.get(name)
         if isinstance(value, dict) and isinstance(before, dict):
             yield from _differences(before, value)
         elif before != value:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.quality.duplicates import Dedup
 from data_pipeline.quality.filters import Filters
 from data_pipeline.shards.manifest import FORMAT_VERSION
 from data_pipeline.sources.corpus import Corpus, open_corpus
+from data_pipeline.sources.format import by_name, stream_formats, text_is_hidden
 from data_pipeline.sources.inputs import CorpusFile
 from data_pipeline.sources.pieces import Piece
 from data_pipeline.sources.reading import Reading
@@ -22,7 +23,6 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 DEFAULT_SHARD_TOKENS = 1 << 27  # 256 MB as uint16
 MIB = 1 << 20
 STDIN = "<stdin>"
-StdinFormat = Literal["lines", "jsonl"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Settings:
     def facts(self) -> dict[str, Any]:
         """The settings as JSON values, as the manifest keeps them."""
         return {
-            "reading": asdict(self.reading),
+            "reading": self.reading.facts(),
             "filters": list(self.filters.specs),
             "dedup": self.dedup.spec if self.dedup else None,
             "shard_tokens": self.shard_tokens,
@@ -70,7 +70,7 @@ class Preparation:
     description: str
     tokenizer: Tokenizer
     settings: Settings
-    stdin: StdinFormat | None = None
+    stdin: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class Preparation:
     @property
     def text_bytes(self) -> int | None:
         """About how much text there is; None if compression or a hub hides it."""
-        if self.stdin or any(p.codec or p.format in ("hub", "parquet") for unit in self.units for p in unit.pieces):
+        if self.stdin or any(text_is_hidden(piece) for unit in self.units for piece in unit.pieces):
             return None
         return sum(piece.size for unit in self.units for piece in unit.pieces)
 
@@ -96,8 +96,16 @@ class Preparation:
             "format_version": FORMAT_VERSION,
             "tokenizer": self.tokenizer.hash,
             "stdin": self.stdin,
-            **self.settings.facts(),
+            **self.facts(),
         }
+
+    def facts(self) -> dict[str, Any]:
+        """The settings as JSON values, and the versions of the inputs' formats that read their files otherwise than
+        the first: shards of such files are never taken for those of an earlier reading."""
+        names = {piece.format for unit in self.units for piece in unit.pieces} - {"hub"}
+        names |= {self.stdin} if self.stdin else set()
+        later = {name: version for name in sorted(names) if (version := by_name(name, name).version) > 1}
+        return {**self.settings.facts(), **({"format_versions": later} if later else {})}
 
 
 def plan_preparation(
@@ -116,8 +124,13 @@ def plan_preparation(
     return Preparation(units, corpus.files, corpus.describe(), tokenizer, settings)
 
 
-def plan_stdin(form: StdinFormat, tokenizer: Tokenizer, settings: Settings | None = None) -> Preparation:
-    """The text is standard input, ``lines`` (each a document) or ``jsonl``."""
+def plan_stdin(form: str, tokenizer: Tokenizer, settings: Settings | None = None) -> Preparation:
+    """The text is standard input in a format that is cut at lines: ``lines`` (each a document), ``jsonl``.
+
+    Raises :class:`UserError` for another.
+    """
+    if form not in stream_formats():
+        raise UserError(f"standard input cannot come as '{form}': choose one of {', '.join(stream_formats())}")
     return Preparation((), (), "standard input", tokenizer, settings or Settings(), form)
 
 

@@ -9,15 +9,15 @@ from typing import BinaryIO
 import xxhash
 
 from data_pipeline.files import write_atomic
-from data_pipeline.prepare.plan import MIB, STDIN, StdinFormat, Unit, digest
+from data_pipeline.prepare.plan import MIB, STDIN, Unit, digest
 from data_pipeline.sources.pieces import Piece
 from data_pipeline.sources.streams import stdin_chunks
 
 UNIT_BYTES = 16 * MIB  # its length is not known beforehand
 
 
-def spooled(stream: BinaryIO, kind: StdinFormat, work: Path) -> Iterator[Unit]:
-    """Units of about :data:`UNIT_BYTES`, their text in ``work``. ``kind``: "jsonl" or "lines".
+def spooled(stream: BinaryIO, kind: str, work: Path) -> Iterator[Unit]:
+    """Units of about :data:`UNIT_BYTES`, their text in ``work``. ``kind``: the format.
 
     A restarted run must be given the same stream from its beginning; units that are finished are then recognised by a
     hash of their text.

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from data_pipeline.errors import UserError
+from data_pipeline.sources.format import Format, of_path
 from data_pipeline.sources.hub import HubDataset, resolve_dataset
 from data_pipeline.sources.inputs import CorpusFile, find_files
-from data_pipeline.sources.parquet import parquet_pieces
-from data_pipeline.sources.pieces import TEXT_PER_COMPRESSED_BYTE, Piece, cuts, require_zstandard
+from data_pipeline.sources.pieces import Piece, require_zstandard
 from data_pipeline.sources.reading import Reading
 
 _READING = Reading()
-_FOOTERS = 16  # Parquet footers read at a time: on a network file system it is all waiting
+_AT_ONCE = 16  # files whose metadata is read at a time: on a network file system it is all waiting
 
 
 class Corpus(Protocol):
@@ -31,8 +32,8 @@ class Corpus(Protocol):
         """The corpus cut into pieces of about ``target_bytes`` of text, in order.
 
         Depends on sizes and metadata (Parquet footers, a dataset's number of shards) only, never on contents, and
-        not on where the corpus lies. Only files that can be entered in the middle are cut: JSONL and text by lines,
-        not compressed, and Parquet at its row groups. Raises :class:`UserError` for what cannot be read.
+        not on where the corpus lies. Only files that can be entered in the middle are cut, as their format says.
+        Raises :class:`UserError` for what cannot be read.
         """
         ...
 
@@ -50,15 +51,16 @@ class FileCorpus:
     def pieces(self, target_bytes: int, reading: Reading = _READING) -> list[Piece]:
         """See :class:`Corpus`."""
         _check_target(target_bytes)
-        # The executor's map keeps the order of the files.
-        with ThreadPoolExecutor(_FOOTERS) as pool:
-            parquet = [file for file in self.files if file.kind == "parquet"]
-            footers = pool.map(lambda file: parquet_pieces(file, target_bytes, reading), parquet)
-            return [
-                piece
-                for file in self.files
-                for piece in (next(footers) if file.kind == "parquet" else _file_pieces(file, target_bytes, reading))
+        known = [_format(file, reading) for file in self.files]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            plans = [
+                # A cut of the format's own reads the file's metadata; what goes by size alone is not worth a thread.
+                pool.submit(form.pieces, file, codec, target_bytes, reading.wanted).result
+                if form.cut == "own"
+                else functools.partial(form.pieces, file, codec, target_bytes, reading.wanted)
+                for file, (form, codec) in zip(self.files, known, strict=True)
             ]
+            return [piece for plan in plans for piece in plan()]
 
     def describe(self) -> str:
         """See :class:`Corpus`."""
@@ -107,14 +109,10 @@ def open_dataset(
     return HubCorpus(resolve_dataset(dataset, config, split, revision))
 
 
-def _file_pieces(file: CorpusFile, target_bytes: int, reading: Reading) -> Iterator[Piece]:
-    kind, dot, codec = file.kind.partition(".")
-    if kind == "text" and reading.text_unit == "line":
-        kind = "lines"
-    whole = bool(codec) or kind not in ("jsonl", "lines")
-    for begin, end in cuts(file.bytes, max(file.bytes, 1) if whole else target_bytes):
-        size = (end - begin) * (TEXT_PER_COMPRESSED_BYTE if codec else 1)
-        yield Piece(file.name, str(file.path), kind + dot + codec, begin, end, None, size, file.bytes)
+def _format(file: CorpusFile, reading: Reading) -> tuple[Format, str]:
+    known = of_path(file.path, reading.text_unit)
+    assert known is not None  # it was when the file was found
+    return known
 
 
 def _check_target(target_bytes: int) -> None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
-from data_pipeline.errors import UserError
 from data_pipeline.sources.corpus import Corpus, open_corpus
-from data_pipeline.sources.delimited import read_csv
+from data_pipeline.sources.format import Found, Unit, by_name
 from data_pipeline.sources.hub import read_hub
-from data_pipeline.sources.lines import Found, read_jsonl, read_text, read_text_lines
-from data_pipeline.sources.parquet import read_parquet
 from data_pipeline.sources.pieces import Piece
-from data_pipeline.sources.reading import Bad, Reading, printable
-from data_pipeline.sources.streams import opened, piece_digest
+from data_pipeline.sources.reading import Bad, Reading, excerpt_of, printable
+from data_pipeline.sources.records import read_found
 from data_pipeline.sources.tally import BadRecord, Tally
 
 
@@ -61,43 +58,26 @@ def read_piece(piece: Piece, reading: Reading, tally: Tally) -> Iterator[Documen
     is gone or has changed since it was planned, damaged compression, a missing column.
     """
     tally.begin()
-    digest = xxhash.xxh3_128()
-    if piece.format == "parquet":
-        # First, and not when the documents are done: Parquet then finds the piece in the page cache.
-        before = piece_digest(piece)
-        yield from _documents(read_parquet(piece, reading), piece, reading, tally)
-        tally.digest = before
-    elif piece.format == "hub":
-        for document in _documents(read_hub(piece, reading), piece, reading, tally):
+    if piece.format == "hub":
+        digest = xxhash.xxh3_128()
+        for document in _documents(read_hub(piece, reading), piece, reading, tally, "row"):
             text = document.text.encode()
             digest.update(len(text).to_bytes(8, "little") + text)
             yield document
         tally.digest = digest.hexdigest()
-    else:
-        yield from _file_documents(piece, reading, tally, digest)
-        tally.digest = digest.hexdigest()
+        return
+    ends: list[str | None] = []
+    found = read_found(piece, reading.wanted, ends.append)
+    yield from _documents(found, piece, reading, tally, by_name(piece.format, piece.location).unit)
+    tally.digest = ends[0]
 
 
-def _file_documents(piece: Piece, reading: Reading, tally: Tally, digest: xxhash.xxh3_128) -> Iterator[Document]:
-    with opened(piece) as stream:
-        match piece.format:
-            case "jsonl":
-                found = read_jsonl(stream, piece, reading, digest)
-            case "lines":
-                found = read_text_lines(stream, piece, digest)
-            case "text":
-                found = read_text(stream, piece, digest)
-            case "csv" | "tsv":
-                found = read_csv(stream, piece, reading, digest)
-            case _:
-                raise UserError(f"{piece.location}: pieces of kind '{piece.kind}' are unknown")
-        yield from _documents(found, piece, reading, tally)
-
-
-def _documents(records: Iterator[Found], piece: Piece, reading: Reading, tally: Tally) -> Iterator[Document]:
+def _documents(
+    records: Iterator[Found], piece: Piece, reading: Reading, tally: Tally, unit: Unit
+) -> Iterator[Document]:
     for found in records:
         tally.records += 1
-        text = found.text
+        text = _text(found, reading)
         if text is None or (isinstance(text, str) and (not text or text.isspace())):
             tally.empty += 1
             continue
@@ -112,9 +92,16 @@ def _documents(records: Iterator[Found], piece: Piece, reading: Reading, tally: 
                 tally.text_bytes += size
                 yield Document(text, piece.name, found.record, size)
                 continue
-        unit = "row" if piece.format in ("parquet", "hub") else "line"
         where = piece.name if piece.format == "hub" else piece.location
         tally.add_bad(BadRecord(piece.name, found.record, unit, found.offset, *text), where)
+
+
+def _text(found: Found, reading: Reading) -> str | Bad | None:
+    value = found.value
+    if not isinstance(value, Mapping):
+        return value
+    text = reading.text_of(value)
+    return text._replace(excerpt=excerpt_of(found.line)) if isinstance(text, Bad) and found.line is not None else text
 
 
 def _surrogate(text: str, at: int) -> Bad:

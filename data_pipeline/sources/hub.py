@@ -15,8 +15,8 @@ from typing import Any
 import xxhash
 
 from data_pipeline.errors import UserError
-from data_pipeline.sources.lines import Found
-from data_pipeline.sources.parquet import columns_of
+from data_pipeline.sources.format import Found
+from data_pipeline.sources.formats.parquet import columns_of
 from data_pipeline.sources.pieces import Piece
 from data_pipeline.sources.reading import Reading
 
@@ -118,11 +118,11 @@ def read_hub(piece: Piece, reading: Reading) -> Iterator[Found]:
         for index in range(piece.begin, piece.end):
             # Arrow batches, not examples: those would have their images and audio decoded.
             for table in stream.shard(stream.num_shards, index).with_format("arrow").iter(batch_size=_ROWS):
-                columns_of(table.schema, reading, f"dataset {dataset.name}")
+                columns_of(table.schema, reading.wanted, f"dataset {dataset.name}")
                 tops = [name for name in table.column_names if _needed(name, reading)]
                 for record in table.select(tops).to_pylist():
                     row += 1
-                    yield Found(reading.text_of(record), row)
+                    yield Found(record, row)
 
 
 def read_rows(dataset: HubDataset, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from data_pipeline.sources.pieces import KINDS, SUPPORTED
+from data_pipeline.sources.format import of_path, supported
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,20 @@ class CorpusFile:
 def find_files(inputs: Sequence[str | Path]) -> tuple[CorpusFile, ...]:
     """:func:`expand_inputs`, with each file's name, kind and size."""
     paths = expand_inputs(inputs)
-    files: list[CorpusFile] = []
-    for path, name in zip(paths, relative_names(paths), strict=True):
-        kind = kind_of(path)
-        assert kind is not None
-        try:
-            name.encode()
-            stat = path.stat()
-        except UnicodeEncodeError:
-            raise UserError(f"{name!r}: the name of this file is not UTF-8; rename it") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        files.append(CorpusFile(name, path, kind, stat.st_size, stat.st_mtime_ns))
-    return tuple(files)
+    return tuple(_file(path, name) for path, name in zip(paths, relative_names(paths), strict=True))
+
+
+def _file(path: Path, name: str) -> CorpusFile:
+    kind = kind_of(path)
+    assert kind is not None
+    try:
+        name.encode()
+        stat = path.stat()
+    except UnicodeEncodeError:
+        raise UserError(f"{name!r}: the name of this file is not UTF-8; rename it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return CorpusFile(name, path, kind, stat.st_size, stat.st_mtime_ns)
 
 
 def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
@@ -52,17 +53,17 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
         path = Path(given)
         if path.is_file():
             if kind_of(path) is None:
-                raise UserError(f"{path}: files of this kind are not read; supported are {SUPPORTED}")
+                raise UserError(f"{path}: files of this kind are not read; supported are {supported()}")
             files = [path]
         elif path.is_dir():
             files = list(_walk(path))
             if not files:
-                raise UserError(f"folder {path} has no file to read (supported are {SUPPORTED})")
+                raise UserError(f"folder {path} has no file to read (supported are {supported()})")
         elif glob.has_magic(str(given)):
             matches = map(Path, glob.iglob(str(given), recursive=True))
             files = [p for p in matches if _wanted(p.name) and p.is_file()]
             if not files:
-                raise UserError(f"pattern {given} matches no file to read (supported are {SUPPORTED})")
+                raise UserError(f"pattern {given} matches no file to read (supported are {supported()})")
         else:
             raise UserError(f"input {path} does not exist")
         for file in files:
@@ -83,8 +84,8 @@ def relative_names(paths: Sequence[Path]) -> list[str]:
 
 def kind_of(path: Path) -> str | None:
     """The kind by the file's name, compression included (such as 'jsonl.gz'); None for anything else."""
-    suffixes = [s.lower() for s in path.suffixes[-2:]]
-    return KINDS.get("".join(suffixes)) or KINDS.get("".join(suffixes[-1:]))
+    found = of_path(path)
+    return None if found is None else ".".join(filter(None, (found[0].name, found[1])))
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -8,18 +8,7 @@ from dataclasses import dataclass
 
 from data_pipeline.errors import UserError
 
-_FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".txt": "text",
-    ".csv": "csv",
-    ".tsv": "tsv",
-}
-_CODECS = ("", ".gz", ".zst")
-KINDS = {suffix + codec: kind + codec for suffix, kind in _FORMATS.items() for codec in _CODECS}
-KINDS[".parquet"] = "parquet"
-SUPPORTED = f"{', '.join(_FORMATS)} (each also with .gz or .zst), .parquet"
+CODECS = ("gz", "zst")  # compressions, by the suffix of their files without its dot
 
 # gzip -6 and zstd -3 alike make English books 2.7 times smaller and Python source 4.1 times.
 TEXT_PER_COMPRESSED_BYTE = 3
@@ -29,9 +18,9 @@ TEXT_PER_COMPRESSED_BYTE = 3
 class Piece:
     """A part of an input that is read independently of the others; the pieces of a file tile it.
 
-    ``kind`` is jsonl, lines (a text file of which each line is a document), text (one that is a document), csv or tsv,
-    each perhaps with .gz or .zst at the end; or parquet; or hub. ``begin`` and ``end`` are bytes of the file on disk,
-    for hub datasets shards. A line belongs to the piece that holds its first byte.
+    ``kind`` is the name of a format (see :mod:`data_pipeline.sources.format`), perhaps with .gz or .zst at the end, or
+    hub. ``begin`` and ``end`` are bytes of the file on disk, for hub datasets shards. A line belongs to the piece that
+    holds its first byte.
     """
 
     name: str  # of the input, relative to the corpus: the same wherever it lies

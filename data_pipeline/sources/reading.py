@@ -1,4 +1,4 @@
-"""How a record becomes a text: the field or template, the unit of plain text, the normalisation."""
+"""How a record becomes a text: the field or template, the unit of plain text, quoting, the normalisation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import re
 import string
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from data_pipeline.errors import UserError
 
 TextUnit = Literal["file", "line"]
 Normalization = Literal["nfc", "nfd", "nfkc", "nfkd"]
+Quotes = Literal["auto", "csv", "none"]
+MISSING = object()  # in place of the value of a field that is not there
 _FORMS: dict[Normalization, Literal["NFC", "NFD", "NFKC", "NFKD"]] = {
     "nfc": "NFC",
     "nfd": "NFD",
@@ -29,12 +31,40 @@ def printable(text: str) -> str:
     return text[:EXCERPT].encode(errors="replace").decode()
 
 
+def excerpt_of(line: bytes) -> str:
+    """The beginning of a line, at most 200 characters."""
+    return line[: 4 * EXCERPT].decode(errors="replace")[:EXCERPT]
+
+
 class Bad(NamedTuple):
     """What is wrong with a record: a reason to count by, a detail for its message, and how it begins."""
 
     reason: str
     detail: str
     excerpt: str
+
+
+def not_utf8(line: bytes, reason: str, start: int) -> Bad:
+    """The fault of a line whose byte ``start``, from 0, is not UTF-8."""
+    return Bad("not UTF-8", f"not UTF-8 ({reason}, byte {start + 1} of the line)", excerpt_of(line))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a format is asked for. ``fields``: those that are read, none for all; a dotted path is a field inside
+    fields. ``options``: for each field the option that chooses it, for messages. ``types``: what a column with a type
+    may hold: text, in templates also numbers and truth values (``values``), or anything. ``quotes``: see
+    :class:`Reading`."""
+
+    fields: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    types: Literal["text", "values", "any"] = "any"
+    quotes: Quotes = "auto"
+
+    def choose(self, field: str) -> str:
+        """How to choose another field than this one, for the end of a message; nothing where there is no option."""
+        option = dict(zip(self.fields, self.options, strict=False)).get(field)
+        return f" (choose with {option})" if option else ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +76,9 @@ class Reading:
     instead: ``'{title}\\n\\n{body}'``, with ``{{`` and ``}}`` for braces and backslash-n, backslash-t and a doubled
     backslash as in a string literal, as a shell hands them over. In templates null gives nothing, and numbers and
     truth values are written as in JSON. ``text_unit`` says whether a plain text file or each of its lines is a
-    document. ``normalize`` is a Unicode normal form (Unicode Standard Annex 15); None leaves the text as it is.
+    document. ``quotes`` says whether double quotes enclose a field of CSV and TSV (``csv``, as in RFC 4180) or are
+    text as all else is (``none``); ``auto`` is csv for CSV and none for TSV. ``normalize`` is a Unicode normal form
+    (Unicode Standard Annex 15); None leaves the text as it is.
 
     Raises :class:`UserError` for a template that cannot be parsed or names no field, and for unknown values.
     """
@@ -55,10 +87,13 @@ class Reading:
     template: str | None = None
     text_unit: TextUnit = "file"
     normalize: Normalization | None = None
+    quotes: Quotes = "auto"
 
     def __post_init__(self) -> None:
         if self.text_unit not in get_args(TextUnit):
             raise UserError(f"text unit '{self.text_unit}' is unknown; known are: {', '.join(get_args(TextUnit))}")
+        if self.quotes not in get_args(Quotes):
+            raise UserError(f"quotes '{self.quotes}' are unknown; known are: {', '.join(get_args(Quotes))}")
         if self.normalize is not None and self.normalize not in get_args(Normalization):
             known = ", ".join(get_args(Normalization))
             raise UserError(f"normalisation '{self.normalize}' is unknown; known are: {known}")
@@ -73,12 +108,23 @@ class Reading:
             return (self.text_field,)
         return tuple(dict.fromkeys(field for _, field in parse_template(self.template) if field is not None))
 
+    @property
+    def wanted(self) -> Wanted:
+        """What a format is asked for."""
+        types: Literal["text", "values"] = "text" if self.template is None else "values"
+        return Wanted(self.fields, ("--text-field",) * len(self.fields), types, self.quotes)
+
+    def facts(self) -> dict[str, Any]:
+        """The settings as JSON values. A setting that came later is left out while it has its default, so that what
+        was made before is still recognised."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("quotes", "auto")}
+
     def text_of(self, record: Mapping[str, Any]) -> str | Bad | None:
         """The text of a record, None for null, or what is wrong with it."""
         if self.template is None:
-            value = record.get(self.text_field, _MISSING)
-            if value is _MISSING:
-                value = _find(record, self.text_field)
+            value = record.get(self.text_field, MISSING)
+            if value is MISSING:
+                value = find_field(record, self.text_field)
             if value is None or isinstance(value, str):
                 return value
             return _wrong(record, self.text_field, value)
@@ -86,7 +132,7 @@ class Reading:
         for literal, field in parse_template(self.template):
             parts.append(literal)
             if field is not None:
-                value = _find(record, field)
+                value = find_field(record, field)
                 if isinstance(value, str):
                     parts.append(value)
                 elif isinstance(value, (bool, int, float)):
@@ -120,11 +166,11 @@ def _unescape(template: str) -> str:
     return re.sub(r"\\([nt\\])", lambda match: escapes[match[1]], template)
 
 
-_MISSING = object()
+def find_field(record: Mapping[str, Any], name: str) -> Any:
+    """The value of a field by its literal name, else by a dotted path; :data:`MISSING` where there is none.
 
-
-def _find(record: Mapping[str, Any], name: str) -> Any:
-    """The value of a field by its literal name, else by a dotted path. Null anywhere on the path is null."""
+    Null anywhere on the path is null.
+    """
     if name in record:
         return record[name]
     value: Any = record
@@ -132,14 +178,14 @@ def _find(record: Mapping[str, Any], name: str) -> Any:
         if value is None:
             return None
         if not isinstance(value, Mapping) or part not in value:
-            return _MISSING
+            return MISSING
         value = value[part]
     return value
 
 
 def _wrong(record: Mapping[str, Any], name: str, value: Any) -> Bad:
     excerpt = printable(", ".join(f"{key}: {str(content)[:50]}" for key, content in list(record.items())[:20]))
-    if value is _MISSING:
+    if value is MISSING:
         fields = printable(", ".join(map(str, list(record)[:20]))) or "none"
         return Bad("no field", f"no field '{name}'; its fields are: {fields}", excerpt)
     return Bad("not text", f"field '{name}' is not text but {type(value).__name__}", excerpt)

@@ -14,6 +14,7 @@ import xxhash
 from data_pipeline.errors import UserError
 from data_pipeline.sources.pieces import Piece, require_zstandard
 
+BOM = b"\xef\xbb\xbf"  # UTF-8's byte order mark, which some programs put in front of a file
 MAX_LINE = 1 << 30  # bytes; a longer line, or a longer file that is one document, is surely not meant
 _BLOCK = 1 << 20
 # A compressed block may unpack to thousands of times its size. zstd cannot be told to stop; 16 KiB of it are at most

@@ -96,7 +96,7 @@ class Tally:
         shown = self.located(self.bad_samples[:_SHOWN])
         lines = [f"{self.place(sample)}: {sample.detail}" for sample in shown]
         if self.max_bad_fraction == 0:
-            return UserError(lines[0])
+            return UserError(f"{lines[0]}; mend the record or leave it out")
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.bad.items()))
         return UserError(
             f"{self.bad.total():,} of {self.records:,} records are broken ({reasons}), more than the fraction "

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from eval.classification.files import FORMATS, SUFFIXES
+from data_pipeline.sources.format import suffixes, supported
 from eval.classification.labelled import HUB, Labelled, pinned, read_labelled
 from eval.classification.settings import ClassifySettings
 
@@ -30,7 +30,7 @@ class ClassifyData:
         """Read what the (resolved) settings name; raises :class:`UserError` for what is missing or does not fit."""
         assert settings.train
         assert settings.test
-        fields = settings.text_field, settings.label_field, settings.text_b_field
+        fields = settings.text_field, settings.label_field, settings.text_b_field, settings.quotes
         train = read_labelled(settings.train, *fields)
         test = read_labelled(settings.test, *fields)
         dev = read_labelled(settings.dev, *fields) if settings.dev else None
@@ -85,7 +85,9 @@ def sources(settings: ClassifySettings) -> ClassifySettings:
         found = {part: _find(folder, part) for part in ("train", "test", "dev")}
         for part in ("train", "test"):
             if found[part] is None:
-                raise UserError(f"--local-dir {settings.local_dir}: there is no {folder / part} with {FORMATS}")
+                raise UserError(
+                    f"--local-dir {settings.local_dir}: there is no {folder / part} with {supported(with_fields=True)}"
+                )
         for part, path in found.items():
             named_too = getattr(settings, part)
             if named_too and not named_too.startswith(HUB) and named_too != path:
@@ -105,7 +107,8 @@ def sources(settings: ClassifySettings) -> ClassifySettings:
 
 
 def _find(folder: Path, part: str) -> str | None:
-    found = [str(folder / (part + suffix)) for suffix in SUFFIXES if (folder / (part + suffix)).is_file()]
+    names = (folder / (part + suffix) for suffix in suffixes(with_fields=True))
+    found = [str(path) for path in names if path.is_file()]
     if len(found) > 1:
         raise UserError(f"{' and '.join(found)} are both there: keep one")
     return found[0] if found else None

@@ -17,7 +17,8 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.sources.hub import HubDataset, read_rows, resolve_dataset
-from eval.classification.files import file_records
+from data_pipeline.sources.reading import Quotes
+from data_pipeline.sources.records import read_records
 
 HUB = "hub:"
 _ID = re.compile(r"(?P<name>[^/@:]+(/[^/@:]+)?)(@(?P<revision>[^/@:]+))?(/(?P<config>[^/@:]+))?")
@@ -58,20 +59,23 @@ class Labelled:
 
 
 def read_labelled(
-    source: str | Path, text_field: str = "text", label_field: str = "label", text_b_field: str | None = None
+    source: str | Path,
+    text_field: str = "text",
+    label_field: str = "label",
+    text_b_field: str | None = None,
+    quotes: Quotes = "auto",
 ) -> Labelled:
-    """Read every record of a file, or of ``hub:OWNER/NAME[@REVISION][/CONFIG]:SPLIT`` (see :func:`hub_dataset`).
+    """Read every record of a file whose records have fields, of any kind that ``nystrom data prepare`` reads, or of
+    ``hub:OWNER/NAME[@REVISION][/CONFIG]:SPLIT`` (see :func:`hub_dataset`).
 
     Labels may be text, integers or booleans, class labels of a dataset give their names. Raises :class:`UserError`
-    naming source and record for what is missing: the file, its format, a field, a label.
+    naming source and place for what is missing or broken: the file, its format, a record, a field, a label.
     """
     fields = tuple(name for name in (text_field, text_b_field, label_field) if name)
     if str(source).startswith(HUB):
         return _hub_split(hub_dataset(str(source)), fields)
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"labelled data {path} does not exist")
-    return _collect(str(path), file_records(path), fields)
+    options = ("--text-field", *(["--text-b-field"] if text_b_field else []), "--label-field")
+    return _collect(str(source), read_records(source, fields, options, quotes=quotes), fields)
 
 
 def hub_dataset(source: str) -> HubDataset:
@@ -114,21 +118,16 @@ def pinned(source: str | None) -> str | None:
 
 @functools.lru_cache(maxsize=4)  # read when the suite is keyed and when it is run; the dataset is pinned
 def _hub_split(dataset: HubDataset, fields: tuple[str, ...]) -> Labelled:
-    rows = ((f"row {number}", row) for number, row in enumerate(read_rows(dataset, fields), 1))
+    rows = ((row, f"row {number}") for number, row in enumerate(read_rows(dataset, fields), 1))
     return _collect(f"dataset {dataset.name}", rows, fields)
 
 
-def _collect(source: str, records: Iterable[tuple[str, Mapping[str, Any]]], fields: tuple[str, ...]) -> Labelled:
+def _collect(source: str, records: Iterable[tuple[Mapping[str, Any], str]], fields: tuple[str, ...]) -> Labelled:
     *text_fields, label_field = fields
     columns: list[list[str]] = [[] for _ in text_fields]
     labels: list[str] = []
     digest = hashlib.sha256()
-    for where, record in records:
-        for place, name in enumerate(fields):
-            if name not in record:
-                have = ", ".join(map(str, record)) or "none"
-                option = "--label-field" if name == label_field else ("--text-field", "--text-b-field")[place]
-                raise UserError(f"{source}, {where}: no field '{name}'; fields there: {have}. Choose with {option}")
+    for record, where in records:
         for column, name in zip(columns, text_fields, strict=True):
             text = record[name]
             if not isinstance(text, str):

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from eval.suites.settings import Settings
+from data_pipeline.sources.reading import Quotes
+from eval.suites.settings import Settings, quotes_field
 
 
 class ClassifySettings(Settings):
@@ -14,7 +15,8 @@ class ClassifySettings(Settings):
 
     train: str | None = Field(
         None,
-        description="labelled text to train on: JSONL, JSONL.gz, CSV, TSV, Parquet, or hub:OWNER/NAME[/CONFIG]:SPLIT",
+        description="labelled text to train on: a file as data prepare takes it (JSONL, CSV, TSV, Parquet), or "
+        "hub:OWNER/NAME[/CONFIG]:SPLIT",
     )
     test: str | None = Field(None, description="labelled text to score once, in the end; formats as for --train")
     dev: str | None = Field(
@@ -28,6 +30,7 @@ class ClassifySettings(Settings):
     text_field: str = Field("text", description="field or column with the text")
     text_b_field: str | None = Field(None, description="field with the second text, where the task is about pairs")
     label_field: str = Field("label", description="field or column with the label")
+    quotes: Quotes = quotes_field()
     positive_label: tuple[str, ...] = Field(
         (), description="names of the class whose F1 is reported too (the first that the data has); left out: none"
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.sources.records import read_records
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.generation.settings import GenerateSettings
 from eval.subject import Subject
@@ -40,9 +41,9 @@ class Material:
 def own_prompts(settings: GenerateSettings) -> list[str]:
     """The texts of ``prompt`` or of the file ``prompts``; none for held-out text.
 
-    Raises :class:`UserError` naming file and line for a file that is missing, empty or of another format.
+    Raises :class:`UserError` naming file and line for a file that is missing, empty or of an unknown format.
     """
-    return list(settings.prompt) if settings.prompts is None else _read(Path(settings.prompts), settings.prompt_field)
+    return list(settings.prompt) if settings.prompts is None else _read(Path(settings.prompts), settings)
 
 
 def material(subject: Subject, settings: GenerateSettings) -> Material:
@@ -104,38 +105,15 @@ def content_hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
-def _read(path: Path, field: str) -> list[str]:
-    kind = path.suffix.lower()
-    if kind not in (".txt", ".jsonl"):
-        raise UserError(f"prompts {path}: format not known by its name, must be .txt (one a line) or .jsonl")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"prompts {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts {path} is not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise UserError(f"prompts {path} cannot be read: {error.strerror or error}") from None
+def _read(path: Path, settings: GenerateSettings) -> list[str]:
+    field = settings.prompt_field
     found = []
-    for number, line in enumerate(lines, 1):
-        line = line.removesuffix("\r")
-        if line.strip():
-            found.append(line if kind == ".txt" else _field(line, field, f"{path}, line {number}"))
+    for record, place in read_records(path, (field,), ("--prompt-field",), quotes=settings.quotes, text_unit="line"):
+        text = record[field]
+        if not isinstance(text, str):
+            raise UserError(f"{path}, {place}: field '{field}' is {type(text).__name__}, not text")
+        if text.strip():
+            found.append(text)
     if not found:
         raise UserError(f"prompts {path} holds no prompt")
     return found
-
-
-def _field(line: str, field: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); one object a line is expected") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: {type(record).__name__} where an object with fields is expected")
-    if field not in record:
-        have = ", ".join(record) or "none"
-        raise UserError(f"{where}: no field '{field}'; fields there: {have}. Choose with --prompt-field")
-    if not isinstance(record[field], str):
-        raise UserError(f"{where}: field '{field}' is {type(record[field]).__name__}, not text")
-    return str(record[field])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from data_pipeline.errors import UserError
+from data_pipeline.sources.reading import Quotes
 from eval.generation.decodings import Decoding
-from eval.suites.settings import Settings
+from eval.suites.settings import Settings, quotes_field
 
 
 class GenerateSettings(Settings):
@@ -14,9 +15,10 @@ class GenerateSettings(Settings):
 
     prompt: tuple[str, ...] = Field((), description="own prompts; left out: held-out text")
     prompts: str | None = Field(
-        None, description="file of prompts: .txt, one a line, or .jsonl; left out: held-out text"
+        None, description="file of prompts: .txt, one a line, or records as for data prepare; left out: held-out text"
     )
-    prompt_field: str = Field("prompt", description="field of the prompts in a .jsonl file")
+    prompt_field: str = Field("prompt", description="field or column of the prompts in a file of records")
+    quotes: Quotes = quotes_field()
     num_samples: int = Field(16, ge=1, description="samples from held-out text")
     prompt_tokens: int = Field(32, ge=1, description="tokens of held-out text before a continuation")
     max_new_tokens: int = Field(64, ge=1, description="longest continuation")

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from eval.suites.settings import Settings
+from data_pipeline.sources.reading import Quotes
+from eval.suites.settings import Settings, quotes_field
 
 
 class TextSettings(Settings):
@@ -25,6 +26,7 @@ class TextSettings(Settings):
     dataset_revision: str | None = Field(None, description="commit, branch or tag of dataset")
     text_field: str = Field("text", description="field or column with the text")
     text_unit: Literal["file", "line"] = Field("file", description="what a document is in plain text files")
+    quotes: Quotes = quotes_field()
     seed: int = Field(0, ge=0, description="of random choices")
 
 

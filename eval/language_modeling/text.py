@@ -16,6 +16,7 @@ from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.sources.corpus import HubCorpus, open_dataset
 from data_pipeline.sources.documents import iter_documents
 from data_pipeline.sources.reading import Reading
+from data_pipeline.sources.tally import Tally
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.language_modeling.settings import TextSettings
 from eval.language_modeling.spans import Aligner, Ints, Spans
@@ -182,9 +183,10 @@ def describe_source(subject: Subject, settings: TextSettings) -> dict[str, Any]:
 
 
 def _texts(settings: TextSettings) -> list[str]:
-    reading = Reading(text_field=settings.text_field, text_unit=settings.text_unit)
+    reading = Reading(text_field=settings.text_field, text_unit=settings.text_unit, quotes=settings.quotes)
     source = _dataset(settings) if settings.dataset else list(settings.text)
-    texts = [document.text for document in iter_documents(source, reading)]
+    # No broken record is passed over: a loss is that of the whole text.
+    texts = [document.text for document in iter_documents(source, reading, Tally(max_bad_fraction=0))]
     if not texts:
         raise UserError(f"{_name(settings)} has no text in '{settings.text_field}'")
     return texts

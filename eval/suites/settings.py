@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def quotes_field() -> Any:
+    """The field ``quotes`` of tasks that read files. It is in no key: what was read is in the hash of the data."""
+    return Field(
+        "auto",
+        exclude=True,
+        description="double quotes in CSV and TSV: csv, they enclose fields; none, they are text; auto: csv for CSV, "
+        "none for TSV",
+    )
 
 
 class Settings(BaseModel):

@@ -74,7 +74,8 @@ WRITERS: dict[str, Callable[[], bytes]] = {
 def test_texts_come_through_unchanged(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(WRITERS[name]())
     tally = Tally()
-    documents = list(iter_documents(tmp_path / name, tally=tally))
+    quotes = "csv" if name.endswith(".tsv") else "auto"
+    documents = list(iter_documents(tmp_path / name, Reading(quotes=quotes), tally))
     assert [d.text for d in documents] == TEXTS  # in particular what looks like a date or a number stays text
     assert {d.source for d in documents} == {name}
     assert [d.size for d in documents] == [len(t.encode()) for t in TEXTS]
@@ -129,12 +130,12 @@ def test_a_large_row_group_of_long_texts_is_read_in_small_batches(
 ) -> None:
     texts = [f"{i} " + "x" * 5000 for i in range(300)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", use_dictionary=False)
-    monkeypatch.setattr("data_pipeline.sources.parquet._BATCH_BYTES", 20_000)
+    monkeypatch.setattr("data_pipeline.sources.formats.parquet._BATCH_BYTES", 20_000)
     seen: list[int] = []
     plain = pa.RecordBatch.column
     monkeypatch.setattr(
-        "data_pipeline.sources.parquet._texts",
-        lambda batch, reading: seen.append(batch.num_rows) or plain(batch, 0).to_pylist(),
+        "data_pipeline.sources.formats.parquet._values",
+        lambda batch, wanted: seen.append(batch.num_rows) or plain(batch, 0).to_pylist(),
     )
     assert [d.text for d in iter_documents(tmp_path)] == texts
     assert max(seen) <= 4
@@ -208,7 +209,7 @@ def test_inputs_that_give_nothing_are_refused(tmp_path: Path) -> None:
         (tmp_path / "none.txt", "does not exist"),
         (f"{tmp_path}/*.txt", "matches no file"),
         (tmp_path, "has no file to read"),
-        (tmp_path / "notes.md", r"files of this kind are not read; supported are \.jsonl, .*\.parquet"),
+        (tmp_path / "notes.md", r"files of this kind are not read; supported are \.csv, \.json, \.jsonl, .*\.parquet"),
     ):
         with pytest.raises(UserError, match=message):
             open_corpus([given])

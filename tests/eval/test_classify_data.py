@@ -168,7 +168,7 @@ def test_parts_of_a_local_folder(tmp_path: Path) -> None:
     (tmp_path / "set" / "test.parquet").write_text("")
     with pytest.raises(UserError, match="are both there: keep one"):
         sources(settings)
-    with pytest.raises(UserError, match=r"there is no .*other/train with .jsonl"):
+    with pytest.raises(UserError, match=r"there is no .*other/train with \.csv, "):
         sources(settings.model_copy(update={"local_name": "other"}))
     with pytest.raises(UserError, match="--train FILE --test FILE"):
         sources(ClassifySettings(train="x.csv"))

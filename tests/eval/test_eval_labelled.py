@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from data_pipeline.errors import UserError
 from eval.classification.dataset import carve, class_names
@@ -20,29 +24,30 @@ TEXTS = ['a, "quoted"\nline', "b\tüber", "c" * 200_000]  # the last is longer t
 LABELS = ["pos", "neg", "pos"]
 
 
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, "gz": gzip.compress, "zst": zstandard.compress}
+
+
 def write(folder: Path, kind: str) -> Path:
     path = folder / f"data.{kind}"
     records = [{"text": t, "label": y} for t, y in zip(TEXTS, LABELS, strict=True)]
-    lines = "".join(json.dumps(r) + "\n" for r in records)
-    if kind == "jsonl":
-        path.write_text(lines + "\n")
-    elif kind == "jsonl.gz":
-        path.write_bytes(gzip.compress(lines.encode()))
-    elif kind in ("csv", "tsv"):
-        import csv
-
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["label", "text"], delimiter="\t" if kind == "tsv" else ",")
-            writer.writeheader()
-            writer.writerows(records)
-    else:
+    kind, _, codec = kind.partition(".")
+    out = io.StringIO(newline="")
+    if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(records), path)
+        return path
+    if kind == "jsonl":
+        out.write("".join(json.dumps(r) + "\n" for r in records) + "\n")
+    else:
+        writer = csv.DictWriter(out, ["label", "text"], delimiter="\t" if kind == "tsv" else ",")
+        writer.writeheader()
+        writer.writerows(records)
+    path.write_bytes(PACKERS[codec](out.getvalue().encode()))
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "csv.gz", "csv.zst", "tsv", "tsv.gz", "parquet"])
 def test_every_format_reads_the_same(tmp_path: Path, kind: str) -> None:
-    data = read_labelled(write(tmp_path, kind))
+    data = read_labelled(write(tmp_path, kind), quotes="csv")  # the writer of TSV here quotes as that of CSV
     assert data.texts == TEXTS
     assert data.labels == LABELS
     assert data.hash == read_labelled(write(tmp_path, "jsonl")).hash
@@ -61,13 +66,13 @@ def test_integer_labels_sort_as_numbers(tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"body": "x", "label": 1}',
-            "no field 'text'; fields there: body, label. Choose with --text-field",
+            "no field 'text'; its fields are: body, label (choose with --text-field)",
         ),
         ("a.jsonl", '{"text": "x", "sentiment": 1}', "--label-field"),
         ("a.jsonl", '{"text": 3, "label": 1}', "line 1: field 'text' is int"),
         ("a.jsonl", '{"text": "x", "label": [1]}', "not a label"),
         ("a.jsonl", '{"text": "x", "label": 0.5}', "not a label"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n{oops', "line 2: not JSON"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{oops', "line 2: not a JSON record"),
         (
             "a.jsonl",
             '{"text": "x", "label": 1}\n{"text": "so good \\ud83d", "label": 1}',
@@ -78,13 +83,14 @@ def test_integer_labels_sort_as_numbers(tmp_path: Path) -> None:
             '{"text": "x", "label": "\\udc00"}',
             "line 1: field 'label' holds half a surrogate pair (character 1)",
         ),
-        ("a.jsonl", "[1]", "list where an object"),
+        ("a.jsonl", "[1]", "a record must be a JSON object with fields, one on each line, not list"),
         ("a.jsonl", "", "holds no record"),
         ("a.csv", "text,label\n", "holds no record"),
-        ("a.csv", "txt,label\nx,1\n", "no field 'text'"),
-        ("a.parquet", "not parquet", "not a Parquet file"),
-        ("a.jsonl.gz", "not gzip", "cannot be read"),
-        ("a.xlsx", "x", "format not known"),
+        ("a.csv", "txt,label\nx,1\n", "no column 'text'; its columns are: txt, label (choose with --text-field)"),
+        ("a.csv", "text,y\nx,1\n", "no column 'label'; its columns are: text, y (choose with --label-field)"),
+        ("a.parquet", "not parquet", "cannot be read"),
+        ("a.jsonl.gz", "not gzip", "the gzip compression is damaged or cut short"),
+        ("a.xlsx", "x", "files of this kind are not read; supported are .csv, "),
     ],
 )
 def test_rejections_name_file_and_place(tmp_path: Path, name: str, content: str, words: str) -> None:
@@ -116,7 +122,7 @@ def test_damaged_gzip(tmp_path: Path) -> None:
     with pytest.raises(zlib.error):
         gzip.decompress(damaged)
     path.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"damaged\.jsonl\.gz cannot be read: .*invalid block type"):
+    with pytest.raises(UserError, match=r"damaged\.jsonl\.gz: the gzip compression is damaged .*invalid block type"):
         read_labelled(path)
 
 

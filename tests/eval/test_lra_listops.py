@@ -211,7 +211,7 @@ def test_published_files(tmp_path: Path) -> None:
         ("Source\tTarget\n( ( [MIN 1 ) ] )\t1\n( FIRST 2 )\t1\n", "line 3: 'FIRST' is no symbol"),
         ("Source\tTarget\n[MIN 1 2 ]\tone\n", "line 2: invalid literal"),
         ("Source\tTarget\n[MIN 1 2 ]\t12\n", "line 2: an expression and a digit"),
-        ("[MIN 1 2 ]\t1\n", "no columns Source and Target"),
+        ("[MIN 1 2 ]\t1\n", "no column 'Source'; its columns are"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -40,7 +40,8 @@ def load(settings: LRASettings) -> Dataset:
     if name == "listops":
         splits, classes, vocabulary = _listops_files(path, settings), list(map(str, range(10))), len(listops.SYMBOLS)
     elif name == "text":
-        splits, classes = texts.read_texts(path, settings.text_field, settings.label_field, settings.max_length)
+        fields = settings.text_field, settings.label_field
+        splits, classes = texts.read_texts(path, *fields, settings.max_length, settings.quotes)
         vocabulary = texts.BYTES
     elif name == "retrieval":
         splits, classes = texts.read_pairs(path, settings.max_length, _limits(settings)), ["unrelated", "related"]
@@ -93,7 +94,7 @@ def _listops_files(path: Path, settings: LRASettings) -> dict[str, Split]:
                 f"{path}: {len(found)} files *_{ending}.tsv; the folder of the published ListOps files, with one each "
                 "of *_train.tsv, *_val.tsv and *_test.tsv, is expected"
             )
-        splits[name] = listops.read_tsv(found[0], limits[name])
+        splits[name] = listops.read_tsv(found[0], limits[name], settings.quotes)
         longest = int(splits[name].lengths.max()) if len(splits[name]) else 0
         if longest > settings.max_length:
             raise UserError(

@@ -15,7 +15,6 @@ The draws are cut into chunks with a random state of their own, kept on disk as 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -24,6 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
+from data_pipeline.sources.reading import Quotes
+from data_pipeline.sources.records import read_records
 from eval.long_range.lra.examples import Split
 
 SYMBOLS = (*map(str, range(10)), "[MIN", "[MAX", "[MED", "[SM", "]")
@@ -225,26 +227,16 @@ def _expressions(chunk: Chunk) -> Iterator[tuple[np.ndarray, int]]:
         yield chunk.tokens[start:end], value
 
 
-def read_tsv(path: Path, limit: int | None) -> Split:
+def read_tsv(path: Path, limit: int | None, quotes: Quotes = "auto") -> Split:
     """A published file (columns Source and Target); raises :class:`UserError` naming file and line."""
     expressions: list[np.ndarray] = []
     values: list[int] = []
-    csv.field_size_limit(2**30)
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t")
-            if not {"Source", "Target"} <= set(reader.fieldnames or ()):
-                raise UserError(f"{path}: no columns Source and Target, as the published ListOps files have")
-            for row in reader:
-                if limit is not None and len(values) >= limit:
-                    break
-                try:
-                    expressions.append(parse(row["Source"]))
-                    values.append(int(row["Target"]))
-                except (ValueError, TypeError, AttributeError) as error:
-                    raise UserError(f"{path}, line {reader.line_num}: {error}") from None
-                if not 0 <= values[-1] <= 9 or not len(expressions[-1]):
-                    raise UserError(f"{path}, line {reader.line_num}: an expression and a digit are expected")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    for record, place in islice(read_records(path, ("Source", "Target"), ("",) * 2, quotes=quotes), limit):
+        try:
+            expressions.append(parse(record["Source"]))
+            values.append(int(record["Target"]))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}, {place}: {error}") from None
+        if not 0 <= values[-1] <= 9 or not len(expressions[-1]):
+            raise UserError(f"{path}, {place}: an expression and a digit are expected")
     return Split((expressions,), np.array(values, dtype=np.int64))

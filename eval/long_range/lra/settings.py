@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from eval.suites.settings import Settings
+from data_pipeline.sources.reading import Quotes
+from eval.suites.settings import Settings, quotes_field
 
 PUBLISHED = "left out: as published for the dataset"
 
@@ -39,6 +40,7 @@ class LRASettings(Settings):
     max_args: int = Field(10, ge=2, description="generated ListOps: arguments of an operator, at most")
     text_field: str = Field("text", description="field or column with the text")
     label_field: str = Field("label", description="field or column with the label")
+    quotes: Quotes = quotes_field()
     max_length: int | None = Field(None, ge=2, description=f"tokens read of each text; {PUBLISHED}")
 
     networks: tuple[Literal["softmax", "nystrom", "softmax-conv"], ...] = Field(

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import UserError
+from data_pipeline.sources.format import suffixes, supported
+from data_pipeline.sources.reading import Quotes
 from eval.classification.labelled import read_labelled
 from eval.long_range.lra.examples import Split
 
@@ -15,7 +17,6 @@ BYTES = 256
 # LRA's input pipeline reads no more of a document than this, before it cuts it to the maximal length.
 RETRIEVAL_BYTES = 10_000
 _NAMES = {"train": ("train",), "dev": ("dev", "valid", "validation", "val", "eval"), "test": ("test",)}
-_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 _SIDES = ("neg", "pos")
 
 Texts = tuple[list[str], list[str]]
@@ -26,7 +27,9 @@ def as_bytes(text: str, length: int) -> np.ndarray:
     return np.frombuffer(text.encode()[:length], dtype=np.uint8)
 
 
-def read_texts(folder: Path, text_field: str, label_field: str, max_length: int) -> tuple[dict[str, Split], list[str]]:
+def read_texts(
+    folder: Path, text_field: str, label_field: str, max_length: int, quotes: Quotes = "auto"
+) -> tuple[dict[str, Split], list[str]]:
     """Splits train, test and (where there is one) dev, and the classes.
 
     ``folder`` holds train.*, test.* and perhaps dev.* (JSONL, CSV, TSV, Parquet), or the folders train and test of
@@ -36,14 +39,14 @@ def read_texts(folder: Path, text_field: str, label_field: str, max_length: int)
     for name, stems in _NAMES.items():
         found = _find(folder, stems)
         if found is not None:
-            labelled = read_labelled(found, text_field, label_field)
+            labelled = read_labelled(found, text_field, label_field, quotes=quotes)
             texts[name] = (labelled.texts, labelled.labels)
         elif (folder / name / _SIDES[0]).is_dir() and (folder / name / _SIDES[1]).is_dir():
             texts[name] = _read_sides(folder / name)
         elif name != "dev":
             raise UserError(
-                f"{folder} has no {name} split: {name}{{{','.join(_ENDINGS)}}}, or the folders {name}/pos and "
-                f"{name}/neg of the IMDb release, are expected"
+                f"{folder} has no {name} split: {name} with {supported(with_fields=True)}, or the folders {name}/pos "
+                f"and {name}/neg of the IMDb release, are expected"
             )
     classes = sorted(set(texts["train"][1]))
     index = {name: number for number, name in enumerate(classes)}
@@ -59,7 +62,8 @@ def read_texts(folder: Path, text_field: str, label_field: str, max_length: int)
 
 
 def _find(folder: Path, stems: tuple[str, ...]) -> Path | None:
-    found = [path for stem in stems for ending in _ENDINGS if (path := folder / f"{stem}{ending}").is_file()]
+    endings = suffixes(with_fields=True)
+    found = [path for stem in stems for ending in endings if (path := folder / f"{stem}{ending}").is_file()]
     if len(found) > 1:
         raise UserError(f"{folder}: {found[0].name} and {found[1].name} are both there: which one is meant?")
     return found[0] if found else None
