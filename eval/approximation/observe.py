@@ -16,7 +16,8 @@ from torch import Tensor
 
 from eval.approximation.exact import BUDGET, exact_attention, matrix_distance
 from pretrain.model.attention.layout import Layout
-from pretrain.model.attention.self_attention import AttentionContext, SelfAttention, attention
+from pretrain.model.attention.registry import form_of
+from pretrain.model.attention.self_attention import AttentionContext, SelfAttention
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import NystromformerLM
 
@@ -121,15 +122,8 @@ def run_form(
     module: SelfAttention, config: ModelConfig, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext
 ) -> Tensor:
     """A layer's attention by another configuration, without the convolution. q, k, v: (R, H, n, d) of full rows."""
-    return attention(
-        config,
-        q,
-        k,
-        v,
-        context.partition.rectangles[0],
-        gamma=module.gamma() if config.has_gamma else None,
-        offset=module.landmark_offset(context) if config.has_landmark_query else None,
-    )
+    form = form_of(config)
+    return form.attend(q, k, v, context.partition.rectangles[0], form.given(module.own(), context.shared, q.device))
 
 
 def _matrices(
