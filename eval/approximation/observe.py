@@ -92,14 +92,13 @@ def _compare(
     contexts: Mapping[str, AttentionContext],
 ) -> dict[str, Tensor | None]:
     """(R, H) of one layer, by name."""
-    own = module.config
-    causal = own.objective == "clm"
+    causal = module.form.causal
     q, k, v = (t.transpose(1, 2) for t in module.project(x, context))
     length = q.shape[2]
     at = torch.arange(length, device=q.device)
-    first = None
-    if causal:
-        first = ((at // own.segment_length - own.window_segments + 1) * own.segment_length).clamp(min=0)
+    first, window = None, module.form.window
+    if causal and window is not None:
+        first = ((at // window.segment_length - window.segments + 1) * window.segment_length).clamp(min=0)
     exact = exact_attention(q, k, v, causal=causal, window=first)
     mean = v.cumsum(2) / (at + 1)[:, None] if causal else v.mean(2, keepdim=True).expand_as(v)
     out: dict[str, Tensor | None] = {"error " + MEAN_OF_V: _relative(mean, exact.output)}
