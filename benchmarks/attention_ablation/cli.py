@@ -23,6 +23,7 @@ from benchmarks.attention_ablation.training import Recipe
 from benchmarks.presentation import provenance
 from data_pipeline.errors import UserError
 from eval.subject import choose_device
+from pretrain.model.attention.registry import form_of
 from pretrain.model.config import ModelConfig
 
 EXAMPLE = """examples:
@@ -186,9 +187,10 @@ def _task(args: argparse.Namespace, recipe: Recipe, held_out_tokens: int) -> tup
 
 def _base(values: Mapping[str, Any], seq_len: int) -> ModelConfig:
     base = configure(values, "model")
-    exact = window_tokens(base) if base.objective == "clm" else base.num_landmarks
-    if seq_len <= exact:
-        what = "its window" if base.objective == "clm" else "landmarks"
+    form = form_of(base)
+    exact = form.exact_up_to
+    if exact is not None and seq_len <= exact:
+        what = "landmarks" if form.window is None else "its window"
         raise UserError(
             f"rows of {seq_len} tokens and {exact} tokens of {what}: all attention would be exact; raise --seq-len, or "
             "--set segment_length or num_landmarks smaller"

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from data_pipeline.errors import UserError
+from pretrain.model.attention import registry
 from pretrain.model.config import ModelConfig
 
 Objective = Literal["mlm", "clm"]
@@ -121,12 +122,14 @@ def _fault(error: Any) -> str:
 
 
 def select(names: Sequence[str] | None, base: ModelConfig) -> list[Variant]:
-    """The named forms of ``base.objective`` in that order; None: all of them, but none twice (``pooled`` is no change
-    where the base has pooled values).
+    """The named forms of ``base.objective`` in that order, those of the model's registry among them; None: all of
+    them, but none twice (``pooled`` is no change where the base has pooled values).
 
     Raises :class:`UserError` for an unknown name or a change that the base does not allow.
     """
     known = {form.name: form for form in FORMS[base.objective]}
+    for name in registry.names():
+        known.setdefault(name, Form(name, _fixed(attention=name)))
     variants: list[Variant] = []
     for name in known if names is None else dict.fromkeys(names):
         changes: Changes = {}

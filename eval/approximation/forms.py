@@ -32,11 +32,7 @@ def with_attention(
     for number, layer in enumerate(twin.layers):
         if layers is None or number in layers:
             assert isinstance(layer, Block)
-            layer.attention.config = config
-            if not config.has_gamma:
-                layer.attention.gamma_logit = None
-            if not config.has_landmark_query:
-                layer.attention.landmark_query = None
+            layer.attention.change_form(config)
     if layers is None:
         twin.config = config
     return twin

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from eval.approximation.exact import BUDGET, exact_attention, matrix_distance
 from pretrain.model.attention.layout import Layout
-from pretrain.model.attention.self_attention import AttentionContext, SelfAttention, attention
+from pretrain.model.attention.registry import form_of
+from pretrain.model.attention.self_attention import AttentionContext, SelfAttention
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import NystromformerLM
 
@@ -91,14 +92,13 @@ def _compare(
     contexts: Mapping[str, AttentionContext],
 ) -> dict[str, Tensor | None]:
     """(R, H) of one layer, by name."""
-    own = module.config
-    causal = own.objective == "clm"
+    causal = module.form.causal
     q, k, v = (t.transpose(1, 2) for t in module.project(x, context))
     length = q.shape[2]
     at = torch.arange(length, device=q.device)
-    first = None
-    if causal:
-        first = ((at // own.segment_length - own.window_segments + 1) * own.segment_length).clamp(min=0)
+    first, window = None, module.form.window
+    if causal and window is not None:
+        first = ((at // window.segment_length - window.segments + 1) * window.segment_length).clamp(min=0)
     exact = exact_attention(q, k, v, causal=causal, window=first)
     mean = v.cumsum(2) / (at + 1)[:, None] if causal else v.mean(2, keepdim=True).expand_as(v)
     out: dict[str, Tensor | None] = {"error " + MEAN_OF_V: _relative(mean, exact.output)}
@@ -121,15 +121,8 @@ def run_form(
     module: SelfAttention, config: ModelConfig, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext
 ) -> Tensor:
     """A layer's attention by another configuration, without the convolution. q, k, v: (R, H, n, d) of full rows."""
-    return attention(
-        config,
-        q,
-        k,
-        v,
-        context.partition.rectangles[0],
-        gamma=module.gamma() if config.has_gamma else None,
-        offset=module.landmark_offset(context) if config.has_landmark_query else None,
-    )
+    form = form_of(config)
+    return form.attend(q, k, v, context.partition.rectangles[0], form.given(module.own(), context.shared, q.device))
 
 
 def _matrices(

@@ -19,7 +19,7 @@ import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -35,10 +35,11 @@ from eval.approximation.forms import changed, with_attention
 from eval.approximation.observe import observe
 from eval.approximation.settings import ApproximationSettings
 from eval.approximation.summary import summarize
-from eval.approximation.variants import TRAINED, Variant, by_layer, defaults, sweeps, whole
+from eval.approximation.variants import SWEPT, TRAINED, Variant, by_layer, defaults, sweeps, whole
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject, batches
+from pretrain.model.attention.registry import form_of
 from pretrain.model.transformer import IGNORE, NystromformerLM
 
 VERSION = 1
@@ -49,18 +50,24 @@ PART_TOKENS = 1024
 def resolve(subject: Subject, settings: ApproximationSettings) -> ApproximationSettings:
     """The window and what is varied filled in; raises :class:`UserError` for a model that approximates nothing."""
     config = subject.loaded.model_config
-    if config.attention != "nystrom":
-        what = "computes exact attention" if config.attention == "softmax" else "sees its window and nothing beyond it"
-        raise UserError(
-            f"suite approximation compares landmarks with exact attention, and this model (attention: "
-            f"{config.attention}) {what}: there is nothing to approximate. `efficiency` and `lm` measure it"
-        )
-    causal = subject.causal
-    unused = ("landmarks", "inverse_steps") if causal else ("segment_lengths", "window_sizes")
-    given = [name for name in unused if getattr(settings, name)]
-    if given:
-        kind = "masked" if causal else "causal"
-        raise UserError(f"--{given[0].replace('_', '-')} is for {kind} models, and this one is not")
+    form = form_of(config)
+    match form.far:
+        case "approximate":
+            pass
+        case "exact" | "unseen" as far:
+            what = "computes exact attention" if far == "exact" else "sees its window and nothing beyond it"
+            raise UserError(
+                f"suite approximation compares approximate with exact attention, and this model (attention: "
+                f"{config.attention}) {what}: there is nothing to approximate. `efficiency` and `lm` measure it"
+            )
+        case _:
+            assert_never(form.far)
+    for name, key in SWEPT.items():
+        if getattr(settings, name) and key not in form.settings:
+            option, kind = f"--{name.replace('_', '-')}", "masked" if subject.causal else "causal"
+            if key in form_of(changed(config, {"objective": "mlm" if subject.causal else "clm"})).settings:
+                raise UserError(f"{option} is for {kind} models, and this one is not")
+            raise UserError(f"{option} has no effect: attention {config.attention} does not read {key}")
     if settings.inverse_steps and not config.landmark_inverse:
         raise UserError("--inverse-steps has no effect: the model was trained without the inverse")
     length = subject.check_length(settings.length or subject.trained_length, "--length")

@@ -8,9 +8,17 @@ from typing import Any
 
 from eval.approximation.forms import EXACT, POOLED, WINDOW
 from eval.approximation.settings import ApproximationSettings
+from pretrain.model.attention.registry import form_of
 from pretrain.model.config import ModelConfig
 
 TRAINED = "trained"
+SWEPT = {
+    "segment_lengths": "segment_length",
+    "window_sizes": "window_segments",
+    "landmarks": "num_landmarks",
+    "inverse_steps": "inverse_iterations",
+}
+"""By the name of this suite's setting, the key of the model's configuration that it varies, where the form reads it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ def whole(config: ModelConfig) -> list[Variant]:
     causal = config.objective == "clm"
     tokens = config.segment_length * (config.window_segments if causal else 2 * config.window_segments - 1)
     found = [Variant(TRAINED, "as trained", {}, compared=True), Variant("exact", "exact softmax", EXACT)]
-    if config.landmark_inverse:
+    if config.landmark_inverse and "landmark_inverse" in form_of(config).settings:
         found.append(Variant("pooled", "landmarks without the inverse", POOLED, compared=True))
     # A masked Nystrom model has no window of its own: the loss alone shows how near the text is that it needs.
     found.append(Variant("window", f"window of {tokens} tokens alone", WINDOW, compared=causal))
@@ -65,11 +73,9 @@ def sweeps(config: ModelConfig, settings: ApproximationSettings) -> list[Variant
 
 def swept(config: ModelConfig, settings: ApproximationSettings) -> dict[str, Sequence[int]]:
     """By the name of the model's setting, the values to try, the model's own among them."""
-    if config.objective == "clm":
-        wanted = {"segment_length": settings.segment_lengths, "window_segments": settings.window_sizes}
-    else:
-        wanted = {"num_landmarks": settings.landmarks, "inverse_iterations": settings.inverse_steps}
-    return {name: sorted({*tried, getattr(config, name)}) for name, tried in wanted.items() if tried}
+    read = form_of(config).settings
+    wanted = {key: getattr(settings, name) for name, key in SWEPT.items() if key in read}
+    return {key: sorted({*tried, getattr(config, key)}) for key, tried in wanted.items() if tried}
 
 
 def defaults(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -78,10 +84,10 @@ def defaults(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     def around(value: int, least: int) -> tuple[int, ...]:
         return tuple(x for x in (value // 4, value // 2, value, 2 * value, 4 * value) if x >= least)
 
-    if config.objective == "clm":
-        w = config.window_segments
-        return {
-            "segment_lengths": around(config.segment_length, 2),
-            "window_sizes": tuple(sorted({1, w, w + 1, 2 * w})),
-        }
-    return {"landmarks": around(config.num_landmarks, 1)}
+    w = config.window_segments
+    found = {
+        "segment_lengths": around(config.segment_length, 2),
+        "window_sizes": tuple(sorted({1, w, w + 1, 2 * w})),
+        "landmarks": around(config.num_landmarks, 1),
+    }
+    return {name: values for name, values in found.items() if SWEPT[name] in form_of(config).settings}

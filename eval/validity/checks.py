@@ -27,6 +27,7 @@ from eval.results.store import result_key
 from eval.subject import Subject
 from eval.validity.settings import ValiditySettings
 from pretrain.model.attention.layout import Layout
+from pretrain.model.attention.registry import form_of
 from pretrain.model.decoding import decode, prefill
 from pretrain.model.transformer import build_model
 
@@ -109,21 +110,22 @@ def failures(table: Table) -> list[str]:
 def check_length(subject: Subject) -> int:
     """Tokens enough for the approximate part of the attention to take part, with a last segment that is not whole."""
     config = subject.loaded.model_config
-    if config.attention == "softmax":
+    form = form_of(config)
+    if form.exact_up_to is None:
         length = 128
-    elif subject.causal:
-        length = config.segment_length * (config.window_segments + 4) + config.segment_length // 2
+    elif form.window is not None:
+        length = form.window.segment_length * (form.window.segments + 4) + form.window.segment_length // 2
     else:
-        length = 3 * config.num_landmarks + 5  # at or below num_landmarks tokens the attention is exact
+        length = 3 * form.exact_up_to + 5
     length = max(length, 64)
     return min(length, config.max_positions) if config.positions == "learned" else length
 
 
 def check_positions(subject: Subject, length: int, settings: ValiditySettings) -> list[int]:
     """Positions t < length - 1 to look at: both sides of every segment edge first, then seeded random ones."""
-    config = subject.loaded.model_config
+    window = form_of(subject.loaded.model_config).window
     rng = np.random.default_rng(settings.seed)
-    step = config.segment_length if config.attention == "nystrom" and subject.causal else max(length // 8, 1)
+    step = max(length // 8, 1) if window is None else window.segment_length
     edges = [e + side for e in range(0, length, step) for side in (-2, -1, 0, 1)]
     edges = [t for t in dict.fromkeys([0, *edges, length - 2]) if 0 <= t < length - 1]
     if len(edges) > settings.positions:  # evenly thinned, so that late segments are among them

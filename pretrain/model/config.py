@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pretrain.model.attention.registry import check_name, names
 
 STAGE_FIELDS = ("rope_theta", "rope_position_scale", "trained_positions")
 """What the curriculum changes of a model while it trains; see :mod:`pretrain.curriculum.stages`."""
@@ -22,10 +24,11 @@ class ModelConfig(BaseModel):
     objective: Literal["mlm", "clm"] = Field(
         "mlm", description="mlm: masked encoder, guesses hidden tokens. clm: causal decoder, guesses the next token."
     )
-    attention: Literal["nystrom", "window", "softmax"] = Field(
+    attention: str = Field(
         "nystrom",
         description="nystrom: landmarks, linear in the length. window: near tokens only. softmax: exact attention, "
         "quadratic in the length.",
+        json_schema_extra={"type": " | ".join(names())},
     )
     vocab_size: int | None = Field(
         None,
@@ -161,6 +164,11 @@ class ModelConfig(BaseModel):
         description="Taps, in tokens, of the depthwise convolution over values. Odd for mlm. 0 leaves it out.",
     )
 
+    @field_validator("attention")
+    @classmethod
+    def _known_form(cls, name: str) -> str:
+        return check_name(name)
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_by_objective(cls, values: Any) -> Any:
@@ -209,16 +217,6 @@ class ModelConfig(BaseModel):
     def head_dim(self) -> int:
         """Width of one attention head, d."""
         return self.hidden_size // self.num_heads
-
-    @property
-    def has_gamma(self) -> bool:
-        """Causal landmarks' values go through the triangular inverse."""
-        return self.objective == "clm" and self.attention == "nystrom" and self.landmark_inverse
-
-    @property
-    def has_landmark_query(self) -> bool:
-        """Causal landmarks' queries have a learned offset."""
-        return self.objective == "clm" and self.attention == "nystrom" and self.learn_landmark_query
 
     @property
     def ffn_size(self) -> int:

@@ -11,16 +11,16 @@ module's forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from pretrain.model.attention.cache import LayerCache
-from pretrain.model.attention.cache_plan import CacheSize, Prompts, Step
+from pretrain.model.attention.cache import Step
 from pretrain.model.attention.layout import Layout
+from pretrain.model.attention.registry import form_of
 from pretrain.model.attention.softmax import at_least_float32
 from pretrain.model.config import ModelConfig
 
@@ -37,9 +37,9 @@ class DecodingCache:
         self.config = config
         self.max_length = max_length
         self.device = device
-        self.size = CacheSize.of(config, max_length)
-        self.layers = [LayerCache(config, rows, self.size, dtype, device) for _ in range(config.num_layers)]
-        self.plan: Prompts | Step | None = None
+        self.kept = form_of(config).cache(max_length)
+        self.layers = [self.kept.layer(rows, dtype, device) for _ in range(config.num_layers)]
+        self.plan: Any = None
         """What the next forward pass does."""
         self._lengths = np.zeros(rows, dtype=np.int64)
         self._position = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -65,7 +65,7 @@ class DecodingCache:
         if not (lengths.all() and np.array_equal(starts // max(length, 1), np.arange(rows))):
             raise UserError("each row of a batch of prompts must be one sequence of at least one token")
         self._check_room(lengths)
-        self.plan = Prompts.plan(starts, lengths, self.config, self.size, self.device)
+        self.plan = self.kept.prompts(starts, lengths, self.device)
         self._set_lengths(lengths)
         return starts + lengths - 1
 
@@ -74,7 +74,7 @@ class DecodingCache:
         if not self._lengths.all():
             raise RuntimeError("a cache gets prompts first, then single tokens")
         self._check_room(self._lengths + 1)
-        step = Step.plan(self._lengths, self._position, self.config, self.size)
+        step = self.kept.step(self._lengths, self._position)
         self.plan = step
         return step
 
@@ -140,9 +140,7 @@ def decode(model: NystromformerLM, token_ids: Tensor, cache: DecodingCache) -> T
 def cache_elements(config: ModelConfig, rows: int, length: int) -> int:
     """Numbers in a cache for ``rows`` texts of up to ``length`` tokens: all that the tensors of its layers hold.
 
-    For each row and layer, with hidden size h, H heads and r, m as in :class:`CacheSize`: 2 h (r + m) for keys and
-    values, m H + h for the masses and the sum if there are landmarks, 2 h m c with ``landmark_inverse``. Beyond the
-    window, c more tokens add 2 h + H; to the cache of exact attention they add 2 h c.
+    For each row and layer, what the form says (:meth:`Form.cache`).
     """
     low, high = _elements_per_row(config, length)
     return rows * (low + high)
@@ -157,7 +155,5 @@ def cache_bytes(config: ModelConfig, rows: int, length: int, dtype: torch.dtype)
 
 def _elements_per_row(config: ModelConfig, length: int) -> tuple[int, int]:
     """Those in the dtype of the model, and those in at least float32."""
-    size = CacheSize.of(config, length)
-    kept = 2 * config.hidden_size * (size.slots + size.landmarks + size.history)
-    sums = size.landmarks * config.num_heads + config.hidden_size if size.landmarks else 0
-    return config.num_layers * kept, config.num_layers * sums
+    low, high = form_of(config).cache(length).elements()
+    return config.num_layers * low, config.num_layers * high

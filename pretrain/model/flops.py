@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pretrain.model.attention.registry import form_of
 from pretrain.model.config import ModelConfig
 
 
@@ -16,14 +17,7 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, target_share: flo
         L * (2 (4 h^2 + 2 h f) + attention + 2 k h) + head
 
     * k is the convolution's kernel.
-    * attention, exact: 4 n h; causal (n + 1) / 2 tokens are seen on average, so 2 (n + 1) h.
-    * attention, bidirectional Nystrom with m landmarks and T steps of the inverse: 8 m h for the two rectangular
-      products, and (4 m^2 h + 8 T m^3 h / d) / n for the landmark matrix, its inverse, and the inverse times the
-      values. Pooled, without the inverse: 4 m h.
-    * attention, causal Nystrom, m landmarks of c tokens: 4 h for every token seen in the window and every landmark
-      seen, on average; and the landmarks' own work over n: 6 h m c for their keys, masses and values, and with the
-      inverse 4 h c m (m + 1) / 2 for B V, and h m^2 each for A and the triangular solve.
-    * attention, window: 4 h for every token seen.
+    * attention: what the form says, :func:`attention_flops_per_token`.
     * head: 2 h V for every position of a causal model. A masked model runs it on targets only: ``target_share``
       (default 0.15 for mlm, 1 for clm) of 2 h^2 + 2 h V.
     """
@@ -37,35 +31,6 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, target_share: flo
 
 
 def attention_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """One layer's attention proper, without projections and convolution; the terms are in
-    :func:`forward_flops_per_token`."""
-    h, n = config.hidden_size, seq_len
-    causal = config.objective == "clm"
-    if config.attention == "softmax":
-        return 2.0 * (n + 1) * h if causal else 4.0 * n * h
-    c, w = config.segment_length, config.window_segments
-    if not causal and config.attention == "nystrom":
-        if n <= config.num_landmarks:
-            return 4.0 * n * h
-        m = -(-n // -(-n // config.num_landmarks))
-        if not config.landmark_inverse:
-            return 4.0 * m * h
-        small = 4 * m * m * h + 8 * config.inverse_iterations * m**3 * config.num_heads
-        return 8.0 * m * h + small / n
-
-    segments = -(-n // c)
-    sizes = [min(c, n - i * c) for i in range(segments)]
-    if not causal:
-        seen = sum(size * sum(sizes[max(i - w + 1, 0) : i + w]) for i, size in enumerate(sizes))
-        return 4.0 * h * seen / n
-    if n <= w * c:
-        return 2.0 * (n + 1) * h
-    window = sum(size * (min(i, w - 1) * c + (size + 1) / 2) for i, size in enumerate(sizes))
-    if config.attention == "window":
-        return 4.0 * h * window / n
-    landmarks = sum(size * max(i - w + 1, 0) for i, size in enumerate(sizes))
-    m = segments - w
-    own = 6.0 * h * m * c
-    if config.landmark_inverse:
-        own += 4.0 * h * c * m * (m + 1) / 2 + 2.0 * h * m * m
-    return (4.0 * h * (window + landmarks) + own) / n
+    """One layer's attention proper, without projections and convolution; the terms are in the forms'
+    :meth:`~pretrain.model.attention.form.Form.flops`."""
+    return form_of(config).flops(seq_len)

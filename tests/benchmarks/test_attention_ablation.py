@@ -32,6 +32,7 @@ from data_pipeline.prepare.plan import plan_preparation
 from data_pipeline.prepare.run import prepare
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.training import train_tokenizer
+from pretrain.model.attention.registry import form_of
 from pretrain.model.config import ModelConfig
 
 TINY: dict[str, Any] = {
@@ -196,7 +197,10 @@ def test_a_form_changes_its_keys_and_nothing_else() -> None:
     assert window_tokens(found["segment-half"].config) == window_tokens(found["segment-double"].config) == 8
     assert window_tokens(found["window-double"].config) == 16
     assert (found["segment-half"].config.segment_length, found["segment-double"].config.segment_length) == (2, 8)
-    assert (found["gamma-0.55"].config.gamma_init, found["gamma-0.55"].config.has_gamma) == (0.55, True)
+    assert (
+        found["gamma-0.55"].config.gamma_init,
+        "gamma" in form_of(found["gamma-0.55"].config).given({}, None, torch.device("cpu")),
+    ) == (0.55, True)
     assert found["window"].describe() == "attention window"
 
 

@@ -217,7 +217,7 @@ def test_swapped_losses_are_those_of_the_other_model_with_the_same_weights(
         assert change.low <= change.value <= (change.high or 0)
     first = build_model(config)
     first.load_state_dict(before)
-    first.layers[0].attention.config = ModelConfig(**(config.model_dump() | {"attention": "softmax"}))
+    first.layers[0].attention.change_form(ModelConfig(**(config.model_dump() | {"attention": "softmax"})))
     row = next(table for table in outcome.tables if table.name == "by layer").rows[0]
     assert row[-3] == pytest.approx(float(swap_loss(first)) - expected(), abs=1e-4)
     for table in outcome.tables:
@@ -285,7 +285,7 @@ def test_causal_inverse_and_learned_query_are_used_and_left_out(export: Callable
     assert outcome.metrics["relative_error"].value == pytest.approx(np.mean(errors), rel=1e-4)
 
     twin = with_attention(subject.model, {"landmark_inverse": False})
-    assert all(layer.attention.gamma() is None for layer in twin.layers)
+    assert all(layer.attention.own().keys() == {"landmark_query"} for layer in twin.layers)
     assert outcome.metrics["loss_pooled"].value != outcome.metrics["loss"].value
     own = [id(parameter) for parameter in twin.parameters()]
     assert set(own) < {id(parameter) for parameter in subject.model.parameters()}

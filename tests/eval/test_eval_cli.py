@@ -23,7 +23,7 @@ from eval.results.records import results_folder
 from eval.results.schema import read_result
 from eval.validity import checks
 from eval.validity.settings import ValiditySettings
-from pretrain.model.attention import self_attention
+from pretrain.model.attention.forms import nystrom
 
 
 def test_suites_write_results_and_are_not_run_again(causal: Path, shards: ShardSet, root: Path, capsys: Any) -> None:
@@ -44,7 +44,7 @@ def test_suites_write_results_and_are_not_run_again(causal: Path, shards: ShardS
 def test_failed_gate_blocks_unless_forced(
     causal: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(self_attention, "causal_nystrom_attention", no_mask)
+    monkeypatch.setattr(nystrom, "causal_nystrom_attention", no_mask)
     out = root / "blocked"
     command = ["lm", "--checkpoint", str(causal), "--out", str(out)]
     with pytest.raises(UserError, match="validity gate failed") as caught:
@@ -86,7 +86,7 @@ def test_a_gate_of_few_positions_lets_no_suite_through(
     assert read_result(out / "validity.json").settings["positions"] == 32
     assert cli.main([*command, "--positions", "40", "--rerun"]) == 0
     assert asked == [1, 32, 40]
-    monkeypatch.setattr(self_attention, "causal_nystrom_attention", no_mask)
+    monkeypatch.setattr(nystrom, "causal_nystrom_attention", no_mask)
     with pytest.raises(UserError, match="validity gate failed"):
         cli.main([*command, "--positions", "1", "--rerun"])
     assert asked == [1, 32, 40, 1]  # one position is enough to fail
@@ -112,7 +112,7 @@ def test_a_suite_that_cannot_be_run_does_not_stop_the_others(
 def test_one_reason_for_several_suites_is_given_once(
     causal: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(self_attention, "causal_nystrom_attention", no_mask)
+    monkeypatch.setattr(nystrom, "causal_nystrom_attention", no_mask)
     out = root / "all-blocked"
     command = ["lm", "generate", "validity", "--checkpoint", str(causal), "--out", str(out)]
     assert run_cli(cli.main, "nystrom eval", command) == 2

@@ -15,8 +15,8 @@ from data_pipeline.shards.shardset import ShardSet
 from eval.subject import Subject
 from eval.validity import checks as validity
 from eval.validity.settings import ValiditySettings
-from pretrain.model.attention import self_attention
-from pretrain.model.attention.cache import LayerCache
+from pretrain.model.attention.forms import nystrom
+from pretrain.model.attention.ring import RingLayer
 
 
 def checks_of(subject: Subject) -> dict[str, bool]:
@@ -56,7 +56,7 @@ def segment_mean_leak(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: An
 def test_leaking_causal_model_is_caught(
     causal: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch, leak: Callable[..., torch.Tensor]
 ) -> None:
-    monkeypatch.setattr(self_attention, "causal_nystrom_attention", leak)
+    monkeypatch.setattr(nystrom, "causal_nystrom_attention", leak)
     checks = checks_of(subject_of(causal, shards))
     assert not checks["causality: later tokens changed"]
     assert not checks["causality: full against prefix-only likelihood"]
@@ -66,7 +66,7 @@ def test_leaking_causal_model_is_caught(
 
 def test_cache_that_forgets_is_caught(causal: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """A landmark that is not kept: nothing but generation itself would show it."""
-    monkeypatch.setattr(LayerCache, "_add_landmarks", lambda *_: None)
+    monkeypatch.setattr(RingLayer, "_add_landmarks", lambda *_: None)
     assert [name for name, passed in checks_of(subject_of(causal, shards)).items() if not passed] == [
         "decoding: token by token"
     ]
@@ -81,12 +81,12 @@ def test_model_that_ignores_its_input_is_not_called_causal(causal: Path, shards:
 
 
 def test_dependence_on_batch_mates_is_caught(masked: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = self_attention.nystrom_attention
+    real = nystrom.nystrom_attention
 
     def leaky(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return real(q, k, v, *args, **kwargs) + 0.01 * v.mean(0)
 
-    monkeypatch.setattr(self_attention, "nystrom_attention", leaky)
+    monkeypatch.setattr(nystrom, "nystrom_attention", leaky)
     assert not checks_of(subject_of(masked, shards))["batch mates"]
 
 

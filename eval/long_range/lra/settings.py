@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.sources.reading import Quotes
 from eval.suites.settings import Settings, quotes_field
+from pretrain.model.attention.registry import check_name
 
 PUBLISHED = "left out: as published for the dataset"
 
@@ -43,11 +44,11 @@ class LRASettings(Settings):
     quotes: Quotes = quotes_field()
     max_length: int | None = Field(None, ge=2, description=f"tokens read of each text; {PUBLISHED}")
 
-    networks: tuple[Literal["softmax", "nystrom", "softmax-conv"], ...] = Field(
+    networks: tuple[str, ...] = Field(
         ("softmax", "nystrom"),
         min_length=1,
-        description="networks trained side by side: softmax, nystrom, softmax-conv (softmax with the convolution of "
-        "nystrom)",
+        description="networks trained side by side, by their form of attention; softmax has no convolution, as "
+        "published, and softmax-conv has it",
     )
     hidden_size: int = Field(64, ge=2, description="width of the network")
     layers: int = Field(2, ge=1, description="of the network")
@@ -67,6 +68,11 @@ class LRASettings(Settings):
     seed: int = Field(0, ge=0, description="of random choices")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of training; auto: bf16 where it is fast")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+
+    @field_validator("networks")
+    @classmethod
+    def _known_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name if name == "softmax-conv" else check_name(name) for name in networks)
 
     @model_validator(mode="after")
     def _check(self) -> LRASettings:

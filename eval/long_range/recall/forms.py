@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from data_pipeline.errors import UserError
+from pretrain.model.attention.registry import form_of
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import NystromformerLM, build_model
 
 OWN = "own"
-_OF_ONE_FORM = ("landmark_query", "gamma_logit")
-"""Parameters that only landmarks have."""
 
 
 def forms(config: ModelConfig, named: Sequence[str]) -> dict[str, ModelConfig]:
@@ -26,9 +25,8 @@ def forms(config: ModelConfig, named: Sequence[str]) -> dict[str, ModelConfig]:
 
 def window_tokens(config: ModelConfig) -> int | None:
     """w c: a token sees no other exactly that is so far back or farther; None where all or none are seen exactly."""
-    if config.attention == "window" or (config.attention == "nystrom" and config.objective == "clm"):
-        return config.window_segments * config.segment_length
-    return None
+    window = form_of(config).window
+    return None if window is None else window.segments * window.segment_length
 
 
 def with_weights(model: NystromformerLM, config: ModelConfig) -> NystromformerLM:
@@ -40,7 +38,8 @@ def with_weights(model: NystromformerLM, config: ModelConfig) -> NystromformerLM
         torch.manual_seed(0)
         built = build_model(config)
     missing, unexpected = built.load_state_dict(model.state_dict(), strict=False)
-    foreign = [name for name in [*missing, *unexpected] if not name.endswith(_OF_ONE_FORM)]
+    own = {*form_of(config).parameters(), *form_of(model.config).parameters()}
+    foreign = [name for name in [*missing, *unexpected] if name.rpartition(".")[2] not in own]
     if foreign:
         raise UserError(f"attention {config.attention} does not fit the weights: {', '.join(foreign)}")
     return built.to(next(model.parameters()).device).eval()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from eval.suites.settings import Settings
+from pretrain.model.attention.registry import check_name
 
 KEY = "{key}"
 
@@ -19,8 +20,10 @@ class RecallSettings(Settings):
         ge=1,
         description="rows scored in each cell: a depth and length, a number of pairs and length, or a distance",
     )
-    attention: tuple[Literal["own", "softmax", "window", "nystrom"], ...] = Field(
-        ("own",), min_length=1, description="forms of attention set side by side; own: as the checkpoint was trained"
+    attention: tuple[str, ...] = Field(
+        ("own",),
+        min_length=1,
+        description="forms of attention set side by side, by their names; own: as the checkpoint was trained",
     )
     train_steps: int = Field(
         0, ge=0, description="also after so many steps of training on the task; 0: the checkpoint as it is, only"
@@ -40,6 +43,11 @@ class RecallSettings(Settings):
         "auto", description="of fine-tuning; auto: bf16 where it is fast"
     )
     seed: int = Field(0, ge=0, description="of random choices")
+
+    @field_validator("attention")
+    @classmethod
+    def _known_forms(cls, forms: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(form if form == "own" else check_name(form) for form in forms)
 
     @model_validator(mode="after")
     def _distinct(self) -> RecallSettings:

@@ -25,6 +25,8 @@ from eval.long_range.recall.vocabulary import Text, symbols
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject
+from pretrain.model.attention.form import Far
+from pretrain.model.attention.registry import form_of
 from pretrain.precision import fast_precision
 
 VERSION = 1
@@ -126,6 +128,13 @@ def _title(settings: RecallSettings) -> str:
     return "Repeated text" if settings.content == "text" else "Repeated random tokens"
 
 
+_FARTHER: dict[Far, str] = {
+    "approximate": ", those farther back through landmarks",
+    "unseen": ", and no others",
+    "exact": ", and those farther back too",
+}
+
+
 def _note(subject: Subject, settings: RecallSettings, kind: Kind, window: int | None) -> str:
     """What a reader of the numbers must know about this model and these rows."""
     whole, config = subject.trained_length, subject.loaded.model_config
@@ -135,11 +144,10 @@ def _note(subject: Subject, settings: RecallSettings, kind: Kind, window: int | 
         parts.append(
             f"Rows of {', '.join(map(str, longer))} tokens are longer than the {whole} that the model was trained on."
         )
-    if window is not None:
-        parts.append(
-            f"Each layer sees the {window - config.segment_length + 1} to {window} nearest tokens exactly"
-            + (", those farther back through landmarks." if config.attention == "nystrom" else ", and no others.")
-        )
+    form = form_of(config)
+    if form.window is not None:
+        least, most = (form.window.segments - 1) * form.window.segment_length + 1, window
+        parts.append(f"Each layer sees the {least} to {most} nearest tokens exactly{_FARTHER[form.far]}.")
     if len(forms(config, settings.attention)) > 1:
         parts.append(
             "Forms other than the model's own have the same weights, which were not trained for them; "

@@ -100,8 +100,10 @@ def causal_window_attention(q: Tensor, k: Tensor, v: Tensor, window: Window) -> 
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     missing = -length % window.segment_length
     q, k, v = (F.pad(x, (0, 0, 0, missing)).flatten(0, 1) for x in (q, k, v))
-    none = k.new_empty(rows * heads, 0, width)
-    out = blockwise_attention(q, k, v, none, none, none[:, :, 0].to(at_least_float32(q)), window)
+    # Two tensors: torch.compile refuses a function that is given the same one twice.
+    no_keys, no_values = (k.new_empty(rows * heads, 0, width) for _ in range(2))
+    bias = k.new_empty(rows * heads, 0, dtype=at_least_float32(q))
+    out = blockwise_attention(q, k, v, no_keys, no_values, bias, window)
     return out.unflatten(0, (rows, heads))[:, :, :length]
 
 

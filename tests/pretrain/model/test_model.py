@@ -7,58 +7,35 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from form_case import (
+    REGISTERED,
+    VOCAB,
+    batch_mates_do_not_matter,
+    compiles_to_one_graph,
+    config,
+    every_length_reaches_every_parameter,
+    gradients_packed_equal_separate,
+    logits,
+    model_of,
+    no_gradient_from_the_future,
+    packed_equals_separate,
+    padding_does_not_matter,
+    the_future_changes_nothing_and_prefixes_agree,
+    tokens,
+)
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from pretrain.model import Layout, LMOutput, ModelConfig, build_model
-from pretrain.model.transformer import NystromformerLM
-
-VOCAB = 31
-
-
-def config(**changes: object) -> ModelConfig:
-    values: dict[str, object] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 16,
-        "num_layers": 2,
-        "num_heads": 2,
-        "num_landmarks": 6,
-        "segment_length": 4,
-        "window_segments": 2,
-        "conv_kernel": 5,
-        "max_positions": 200,
-        "init_std": 0.3,
-    }
-    return ModelConfig.model_validate(values | changes)
-
-
-def model_of(**changes: object) -> NystromformerLM:
-    """In float64 and with every weight random, gates and biases too, so that nothing is hidden by a zero."""
-    torch.manual_seed(0)
-    model = build_model(config(**changes)).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model: NystromformerLM, ids: Tensor, layout: Layout | None = None) -> Tensor:
-    out = model(ids, layout=layout).logits
-    assert out is not None
-    return out.detach()
-
+from pretrain.model import Layout, ModelConfig, build_model
+from pretrain.model.attention.registry import form_class, names
+from pretrain.model.attention.self_attention import SelfAttention
 
 VARIANTS: list[dict[str, object]] = [
     {"objective": objective, "attention": attention, "positions": positions, "norm": norm}
     for objective in ("mlm", "clm")
     for attention, positions, norm in [
-        ("nystrom", "rotary", "pre"),
+        *((name, "rotary", "pre") for name in names() if objective in form_class(name).objectives),
         ("nystrom", "learned", "post"),
-        ("window", "rotary", "pre"),
         ("softmax", "none", "pre"),
     ]
 ] + [
@@ -80,73 +57,27 @@ variants = pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 @variants
 @pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 37, 100])
 def test_any_length_runs_and_reaches_every_parameter(variant: dict[str, object], length: int) -> None:
-    model = model_of(**variant)
-    ids = tokens(2, length)
-    out: LMOutput = model(ids, labels=ids)
-    assert out.loss_sum is not None
-    assert out.num_targets is not None
-    assert out.loss_sum.isfinite()
-    assert int(out.num_targets) == ids.numel()
-    out.loss_sum.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    every_length_reaches_every_parameter(model_of(**variant), length)
 
 
 @variants
 def test_batch_mates_do_not_matter(variant: dict[str, object]) -> None:
-    model, ids = model_of(**variant), tokens(3, 41)
-    together = logits(model, ids)
-    for row in range(3):
-        torch.testing.assert_close(together[row : row + 1], logits(model, ids[row : row + 1]), rtol=0, atol=1e-9)
+    batch_mates_do_not_matter(model_of(**variant))
 
 
 @variants
 def test_amount_and_content_of_padding_do_not_matter(variant: dict[str, object]) -> None:
-    model, ids = model_of(**variant), tokens(4, 41)
-    lengths = [41, 0, 5, 23]
-    for width, seed in ((41, 1), (44, 2), (90, 3)):
-        padded = tokens(4, width, seed=seed)
-        for row, n in enumerate(lengths):
-            padded[row, :n] = ids[row, :n]
-        out = logits(model, padded, Layout.from_lengths(lengths, width))
-        assert out.isfinite().all()
-        for row, n in enumerate(lengths):
-            if n:
-                torch.testing.assert_close(out[row, :n], logits(model, ids[row : row + 1, :n])[0], rtol=0, atol=1e-9)
+    padding_does_not_matter(model_of(**variant))
 
 
 @variants
 def test_packed_equals_separate(variant: dict[str, object]) -> None:
-    model = model_of(**variant)
-    rows = [[40, 23, 64, 9, -13], [-7, 1, 6, 7, 128]]  # negative: padding
-    ids = tokens(2, 149)
-    documents = torch.full((2, 149), -1)
-    pieces = []
-    for row, sizes in enumerate(rows):
-        at = 0
-        for number, size in enumerate(sizes):
-            if size > 0:
-                documents[row, at : at + size] = number
-                pieces.append((row, at, size))
-            at += abs(size)
-    packed = logits(model, ids, Layout.from_documents(documents))
-    assert packed.isfinite().all()
-    for row, at, size in pieces:
-        alone = logits(model, ids[row : row + 1, at : at + size])[0]
-        torch.testing.assert_close(packed[row, at : at + size], alone, rtol=0, atol=1e-9)
+    packed_equals_separate(model_of(**variant))
 
 
 @variants
 def test_gradients_packed_equal_those_of_the_documents_separate(variant: dict[str, object]) -> None:
-    model, ids = model_of(**variant), tokens(1, 60)
-    documents = torch.tensor([[0] * 33 + [1] * 20 + [-1] * 7])
-    labels = torch.where(documents >= 0, ids, -100)
-    parameters = list(model.parameters())
-    packed = torch.autograd.grad(
-        model(ids, labels=labels, layout=Layout.from_documents(documents)).loss_sum, parameters
-    )
-    loss = model(ids[:, :33], labels=ids[:, :33]).loss_sum + model(ids[:, 33:53], labels=ids[:, 33:53]).loss_sum
-    for a, b in zip(packed, torch.autograd.grad(loss, parameters), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    gradients_packed_equal_separate(model_of(**variant))
 
 
 CAUSAL = [v for v in VARIANTS if v["objective"] == "clm"]
@@ -155,38 +86,12 @@ CAUSAL = [v for v in VARIANTS if v["objective"] == "clm"]
 @pytest.mark.parametrize("variant", CAUSAL, ids=name_of)
 @pytest.mark.parametrize("kind", ["full", "padded", "documents"])
 def test_causal_model_has_no_gradient_from_the_future(variant: dict[str, object], kind: str) -> None:
-    model, ids = model_of(**variant), tokens(1, 22)
-    documents = torch.tensor([{"full": [0] * 22, "padded": [0] * 19 + [-1] * 3, "documents": [0] * 14 + [1] * 8}[kind]])
-    embedded: list[Tensor] = []
-
-    def keep(_module: object, _args: object, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    handle = model.embeddings.register_forward_hook(keep)
-    out = model(ids, layout=Layout.from_documents(documents)).logits
-    handle.remove()
-    for t in range(22):
-        if documents[0, t] < 0:
-            continue
-        (grad,) = torch.autograd.grad(out[0, t].sum(), embedded[0], retain_graph=True)
-        visible = (documents[0] == documents[0, t]) & (torch.arange(22) <= t)
-        assert (grad[0, ~visible] == 0).all(), f"logits at {t} depend on what they must not see"
-        if variant["attention"] == "window":  # in two layers: the window before each token of the window
-            visible &= torch.arange(22) > t - 8
-        assert (grad[0, visible].abs().sum(-1) > 0).all(), f"logits at {t} do not see all of their past"
+    no_gradient_from_the_future(model_of(**variant), kind)
 
 
 @pytest.mark.parametrize("variant", CAUSAL, ids=name_of)
 def test_changing_the_future_changes_nothing_and_prefixes_agree(variant: dict[str, object]) -> None:
-    model, ids = model_of(**variant), tokens(1, 50)
-    whole = logits(model, ids)
-    for t in (1, 4, 8, 9, 12, 31, 49):
-        changed = ids.clone()
-        changed[:, t:] = tokens(1, 50 - t, seed=5)
-        # Not bitwise: the kernels may sum in another order for other values around, never by more than rounding.
-        torch.testing.assert_close(logits(model, changed)[:, :t], whole[:, :t], rtol=0, atol=1e-11)
-        torch.testing.assert_close(logits(model, ids[:, :t]), whole[:, :t], rtol=0, atol=1e-11)
+    the_future_changes_nothing_and_prefixes_agree(model_of(**variant))
 
 
 def test_masked_model_sees_both_sides() -> None:
@@ -280,20 +185,24 @@ def test_the_whole_model_works_in_bfloat16(variant: dict[str, object], kind: str
         assert parameter.grad.isfinite().all(), name
 
 
+def gamma_of(attention: SelfAttention) -> Tensor | None:
+    return attention.form.given(attention.own(), None, torch.device("cpu")).get("gamma")
+
+
 def test_gamma_stays_above_a_half_starts_where_asked_and_learns() -> None:
     model = build_model(config(objective="clm", landmark_inverse=True, gamma_init=0.6))
     attention = model.layers[0].attention
-    torch.testing.assert_close(attention.gamma(), torch.full((2,), 0.6))
+    torch.testing.assert_close(gamma_of(attention), torch.full((2,), 0.6))
     model.double()
     with torch.no_grad():
         attention.gamma_logit.fill_(-30.0)
-    assert (attention.gamma() > 0.5).all()
+    assert (gamma_of(attention) > 0.5).all()
     ids = tokens(2, 40)
     model(ids, labels=ids).loss_sum.backward()
     assert (model.layers[1].attention.gamma_logit.grad != 0).all()
     fixed = build_model(config(objective="clm", landmark_inverse=True, gamma_init=0.6, learn_gamma=False))
-    torch.testing.assert_close(fixed.layers[0].attention.gamma(), torch.full((2,), 0.6))
-    assert build_model(config(objective="clm")).layers[0].attention.gamma() is None
+    torch.testing.assert_close(gamma_of(fixed.layers[0].attention), torch.full((2,), 0.6))
+    assert gamma_of(build_model(config(objective="clm")).layers[0].attention) is None
     assert not any("gamma" in name for name, _ in fixed.named_parameters())
 
 
@@ -363,16 +272,13 @@ def test_it_learns_a_repetitive_sequence(objective: str) -> None:
     assert losses[-1] < 0.2, losses[::5]
 
 
-@pytest.mark.parametrize("objective", ["clm", pytest.param("mlm", marks=pytest.mark.slow)])
-def test_full_rows_compile_to_one_graph(objective: str) -> None:
-    model, ids = model_of(objective=objective), tokens(2, 61)
-    expected = model(ids, labels=ids).loss_sum
-    parameters = list(model.parameters())
-    # dynamic: after another test has compiled the same code for another shape, it would try one graph for all shapes.
-    got = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")(ids, labels=ids).loss_sum
-    torch.testing.assert_close(got, expected)
-    for a, b in zip(torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize(
+    ("attention", "objective"),
+    # 5 s each
+    [pytest.param(*pair, marks=[] if pair == ("nystrom", "clm") else pytest.mark.slow) for pair in REGISTERED],
+)
+def test_full_rows_compile_to_one_graph(attention: str, objective: str) -> None:
+    compiles_to_one_graph(model_of(attention=attention, objective=objective))
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])

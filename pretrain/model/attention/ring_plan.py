@@ -1,4 +1,4 @@
-"""Which token goes where in a decoding cache, and what a new token sees: computed once and shared by all layers."""
+"""Which token goes where in a ring, and what a new token sees: computed once and shared by all layers."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.model.attention.layout import Layout
-from pretrain.model.config import ModelConfig
+from pretrain.model.attention.blockwise import Window
+from pretrain.model.attention.cache import Step
 
 
 @dataclass(frozen=True)
-class CacheSize:
-    """What a cache for texts of up to L tokens holds for each row and layer."""
+class RingSize:
+    """What a ring for texts of up to L tokens holds for each row and layer, and who reads it."""
 
     slots: int
     """r, tokens whose keys and values are in the ring: position t is in slot t mod r."""
-    landmarks: int
-    """m, as many as the last token can see."""
-    history: int
-    """Tokens whose keys and values are kept for B V: m c with ``landmark_inverse``, else 0."""
+    window: Window | None = None
+    """What a token sees of it; None: all."""
+    landmarks: int = 0
+    """m, as many as the last token can see; with ``window``."""
+    history: int = 0
+    """Tokens whose keys and values are kept for B V: m c, or 0 for pooled values."""
+    conv_kernel: int = 0
+    """Taps of the skip convolution, which reads the same values."""
 
-    @classmethod
-    def of(cls, config: ModelConfig, max_length: int) -> CacheSize:
-        """The size for texts of up to ``max_length`` tokens."""
-        size, window = config.segment_length, config.window_segments
-        if config.attention == "softmax":
-            return cls(max_length, 0, 0)
-        slots = min(size * max(window, -(-config.conv_kernel // size)), max_length)
-        landmarks = max(-(-max_length // size) - window, 0) if config.attention == "nystrom" else 0
-        return cls(slots, landmarks, landmarks * size if config.landmark_inverse else 0)
+    @property
+    def segment_length(self) -> int:
+        """c; 1 without a window."""
+        return self.window.segment_length if self.window else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +47,10 @@ class Prompts:
     """(B, S * c): the tokens of complete segments; any where a row has fewer of them."""
 
     @classmethod
-    def plan(
-        cls, starts: np.ndarray, lengths: np.ndarray, config: ModelConfig, size: CacheSize, device: torch.device
-    ) -> Prompts:
+    def plan(cls, starts: np.ndarray, lengths: np.ndarray, size: RingSize, device: torch.device) -> Prompts:
         """One prompt for each row: ``starts`` and ``lengths`` (B,) int64 in the flattened batch."""
         first, total = (torch.from_numpy(x).to(device)[:, None] for x in (starts, lengths))
-        longest, segment = int(lengths.max()), config.segment_length
+        longest, segment = int(lengths.max()), size.segment_length
 
         def among(positions: Tensor) -> Tensor:
             return first + torch.where((positions >= 0) & (positions < total), positions, 0)
@@ -90,10 +87,10 @@ class Completed:
     """One more than the largest number in ``segment``."""
 
     @classmethod
-    def plan(cls, lengths: np.ndarray, config: ModelConfig, size: CacheSize, device: torch.device) -> Completed | None:
+    def plan(cls, lengths: np.ndarray, size: RingSize, device: torch.device) -> Completed | None:
         """For one more token behind texts of ``lengths`` tokens; None if no segment gets complete that needs a
         landmark."""
-        every = config.segment_length
+        every = size.segment_length
         rows = np.flatnonzero(((lengths + 1) % every == 0) & (lengths // every < size.landmarks))
         if not len(rows):
             return None
@@ -104,13 +101,9 @@ class Completed:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Step(Layout):
-    """A forward pass over one new token for each of B rows, a (B, 1) batch."""
+class RingStep(Step):
+    """A forward pass over one new token for each row, with the places where it goes."""
 
-    end: int
-    """Tokens of the longest text, the new one included."""
-    position: Tensor
-    """(B,) int64, of the new token in its text."""
     rows: Tensor
     """(B,) int64: 0 to B - 1."""
     slot: Tensor
@@ -122,20 +115,16 @@ class Step(Layout):
     completed: Completed | None
 
     @classmethod
-    def plan(cls, lengths: np.ndarray, position: Tensor, config: ModelConfig, size: CacheSize) -> Step:
+    def plan(cls, lengths: np.ndarray, position: Tensor, size: RingSize) -> RingStep:
         """Behind texts of ``lengths`` (B,) tokens; ``position`` (B,) is the same on the device."""
-        segment, window, kernel, device = (
-            config.segment_length,
-            config.window_segments,
-            config.conv_kernel,
-            position.device,
-        )
+        kernel, device = size.conv_kernel, position.device
+        segment, window = size.window or (1, 1)
         end = int(lengths.max()) + 1
         landmarks = min(max((end - 1) // segment - window + 1, 0), size.landmarks)
         near = size.slots if landmarks else min(size.slots, end)
         t = position[:, None]
         age = (t - torch.arange(near, device=device)) % size.slots  # how many tokens ago each slot was written
-        seen = t if config.attention == "softmax" else torch.minimum(t, (window - 1) * segment + t % segment)
+        seen = t if size.window is None else torch.minimum(t, (window - 1) * segment + t % segment)
         far = torch.arange(landmarks, device=device) > t // segment - window
         return cls(
             len(lengths),
@@ -146,14 +135,5 @@ class Step(Layout):
             slot=position % size.slots,
             hidden=torch.cat([age > seen, far], dim=1)[:, None],
             taps=torch.where((age <= t) & (age < kernel), kernel - 1 - age, kernel),
-            completed=Completed.plan(lengths, config, size, device),
+            completed=Completed.plan(lengths, size, device),
         )
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest text."""
-        return self.end
-
-    def positions(self, device: torch.device) -> Tensor:
-        """(B, 1) int64: each row's own."""
-        return self.position.unsqueeze(1).to(device)

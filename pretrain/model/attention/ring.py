@@ -1,0 +1,231 @@
+"""A ring of near tokens, and landmarks: what a causal layer keeps of a text, so that one more token costs O(w c + m)
+and not another forward pass.
+
+For each row, with H heads of width d, segments of c tokens, a window of w segments and texts of up to L tokens:
+
+* a ring of the keys and values of the last r = w c tokens (more if the skip convolution is wider than the window: it
+  reads the same values). Exact attention keeps all tokens, r = L;
+* behind the ring, in the same tensors, so that a step reads both with one product: the keys k~ and values W of
+  m = ceil(L / c) - w landmarks, as many as the last token can see; and their masses M;
+* the sum of the queries of the segment that is not complete yet, from which its landmark's query will come;
+* for values through the triangular inverse, the keys and values of those m segments: B V of a new landmark looks at all
+  of them. Such a cache is a little larger than that of exact attention.
+
+Keys and values have the dtype of the model, for that is what the forward pass reads with. M and the sums have at least
+float32: a sum over a segment in bfloat16 would lose its last queries. The triangular solve goes on from landmarks in
+the model's dtype; what their rounding does to later ones is bounded as the inverse is, by 1 / (2 g - 1).
+
+The landmark of a segment is made in the step that completes it, for the rows that do, and is seen w segments later. It
+costs O(c), and with the inverse O(n) once in c tokens, which is O(m) for each.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.model.attention.blockwise import Window
+from pretrain.model.attention.cache import Cache, LayerCache
+from pretrain.model.attention.causal_nystrom import Landmarks, pool, segment_queries, summarize
+from pretrain.model.attention.form import Given
+from pretrain.model.attention.ring_plan import Completed, Prompts, RingSize, RingStep
+from pretrain.model.attention.softmax import at_least_float32, attend
+from pretrain.model.config import ModelConfig
+
+
+class Ring(Cache):
+    """A ring for near tokens, or all, with or without landmarks behind it.
+
+    For each row and layer, with hidden size h, H heads and r, m as in :class:`RingSize`: 2 h (r + m) for keys and
+    values, m H + h for the masses and the sum if there are landmarks, 2 h m c for the history. Beyond the window, c
+    more tokens add 2 h + H; to that of exact attention they add 2 h c.
+    """
+
+    def __init__(self, config: ModelConfig, size: RingSize, *, weighted: bool = True) -> None:
+        """weighted: the landmarks' keys, as in ``causal_nystrom_attention``."""
+        self.config, self.size, self.weighted = config, size, weighted
+
+    @classmethod
+    def of_everything(cls, config: ModelConfig, max_length: int) -> Ring:
+        """All tokens are kept and seen."""
+        return cls(config, RingSize(max_length, conv_kernel=config.conv_kernel))
+
+    @classmethod
+    def of_window(
+        cls,
+        config: ModelConfig,
+        window: Window,
+        max_length: int,
+        *,
+        landmarks: bool = False,
+        history: bool = False,
+        weighted: bool = True,
+    ) -> Ring:
+        """The tokens of a window, and as many more as the skip convolution is wide. landmarks: beyond the window;
+        history: all tokens that these stand for, too."""
+        c, w = window
+        slots = min(c * max(w, -(-config.conv_kernel // c)), max_length)
+        m = max(-(-max_length // c) - w, 0) if landmarks else 0
+        return cls(config, RingSize(slots, window, m, m * c if history else 0, config.conv_kernel), weighted=weighted)
+
+    def prompts(self, starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Prompts:
+        return Prompts.plan(starts, lengths, self.size, device)
+
+    def step(self, lengths: np.ndarray, position: Tensor) -> RingStep:
+        return RingStep.plan(lengths, position, self.size)
+
+    def layer(self, rows: int, dtype: torch.dtype, device: torch.device) -> RingLayer:
+        return RingLayer(self, rows, dtype, device)
+
+    def elements(self) -> tuple[int, int]:
+        size, hidden = self.size, self.config.hidden_size
+        kept = 2 * hidden * (size.slots + size.landmarks + size.history)
+        return kept, size.landmarks * self.config.num_heads + hidden if size.landmarks else 0
+
+
+class RingLayer(LayerCache):
+    """One layer's ring, its landmarks and what these are made of."""
+
+    STATE = ("keys", "values", "mass", "query_sum", "past_keys", "past_values")
+    keys: Tensor
+    """(B, H, r + m, d): the ring, then k~."""
+    values: Tensor
+    """(B, H, r + m, d): the ring, then W."""
+    mass: Tensor | None = None
+    """(B, H, m), M."""
+    query_sum: Tensor | None = None
+    """(B, H, d)."""
+    past_keys: Tensor | None = None
+    """(B, H, m * c, d), of complete segments."""
+    past_values: Tensor | None = None
+
+    def __init__(self, ring: Ring, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        heads, width, size = ring.config.num_heads, ring.config.head_dim, ring.size
+        self.size = size
+        self.segment_length = size.segment_length
+        self.weighted = ring.weighted
+        # Zeros: what is not there yet gets a weight of 0, and 0 times what lies in fresh memory may be NaN.
+        self.keys = torch.zeros(rows, heads, size.slots + size.landmarks, width, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        high = at_least_float32(self.keys)
+        if size.landmarks:
+            self.mass = torch.zeros(rows, heads, size.landmarks, dtype=high, device=device)
+            self.query_sum = torch.zeros(rows, heads, width, dtype=high, device=device)
+        if size.history:
+            self.past_keys = torch.zeros(rows, heads, size.history, width, dtype=dtype, device=device)
+            self.past_values = torch.zeros_like(self.past_keys)
+
+    def fill(self, q: Tensor, k: Tensor, v: Tensor, plan: Prompts, given: Given) -> None:
+        """As in :class:`LayerCache`. offset and gamma of ``given`` are those of ``causal_nystrom_attention``, which
+        makes the same landmarks and does not hand them out: they are made twice."""
+        with torch.autocast(q.device.type, enabled=False):
+            used = plan.slots.shape[1]
+            self.keys[:, :, :used] = plan.take(k, plan.slots)
+            self.values[:, :, :used] = plan.take(v, plan.slots)
+            if self.query_sum is None:
+                return
+            tail = plan.take(q, plan.tail).to(self.query_sum.dtype)
+            self.query_sum = torch.where(plan.in_tail, tail, 0).sum(dim=2)
+            if plan.segments.shape[1]:
+                q, k, v = (plan.take(x, plan.segments) for x in (q, k, v))
+                self._fill_landmarks(q, k, v, given.get("offset"), given.get("gamma"))
+
+    def _fill_landmarks(self, q: Tensor, k: Tensor, v: Tensor, offset: Tensor | None, gamma: Tensor | None) -> None:
+        """q, k, v: (B, H, S * c, d) of the first S segments. A row with fewer of them gets landmarks of any tokens for
+        the others: no token sees one before its segment is complete, and then it is made anew."""
+        assert self.mass is not None
+        rows, _, length, _ = k.shape
+        first, count = self.size.slots, length // self.segment_length
+        if self.past_keys is not None and self.past_values is not None:
+            self.past_keys[:, :, :length], self.past_values[:, :, :length] = k, v
+        far = summarize(
+            segment_queries(q, self.segment_length, offset).flatten(0, 1),
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            None if gamma is None else gamma.repeat(rows),
+            count=count,
+            weighted=self.weighted,
+        )
+        keys, mass, values = (x.unflatten(0, (rows, -1)) for x in far)
+        self.keys[:, :, first : first + count] = keys
+        self.values[:, :, first : first + count] = values
+        self.mass[:, :, :count] = mass
+
+    def extend(
+        self, q: Tensor, k: Tensor, v: Tensor, step: RingStep, given: Given, conv_weight: Tensor | None
+    ) -> Tensor:
+        """As in :class:`LayerCache`. Of ``given``, offset: (H, 1 or R, d) for the R segments that ``step`` completes,
+        in its order; gamma: (H,)."""
+        with torch.autocast(q.device.type, enabled=False):
+            query, key, value = (x[:, 0].to(self.keys.dtype) for x in (q, k, v))
+            self.keys[step.rows, :, step.slot] = key
+            self.values[step.rows, :, step.slot] = value
+            out = self._read(query, step, conv_weight)
+            if self.query_sum is not None:
+                self.query_sum += query
+                if step.completed is not None:
+                    self._add_landmarks(step.completed, self.query_sum, given.get("offset"), given.get("gamma"))
+            return out.unsqueeze(1).to(v.dtype)
+
+    def _read(self, query: Tensor, step: RingStep, conv_weight: Tensor | None) -> Tensor:
+        """(B, H, d) -> (B, H, d). Softmax in at least float32: it is small here."""
+        columns, near = step.hidden.shape[-1], step.taps.shape[1]
+        keys, values = self.keys[:, :, :columns], self.values[:, :, :columns]
+        logits = (query * query.shape[-1] ** -0.5).unsqueeze(-2) @ keys.transpose(-1, -2)
+        logits = logits.squeeze(-2).to(at_least_float32(query))
+        if self.mass is not None and columns > near:
+            logits[:, :, near:] += self.mass[:, :, : columns - near]
+        weights = logits.masked_fill(step.hidden, -torch.inf).softmax(dim=-1)
+        if conv_weight is not None:  # one product for both: the taps are weights of the same values
+            taps = F.pad(conv_weight[:, 0, :, 0], (0, 1))
+            weights[:, :, :near] += taps[:, step.taps].transpose(0, 1)
+        return (weights.to(values.dtype).unsqueeze(-2) @ values).squeeze(-2)
+
+    def _add_landmarks(self, done: Completed, query_sum: Tensor, offset: Tensor | None, gamma: Tensor | None) -> None:
+        assert self.mass is not None
+        query = query_sum[done.rows] / self.segment_length  # (R, H, d)
+        if offset is not None:
+            query = query + offset.transpose(0, 1)
+        query_sum[done.rows] = 0
+        own = (done.rows[:, None], slice(None), done.slots)
+        k, v = self.keys[own], self.values[own]  # (R, c, H, d)
+        one = (x.transpose(1, 2).flatten(0, 1).unsqueeze(1) for x in (k, v))
+        far = pool(query.flatten(0, 1).unsqueeze(1), *one, weighted=self.weighted)
+        keys, mass, pooled = (x.squeeze(1).unflatten(0, query.shape[:2]) for x in far)
+
+        place = (done.rows, slice(None), self.size.slots + done.segment)
+        self.keys[place] = keys.to(self.keys.dtype)
+        self.mass[done.rows, :, done.segment] = mass
+        if gamma is not None and self.past_keys is not None and self.past_values is not None:
+            past = (done.rows[:, None], slice(None), done.positions)
+            self.past_keys[past], self.past_values[past] = k, v
+            first, last, tokens = self.size.slots, self.size.slots + done.count, done.count * self.segment_length
+            known = Landmarks(
+                self.keys[done.rows, :, first:last],
+                self.mass[done.rows, :, : done.count],
+                self.values[done.rows, :, first:last],
+            )
+            history = self.past_keys[done.rows, :, :tokens], self.past_values[done.rows, :, :tokens]
+            pooled = next_value(query, pooled, known, *history, done.segment, gamma)
+        self.values[place] = pooled.to(self.values.dtype)
+
+
+def next_value(
+    query: Tensor, pooled: Tensor, known: Landmarks, k: Tensor, v: Tensor, number: Tensor, gamma: Tensor
+) -> Tensor:
+    """W of one landmark more for each of R rows, by forward substitution: (R, H, d).
+
+    query, pooled: (R, H, d), q~ and P, in at least float32. known: (R, H, n, ...), of which landmarks up to the new
+    one, ``number`` (R,), have keys and mass, and those before it values. k, v: (R, H, n * c, d). gamma: (H,).
+    """
+    count, gamma, number = known.keys.shape[2], gamma.to(query.dtype)[:, None], number[:, None, None]
+    core = query.shape[-1] ** -0.5 * (known.keys.to(query.dtype) @ query.unsqueeze(-1)).squeeze(-1) + known.mass
+    order = torch.arange(count, device=query.device)
+    core = core.masked_fill(order > number, -torch.inf).softmax(dim=-1)
+    own = core.gather(-1, number.expand(-1, core.shape[1], -1))
+    earlier = (core.masked_fill(order >= number, 0).unsqueeze(-2) @ known.values.to(query.dtype)).squeeze(-2)
+    visible = (order <= number).repeat_interleave(k.shape[2] // count, dim=-1).unsqueeze(1)
+    gathered = attend(query.unsqueeze(-2).to(k.dtype), k, v, visible).squeeze(-2).to(query.dtype)
+    return (gamma * pooled + (1 - gamma) * (gathered - earlier)) / (gamma + (1 - gamma) * own)
