@@ -11,7 +11,7 @@ from pretrain.model.transformer import Block, NystromformerLM
 
 EXACT: dict[str, Any] = {"attention": "softmax"}
 WINDOW: dict[str, Any] = {"attention": "window"}
-POOLED: dict[str, Any] = {"attention": "nystrom", "landmark_inverse": False}
+POOLED: dict[str, Any] = {"landmark_inverse": False}
 
 
 def changed(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
