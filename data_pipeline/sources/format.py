@@ -112,6 +112,7 @@ class Format:
         ]
 
 
+PACKAGE = "data_pipeline.sources.formats"
 _formats: dict[str, Format] = {}
 _Kind = TypeVar("_Kind", bound=type[Format])
 
@@ -207,7 +208,6 @@ def _by_access(with_fields: bool) -> tuple[list[str], list[str]]:
 @functools.cache
 def _discover() -> None:
     """Import every module of the package ``formats``; each registers what it has."""
-    from data_pipeline.sources import formats as package
-
+    package = importlib.import_module(PACKAGE)
     for module in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
-        importlib.import_module(f"{package.__name__}.{module}")
+        importlib.import_module(f"{PACKAGE}.{module}")

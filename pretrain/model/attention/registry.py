@@ -16,7 +16,6 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
 
-from pretrain.model.attention import forms
 from pretrain.model.attention.form import PARTS, Form
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 FormClass = TypeVar("FormClass", bound=type[Form])
 
+FORMS = "pretrain.model.attention.forms"
 _registered: dict[str, type[Form]] = {}
 
 
@@ -79,9 +79,9 @@ def form_class(name: str) -> type[Form]:
     """Raises ValueError for an unknown name and :class:`FormError` for a module that does not register its form."""
     if name not in _registered:
         check_name(name)
-        import_module(f"{forms.__name__}.{name}")
+        import_module(f"{FORMS}.{name}")
         if name not in _registered:
-            raise FormError(f"module {forms.__name__}.{name} registers no form called {name}")
+            raise FormError(f"module {FORMS}.{name} registers no form called {name}")
     return _registered[name]
 
 
@@ -92,4 +92,4 @@ def form_of(config: ModelConfig) -> Form:
 
 @cache
 def _modules() -> tuple[str, ...]:
-    return tuple(m.name for m in pkgutil.iter_modules(forms.__path__) if not m.name.startswith("_"))
+    return tuple(m.name for m in pkgutil.iter_modules(import_module(FORMS).__path__) if not m.name.startswith("_"))

@@ -21,6 +21,8 @@ costs O(c), and with the inverse O(n) once in c tokens, which is O(m) for each.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,9 @@ from pretrain.model.attention.causal_nystrom import Landmarks, pool, segment_que
 from pretrain.model.attention.form import Given
 from pretrain.model.attention.ring_plan import Completed, Prompts, RingSize, RingStep
 from pretrain.model.attention.softmax import at_least_float32, attend
-from pretrain.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from pretrain.model.config import ModelConfig
 
 
 class Ring(Cache):

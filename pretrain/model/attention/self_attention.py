@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from pretrain.model.attention.cache import LayerCache, Step
 from pretrain.model.attention.form import Form, Given, Rotary
 from pretrain.model.attention.layout import Layout, Partition, Rectangle
 from pretrain.model.attention.registry import form_of
-from pretrain.model.config import ModelConfig
 from pretrain.model.conv import skip_convolution
 from pretrain.model.positions import RotaryTable, apply_rotary, rotary_table
+
+if TYPE_CHECKING:
+    from pretrain.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
