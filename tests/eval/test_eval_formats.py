@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,38 +25,19 @@ from eval.generation.settings import GenerateSettings
 from eval.language_modeling.settings import LMSettings
 from eval.language_modeling.text import _texts
 
-TOY = '''
-"""A format of one file: label|text on each line."""
-
-from collections.abc import Iterator
-
-from data_pipeline.sources.format import Format, Found, Source, register
-from data_pipeline.sources.reading import Bad, Wanted, excerpt_of
-
-
-@register
-class Bars(Format):
-    name = "bars"
-    suffixes = (".bars",)
-    unit = "line"
-    cut = "lines"
-
-    def read(self, source: Source, wanted: Wanted) -> Iterator[Found]:
-        for number, offset, line in source.lines():
-            label, bar, text = line.decode().partition("|")
-            fault = Bad("no bar", "no | in the line", excerpt_of(line))
-            yield Found({"label": label, "text": text} if bar else fault, number, offset, line)
-'''
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 TEXTS = [f"the {word} number {i}" for i in range(150) for word in ("first", "other")]
 
 
 @pytest.fixture
 def bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of files in the format, whose one module stands in the package."""
+    """A folder of files in the format of docs/data.md, whose one module stands in the package."""
     (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "bars.py").write_text(TOY)
+    worked = re.search(r"```python\n(from data_pipeline\.sources\.format .*?)```", DOCS.read_text(), re.DOTALL)
+    assert worked is not None
+    (tmp_path / "more" / "bars.py").write_text(worked[1])
+    monkeypatch.setattr(registry, "_formats", dict(registry.formats()))  # before the package has one more
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path / "more")])
-    monkeypatch.setattr(registry, "_formats", dict(registry.formats()))
     registry._discover.cache_clear()
     data = tmp_path / "data"
     data.mkdir()
@@ -112,3 +95,27 @@ def test_held_out_text_loses_no_record_in_silence(tmp_path: Path) -> None:
 
 def test_how_quotes_are_read_is_in_no_key() -> None:
     assert "quotes" not in ClassifySettings(quotes="csv").as_dict()
+
+
+def test_shards_of_another_reading_are_not_taken_for_these(tmp_path: Path) -> None:
+    text = "".join(f'{i}\ta "quoted" text {i}\n' for i in range(20))
+    (tmp_path / "a.tsv").write_text("id\ttext\n" + text)
+    train_tokenizer([text], 300).save(tmp_path / "tokenizer")
+    command = ["prepare", "--input", str(tmp_path / "a.tsv"), "--tokenizer", str(tmp_path / "tokenizer")]
+    command += ["--workers", "1", "--out", str(tmp_path / "shards")]
+    assert not main(command)
+    assert not main(command)  # nothing to do
+    with pytest.raises(UserError, match="shards made with another quotes: None, now csv"):
+        main([*command, "--quotes", "csv"])
+    manifest = ShardSet.open(tmp_path / "shards").manifest
+    assert manifest.settings["format_versions"] == {"tsv": 2}
+    assert "quotes" not in manifest.settings["reading"]
+    assert not main([*command, "--quotes", "csv", "--overwrite"])
+    with pytest.raises(UserError, match="shards made with another quotes: csv, now None"):
+        main(command)
+    # As an earlier version left it, which read TSV with quotes and said nothing of formats.
+    settings = {name: value for name, value in manifest.settings.items() if name != "format_versions"}
+    older = dataclasses.replace(manifest, settings=settings)
+    older.write(tmp_path / "shards")
+    with pytest.raises(UserError, match="shards made with another format_versions: None"):
+        main(command)
