@@ -38,16 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say which run; ``nystrom launch`` takes the same."""
-    parser.add_argument("--config", required=True, help="YAML file of the run; configs/ has examples")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the file, for example zero_stage=1 model.num_layers=6",
-    )
+    from pretrain.config.load import add_config_arguments
+
+    add_config_arguments(parser)
     parser.add_argument(
         "--resume",
         choices=["auto", "never"],

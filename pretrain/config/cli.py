@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from data_pipeline.errors import UserError
-from pretrain.config.load import apply_override, parse_config, read_yaml
+from pretrain.config.load import add_config_arguments, apply_override, parse_config, read_yaml
 from pretrain.config.reference import (
     ITEM,
     all_keys,
@@ -47,16 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("key", nargs="?", help="only this key or block, dotted: optimizer, optimizer.lr")
-    parser.add_argument("--config", help="YAML file of a run: print what its keys come to; configs/ has examples")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the file, for example zero_stage=1 model.num_layers=6",
-    )
+    add_config_arguments(parser, required=False, what="print what its keys come to")
     parser.add_argument(
         "--format",
         choices=["text", "markdown"],

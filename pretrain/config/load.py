@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,25 @@ from data_pipeline.errors import UserError
 from pretrain.config.data import TRAIN_TAGS
 from pretrain.config.reference import all_keys, blocks_in, did_you_mean, suggestions
 from pretrain.config.run import RunConfig
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True, what: str = "") -> None:
+    """The arguments that :func:`load_config` takes, for every command that reads a run's file.
+
+    ``what``: what the command does with the file, for ``--help``.
+    """
+    parser.add_argument(
+        "--config", required=required, help=f"YAML file of the run{': ' * bool(what)}{what}; configs/ has examples"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the file, for example zero_stage=1 curriculum.0.micro_batch=8",
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

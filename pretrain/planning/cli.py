@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from data_pipeline.errors import UserError
 from pretrain.config import RunConfig, load_config
+from pretrain.config.load import add_config_arguments
 from pretrain.machine import PEAK_FLOPS
 
 DEFAULT_MFU = 0.3
@@ -30,16 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="YAML file of the run; configs/ has examples")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the file, for example zero_stage=1 curriculum.0.micro_batch=8",
-    )
+    add_config_arguments(parser)
     parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens, where there are no shards yet")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes of the run (default: 1)")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="for the host's memory (default: 8 at most)")
