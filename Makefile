@@ -3,9 +3,10 @@ PYTHON      ?= python3
 VENV        ?= .venv
 DEMO        ?= demo
 PYTEST_ARGS ?=
-# A worker for each core. A module's tests stay together, since they share what its fixtures trained.
+# A worker for each core. A module's tests stay together, since they share what its fixtures trained. In the order of the
+# folders: modules of a few long tests come early so, and one worker does not end long after the others.
 WORKERS     ?= auto
-PARALLEL    := -n $(WORKERS) --maxprocesses 16 --dist loadfile --durations 10
+PARALLEL    := -n $(WORKERS) --maxprocesses 16 --dist loadfile --no-loadscope-reorder --durations 10
 # Programs are started with `python -m`: their own files in the environment name it in a first line that can't hold a
 # space. No target is named after a file, since make splits such a name at spaces.
 BIN         := $(VENV)/bin
