@@ -95,6 +95,7 @@ def test_stop_run_ends_all_processes_and_the_run_resumes_without_it(
     assert weights_hash(tmp_path / "run") == weights_hash(without)
 
 
+@pytest.mark.slow  # the others give the first process 10 s to speak
 def test_one_that_cannot_be_made_on_a_process_ends_all_at_the_start(corpus: Path, tmp_path: Path) -> None:
     ended = run_ranks(train, 2, config=run(corpus, tmp_path, ["callback_case:Unmakeable"]))
     assert values(ended) == [2, 2]
