@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="where everything goes")
     parser.add_argument("--nproc", type=int, default=2, help="processes to train with")
     args = parser.parse_args(argv)
+    if args.nproc < 1:
+        raise UserError(f"--nproc {args.nproc}: at least one process is needed")
     try:
         args.dir.mkdir(parents=True, exist_ok=True)
         lock = (args.dir / ".lock").open("w")

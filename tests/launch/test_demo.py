@@ -186,6 +186,11 @@ def test_the_expected_time_follows_from_what_was_measured(monkeypatch: pytest.Mo
     ]
 
 
+def test_no_process_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--nproc 0: at least one process"):
+        demo.main(["--dir", str(tmp_path), "--nproc", "0"])
+
+
 def test_a_speed_that_cannot_be_measured_keeps_nobody_waiting(
     tmp_path: Path, ran: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
