@@ -104,3 +104,15 @@ def test_a_child_of_nobody_must_say_whose_it_is() -> None:
 
     with pytest.raises(AssertionError, match="say whose"):
         end_with_parent()
+
+
+def test_leaving_runs_exit_handlers_and_keeps_output_and_status() -> None:
+    code = (
+        "import atexit, threading, time, data_pipeline.processes as p\n"
+        "atexit.register(print, 'handled')\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"  # which Python's own end would wait for
+        "print('said', end=' ')\n"
+        "p.leave(7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (7, "said handled\n")
