@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
-from eval.language_modeling.settings import TextSettings
 from eval.suites.load import Suite, available, find, load_suites
 from eval.suites.options import add_options, overrides_of
-from eval.suites.tasks import TASKS
+from eval.task import tasks
 from eval.team import SharedError, Team, join
 from eval.tracking import Tracking
 from pretrain.distributed.world import read_rank
@@ -50,7 +49,7 @@ def build_parser(shown: Collection[str] = ()) -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("suites", nargs="+", metavar="SUITE", help=f"tasks: {', '.join(TASKS)}; or suites")
+    parser.add_argument("suites", nargs="+", metavar="SUITE", help=f"tasks: {', '.join(tasks())}; or suites")
     parser.add_argument("--checkpoint", metavar="RUN", help="run folder, checkpoint folder or export folder")
     parser.add_argument(
         "--data", metavar="SHARDS", help="held-out shards (default: data.valid of the run's configuration)"
@@ -109,7 +108,7 @@ def _explained(words: Sequence[str]) -> set[str]:
     """The tasks of the suites named before ``--help``."""
     if not {"-h", "--help"} & set(words):
         return set()
-    named = [word for word in words if word in TASKS or word in {path.stem for path in available()}]
+    named = [word for word in words if word in tasks() or word in {path.stem for path in available()}]
     return {suite.task.name for suite in load_suites(named)}
 
 
@@ -129,12 +128,11 @@ def check_arguments(args: argparse.Namespace) -> list[Suite]:
 
 def _check_data(shards: str | None, suites: Sequence[Suite]) -> None:
     """Raises :class:`UserError` for held-out shards that no suite reads, since text was named in their place."""
-    elsewhere = [s for s in suites if isinstance(s.settings, TextSettings) and (s.settings.text or s.settings.dataset)]
+    elsewhere = [suite for suite in suites if suite.settings.own_text]
     if shards and elsewhere and all(suite in elsewhere or not suite.task.held_out for suite in suites):
-        option = "--text" if getattr(elsewhere[0].settings, "text", ()) else "--dataset"
         raise UserError(
-            f"no suite reads --data {shards}: {elsewhere[0].name} scores the text of {option} in its place. Leave one "
-            "of them out, or ask for validity too, which reads the shards"
+            f"no suite reads --data {shards}: {elsewhere[0].name} scores the text of {elsewhere[0].settings.own_text} "
+            "in its place. Leave one of them out, or ask for validity too, which reads the shards"
         )
 
 
@@ -160,10 +158,10 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
     tracking = Tracking(folder, args.wandb if team.is_first else "off", subject)
     results: list[tuple[str, Result, bool]] = []
     failures: dict[str, list[str]] = {}
-    for suite in sorted(suites, key=lambda suite: suite.task.name != "validity"):
+    for suite in sorted(suites, key=lambda suite: not suite.task.is_gate):
         if args.device != "auto" and "device" in type(suite.settings).model_fields:
             suite = replace(suite, settings=suite.settings.model_copy(update={"device": args.device}))
-        name = f"{suite.name}-{args.name}" if args.name and suite.task.name != "validity" else suite.name
+        name = f"{suite.name}-{args.name}" if args.name and not suite.task.is_gate else suite.name
         try:
             result, fresh = runner.run(suite, name)
         except UserError as error:
@@ -183,7 +181,7 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
     team.gather(None)  # the launcher ends all soon after the first that failed: the first process has spoken by then
     if failures:
         raise _of_all(failures, len(suites))
-    only_gate = all(suite.task.name == "validity" for suite in suites)
+    only_gate = all(suite.task.is_gate for suite in suites)
     return 1 if only_gate and runner.verdict is not None and not runner.verdict.passed else 0
 
 
@@ -209,7 +207,7 @@ def _list(args: argparse.Namespace) -> int:
             rows = [(key, str(getattr(suite.settings, key)), fields[key].description or "") for key in fields]
             print("\n".join(f"  {line}" for line in aligned([("setting", "value", "what it is"), *rows]).split("\n")))
         return 0
-    rows = [(task.name, "task", task.summary) for task in TASKS.values()]
+    rows = [(task.name, "task", task.summary) for task in tasks().values()]
     for path in available(args.suite_path or ()):
         found = find(path.stem, args.suite_path or ())
         assert found is not None

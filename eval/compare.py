@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from eval.results.comparable import ANY_OBJECTIVE, immaterial, same_unit
+from eval.results.comparable import immaterial, same_unit
 from eval.results.records import read_records, results_folder
 from eval.results.schema import Metric, Result, finite, read_result
+from eval.task import described, gate
 
 _Records = list[dict[str, Any]]
-GATE = "validity"
 SAME = 1e-4
 """Relative difference up to which a metric computed from the records is the one that the result gives."""
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"no suite is in both: {args.a} has {_names(first)}, {args.b} has {_names(second)}; evaluate both alike"
         )
-    compared = [compare_files(x, y, args.ignore) for x, y in pairs if single or x.stem != GATE]
+    compared = [compare_files(x, y, args.ignore) for x, y in pairs if single or x.stem != gate().name]
     alone = sorted({path.stem for path in [*first, *second]} - {x.stem for x, _ in pairs}) if not single else []
     _print(args.a, args.b, compared, alone)
     if args.out:
@@ -147,7 +147,7 @@ def obstacle(a: Result, b: Result, ignore: Collection[str] = ()) -> str:
     forced = [side for side, result in (("A", a), ("B", b)) if result.gate == "forced"]
     if forced:
         return f"the validity gate failed for {' and '.join(forced)} and was forced: the numbers are not what they say"
-    if a.model.objective != b.model.objective and a.task not in ANY_OBJECTIVE:
+    if a.model.objective != b.model.objective and not described(a.task).any_objective:
         return f"other objectives, {a.model.objective} and {b.model.objective}: the figures do not mean the same"
     if a.data["hash"] != b.data["hash"]:
         return f"other data: {_where(a)} and {_where(b)}"

@@ -10,9 +10,9 @@ from eval.results.schema import ModelInfo, Result
 from eval.results.store import obtain
 from eval.subject import Subject
 from eval.suites.load import Suite
+from eval.tasks.validity import ValiditySettings
+from eval.tasks.validity.gate import Verdict, check
 from eval.team import Team
-from eval.validity.gate import Verdict, check
-from eval.validity.settings import ValiditySettings
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Runner:
         subject = self.subject if task.needs_checkpoint else None
         if task.needs_checkpoint and subject is None:
             raise UserError(f"suite {suite.name} evaluates a model: say which with --checkpoint RUN")
-        if task.name == "validity":
+        if task.is_gate:
             assert subject is not None
             assert isinstance(suite.settings, ValiditySettings)
             self.verdict = check(
@@ -51,18 +51,17 @@ class Runner:
             )
             return self.verdict.result, self.verdict.fresh
         gate = self._gate() if task.gated and subject is not None else "none"
-        module = task.load()
-        settings = module.resolve(subject, suite.settings)
+        settings = task.resolve(subject, suite.settings)
         return obtain(
             self.folder,
             name or suite.name,
             task=task.name,
-            version=module.VERSION,
+            version=task.version,
             model=subject.info() if subject is not None else ModelInfo(),
             settings=settings.as_dict(),
-            data=module.data(subject, settings),
+            data=task.data(subject, settings),
             gate=gate,
-            compute=lambda parts: module.run(subject, settings, parts),
+            compute=lambda parts: task.run(subject, settings, parts),
             rerun=self.rerun,
             team=self.team,
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.presentation import markdown
 from data_pipeline.files import write_atomic
-from eval.efficiency.measure import Spread
+from eval.tasks.efficiency.measure import Spread
 
 SCHEMA = 1
 

@@ -15,7 +15,7 @@ from benchmarks.attention.published import PUBLISHED
 from benchmarks.attention.report import Against, Row, Stage
 from benchmarks.attention.setting import Setting
 from benchmarks.attention.stages import stages
-from eval.efficiency.measure import Spread
+from eval.tasks.efficiency.measure import Spread
 
 FORMS = {form.name: form for form in [*FULL, *PUBLISHED, *PACKED, *CAUSAL]}
 

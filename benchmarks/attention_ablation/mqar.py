@@ -1,4 +1,4 @@
-"""Multi-query associative recall as a task to train on: the rows of :mod:`eval.long_range.recall.mqar`.
+"""Multi-query associative recall as a task to train on: the rows of :mod:`eval.tasks.recall.mqar`.
 
 No query finds a pair in its window, so that what is measured is recall from far back: the default gap is the distance
 over which the local parts of the base model can hand something on through all its layers, layers * max(window,
@@ -30,7 +30,7 @@ from benchmarks.attention_ablation.tasks import (
     slices,
 )
 from data_pipeline.errors import UserError
-from eval.long_range.recall.mqar import draw, slots
+from eval.tasks.recall.mqar import draw, slots
 
 FILLER = 16
 """Ids 0 to 15."""

@@ -9,11 +9,12 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from eval.report.runs import Run, flatten
-from eval.results.comparable import ANY_OBJECTIVE, immaterial, same_unit
+from eval.results.comparable import immaterial, same_unit
 from eval.results.records import read_records
 from eval.results.schema import Metric, Result, Table
 from eval.results.statistics import paired_bootstrap
-from eval.validity.checks import CHECKS_TABLE
+from eval.task import described, gate
+from eval.tasks.validity import CHECKS_TABLE
 
 # Pairs of records above which a page would take minutes to write.
 MAX_PAIRS = 100_000
@@ -44,6 +45,11 @@ class Difference:
     verdict: str
 
 
+def gate_result(run: Run) -> Result | None:
+    """What the validity gate found."""
+    return run.results.get(gate().name)
+
+
 def failed_checks(run: Run) -> list[str]:
     """The names of the validity checks that the run failed."""
     table = checks_table(run)
@@ -52,18 +58,18 @@ def failed_checks(run: Run) -> list[str]:
 
 def checks_table(run: Run) -> Table | None:
     """The checks of the validity gate (check, measured, bound, passed, detail), or None if there is no result."""
-    result = run.results.get("validity")
+    result = gate_result(run)
     table = result.table(CHECKS_TABLE) if result else None
     return table if table and len(table.columns) == 5 else None
 
 
 def doubt(run: Run, result: Result) -> str:
     """Why a score of this run is not to be trusted, or "": the gate failed, whether --force was given or not."""
-    if result.task == "validity":
+    if described(result.task).is_gate:
         return ""
     if result.gate == "forced":
         return "forced: the validity gate failed"
-    validity = run.results.get("validity")
+    validity = gate_result(run)
     same = validity is not None and validity.model.identity == result.model.identity and result.model.weights_hash != ""
     return "the validity gate failed" if same and failed_checks(run) else ""
 
@@ -72,7 +78,7 @@ def conditions(result: Result) -> dict[str, Any]:
     """What must be equal for two figures to be comparable: data, settings and (but for some tasks) the objective."""
     kept = {k: v for k, v in result.settings.items() if k not in immaterial(result.task)}
     settings = {f"setting {k}": v for k, v in flatten(kept).items()}
-    objective = {} if result.task in ANY_OBJECTIVE else {"objective": result.model.objective}
+    objective = {} if described(result.task).any_objective else {"objective": result.model.objective}
     found = {"task": result.task, "version of the task": result.version, "data": result.data.get("hash")}
     return found | objective | settings
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from eval.classification.task import MODEL_ROW, SCRATCH_ROW, TABLE
 from eval.report import charts
 from eval.report.compare import Difference, Member, doubt
 from eval.report.curves import Chart, charts_of
@@ -29,32 +28,7 @@ from eval.report.tables import (
 )
 from eval.report.training import OBJECTIVES
 from eval.results.schema import Grid
-from eval.suites.tasks import TASKS
-
-# The order of the sections, with their headings and what they show. Any other task comes after these.
-KNOWN = {
-    "lm": ("Language modelling", "How well the model predicts text it has not seen."),
-    "context": ("Context", "Whether more context helps: the same held-out tokens after contexts of different lengths."),
-    "pppl": ("Pseudo-perplexity", "Masked models: held-out tokens hidden one at a time."),
-    "harness": ("lm-eval", "Tasks of EleutherAI's lm-eval harness."),
-    "generate": ("Samples", "What the model writes or fills in, with the same statistics of real text beside its own."),
-    "classify": (
-        "Classification",
-        "Fine-tuned on labelled text, beside the same network from random weights and models that know no language.",
-    ),
-    "needle": ("Needle", "A word or passkey hidden in a long text and asked for at its end, by depth and length."),
-    "mqar": ("Associative recall", "Values found again by their keys: what an attention can hold of its past (MQAR)."),
-    "induction": (
-        "Induction",
-        "Whether a passage seen once is continued when it comes again, by the distance between.",
-    ),
-    "lra": ("Long Range Arena", "Networks trained from nothing on long sequences."),
-    "approximation": (
-        "Approximation",
-        "How far the approximate attention is from exact softmax attention, by layer and head.",
-    ),
-    "efficiency": ("Efficiency", "Time and memory by length, beside exact attention."),
-}
+from eval.task import Bars, described
 
 # Letters above a bar that leave room for its value.
 MOST_LETTERS = 46
@@ -109,9 +83,8 @@ class Section:
 
 def sections(runs: Sequence[Run]) -> list[Section]:
     """All tasks but the validity gate, which stands first on the page by itself."""
-    found = list(dict.fromkeys(r.task for run in runs for r in run.results.values() if r.task != "validity"))
-    order = [*KNOWN, *(name for name in TASKS if name not in KNOWN)]
-    found.sort(key=lambda name: (order.index(name) if name in order else len(order), name))
+    found = list(dict.fromkeys(r.task for run in runs for r in run.results.values() if not described(r.task).is_gate))
+    found.sort(key=lambda name: (_place(name), name))
     numbers = itertools.count(1)
     parts = []
     for place, task in enumerate(found, 1):
@@ -123,12 +96,15 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 def heading_of(task: str) -> tuple[str, str]:
     """A task's heading, and one sentence on it."""
-    if task in KNOWN:
-        return KNOWN[task]
-    summary = TASKS[task].summary if task in TASKS else ""
-    return title(
-        task
-    ), f"{summary[:1].upper()}{summary[1:]}{'' if summary.endswith(('.', '?', '!')) else '.'}" if summary else ""
+    about = described(task)
+    summary = about.summary[:1].upper() + about.summary[1:]
+    full_stop = "." if summary and not summary.endswith((".", "?", "!")) else ""
+    return about.heading or title(task), about.lead or summary + full_stop
+
+
+def _place(task: str) -> int:
+    about = described(task)
+    return about.order if about.section is None else about.section
 
 
 def members_of(runs: Sequence[Run], task: str, suite: str) -> list[Member]:
@@ -169,8 +145,7 @@ def _alike(first: Member, second: Member) -> bool:
 
 def _group(members: list[Member], label: str, number: int, heading: str) -> Group:
     context = f"{heading} {number}" + (f", {label}" if label else "")
-    classified = [member for member in members if member.result.table(TABLE)]
-    bars = _bars(classified, context) if members[0].result.task == "classify" and classified else None
+    drawn = described(members[0].result.task).bars
     return Group(
         heading=label,
         lead=_lead(members),
@@ -178,7 +153,7 @@ def _group(members: list[Member], label: str, number: int, heading: str) -> Grou
         unequal=unequal_conditions(members),
         metrics=metric_rows(members),
         differences=difference_rows(members),
-        bars=bars,
+        bars=_bars(members, drawn, context) if drawn else None,
         charts=charts_of(members, context),
         heatmaps=_heatmaps(members),
         tables=joined_tables(members),
@@ -218,30 +193,32 @@ def _heatmaps(members: Sequence[Member]) -> list[HeatMaps]:
     return rows
 
 
-def _bars(members: Sequence[Member], context: str) -> Markup | None:
-    """Accuracies, the controls once: they do not depend on the run unless texts were cut differently."""
+def _bars(members: Sequence[Member], drawn: Bars, context: str) -> Markup | None:
+    """The values of each run, and the other rows once: they do not depend on the run unless texts were cut differently.
+
+    None where no member has the table.
+    """
+    tables = [(member, table) for member in members if (table := member.result.table(drawn.table))]
     bars: list[tuple[str, float, float | None, int | None]] = []
-    controls: dict[str, tuple[float, float | None]] = {}
-    for member in members:
-        table = member.result.table(TABLE)
-        assert table is not None  # only such members are given
+    others: dict[str, tuple[float, float | None]] = {}
+    for member, table in tables:
         mark = ", GATE FAILED" if member.doubt else ""
         for row in table.rows:
-            name, accuracy, std = row[:3]
-            if not isinstance(name, str) or not isinstance(accuracy, int | float):
+            name, value, std = row[:3]
+            if not isinstance(name, str) or not isinstance(value, int | float):
                 continue
             std = std if isinstance(std, int | float) else None
-            if name == MODEL_ROW:
-                bars.append((_label(member.run.name, f", pretrained{mark}"), accuracy, std, member.index))
-            elif name == SCRATCH_ROW:
-                bars.append((_label(member.run.name, ", from scratch"), accuracy, std, None))
+            if name == drawn.model:
+                bars.append((_label(member.run.name, f", {drawn.model_label}{mark}"), value, std, member.index))
+            elif name == drawn.control:
+                bars.append((_label(member.run.name, f", {drawn.control_label}"), value, std, None))
             else:
-                controls.setdefault(name, (accuracy, std))
-    bars += [(name, *found, None) for name, found in sorted(controls.items(), key=lambda pair: -pair[1][0])]
-    return charts.bars(bars, f"{context}: accuracy")
+                others.setdefault(name, (value, std))
+    bars += [(name, *found, None) for name, found in sorted(others.items(), key=lambda pair: -pair[1][0])]
+    return charts.bars(bars, f"{context}: {drawn.value}") if tables else None
 
 
 def _label(name: str, what: str) -> str:
-    """What stands above a bar: the name cut to the room that is left for it."""
-    room = MOST_LETTERS - len(what)
-    return (name if len(name) <= room else f"{name[: room - 1]}…") + what
+    """What stands above a bar: the name cut to the letters that are left for it."""
+    most = MOST_LETTERS - len(what)
+    return (name if len(name) <= most else f"{name[: most - 1]}…") + what

@@ -6,37 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.report.compare import checks_table, failed_checks
+from eval.report.compare import checks_table, failed_checks, gate_result
 from eval.report.numbers import compact, number, words
 from eval.report.runs import Run
 from eval.report.sections import heading_of, members_of
 from eval.report.tables import Figure, MetricRow, metric_row
 from eval.report.training import OBJECTIVES
 from eval.results.schema import Table
+from eval.task import described, tasks
 
-# The summary's rows: (task, metric, label). What a result has beyond these is in its own section.
-ROWS = [
-    ("lm", "perplexity", "Held-out perplexity, per token"),
-    ("lm", "word_perplexity", "Held-out perplexity, per word"),
-    ("lm", "bits_per_byte", "Held-out bits per byte"),
-    ("lm", "masked_accuracy", "Masked accuracy, held-out"),
-    ("lm", "masked_loss", "Masked loss, held-out, nats"),
-    ("classify", "accuracy", "Classification accuracy, fine-tuned"),
-    ("classify", "scratch_accuracy", "… the same network from scratch"),
-    ("classify", "macro_f1", "Classification macro F1, fine-tuned"),
-    ("generate", "distinct_2", "Generated text, distinct-2"),
-    ("generate", "repetition_4", "Generated text, repeated 4-grams"),
-    ("generate", "top_1", "Masked words filled in rightly"),
-    ("lra", "accuracy_softmax", "Long Range Arena accuracy, softmax"),
-    ("lra", "accuracy_nystrom", "Long Range Arena accuracy, Nyström"),
-    ("lra", "accuracy_softmax_conv", "Long Range Arena accuracy, softmax with convolution"),
-    ("lra", "nystrom_minus_softmax", "Long Range Arena, Nyström minus softmax"),
-]
-# No winner is marked here: the control is not the model, and a difference can be large for the control's sake.
-UNRANKED = {"scratch_accuracy", "nystrom_minus_softmax"}
-# Tasks whose suites are of different data, none of them plain and the others its variants.
-ALIKE = {"lra"}
-# Suites without a row above show their first metric, so many of them at most.
+# Suites of tasks without rows of their own show their first metric, so many of them at most.
 MOST_OTHERS = 8
 
 
@@ -52,23 +31,23 @@ class Banner:
 
 def banner(run: Run) -> Banner | None:
     """None for a folder of results that has nothing to do with a checkpoint."""
-    scored = {name: result for name, result in run.results.items() if result.task != "validity"}
+    scored = {name: result for name, result in run.results.items() if not described(result.task).is_gate}
     forced = [name for name, result in scored.items() if result.gate == "forced"]
-    table = checks_table(run)
+    checked_by, table = gate_result(run), checks_table(run)
     failed = failed_checks(run)
     if failed or forced:
         parts = [f"failed: {'; '.join(failed)}."] if failed else ["failed when it was asked for these scores."]
         if forced:
             parts.append(f"Scored all the same, by --force: {', '.join(forced)}. These figures prove nothing.")
         return Banner(run.name, "failed", " ".join(parts), table)
-    if table is None:
+    if checked_by is None or table is None:
         gates = {result.gate for result in scored.values()} - {"none"}
         if not run.trained and not gates:
             return None
         if gates == {"passed"}:
             return Banner(run.name, "passed", "the validity gate had passed when these scores were computed")
         return Banner(run.name, "unknown", "validity not checked")
-    checked = run.results["validity"].model.identity
+    checked = checked_by.model.identity
     if any(result.model.weights_hash and result.model.identity != checked for result in scored.values()):
         return Banner(run.name, "unknown", "checked on another model than the one scored below", table)
     return Banner(run.name, "passed", f"all {len(table.rows)} validity checks passed", table)
@@ -88,19 +67,20 @@ def summary(runs: Sequence[Run]) -> list[MetricRow]:
         if any(text != "–" for text in texts):
             rows.append(MetricRow(label, "", [Figure(text) for text in texts]))
     suites = dict.fromkeys(
-        (r.task, name) for run in runs for name, r in run.results.items() if r.task != "validity"
+        (r.task, name) for run in runs for name, r in run.results.items() if not described(r.task).is_gate
     )  # fmt: skip
-    known = {task for task, _, _ in ROWS}
-    for task, metric, label in ROWS:
+    for task, about in tasks().items():
         # Where the plain suite was run, its variants are left to their section.
-        plain = (task, task) in suites and task not in ALIKE
+        plain = (task, task) in suites and about.variants
         names = [task] if plain else sorted(name for t, name in suites if t == task)
-        for name in names:
-            row = _row(runs, task, name, metric, label if name == task else f"{label} ({name})")
-            rows += [row] if row else []
+        for shown in about.rows:
+            for name in names:
+                label = shown.label if name == task else f"{shown.label} ({name})"
+                row = _row(runs, task, name, shown.metric, label, ranked=shown.ranked)
+                rows += [row] if row else []
     others = 0
     for task, name in suites:
-        if task in known or others == MOST_OTHERS:
+        if described(task).rows or others == MOST_OTHERS:
             continue
         metrics = dict.fromkeys(m for member in members_of(runs, task, name) for m in member.result.metrics)
         heading = heading_of(task)[0]
@@ -112,12 +92,14 @@ def summary(runs: Sequence[Run]) -> list[MetricRow]:
     return rows
 
 
-def _row(runs: Sequence[Run], task: str, suite: str, metric: str, label: str) -> MetricRow | None:
+def _row(
+    runs: Sequence[Run], task: str, suite: str, metric: str, label: str, *, ranked: bool = True
+) -> MetricRow | None:
     by_run = {member.index: member for member in members_of(runs, task, suite)}
     members = [by_run.get(index) for index in range(len(runs))]
     if not any(metric in member.result.metrics for member in members if member):
         return None
-    return metric_row(label, members, metric, ranked=metric not in UNRANKED)
+    return metric_row(label, members, metric, ranked=ranked)
 
 
 def _objective(run: Run) -> str:

@@ -12,8 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_pipeline.errors import UserError
-from eval.suites.settings import Settings
-from eval.suites.tasks import TASKS, Task
+from eval.task import Settings, Task, task_of, tasks
 
 BUILT_IN = Path(__file__).resolve().parents[2] / "configs" / "suites"
 
@@ -58,7 +57,7 @@ def load_suites(
     def add(name: str, above: dict[Path, str]) -> None:
         found = find(name, suite_path)
         if found is None:
-            if name not in TASKS:
+            if name not in tasks():
                 raise UserError(_unknown(name, suite_path))
             file, origin = _File(task=name), ""
         else:
@@ -88,9 +87,9 @@ def load_suites(
     suites: list[Suite] = []
     for name in order:
         file = files[name]
-        task = TASKS[file.task or ""]
+        task = task_of(file.task or "")
         values = dict(file.settings)
-        fields = task.settings_class().model_fields
+        fields = task.settings.model_fields
         for place, (target, key, value) in enumerate(overrides):
             if target == name or (target is None and key in fields):
                 values[key] = value
@@ -130,7 +129,7 @@ def available(suite_path: Sequence[str | Path] = ()) -> list[Path]:
 
 def parse(task: Task, values: dict[str, Any], where: str) -> Settings:
     """Settings of a task from plain values; raises :class:`UserError` that lists every fault with its key."""
-    cls = task.settings_class()
+    cls = task.settings
     try:
         return cls.model_validate(values)
     except ValidationError as error:
@@ -164,8 +163,10 @@ def _read(path: Path) -> _File:
             f"suite {path}: a list of suites takes no settings ({', '.join(file.settings)}): write them into the "
             "suites' own files, or give them on the command line"
         )
-    if file.task is not None and file.task not in TASKS:
-        raise UserError(f"suite {path}: no task '{file.task}'; there are {', '.join(TASKS)}")
+    if file.task is not None and file.task not in tasks():
+        close = difflib.get_close_matches(file.task, tasks(), n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(tasks())}"
+        raise UserError(f"suite {path}: no task '{file.task}'; {hint}")
     return file
 
 
@@ -174,7 +175,7 @@ def _place(origin: str) -> Path | None:
 
 
 def _unknown(name: str, suite_path: Sequence[str | Path]) -> str:
-    known = [*TASKS, *(path.stem for path in available(suite_path))]
+    known = [*tasks(), *(path.stem for path in available(suite_path))]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(dict.fromkeys(known))}"
     return f"no suite '{name}': {hint} (`nystrom eval list` describes them)"

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from data_pipeline.errors import UserError
-from eval.suites.tasks import TASKS
+from eval.task import tasks
 from pretrain.config.load import yaml_scalar
 
 PREFIX = "setting:"
@@ -22,9 +22,9 @@ def add_options(parser: argparse.ArgumentParser, shown: Collection[str] = ()) ->
     The help explains those of the tasks ``shown``: more than a hundred would hide what is looked for.
     """
     seen: set[str] = set()
-    for task in sorted(TASKS.values(), key=lambda task: task.name not in shown):
+    for task in sorted(tasks().values(), key=lambda task: task.name not in shown):
         # The command has --device itself.
-        fields = {name: field for name, field in task.settings_class().model_fields.items() if name != "device"}
+        fields = {name: field for name, field in task.settings.model_fields.items() if name != "device"}
         fresh = {name: field for name, field in fields.items() if name not in seen}
         seen |= set(fresh)
         group = parser.add_argument_group(task.name, task.summary) if task.name in shown and fresh else parser

@@ -21,7 +21,7 @@ from benchmarks.attention.report import Against, Row
 from benchmarks.attention.setting import Setting, document_ids, document_lengths, models
 from benchmarks.attention.stages import stages
 from data_pipeline.errors import UserError, run_cli
-from eval.efficiency.measure import Spread
+from eval.tasks.efficiency.measure import Spread
 
 CPU = torch.device("cpu")
 TINY = ["--heads", "2", "--head-dim", "8", "--landmarks", "8", "--segment-length", "4", "--conv-kernel", "5"]

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from eval.classification.task import MAJORITY_ROW, MODEL_ROW, SCRATCH_ROW, TABLE, TFIDF_ROW
 from eval.results.schema import Estimator, Grid, Metric, ModelInfo, Outcome, Series, Table
 from eval.results.statistics import bootstrap
 from eval.results.store import obtain
-from eval.validity.checks import CHECKS_TABLE
+from eval.tasks.classification import MAJORITY_ROW, MODEL_ROW, SCRATCH_ROW, TABLE, TFIDF_ROW
+from eval.tasks.validity import CHECKS_TABLE
 
 EVIL = '<script>alert("x")</script> & http://evil.example/a.png'
 LENGTHS = [256.0, 512.0, 1024.0, 2048.0, 4096.0]

@@ -14,16 +14,16 @@ from toy_forms import Near, Sink
 from benchmarks.attention_ablation.forms import configure, select
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
-from eval.approximation import task as approximation
-from eval.approximation.settings import ApproximationSettings
-from eval.efficiency import task as efficiency
-from eval.efficiency.settings import EfficiencySettings
-from eval.long_range.lra.settings import LRASettings
-from eval.long_range.recall import task as recall
-from eval.long_range.recall.settings import MQARSettings
 from eval.results.parts import Parts
-from eval.validity import checks as validity
-from eval.validity.settings import ValiditySettings
+from eval.tasks.approximation import ApproximationSettings
+from eval.tasks.approximation import task as approximation
+from eval.tasks.efficiency import EfficiencySettings
+from eval.tasks.efficiency import task as efficiency
+from eval.tasks.lra import LRASettings
+from eval.tasks.recall import MQARSettings
+from eval.tasks.recall import task as recall
+from eval.tasks.validity import ValiditySettings
+from eval.tasks.validity import checks as validity
 from pretrain.config import parse_config
 from pretrain.model.attention.registry import registered
 from pretrain.planning import cli

@@ -14,18 +14,17 @@ from suites_case import WORDS, subject_of
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
-from eval.classification import task as classification
-from eval.classification.baselines import majority, tfidf
-from eval.classification.dataset import ClassifyData
-from eval.classification.finetune import length_batches
-from eval.classification.outcome import few_seeds, verdict
-from eval.classification.settings import ClassifySettings
-from eval.classification.task import MAJORITY_ROW, MODEL_ROW, SCRATCH_ROW, TFIDF_CUT_ROW, TFIDF_ROW
 from eval.results.parts import Job, Parts
 from eval.results.schema import Metric, Outcome
 from eval.results.statistics import bootstrap
 from eval.subject import Subject
 from eval.suites.load import load_suites
+from eval.tasks.classification import MAJORITY_ROW, MODEL_ROW, SCRATCH_ROW, TFIDF_CUT_ROW, TFIDF_ROW, ClassifySettings
+from eval.tasks.classification import task as classification
+from eval.tasks.classification.baselines import majority, tfidf
+from eval.tasks.classification.dataset import ClassifyData
+from eval.tasks.classification.finetune import length_batches
+from eval.tasks.classification.outcome import few_seeds, verdict
 from pretrain.checkpoint.load import unique_weights, weights_hash
 
 

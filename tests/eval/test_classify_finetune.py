@@ -16,9 +16,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tqdm import tqdm
 
 from data_pipeline.shards.shardset import ShardSet
-from eval.classification.encode import cut_pair, encode
-from eval.classification.finetune import Classifier, Examples, Pooling, Recipe, fit, micro_batches, predict
-from eval.classification.labelled import Labelled
+from eval.tasks.classification.encode import cut_pair, encode
+from eval.tasks.classification.finetune import Classifier, Examples, Pooling, Recipe, fit, micro_batches, predict
+from eval.tasks.classification.labelled import Labelled
 
 CPU: dict[str, Any] = {"device": torch.device("cpu"), "precision": "fp32"}
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, matthews_corrcoef
 
-from eval.classification import metrics
-from eval.classification.metrics import Predictions, brier, calibration_error, intervals, reliability, scores
 from eval.results.schema import Estimator
 from eval.results.statistics import bootstrap
+from eval.tasks.classification import metrics
+from eval.tasks.classification.metrics import Predictions, brier, calibration_error, intervals, reliability, scores
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

@@ -14,14 +14,13 @@ from suites_case import subject_of
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
-from eval.efficiency import task
-from eval.efficiency.measure import Spread, interleave, peak_memory
-from eval.efficiency.settings import EfficiencySettings
-from eval.efficiency.work import Decoding, backward, forward, tokens
 from eval.results.parts import Job, Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject
 from eval.suites.load import load_suites
+from eval.tasks.efficiency import EfficiencySettings, task
+from eval.tasks.efficiency.measure import Spread, interleave, peak_memory
+from eval.tasks.efficiency.work import Decoding, backward, forward, tokens
 from pretrain.model.generation import generate
 
 CPU = torch.device("cpu")

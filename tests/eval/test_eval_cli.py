@@ -21,8 +21,7 @@ from eval import cli
 from eval.compare import results_at
 from eval.results.records import results_folder
 from eval.results.schema import read_result
-from eval.validity import checks
-from eval.validity.settings import ValiditySettings
+from eval.tasks.validity import ValiditySettings, checks
 from pretrain.model.attention.forms import nystrom
 
 

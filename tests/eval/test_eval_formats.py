@@ -17,13 +17,13 @@ from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.sources import format as registry
 from data_pipeline.sources import formats
 from data_pipeline.tokenization.training import train_tokenizer
-from eval.classification.dataset import ClassifyData, sources
-from eval.classification.labelled import read_labelled
-from eval.classification.settings import ClassifySettings
-from eval.generation.prompts import own_prompts
-from eval.generation.settings import GenerateSettings
-from eval.language_modeling.settings import LMSettings
-from eval.language_modeling.text import _texts
+from eval.tasks.classification import ClassifySettings
+from eval.tasks.classification.dataset import ClassifyData, sources
+from eval.tasks.classification.labelled import read_labelled
+from eval.tasks.generation import GenerateSettings
+from eval.tasks.generation.prompts import own_prompts
+from eval.tasks.language_modeling import LMSettings
+from eval.tasks.language_modeling.text import _texts
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 TEXTS = [f"the {word} number {i}" for i in range(150) for word in ("first", "other")]

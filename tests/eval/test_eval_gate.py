@@ -13,8 +13,8 @@ from suites_case import no_mask, subject_of
 
 from data_pipeline.shards.shardset import ShardSet
 from eval.subject import Subject
-from eval.validity import checks as validity
-from eval.validity.settings import ValiditySettings
+from eval.tasks.validity import ValiditySettings
+from eval.tasks.validity import checks as validity
 from pretrain.model.attention.forms import nystrom
 from pretrain.model.attention.ring import RingLayer
 

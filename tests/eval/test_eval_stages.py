@@ -15,8 +15,8 @@ from suites_case import subject_of
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from eval.subject import Subject
-from eval.validity import checks as validity
-from eval.validity.settings import ValiditySettings
+from eval.tasks.validity import ValiditySettings
+from eval.tasks.validity import checks as validity
 from pretrain.model.attention import self_attention
 from pretrain.model.positions import rotary_table
 

@@ -17,18 +17,17 @@ from suites_case import subject_of
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.training import train_tokenizer
-from eval.generation import scoring
-from eval.generation import task as generation
-from eval.generation.decodings import Decoding
-from eval.generation.judges import Judges, continuation_nats, mean_states
-from eval.generation.prompts import material, two_sets
-from eval.generation.settings import GenerateSettings
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.results.statistics import estimate
 from eval.subject import Subject
 from eval.suites.load import parse
-from eval.suites.tasks import TASKS
+from eval.task import tasks
+from eval.tasks.generation import GenerateSettings, scoring
+from eval.tasks.generation import task as generation
+from eval.tasks.generation.decodings import Decoding
+from eval.tasks.generation.judges import Judges, continuation_nats, mean_states
+from eval.tasks.generation.prompts import material, two_sets
 from pretrain.checkpoint.load import load_model
 from pretrain.model.generation import generate
 
@@ -293,9 +292,9 @@ def test_what_cannot_be_done_is_said(fitted: Subject, masked: Path, shards: Shar
     with pytest.raises(UserError, match="field 'prompt' is int, not text"):
         data(put("d.jsonl", b'{"prompt": 3}'))
     with pytest.raises(UserError, match=r"--prompt\) or as a file"):
-        parse(TASKS["generate"], {"prompt": ["x"], "prompts": "y.txt"}, "here")
+        parse(tasks()["generate"], {"prompt": ["x"], "prompts": "y.txt"}, "here")
     with pytest.raises(UserError, match="here: decoding 'beam=4': write greedy, or key=value"):
-        parse(TASKS["generate"], {"decodings": ["beam=4"]}, "here")
+        parse(tasks()["generate"], {"decodings": ["beam=4"]}, "here")
     with pytest.raises(UserError, match="masked model, which gives no likelihood"):
         write(fitted, GenerateSettings(**SMALL, reference=str(masked)))
     with pytest.raises(UserError, match="--prompt is for causal models"):

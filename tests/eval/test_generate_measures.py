@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics.pairwise import cosine_similarity
 
-from eval.generation import likeness, measures
+from eval.tasks.generation import likeness, measures
 
 
 def test_distinct_and_repetition_of_known_texts() -> None:

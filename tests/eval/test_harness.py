@@ -14,12 +14,11 @@ from suites_case import WORDS, subject_of
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
-from eval.harness import task
-from eval.harness.settings import HarnessSettings
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.results.statistics import estimate
 from eval.subject import Subject
+from eval.tasks.harness import HarnessSettings, task
 from pretrain.model import build_model
 from pretrain.model.generation import generate
 
@@ -160,7 +159,7 @@ def test_several_tasks_at_once(subject: Subject, folder: Path, documents: list[d
 
 
 def test_a_continuation_is_greedy_where_all_of_its_tokens_are(subject: Subject) -> None:
-    from eval.harness.model import SubjectLM
+    from eval.tasks.harness.model import SubjectLM
 
     model = SubjectLM(subject, 64, Parts())
     prompt = subject.loaded.tokenizer.encode("river stone cloud")

@@ -14,11 +14,11 @@ from suites_case import subject_of
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
-from eval.language_modeling import task as language_modeling
-from eval.language_modeling.settings import LMSettings
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject
+from eval.tasks.language_modeling import LMSettings
+from eval.tasks.language_modeling import task as language_modeling
 from pretrain.model import build_model
 
 

@@ -14,14 +14,13 @@ from suites_case import subject_of
 from data_pipeline.batches.masking import IGNORE
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
-from eval.language_modeling import context, pseudo
-from eval.language_modeling.masked import noised
-from eval.language_modeling.settings import ContextSettings, PseudoSettings
-from eval.language_modeling.text import open_stream
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.results.statistics import estimate
 from eval.subject import Subject
+from eval.tasks.language_modeling import ContextSettings, PseudoSettings, context, pseudo
+from eval.tasks.language_modeling.masked import noised
+from eval.tasks.language_modeling.text import open_stream
 from pretrain.model import build_model
 
 

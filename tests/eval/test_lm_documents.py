@@ -20,14 +20,13 @@ from data_pipeline.prepare.plan import plan_preparation
 from data_pipeline.prepare.run import prepare
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.training import train_tokenizer
-from eval.language_modeling import causal, measures, pseudo, task, windows
-from eval.language_modeling.passages import pieces, records_of
-from eval.language_modeling.settings import LMSettings, PseudoSettings
-from eval.language_modeling.text import TextStream, open_stream
-from eval.language_modeling.windows import strided, strided_apart, thinned
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject
+from eval.tasks.language_modeling import LMSettings, PseudoSettings, causal, measures, pseudo, task, windows
+from eval.tasks.language_modeling.passages import pieces, records_of
+from eval.tasks.language_modeling.text import TextStream, open_stream
+from eval.tasks.language_modeling.windows import strided, strided_apart, thinned
 from pretrain.model import build_model
 
 LENGTH = 48

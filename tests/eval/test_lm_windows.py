@@ -21,16 +21,15 @@ from data_pipeline.prepare.run import prepare
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from data_pipeline.tokenization.training import train_tokenizer
-from eval.language_modeling import measures, task, windows
-from eval.language_modeling.passages import pieces, records_of
-from eval.language_modeling.settings import LMSettings
-from eval.language_modeling.spans import Aligner, cut_passages
-from eval.language_modeling.text import TextStream
-from eval.language_modeling.windows import strided
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.results.statistics import estimate, paired_bootstrap
 from eval.subject import Subject
+from eval.tasks.language_modeling import LMSettings, measures, task, windows
+from eval.tasks.language_modeling.passages import pieces, records_of
+from eval.tasks.language_modeling.spans import Aligner, cut_passages
+from eval.tasks.language_modeling.text import TextStream
+from eval.tasks.language_modeling.windows import strided
 from pretrain.model import build_model
 
 

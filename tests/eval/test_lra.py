@@ -13,16 +13,15 @@ import torch
 
 from data_pipeline.errors import UserError
 from eval import cli
-from eval.long_range.lra import report, task
-from eval.long_range.lra.examples import Dataset, Split
-from eval.long_range.lra.network import ArenaClassifier, model_config
-from eval.long_range.lra.published import PUBLISHED, SOURCE
-from eval.long_range.lra.settings import LRASettings
-from eval.long_range.lra.train import Recipe, endless_batches, predict, train
 from eval.results.parts import Parts
 from eval.results.schema import Outcome, read_result
 from eval.results.statistics import estimate
 from eval.suites.load import load_suites
+from eval.tasks.lra import LRASettings, report, task
+from eval.tasks.lra.examples import Dataset, Split
+from eval.tasks.lra.network import ArenaClassifier, model_config
+from eval.tasks.lra.published import PUBLISHED, SOURCE
+from eval.tasks.lra.train import Recipe, endless_batches, predict, train
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {

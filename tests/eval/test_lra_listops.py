@@ -11,8 +11,8 @@ import pytest
 from scipy.stats import chisquare
 
 from data_pipeline.errors import UserError
-from eval.long_range.lra import listops
-from eval.long_range.lra.listops import Grammar
+from eval.tasks.lra import listops
+from eval.tasks.lra.listops import Grammar
 
 SHORT = Grammar(max_depth=4, max_args=4, min_symbols=4, max_symbols=20)
 

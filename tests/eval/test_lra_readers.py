@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 
 from data_pipeline.errors import UserError
-from eval.long_range.lra import images, texts
-from eval.long_range.lra.data import load
-from eval.long_range.lra.settings import LRASettings
-from eval.long_range.lra.task import resolve
+from eval.tasks.lra import LRASettings, images, texts
+from eval.tasks.lra.data import load
+from eval.tasks.lra.task import resolve
 
 
 def of(**settings: object) -> LRASettings:

@@ -14,16 +14,15 @@ from suites_case import subject_of
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
-from eval.long_range.recall import task
-from eval.long_range.recall.forms import forms, window_tokens, with_weights
-from eval.long_range.recall.questions import generator
-from eval.long_range.recall.score import answers, items
-from eval.long_range.recall.settings import InductionSettings, MQARSettings, NeedleSettings, RecallSettings
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.results.statistics import estimate
 from eval.subject import Subject
 from eval.suites.load import available, load_suites
+from eval.tasks.recall import InductionSettings, MQARSettings, NeedleSettings, RecallSettings, task
+from eval.tasks.recall.forms import forms, window_tokens, with_weights
+from eval.tasks.recall.questions import generator
+from eval.tasks.recall.score import answers, items
 from pretrain.model import build_model
 
 NEEDLE = NeedleSettings(lengths=(100, 160), depths=(0, 100), haystack="filler", key="digits", digits=2, rows=3)
@@ -71,8 +70,8 @@ def test_logits_are_the_same_in_any_batch(causal: Path, shards: ShardSet, monkey
     kind = task.make_kind(subject, task.resolve(subject, RANDOM))
     rows = kind.rows(kind.cells[0], generator(3), 5, training=False)
     together, _ = answers(subject.model, rows.inputs, rows)
-    monkeypatch.setattr("eval.long_range.recall.score.TOKENS", 2 * rows.inputs.shape[1])
-    monkeypatch.setattr("eval.long_range.recall.score.LOGIT_BUDGET", 3 * shards.vocab_size)
+    monkeypatch.setattr("eval.tasks.recall.score.TOKENS", 2 * rows.inputs.shape[1])
+    monkeypatch.setattr("eval.tasks.recall.score.LOGIT_BUDGET", 3 * shards.vocab_size)
     apart, _ = answers(subject.model, rows.inputs, rows)
     assert together == pytest.approx(apart, abs=1e-4)
 

@@ -13,12 +13,11 @@ from suites_case import subject_of
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
-from eval.long_range.recall import task
-from eval.long_range.recall.mqar import POWER, draw, slots
-from eval.long_range.recall.questions import Kind, generator
-from eval.long_range.recall.score import items
-from eval.long_range.recall.settings import InductionSettings, MQARSettings, NeedleSettings, RecallSettings
-from eval.long_range.recall.vocabulary import Text, words
+from eval.tasks.recall import InductionSettings, MQARSettings, NeedleSettings, RecallSettings, task
+from eval.tasks.recall.mqar import POWER, draw, slots
+from eval.tasks.recall.questions import Kind, generator
+from eval.tasks.recall.score import items
+from eval.tasks.recall.vocabulary import Text, words
 
 SETTINGS: dict[str, RecallSettings] = {
     "word in noise": NeedleSettings(

@@ -11,7 +11,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.tokenization.training import train_tokenizer
-from eval.validity.checks import _different, _ordinary, _random_ids
+from eval.tasks.validity.checks import _different, _ordinary, _random_ids
 from pretrain.checkpoint.load import _loaded
 
 

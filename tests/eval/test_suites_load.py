@@ -16,7 +16,7 @@ from eval import cli
 from eval.results.schema import read_result
 from eval.suites.load import BUILT_IN, available, load_suites, parse
 from eval.suites.options import PREFIX, _without_none, add_options, overrides_of
-from eval.suites.tasks import TASKS
+from eval.task import tasks
 
 
 @pytest.fixture
@@ -35,25 +35,25 @@ def test_every_suite_of_the_project_is_whole() -> None:
     for path in files:
         members = load_suites([path.stem])
         assert members, path
-        assert all(suite.task.name in TASKS for suite in members)
+        assert all(suite.task.name in tasks() for suite in members)
         described = "description:" in path.read_text()
         assert described, f"{path} says in no description what it measures"
     assert {path.parent for path in files} <= {BUILT_IN}
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+@pytest.mark.parametrize("task", tasks().values(), ids=list(tasks()))
 def test_tasks_hold_to_their_contract(task: Any) -> None:
     module = task.load()
     assert module.VERSION >= 1
     assert all(callable(getattr(module, name)) for name in ("resolve", "data", "run"))
-    for name, field in task.settings_class().model_fields.items():
+    for name, field in task.settings.model_fields.items():
         assert field.description, f"{task.name}.{name} has no description"
         assert not field.is_required(), f"{task.name}.{name} has no default, so the task cannot be named alone"
 
 
 @pytest.mark.parametrize(
     "task",
-    [task for task in TASKS.values() if "seed" in task.settings_class().model_fields],
+    [task for task in tasks().values() if "seed" in task.settings.model_fields],
     ids=lambda task: task.name,
 )
 def test_negative_seeds_are_refused(task: Any) -> None:
@@ -66,8 +66,8 @@ def test_negative_seeds_are_refused(task: Any) -> None:
 def test_settings_of_one_name_are_of_one_kind_in_all_tasks() -> None:
     """An option of the command line is for all tasks that have it."""
     kinds: dict[str, Any] = {}
-    for task in TASKS.values():
-        for name, field in task.settings_class().model_fields.items():
+    for task in tasks().values():
+        for name, field in task.settings.model_fields.items():
             kind = _without_none(field.annotation)
             assert kinds.setdefault(name, kind) == kind, f"{task.name}.{name}"
 
@@ -82,7 +82,7 @@ def test_names_groups_and_own_suites(own: Path) -> None:
     assert load_suites([str(own / "short.yaml")])[0].settings == short.settings
     again = load_suites(["all", "short", str(own / "short.yaml"), str(own / "." / "all.yaml"), "validity"], [own])
     assert [suite.name for suite in again] == ["short", "generate", "validity"]  # the same by any path: once
-    assert load_suites(["lm"])[0].settings == TASKS["lm"].settings_class()()
+    assert load_suites(["lm"])[0].settings == tasks()["lm"].settings()
 
 
 def test_overrides_reach_the_suites_that_have_the_setting(own: Path) -> None:
@@ -105,7 +105,7 @@ def test_options_come_from_the_settings() -> None:
     assert len(found) == 5  # what was not given is nobody's override
     names = {action.dest.removeprefix(PREFIX) for action in parser._actions if action.dest.startswith(PREFIX)}
     # --device is the command's own.
-    assert names == {name for task in TASKS.values() for name in task.settings_class().model_fields} - {"device"}
+    assert names == {name for task in tasks().values() for name in task.settings.model_fields} - {"device"}
 
 
 @pytest.mark.parametrize(

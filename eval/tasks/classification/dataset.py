@@ -1,0 +1,173 @@
+"""The parts of a classification task: which files they are, their classes, and the split that chooses the epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import UserError
+from data_pipeline.sources.format import suffixes, supported
+from eval.tasks.classification import ClassifySettings
+from eval.tasks.classification.labelled import HUB, Labelled, pinned, read_labelled
+
+
+@dataclass(frozen=True)
+class ClassifyData:
+    """Training and test records, those that choose the epoch (None: carved from training), and the classes."""
+
+    train: Labelled
+    test: Labelled
+    classes: list[str]
+    dev: Labelled | None = None
+
+    @classmethod
+    def read(cls, settings: ClassifySettings) -> ClassifyData:
+        """Read what the (resolved) settings name; raises :class:`UserError` for what is missing or does not fit."""
+        assert settings.train
+        assert settings.test
+        fields = settings.text_field, settings.label_field, settings.text_b_field, settings.quotes
+        train = read_labelled(settings.train, *fields)
+        test = read_labelled(settings.test, *fields)
+        dev = read_labelled(settings.dev, *fields) if settings.dev else None
+        classes = class_names(train, test)
+        if dev is not None:
+            class_names(train, dev)
+        if settings.train_records is not None and settings.train_records < len(train):
+            # Of a class with a single record none is held out to choose the epoch on: two of each, where that is done.
+            train = train.take(draw(train, classes, settings.train_records, least=2 if dev is None else 1))
+        return cls(train, test, classes, dev)
+
+    def describe(self) -> dict[str, Any]:
+        """What the result says about the data."""
+        hashes = [self.train.hash, self.test.hash, *([self.dev.hash] if self.dev else [])]
+        return {
+            "train": self.train.path,
+            "test": self.test.path,
+            **({"dev": self.dev.path, "dev_records": len(self.dev)} if self.dev else {}),
+            "train_records": len(self.train),
+            "test_records": len(self.test),
+            "classes": self.classes,
+            "hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        }
+
+    def numbers(self, part: Labelled) -> np.ndarray:
+        """Class numbers (n,) int64."""
+        index = {name: i for i, name in enumerate(self.classes)}
+        return np.array([index[label] for label in part.labels], dtype=np.int64)
+
+    def positive(self, names: tuple[str, ...]) -> int | None:
+        """Number of the first of ``names`` that is a class; None without names.
+
+        Raises :class:`UserError` if none of them is one.
+        """
+        if not names:
+            return None
+        for name in names:
+            if name in self.classes:
+                return self.classes.index(name)
+        raise UserError(
+            f"--positive-label {' '.join(names)}: {self.train.path} has no such class, it has {', '.join(self.classes)}"
+        )
+
+
+def sources(settings: ClassifySettings) -> ClassifySettings:
+    """Settings with the files of ``local_dir`` and pinned hub datasets in place.
+
+    Raises :class:`UserError` where no data is named, files are not there, or files and ``local_dir`` are named both.
+    """
+    if settings.local_dir is not None:
+        folder = Path(settings.local_dir, settings.local_name or "")
+        found = {part: _find(folder, part) for part in ("train", "test", "dev")}
+        for part in ("train", "test"):
+            if found[part] is None:
+                raise UserError(
+                    f"--local-dir {settings.local_dir}: there is no {folder / part} with {supported(with_fields=True)}"
+                )
+        for part, path in found.items():
+            named_too = getattr(settings, part)
+            if named_too and not named_too.startswith(HUB) and named_too != path:
+                raise UserError(
+                    f"--local-dir {settings.local_dir} is in place of a suite's hub data, but --{part} names the file "
+                    f"{named_too}: leave one out (--local-dir reads {folder / part}.* itself)"
+                )
+        return settings.model_copy(update=found)
+    if not (settings.train and settings.test):
+        raise UserError(
+            "classify needs labelled text: --train FILE --test FILE (JSONL, CSV, TSV or Parquet), or --local-dir DIR"
+        )
+    named = {part: getattr(settings, part) for part in ("train", "test", "dev")}
+    if not named["train"].startswith(HUB) and (named["dev"] or "").startswith(HUB):
+        named["dev"] = None  # of the suite, whose training text a file has replaced
+    return settings.model_copy(update={part: pinned(source) for part, source in named.items()})
+
+
+def _find(folder: Path, part: str) -> str | None:
+    names = (folder / (part + suffix) for suffix in suffixes(with_fields=True))
+    found = [str(path) for path in names if path.is_file()]
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(found)} are both there: keep one")
+    return found[0] if found else None
+
+
+def class_names(train: Labelled, other: Labelled) -> list[str]:
+    """The labels of ``train``, sorted; raises :class:`UserError` for fewer than two or a label of ``other`` unseen
+    there."""
+    names = sorted(set(train.labels), key=lambda name: (len(name), name) if name.isdigit() else (0, name))
+    if len(names) < 2:
+        raise UserError(f"{train.path} has one label only, '{names[0]}': nothing to classify")
+    if len(names) > max(1000, len(train) // 2):
+        raise UserError(
+            f"{train.path} has {len(names)} labels on {len(train)} records: is --label-field the right one?"
+        )
+    unseen = Counter(label for label in other.labels if label not in set(names))
+    if unseen:
+        shown = ", ".join(f"'{label}' ({n}x)" for label, n in unseen.most_common(5))
+        raise UserError(f"{other.path} has labels that {train.path} lacks: {shown}; train has {', '.join(names[:10])}")
+    return names
+
+
+def draw(train: Labelled, classes: list[str], records: int, least: int) -> np.ndarray:
+    """Indices (``records``,) of a random draw by class: each in its share, but ``least`` of each or all there are.
+
+    Raises :class:`UserError` where that is more than ``records``.
+    """
+    index = {name: i for i, name in enumerate(classes)}
+    numbers = np.array([index[label] for label in train.labels])
+    members = [np.flatnonzero(numbers == number) for number in range(len(classes))]
+    there = np.array([len(found) for found in members])
+    floor = np.minimum(there, least)
+    if floor.sum() > records:
+        raise UserError(
+            f"--train-records {records} is too few for the {len(classes)} labels of {train.path}: at least "
+            f"{floor.sum()}, so that there are {least} of each" + (", one to choose the epoch on" if least > 1 else "")
+        )
+    share = records * there / there.sum()
+    given = np.maximum(np.floor(share).astype(np.int64), floor)
+    while given.sum() < records:
+        given[np.argmax(np.where(given < there, share - given, -np.inf))] += 1
+    while given.sum() > records:
+        given[np.argmax(np.where(given > floor, given - share, -np.inf))] -= 1
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(found, count, replace=False) for found, count in zip(members, given, strict=True)]
+    return np.sort(np.concatenate(drawn))
+
+
+def carve(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split indices into (rest, held out) by class, ``share`` of each held out but never a class's last example.
+
+    Raises :class:`UserError` where nothing can be held out.
+    """
+    rng = np.random.default_rng(seed)
+    held: list[np.ndarray] = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        held.append(members[: min(max(round(share * len(members)), 1), len(members) - 1)])
+    out = np.sort(np.concatenate(held))
+    if not len(out):
+        raise UserError("every label has a single training record: none can be held out to choose the epoch on")
+    return np.setdiff1d(np.arange(len(labels)), out), out

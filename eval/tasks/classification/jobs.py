@@ -1,0 +1,126 @@
+"""The parts of the suite: one fit for each predictor and seed, each a pure function of the data and the settings."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eval.results.parts import Job
+from eval.subject import Subject
+from eval.tasks.classification import MODEL_ROW, SCRATCH_ROW, TFIDF_CUT_ROW, TFIDF_ROW, ClassifySettings
+from eval.tasks.classification.baselines import tfidf
+from eval.tasks.classification.dataset import ClassifyData, carve
+from eval.tasks.classification.encode import Encoded, encode
+from eval.tasks.classification.finetune import Classifier, Examples, Recipe, fit, predict
+from eval.tasks.classification.labelled import Labelled
+from eval.tasks.classification.metrics import Predictions
+from pretrain.model.transformer import build_model
+
+
+class Fits:
+    """The data as tokens, and the jobs on it."""
+
+    def __init__(self, subject: Subject, settings: ClassifySettings, data: ClassifyData) -> None:
+        assert settings.lr
+        assert settings.scratch_seeds is not None
+        self.subject, self.settings, self.data = subject, settings, data
+        self.recipe = Recipe(
+            epochs=settings.epochs,
+            steps=settings.steps,
+            patience=settings.patience,
+            batch_size=settings.batch_size,
+            micro_tokens=settings.micro_tokens,
+            lr=settings.lr,
+            head_lr=settings.head_lr,
+            weight_decay=settings.weight_decay,
+            dropout=settings.dropout,
+            grad_clip=settings.grad_clip,
+        )
+        self.scratch_seeds = min(settings.scratch_seeds, settings.seeds)
+        self.train, self.test = self._encode(data.train), self._encode(data.test)
+        self.dev = None if data.dev is None else self._encode(data.dev)
+
+    def _encode(self, part: Labelled) -> Encoded:
+        assert self.settings.max_length
+        return encode(self.subject.loaded.tokenizer, part, self.data.numbers(part), self.settings.max_length)
+
+    def jobs(self) -> list[tuple[str, int, Job]]:
+        """(row, seed, job) of every fit; TF-IDF once, and again on what the network reads where texts were cut."""
+        found: list[tuple[str, int, Job]] = []
+        for seed in range(self.settings.seeds):
+            for row in (MODEL_ROW, SCRATCH_ROW) if seed < self.scratch_seeds else (MODEL_ROW,):
+                name = f"{row}, seed {seed}"
+                found.append((row, seed, (name, partial(self.network, row, seed))))
+        found.append((TFIDF_ROW, 0, (TFIDF_ROW, self.words)))
+        if self.train.cut.any() or self.test.cut.any():
+            found.append((TFIDF_CUT_ROW, 0, (TFIDF_CUT_ROW, self.words_read)))
+        return found
+
+    def network(self, row: str, seed: int) -> dict[str, Any]:
+        """Fine-tune (or train from scratch) and predict the test items, once, with the weights chosen on the dev
+        split."""
+        config = self.subject.loaded.model_config
+        torch.manual_seed(seed)
+        backbone = copy.deepcopy(self.subject.model) if row == MODEL_ROW else build_model(config)
+        backbone.requires_grad_(True)
+        network = Classifier(
+            backbone, config.hidden_size, len(self.data.classes), self.recipe.dropout, self.settings.pooling
+        )
+        examples, train, dev = self.split(seed)
+        how: dict[str, Any] = {"device": self.subject.device, "precision": self.settings.precision}
+        total = min(self.recipe.epochs * len(train), (self.recipe.steps or 2**62) * self.recipe.batch_size)
+        with tqdm(total=total, desc=f"{row}, seed {seed}", unit="doc", disable=None) as bar:
+            fitted = fit(network, examples, train, dev, self.recipe, seed=seed, progress=bar, **how)
+        how["micro_tokens"] = self.recipe.micro_tokens
+        logits, _ = predict(fitted.model, self.test.examples, np.arange(len(self.data.test)), **how)
+        return {
+            "predicted": logits.argmax(-1).tolist(),
+            "probabilities": logits.double().softmax(-1).tolist(),
+            "chosen": asdict(fitted.best),
+            "curve": [asdict(place) for place in fitted.curve],
+        }
+
+    def split(self, seed: int) -> tuple[Examples, np.ndarray, np.ndarray]:
+        """The examples with the indices to train on and those on which the epoch is chosen."""
+        examples = self.train.examples
+        if self.dev is None:
+            share = min(self.settings.dev_share, self.settings.dev_records / len(examples.labels))
+            return examples, *carve(examples.labels, share, seed)
+        chosen = np.arange(len(self.dev.examples.labels))
+        if len(chosen) > self.settings.dev_records:
+            drawn = np.random.default_rng(seed).choice(chosen, self.settings.dev_records, replace=False)
+            chosen = np.sort(drawn)
+        both = Examples(
+            [*examples.tokens, *self.dev.examples.tokens],
+            np.concatenate([examples.labels, self.dev.examples.labels]),
+            examples.pad_id,
+        )
+        return both, np.arange(len(examples.labels)), chosen + len(examples.labels)
+
+    def words(self) -> dict[str, Any]:
+        """TF-IDF on the whole texts."""
+        train, test = (
+            [texts for texts in (part.texts, part.seconds) if texts is not None]
+            for part in (self.data.train, self.data.test)
+        )
+        return self._tfidf(train, test)
+
+    def words_read(self) -> dict[str, Any]:
+        """TF-IDF on what the network reads of them."""
+        tokenizer = self.subject.loaded.tokenizer
+        return self._tfidf(self.train.texts(tokenizer), self.test.texts(tokenizer))
+
+    def _tfidf(self, train: list[list[str]], test: list[list[str]]) -> dict[str, Any]:
+        found = tfidf(train, self.train.examples.labels, test)
+        return {"predicted": found.classes.tolist(), "probabilities": found.probabilities.tolist()}
+
+
+def predictions(value: dict[str, Any]) -> Predictions:
+    """The predictions in a job's value."""
+    return Predictions(np.array(value["predicted"], dtype=np.int64), np.array(value["probabilities"], dtype=np.float64))

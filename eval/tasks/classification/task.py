@@ -1,0 +1,117 @@
+"""Classification by fine-tuning: the checkpoint against the same network untrained, TF-IDF and the majority class.
+
+The epoch is chosen on a split of the training text (or on a file for it); the test text is scored once for each seed,
+with the chosen weights. Seeds change the split, the order and the dropout (and the start of the weights, from scratch).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data_pipeline.errors import UserError
+from eval.results.parts import Parts
+from eval.results.schema import Metric, Outcome, Table
+from eval.results.statistics import bootstrap
+from eval.subject import Subject
+from eval.tasks.classification import MAJORITY_ROW, MODEL_ROW, ClassifySettings
+from eval.tasks.classification.baselines import majority
+from eval.tasks.classification.dataset import ClassifyData, sources
+from eval.tasks.classification.finetune import default_lr
+from eval.tasks.classification.jobs import Fits, predictions
+from eval.tasks.classification.metrics import scores
+from eval.tasks.classification.outcome import (
+    Scored,
+    by_length,
+    calibration,
+    dev_curves,
+    estimators_of,
+    few_seeds,
+    mistakes,
+    records_of,
+    rows_table,
+    verdict,
+)
+from pretrain.precision import fast_precision
+
+VERSION = 3
+SEEDS_TABLE = "by seed"
+
+
+def resolve(subject: Subject, settings: ClassifySettings) -> ClassifySettings:
+    """The data, the length, the learning rate and the precision filled in; raises for what is missing or cannot be."""
+    settings = sources(settings)
+    if settings.pooling == "cls" and subject.causal:
+        raise UserError(
+            "--pooling cls reads the first token, which in a causal model has seen nothing but itself: use last or mean"
+        )
+    max_length = subject.check_length(settings.max_length or subject.trained_length, "--max-length")
+    if settings.text_b_field and max_length < 3:
+        raise UserError(f"--max-length {max_length} is too short for pairs: at least 3 tokens")
+    return settings.model_copy(
+        update={
+            "max_length": max_length,
+            "scratch_seeds": settings.seeds if settings.scratch_seeds is None else settings.scratch_seeds,
+            "precision": fast_precision(subject.device) if settings.precision == "auto" else settings.precision,
+            "lr": settings.lr or default_lr(subject.loaded.model_config.hidden_size),
+        }
+    )
+
+
+def data(subject: Subject, settings: ClassifySettings) -> dict[str, Any]:
+    """What was named, read."""
+    found = ClassifyData.read(settings)
+    found.positive(settings.positive_label)
+    return found.describe()
+
+
+def run(subject: Subject, settings: ClassifySettings, parts: Parts) -> Outcome:
+    """Fine-tune for every seed, from the checkpoint and from random weights, and set the baselines beside them."""
+    data = ClassifyData.read(settings)
+    fits = Fits(subject, settings, data)
+    jobs = fits.jobs()
+    values = parts.map([job for _, _, job in jobs])
+    truth, lengths = fits.test.examples.labels, fits.test.lengths
+    scored = Scored(truth, {MODEL_ROW: []}, data.classes, data.positive(settings.positive_label))
+    curves: dict[str, list[Any]] = {}
+    seed_rows: list[list[Any]] = []
+    for (row, seed, _), value in zip(jobs, values, strict=True):
+        found = predictions(value)
+        scored.rows.setdefault(row, []).append(found)
+        if "chosen" in value:
+            curves.setdefault(row, []).append(value["curve"])
+            chosen, score = value["chosen"], scores(truth, found)
+            epoch = int(chosen["epoch"]) if float(chosen["epoch"]).is_integer() else chosen["epoch"]
+            seed_rows.append([row, seed, epoch, chosen["accuracy"], score["accuracy"], score["macro_f1"], score["mcc"]])
+    scored.rows[MAJORITY_ROW] = [majority(fits.train.examples.labels, len(data.classes), len(truth))]
+
+    records = records_of(scored, data.test.item_ids(), lengths)
+    estimators = estimators_of(records)
+    measured = {name: bootstrap(records, estimator) for name, estimator in estimators.items()}
+    gains = {
+        name: Metric(found.value, True, n=found.n, low=found.low, high=found.high)
+        for name, found in measured.items()
+        if name.startswith("gain_")
+    }
+    cut = float(fits.test.cut.mean())
+    note = verdict(gains) + f" {cut:.1%} of the test texts are longer than the {settings.max_length} tokens read."
+    note += few_seeds(settings.seeds)
+    table, metrics = rows_table(scored, note)
+    metrics |= gains
+    for name in ("accuracy", "brier"):  # with the very intervals that a comparison of two models resamples
+        metrics[name] = _bounded(metrics[name], measured[name].low, measured[name].high)
+    metrics["share_of_texts_cut"] = Metric(cut, False, n=len(truth))
+    length_table, length_series = by_length(scored, records, lengths)
+    calibration_table, calibration_series = calibration(scored)
+    columns = ["predictor", "seed", "epoch chosen", "dev accuracy", "accuracy", "macro F1", "MCC"]
+    return Outcome(
+        metrics,
+        [table, Table(SEEDS_TABLE, columns, seed_rows), length_table, calibration_table],
+        [*length_series, *calibration_series, *dev_curves(curves)],
+        samples=mistakes(scored, data.test.texts),
+        records=records,
+        estimators=estimators,
+    )
+
+
+def _bounded(metric: Metric, low: float, high: float) -> Metric:
+    return Metric(metric.value, metric.higher_is_better, metric.std, metric.n, low, high)

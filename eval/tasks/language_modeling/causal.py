@@ -1,0 +1,174 @@
+"""Held-out loss of causal models: perplexity by token, word and byte, and loss by position."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_pipeline.errors import UserError
+from eval.results.parts import Parts
+from eval.results.schema import Estimator, Metric, Outcome, Series, Table
+from eval.subject import Subject
+from eval.tasks.language_modeling import LMSettings
+from eval.tasks.language_modeling.contamination import Overlap, overlap
+from eval.tasks.language_modeling.measures import LOG2E, metrics_of, perplexity, run_parts, score, unigram_entropy
+from eval.tasks.language_modeling.passages import pieces, records_of
+from eval.tasks.language_modeling.text import Stream, open_stream
+from eval.tasks.language_modeling.windows import Windows, strided, strided_apart
+from pretrain.model.attention.layout import Layout
+
+TABLE = "held-out loss"
+POSITION_SERIES = "loss by position"
+COLUMNS = ["predictor", "loss, nats/token", "token perplexity", "bits per byte", "byte perplexity", "word perplexity"]
+ESTIMATORS = {
+    "loss": Estimator("nats", "tokens"),
+    "perplexity": Estimator("nats", "tokens", exponential=True),
+    "bits_per_byte": Estimator("nats", "bytes", scale=LOG2E),
+    "byte_perplexity": Estimator("nats", "bytes", exponential=True),
+    "word_perplexity": Estimator("nats", "words", exponential=True),
+}
+APART = ", of each document by itself, whose first token is not predicted"
+INEXACT = (
+    " The tokenizer does not give the text back, so bytes and words are those of the decoded text, where tokens begin "
+    "in it is estimated, and passages differ from those of other tokenizers: give the original with text."
+)
+
+
+def evaluate(subject: Subject, settings: LMSettings, parts: Parts) -> Outcome:
+    """Score every token once in windows ``stride`` apart; see :mod:`eval.tasks.language_modeling.task`."""
+    stream = open_stream(subject, settings, settings.record_chars)
+    length, stride = settings.length or 0, settings.stride or 0
+    apart = settings.documents == "apart"
+    if apart:
+        windows = strided_apart(stream.edges, length, stride, settings.max_tokens, settings.seed)
+    else:
+        windows = strided(stream.num_tokens - 1, length, stride, settings.max_tokens)
+    if not len(windows):
+        raise UserError(f"every document of {stream.name} is empty: nothing to predict with --documents apart")
+    jobs = [
+        (f"windows {p.start} to {p.stop} of {len(windows)}", partial(_part, subject, stream, windows, p))
+        for p in windows.parts()
+    ]
+    found = run_parts(parts, jobs, "lm")
+    records, exact = records_of([piece for part in found for piece in part["pieces"]], apart)
+    metrics = metrics_of(records, ESTIMATORS)
+    estimators = dict(ESTIMATORS)
+    entropy = unigram_entropy(_unigrams(stream, windows, subject.loaded.model_config.vocab_size or 1))
+    metrics["unigram_entropy"] = Metric(entropy, False, n=windows.targets)
+    totals = {key: sum(record[key] for record in records) for key in ("nats", "tokens", "bytes", "words")}
+    rows = [
+        _row("model", totals),
+        _row("unigram entropy of the text", totals | {"nats": entropy * totals["tokens"]}),
+    ]
+    unit = f"passages of at most {settings.record_chars} characters" if settings.record_chars else "documents"
+    note = (
+        f"Windows of {length} tokens, {stride} apart{APART if apart else ''}. Intervals resample the "
+        f"{len(records):,} {unit} (not tokens, which depend on each other)."
+    ) + ("" if exact else INEXACT)
+    if settings.contamination is not None:
+        seen = overlap(stream, records, settings, parts)
+        metrics |= _without(seen, records, estimators)
+        rows.append(_row("model, passages of the training text left out", seen.rest))
+        note += f" {seen.note}"
+    sums = np.sum([part["positions"] for part in found], axis=0)
+    return Outcome(
+        metrics,
+        [Table(TABLE, COLUMNS, rows, note)],
+        [position_series(sums, length)],
+        records=records,
+        estimators=estimators,
+    )
+
+
+def _part(subject: Subject, stream: Stream, windows: Windows, part: slice) -> dict[str, Any]:
+    """Pieces of the passages that these windows predict, and sums and counts by position (2, buckets)."""
+    edges = bucket_edges(int(windows.widths.max()))
+    positions = np.zeros((2, len(edges) - 1))
+    runs: list[tuple[int, list[NDArray[np.float64]]]] = []
+    scored: dict[int, NDArray[np.float64]] = {}
+    first, last = windows.bounds()
+    reached = -1
+    for chosen in windows.batches(part):
+        widths = windows.widths[chosen]
+        tokens = torch.from_numpy(stream.rows(windows.starts[chosen], widths + 1))
+        column = np.arange(tokens.shape[1] - 1)
+        where = (column >= (widths - windows.scored[chosen])[:, None]) & (column < widths[:, None])
+        chosen_tokens = torch.from_numpy(where)
+        nats = np.zeros(where.shape)
+        nats[where], _ = score(
+            subject,
+            tokens[:, :-1],
+            chosen_tokens,
+            tokens[:, 1:][chosen_tokens],
+            Layout.from_lengths(torch.from_numpy(widths), len(column)),
+        )
+        bucket = np.searchsorted(edges, column, side="right") - 1
+        positions[0] += np.bincount(bucket, weights=nats.sum(0), minlength=len(edges) - 1)
+        positions[1] += np.bincount(bucket, weights=where.sum(0), minlength=len(edges) - 1)
+        scored |= {number: row[mine] for number, row, mine in zip(chosen.tolist(), nats, where, strict=True)}
+    for number in range(part.start, part.stop):
+        if first[number] != reached:
+            runs.append((int(first[number]), []))
+        runs[-1][1].append(scored[number])
+        reached = int(last[number])
+    return {
+        "pieces": [piece for begin, rows in runs for piece in pieces(stream, begin, np.concatenate(rows))],
+        "positions": positions.tolist(),
+    }
+
+
+def bucket_edges(length: int) -> list[int]:
+    """0, 8, 16, 32 and so on, the last at least ``length``."""
+    edges = [0, 8]
+    while edges[-1] < length:
+        edges.append(2 * edges[-1])
+    return edges
+
+
+def position_series(sums: NDArray[np.float64], length: int) -> Series:
+    """Mean loss in buckets of positions, [0, 8), [8, 16), [16, 32) and so on; x is the middle of the bucket.
+
+    ``sums`` (2, buckets): nats, and tokens.
+    """
+    x, y = [], []
+    for (low, high), nats, number in zip(pairwise(bucket_edges(length)), *sums, strict=False):
+        if number:
+            x.append((low + min(high, length) - 1) / 2)
+            y.append(float(nats / number))
+    return Series(POSITION_SERIES, x, y, "position in the window, tokens", "loss, nats per token")
+
+
+def _unigrams(stream: Stream, windows: Windows, vocab_size: int) -> NDArray[np.int64]:
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for begin, end in zip(*(bound.tolist() for bound in windows.bounds()), strict=True):
+        counts += np.bincount(stream.range(begin, end), minlength=vocab_size)
+    return counts
+
+
+def _row(name: str, totals: dict[str, Any]) -> list[Any]:
+    nats, tokens = totals["nats"], max(totals["tokens"], 1)
+    size, words = max(totals["bytes"], 1), max(totals["words"], 1)
+    return [
+        name,
+        nats / tokens,
+        perplexity(nats / tokens),
+        nats / size * LOG2E,
+        perplexity(nats / size),
+        perplexity(nats / words),
+    ]
+
+
+def _without(seen: Overlap, records: list[dict[str, Any]], estimators: dict[str, Estimator]) -> dict[str, Metric]:
+    """The share of contaminated passages, and loss and bits per byte on the others; completes ``estimators``."""
+    added = {
+        "loss_clean": Estimator("nats_clean", "tokens_clean"),
+        "bits_per_byte_clean": Estimator("nats_clean", "bytes_clean", scale=LOG2E),
+    }
+    estimators |= added
+    metrics: dict[str, Metric] = {"contaminated": Metric(seen.share, None, n=seen.judged)}
+    return metrics | (metrics_of(records, added) if seen.rest["tokens"] else {})

@@ -1,0 +1,27 @@
+"""The validity gate: its settings and its registration."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from eval.task import ModuleTask, Settings, register
+
+CHECKS_TABLE = "checks"
+
+
+class ValiditySettings(Settings):
+    """Where the checks look."""
+
+    positions: int = Field(32, ge=1, description="positions of perturbation and prefix likelihood, segment edges first")
+    seed: int = Field(0, ge=0, description="of random choices")
+
+
+@register("validity")
+class Validity(ModuleTask):
+    """See ``checks``."""
+
+    summary = "does the model see the future, its batch mates, its padding? runs before any other suite"
+    settings = ValiditySettings
+    module = "eval.tasks.validity.checks"
+    is_gate, gated = True, False
+    order = 0
