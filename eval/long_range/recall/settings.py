@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from eval.suites.settings import Settings
-from pretrain.model.attention.registry import check_name
+from pretrain.model.attention.registry import FORMS
 
 KEY = "{key}"
 
@@ -47,7 +47,7 @@ class RecallSettings(Settings):
     @field_validator("attention")
     @classmethod
     def _known_forms(cls, forms: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(form if form == "own" else check_name(form) for form in forms)
+        return tuple(form if form == "own" else FORMS.check(form) for form in forms)
 
     @model_validator(mode="after")
     def _distinct(self) -> RecallSettings:
