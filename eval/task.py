@@ -3,8 +3,9 @@
 A task is code; a suite (``eval.suites.load``) is a task with settings under a name. Each task is a class in a module
 or folder of ``eval/tasks/`` that registers itself, and no list names it:
 
-    @register("lm")
+    @register
     class LanguageModeling(Task):
+        name = "lm"
         summary = "held-out loss"
         ...
 
@@ -16,21 +17,25 @@ imports what is heavy within its functions; a task in a folder names the module 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pretrain.registry import Registry
+from data_pipeline.registry import RegistrationError, Registry
 
 if TYPE_CHECKING:
     from eval.results.parts import Parts
     from eval.results.schema import Outcome
     from eval.subject import Subject
 
-PARTS = ("summary", "settings", "version", "data", "run")
+PARTS = {
+    "summary": "one line for `nystrom eval list`",
+    "settings": "the class of its settings",
+    "version": "a number, raised when the results change",
+    "data": "what will be read, with a hash",
+    "run": "the numbers",
+}
 """What a task must have: one that lacks some of it is refused where it registers."""
 LAST = 1000
 
@@ -98,7 +103,6 @@ class Task:
     """
 
     name: ClassVar[str]
-    """Set by :func:`register`."""
     summary: ClassVar[str]
     """One line for ``nystrom eval list``."""
     settings: ClassVar[type[Settings]]
@@ -173,11 +177,11 @@ class ModuleTask(Task):
         return self.load().run(subject, settings, parts)
 
     def load(self) -> Any:
-        """The module; raises ``TypeError`` where it lacks a part."""
+        """The module; raises :class:`RegistrationError` where it lacks a part."""
         module = importlib.import_module(self.module)
         lacking = [part for part in ("VERSION", "resolve", "data", "run") if not hasattr(module, part)]
         if lacking:
-            raise TypeError(f"task '{self.name}': module {self.module} lacks {', '.join(lacking)}")
+            raise RegistrationError(f"task '{self.name}': module {self.module} lacks {', '.join(lacking)}")
         return module
 
 
@@ -187,52 +191,33 @@ class _Unknown(Task):
     summary = ""
 
 
-_REGISTRY: Registry[type[Task]] = Registry("task", "eval.tasks", PARTS)
+TASKS: Registry[Task] = Registry("task", "eval.tasks", Task, PARTS)
 _INSTANCES: dict[type[Task], Task] = {}
 TaskClass = TypeVar("TaskClass", bound=type[Task])
 
 
-def register(name: str) -> Callable[[TaskClass], TaskClass]:
-    """Decorates a task to be known as ``name``; raises ``TypeError`` for one that lacks a part, or a name taken."""
-
-    def add(task: TaskClass) -> TaskClass:
-        if issubclass(task, ModuleTask) and not hasattr(task, "module"):
-            raise TypeError(f"task '{name}' ({task.__qualname__}) lacks module")
-        _REGISTRY.register(name)(task)
-        task.name = name
-        return task
-
-    return add
-
-
-@contextmanager
-def trial() -> Iterator[None]:
-    """What registers within the block is forgotten after it: for tests."""
-    members = _REGISTRY._members
-    _REGISTRY.names()  # so that the project's own are not first found, and forgotten, within the block
-    before = dict(members)
-    try:
-        yield
-    finally:
-        members.clear()
-        members.update(before)
+def register(task: TaskClass) -> TaskClass:
+    """Class decorator: add a task. Raises :class:`RegistrationError` for one that lacks a part, or a name taken."""
+    if issubclass(task, ModuleTask) and not hasattr(task, "module"):
+        raise RegistrationError(f"task '{getattr(task, 'name', task.__name__)}' ({task.__module__}) lacks module")
+    return TASKS.register(task)
 
 
 def task_of(name: str) -> Task:
     """The task of that name. Raises ``ValueError`` that names those there are, and the nearest one."""
-    member = _REGISTRY.get(name)
+    member = TASKS.get(name)
     return _INSTANCES.setdefault(member, member())
 
 
 def tasks() -> dict[str, Task]:
     """All tasks by name, in their order."""
-    found = map(task_of, _REGISTRY.names())
+    found = map(task_of, TASKS.names())
     return {task.name: task for task in sorted(found, key=lambda task: (task.order, task.name))}
 
 
 def described(name: str) -> Task:
     """What is known of the task that a result names; of one that this version does not have, what is usual."""
-    return task_of(name) if name in _REGISTRY.names() else _unknown(name)
+    return task_of(name) if name in TASKS.names() else _unknown(name)
 
 
 def gate() -> Task:

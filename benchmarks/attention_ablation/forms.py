@@ -128,7 +128,7 @@ def select(names: Sequence[str] | None, base: ModelConfig) -> list[Variant]:
     Raises :class:`UserError` for an unknown name or a change that the base does not allow.
     """
     known = {form.name: form for form in FORMS[base.objective]}
-    for name in registry.names():
+    for name in registry.FORMS.names():
         known.setdefault(name, Form(name, _fixed(attention=name)))
     variants: list[Variant] = []
     for name in known if names is None else dict.fromkeys(names):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 from data_pipeline.errors import UserError
+from data_pipeline.registry import RegistrationError, Registry
 from data_pipeline.sources import streams
 from data_pipeline.sources.pieces import CODECS, TEXT_PER_COMPRESSED_BYTE, Piece, cuts
 from data_pipeline.sources.reading import Bad, TextUnit, Wanted
@@ -112,55 +110,64 @@ class Format:
         ]
 
 
-PACKAGE = "data_pipeline.sources.formats"
-_formats: dict[str, Format] = {}
 _Kind = TypeVar("_Kind", bound=type[Format])
+FORMATS: Registry[Format] = Registry(
+    "format",
+    "data_pipeline.sources.formats",
+    Format,
+    {
+        "suffixes": "a tuple with those of its files, such as ('.jsonl',)",
+        "unit": "what records are counted in: line or row",
+        "cut": "where a file may be entered: whole, lines or own",
+        "read": "the reader of records",
+    },
+)
 
 
 def register(kind: _Kind) -> _Kind:
-    """Class decorator: add a format. Raises :class:`UserError`, naming it, for one that lacks a part or claims the
-    name or a suffix of another."""
-    name = getattr(kind, "name", None)
-    where = f"format {name or kind.__name__} ({kind.__module__})"
-    if not isinstance(name, str) or not re.fullmatch("[a-z0-9]+", name):
-        raise UserError(f"{where}: its name must be small letters and digits, not {name!r}")
+    """Class decorator: add a format. Raises :class:`RegistrationError`, naming it, for one that lacks a part, has a
+    part that does not fit, or claims the name or a suffix of another."""
+    if fault := _fault(kind):
+        raise RegistrationError(f"format {getattr(kind, 'name', None) or kind.__name__} ({kind.__module__}): {fault}")
+    return FORMATS.register(kind)
+
+
+def _fault(kind: type[Format]) -> str:
+    """What is wrong with the parts that a class has; "" for a sound one. Parts that it lacks are the registry's."""
+    given = {part: getattr(kind, part, None) for part in ("name", "unit", "cut", "opens")}
+    name, suffixes = given["name"], getattr(kind, "suffixes", None)
+    if name is not None and not re.fullmatch("[a-z0-9]+", str(name)):
+        return f"its name must be small letters and digits, not {name!r}"
     for part, choices in (("unit", get_args(Unit)), ("cut", get_args(Cut)), ("opens", get_args(Opens))):
-        if (given := getattr(kind, part, None)) not in choices:
-            raise UserError(f"{where}: its {part} must be one of {', '.join(choices)}, not {given!r}")
-    suffixes = getattr(kind, "suffixes", ())
-    if not isinstance(suffixes, tuple) or not suffixes:
-        raise UserError(f"{where}: it has no suffixes: give a tuple with those of its files, such as ('.{name}',)")
-    for suffix in suffixes:
+        if given[part] is not None and given[part] not in choices:
+            return f"its {part} must be one of {', '.join(choices)}, not {given[part]!r}"
+    if suffixes is not None and (not suffixes or not isinstance(suffixes, tuple)):
+        return f"its suffixes must be a tuple of some, such as ('.{name}',), not {suffixes!r}"
+    for suffix in suffixes or ():
         if not re.fullmatch(r"\.[a-z0-9_-]+", suffix) or suffix[1:] in CODECS:
-            raise UserError(f"{where}: a suffix is a dot and small letters, such as '.{name}', not {suffix!r}")
-    if kind.read is Format.read:
-        raise UserError(f"{where}: it has no method 'read'")
-    if (kind.cut == "own") != (kind.pieces is not Format.pieces):
-        raise UserError(f"{where}: cut = 'own' and a method 'pieces' belong together")
-    if kind.cut == "lines" and kind.opens == "path":
-        raise UserError(f"{where}: what is cut at lines is read as a stream: opens must be 'stream'")
-    for other in _formats.values():
-        if other.name == name:
-            raise UserError(f"{where}: the name is taken by {type(other).__module__}")
-        shared = set(suffixes) & set(other.suffixes)
-        if shared and (kind.text_unit is None or kind.text_unit == other.text_unit):
-            raise UserError(f"{where}: files {', '.join(sorted(shared))} are read by format {other.name}")
-    _formats[name] = kind()
-    return kind
+            return f"a suffix is a dot and small letters, such as '.{name}', not {suffix!r}"
+    if (kind.pieces is not Format.pieces) != (given["cut"] == "own"):
+        return "cut = 'own' and a method 'pieces' belong together"
+    if (given["cut"], given["opens"]) == ("lines", "path"):
+        return "what is cut at lines is read as a stream: opens must be 'stream'"
+    for other in FORMATS.known.values():
+        shared = set(suffixes or ()) & set(other.suffixes)
+        if shared and other.name != name and (kind.text_unit is None or kind.text_unit == other.text_unit):
+            return f"files {', '.join(sorted(shared))} are read by format {other.name}"
+    return ""
 
 
-def formats() -> Mapping[str, Format]:
+def formats() -> dict[str, Format]:
     """All formats by name."""
-    _discover()
-    return _formats
+    return {name: kind() for name, kind in FORMATS.all().items()}
 
 
 def by_name(name: str, location: str) -> Format:
     """The format of a piece; raises :class:`UserError` naming ``location`` for an unknown one."""
-    found = formats().get(name)
-    if found is None:
-        raise UserError(f"{location}: pieces of kind '{name}' are unknown")
-    return found
+    try:
+        return FORMATS.get(name)()
+    except ValueError as error:
+        raise UserError(f"{location}: {error}") from None
 
 
 def of_path(path: Path, text_unit: TextUnit = "file") -> tuple[Format, str] | None:
@@ -203,11 +210,3 @@ def _by_access(with_fields: bool) -> tuple[list[str], list[str]]:
         if each.has_fields or not with_fields:
             found[each.opens].update(each.suffixes)
     return sorted(found["stream"]), sorted(found["path"])
-
-
-@functools.cache
-def _discover() -> None:
-    """Import every module of the package ``formats``; each registers what it has."""
-    package = importlib.import_module(PACKAGE)
-    for module in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
-        importlib.import_module(f"{PACKAGE}.{module}")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pretrain.model.attention.registry import check_name, names
+from pretrain.model.attention.registry import FORMS
 
 STAGE_FIELDS = ("rope_theta", "rope_position_scale", "trained_positions")
 """What the curriculum changes of a model while it trains; see :mod:`pretrain.curriculum.stages`."""
@@ -28,7 +28,7 @@ class ModelConfig(BaseModel):
         "nystrom",
         description="nystrom: landmarks, linear in the length. window: near tokens only. softmax: exact attention, "
         "quadratic in the length.",
-        json_schema_extra={"type": " | ".join(names())},
+        json_schema_extra={"type": " | ".join(FORMS.names())},
     )
     vocab_size: int | None = Field(
         None,
@@ -167,7 +167,7 @@ class ModelConfig(BaseModel):
     @field_validator("attention")
     @classmethod
     def _known_form(cls, name: str) -> str:
-        return check_name(name)
+        return FORMS.check(name)
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from pretrain.registry import Registry
+from data_pipeline.registry import Registry
 
 if TYPE_CHECKING:
     import torch
@@ -17,12 +17,14 @@ DECAY, NO_DECAY = "decay", "no_decay"
 
 
 class OptimizerKind:
-    """Base of the kinds. A kind registers itself with ``@KINDS.register("name")`` in a module of ``kinds/``.
+    """Base of the kinds. A kind registers itself with ``@KINDS.register`` in a module of ``kinds/``.
 
     The configuration and ``nystrom plan`` read it before torch is imported: a module of ``kinds/`` imports torch in
     :meth:`build` only. The name is what ``optimizer.kind`` says and what a resume compares.
     """
 
+    name: ClassVar[str]
+    """What ``optimizer.kind`` says."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Keys of the block ``optimizer`` that are something else for this kind if they are left out."""
     settings: ClassVar[Mapping[str, float]] = {}
@@ -50,9 +52,12 @@ class OptimizerKind:
             """
 
 
-KINDS: Registry[type[OptimizerKind]] = Registry(
-    "optimizer", "pretrain.optim.kinds", ("states", "hyperparameters", "build")
-)
+PARTS = {
+    "states": "the float32 values that it keeps for each weight",
+    "hyperparameters": "the hyper-parameters of a group",
+    "build": "the optimizer itself",
+}
+KINDS: Registry[OptimizerKind] = Registry("optimizer", "pretrain.optim.kinds", OptimizerKind, PARTS)
 
 
 class Piece(NamedTuple):

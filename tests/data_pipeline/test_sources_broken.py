@@ -239,7 +239,7 @@ def test_what_has_no_lines_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_piece_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x")
-    with pytest.raises(UserError, match="kind 'docx' are unknown"):
+    with pytest.raises(UserError, match="there is no format 'docx'"):
         list(read_piece(Piece("a", str(tmp_path / "a"), "docx", 0, 1, None, 1), Reading(), Tally()))
 
 

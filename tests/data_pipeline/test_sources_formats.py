@@ -28,28 +28,29 @@ SOUND: dict[str, Any] = {"name": "toy", "suffixes": (".toy",), "unit": "line", "
 
 
 @pytest.fixture(autouse=True)
-def own_register(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_formats", dict(registry.formats()))
+def own_register() -> Iterator[None]:
+    with registry.FORMATS.registered():
+        yield
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": None}, "format Toy .*: its name must be small letters and digits, not None"),
+        ({"name": None}, r"format 'Toy' .* lacks name \(the name that users give\)"),
         ({"name": "to.y"}, "format to.y .*: its name must be"),
-        ({"suffixes": None}, r"format toy .*: it has no suffixes: give a tuple .* such as \('.toy',\)"),
-        ({"suffixes": ()}, "format toy .*: it has no suffixes"),
-        ({"suffixes": ".toy"}, "format toy .*: it has no suffixes"),
+        ({"suffixes": None}, r"format 'toy' .* lacks suffixes \(a tuple .* such as \('.jsonl',\)"),
+        ({"suffixes": ()}, "format toy .*: its suffixes must be a tuple of some"),
+        ({"suffixes": ".toy"}, r"format toy .*: its suffixes must be a tuple of some, such as \('.toy',\), not '.toy'"),
         ({"suffixes": ("toy",)}, r"format toy .*: a suffix is a dot and small letters, such as '.toy', not 'toy'"),
         ({"suffixes": (".gz",)}, "format toy .*: a suffix is"),
-        ({"read": None}, "format toy .*: it has no method 'read'"),
-        ({"unit": None}, "format toy .*: its unit must be one of line, row, not None"),
-        ({"cut": None}, "format toy .*: its cut must be one of whole, lines, own, not None"),
+        ({"read": None, "unit": None}, r"format 'toy' .* lacks unit \(.*\); read \(the reader of records\)"),
+        ({"unit": "page"}, "format toy .*: its unit must be one of line, row, not 'page'"),
+        ({"cut": None}, r"format 'toy' .* lacks cut \(where a file may be entered: whole, lines or own\)"),
         ({"opens": "url"}, "format toy .*: its opens must be one of stream, path, not 'url'"),
         ({"cut": "own"}, "format toy .*: cut = 'own' and a method 'pieces' belong together"),
         ({"pieces": cutter}, "format toy .*: cut = 'own' and a method 'pieces' belong together"),
         ({"cut": "lines", "opens": "path"}, "format toy .*: what is cut at lines is read as a stream"),
-        ({"name": "jsonl"}, r"format jsonl .*: the name is taken by data_pipeline\.sources\.formats\.jsonl"),
+        ({"name": "jsonl"}, r"format 'jsonl' is registered twice: in data_pipeline\.sources\.formats\.jsonl and"),
         ({"suffixes": (".toy", ".csv")}, "format toy .*: files .csv are read by format csv"),
     ],
 )

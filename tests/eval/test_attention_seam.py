@@ -25,7 +25,7 @@ from eval.tasks.recall import task as recall
 from eval.tasks.validity import ValiditySettings
 from eval.tasks.validity import checks as validity
 from pretrain.config import parse_config
-from pretrain.model.attention.registry import registered
+from pretrain.model.attention.registry import FORMS
 from pretrain.planning import cli
 
 MQAR: dict[str, Any] = {"lengths": (48,), "pairs": (2,), "rows": 2, "symbols": 32}
@@ -33,7 +33,7 @@ MQAR: dict[str, Any] = {"lengths": (48,), "pairs": (2,), "rows": 2, "symbols": 3
 
 @pytest.fixture(autouse=True)
 def known() -> Iterator[None]:
-    with registered(Near), registered(Sink):
+    with FORMS.registered(Near, Sink):
         yield
 
 

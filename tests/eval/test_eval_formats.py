@@ -14,8 +14,8 @@ import pytest
 from data_pipeline.cli import main
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
-from data_pipeline.sources import format as registry
 from data_pipeline.sources import formats
+from data_pipeline.sources.format import FORMATS
 from data_pipeline.tokenization.training import train_tokenizer
 from eval.tasks.classification import ClassifySettings
 from eval.tasks.classification.dataset import ClassifyData, sources
@@ -36,14 +36,14 @@ def bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     worked = re.search(r"```python\n(from data_pipeline\.sources\.format .*?)```", DOCS.read_text(), re.DOTALL)
     assert worked is not None
     (tmp_path / "more" / "bars.py").write_text(worked[1])
-    monkeypatch.setattr(registry, "_formats", dict(registry.formats()))  # before the package has one more
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path / "more")])
-    registry._discover.cache_clear()
     data = tmp_path / "data"
     data.mkdir()
     (data / "train.bars").write_text("".join(f"{i % 2}|{text}\n" for i, text in enumerate(TEXTS)))
     (data / "test.bars.gz").write_bytes(gzip.compress(b"0|a\n1|b\n"))
-    yield data
+    with FORMATS.registered():
+        FORMATS.refresh()
+        yield data
     sys.modules.pop(f"{formats.__name__}.bars", None)
 
 

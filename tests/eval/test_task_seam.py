@@ -16,12 +16,13 @@ from report_case import Page
 
 import eval.tasks
 from data_pipeline.errors import UserError
+from data_pipeline.registry import RegistrationError
 from eval import cli
 from eval.report.page import render
 from eval.report.runs import read_runs
 from eval.results.schema import Outcome, read_result
 from eval.suites.load import load_suites
-from eval.task import ModuleTask, Settings, Task, described, register, task_of, tasks, trial
+from eval.task import TASKS, ModuleTask, Settings, Task, described, register, task_of, tasks
 
 TOY = Path(__file__).with_name("toy_task.py")
 SMALL = ["--windows", "6", "--length", "32"]
@@ -39,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def known(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The toy task's file as if it lay in eval/tasks/."""
-    with trial():
+    with TASKS.registered():
         monkeypatch.setattr(eval.tasks, "__path__", [*eval.tasks.__path__, str(folder)])
         importlib.import_module("eval.tasks.guesses")
         yield
@@ -108,8 +109,8 @@ def test_it_is_run_kept_compared_and_drawn(
 
 def test_what_is_registered_in_a_trial_is_forgotten() -> None:
     before = list(tasks())
-    with trial():
-        register("empty")(_task())
+    with TASKS.registered():
+        register(_task("empty"))
         assert list(tasks()) == [*before, "empty"]
     assert list(tasks()) == before
     assert described("empty").heading == ""  # results of it are still drawn
@@ -118,28 +119,31 @@ def test_what_is_registered_in_a_trial_is_forgotten() -> None:
 
 @pytest.mark.parametrize("part", ["summary", "settings", "version", "data", "run"])
 def test_a_task_that_lacks_a_part_is_refused_by_name(part: str) -> None:
-    with trial(), pytest.raises(TypeError, match=rf"task 'half' .* lacks {part}"):
-        register("half")(_task(part))
+    with TASKS.registered(), pytest.raises(RegistrationError, match=rf"task 'half' .* lacks {part}"):
+        register(_task("half", part))
     assert "half" not in tasks()
 
 
 def test_a_task_without_its_module_or_a_part_of_that_is_refused_by_name() -> None:
     class Half(ModuleTask):
+        name = "half"
         summary = "lacks what computes"
         settings = Settings
 
-    with trial():
-        with pytest.raises(TypeError, match=r"task 'half' .* lacks module"):
-            register("half")(Half)
+    with TASKS.registered():
+        with pytest.raises(RegistrationError, match=r"task 'half' .* lacks module"):
+            register(Half)
         Half.module = "eval.team"
-        register("half")(Half)
-        with pytest.raises(TypeError, match=r"task 'half': module eval\.team lacks VERSION, resolve, data, run"):
+        register(Half)
+        with pytest.raises(
+            RegistrationError, match=r"task 'half': module eval\.team lacks VERSION, resolve, data, run"
+        ):
             task_of("half").run(None, None, None)  # type: ignore[arg-type]
 
 
 def test_a_name_is_taken_once() -> None:
-    with trial(), pytest.raises(TypeError, match="'lm'"):
-        register("lm")(_task())
+    with TASKS.registered(), pytest.raises(RegistrationError, match="'lm'"):
+        register(_task("lm"))
 
 
 def test_every_task_has_all_its_parts() -> None:
@@ -161,12 +165,13 @@ def test_the_old_names_warn() -> None:
         assert old_settings.Settings is Settings
 
 
-def _task(without: str = "") -> Any:
+def _task(name: str, without: str = "") -> Any:
     parts: dict[str, Any] = {
+        "name": name,
         "summary": "nothing",
         "settings": Settings,
         "version": 1,
         "data": lambda self, subject, settings: {"hash": ""},
         "run": lambda self, subject, settings, parts: Outcome({}),
     }
-    return type("Half", (Task,), {name: part for name, part in parts.items() if name != without})
+    return type("Half", (Task,), {key: part for key, part in parts.items() if key != without})

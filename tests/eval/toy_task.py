@@ -21,10 +21,11 @@ class GuessesSettings(Settings):
     length: int | None = Field(None, ge=2, description="window in tokens; left out: the longest length of the run")
 
 
-@register("guesses")
+@register
 class Guesses(Task):
     """Top-k accuracy of a causal model on its held-out shards."""
 
+    name = "guesses"
     summary = "how often the right next token is among the few that the model finds likeliest"
     settings = GuessesSettings
     version = 1

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pretrain.model import Layout, ModelConfig, build_model
-from pretrain.model.attention.registry import form_class, form_of, names
+from pretrain.model.attention.registry import FORMS, form_of
 from pretrain.model.decoding import DecodingCache, cache_bytes, cache_elements, decode, prefill
 from pretrain.model.flops import attention_flops_per_token
 from pretrain.model.transformer import NystromformerLM
 
 VOCAB = 31
-REGISTERED = [(name, objective) for name in names() for objective in form_class(name).objectives]
+REGISTERED = [(name, objective) for name in FORMS.names() for objective in FORMS.get(name).objectives]
 """Every form with every objective that it is for."""
 
 

@@ -14,10 +14,10 @@ from test_run import train_until
 from training_case import metrics, settings, weights_hash, write_config
 
 from data_pipeline.errors import UserError, run_cli
+from data_pipeline.registry import RegistrationError
 from pretrain.config import OptimizerConfig, parse_config
 from pretrain.optim.kind import KINDS, OptimizerKind
 from pretrain.optim.optimizer import most_values_kept, parameter_groups, values_kept
-from pretrain.registry import Registry
 
 TOY = {"kind": "toy", "lr": 0.05, "settings": {"friction": 0.3}}
 
@@ -25,8 +25,9 @@ TOY = {"kind": "toy", "lr": 0.05, "settings": {"friction": 0.3}}
 def register_toy() -> None:
     """What the one new module of somebody's optimizer would hold: gradient descent with momentum, by PyTorch."""
 
-    @KINDS.register("toy")
+    @KINDS.register
     class Toy(OptimizerKind):
+        name = "toy"
         settings = {"friction": 0.1, "nesterov": 0.0}  # noqa: RUF012
         matrices = "toy_matrices"
 
@@ -47,9 +48,9 @@ def register_toy() -> None:
 
 @pytest.fixture
 def toy() -> Iterator[None]:
-    register_toy()
-    yield
-    del KINDS._members["toy"]
+    with KINDS.registered():
+        register_toy()
+        yield
 
 
 def train_toy(config: str) -> int:
@@ -115,30 +116,21 @@ def test_settings_of_a_kind_are_checked_by_name(tmp_path: Path) -> None:
 
 
 def test_a_kind_without_a_part_is_refused_by_name() -> None:
-    with pytest.raises(TypeError, match=r"optimizer 'half' \(.*Half\) lacks states, build"):
+    with pytest.raises(RegistrationError, match=r"optimizer 'half' .* lacks states \(.*\); build \("):
 
-        @KINDS.register("half")
+        @KINDS.register
         class Half(OptimizerKind):
+            name = "half"
+
             @staticmethod
             def hyperparameters(group: str, config: OptimizerConfig) -> dict[str, Any]:
                 return {}
 
-    with pytest.raises(TypeError, match=r"optimizer 'adamw' is registered already, by pretrain\.optim\.kinds\.adamw"):
-        KINDS.register("adamw")(KINDS.get("lion"))
-    assert KINDS.names() == ["adamw", "lion", "muon"]
-
-
-def test_a_module_in_the_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "somebodys_kinds"
-    folder.mkdir()
-    (folder / "__init__.py").touch()
-    (folder / "new.py").write_text("import registries\n\n@registries.KINDS.register('new')\nclass New:\n    part = 1\n")
-    kinds: Registry[type] = Registry("kind", "somebodys_kinds", ["part"])
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(sys.modules, "registries", type(sys)("registries"))
-    sys.modules["registries"].KINDS = kinds  # type: ignore[attr-defined]
-    assert kinds.names() == ["new"]
-    assert kinds.get("new").__module__ == "somebodys_kinds.new"
+    with pytest.raises(
+        RegistrationError, match=r"'adamw' is registered twice: in pretrain\.optim\.kinds\.adamw and in"
+    ):
+        KINDS.register(type("Other", (KINDS.get("lion"),), {"name": "adamw"}))
+    assert KINDS.names() == ("adamw", "lion", "muon")
 
 
 def test_the_configuration_knows_the_kinds_without_torch() -> None:

@@ -43,10 +43,11 @@ class ApproximationSettings(Settings):
         return values
 
 
-@register("approximation")
+@register
 class Approximation(ModuleTask):
     """See ``task``."""
 
+    name = "approximation"
     summary = "landmarks against exact attention on the same weights: error by layer and head, loss with either"
     settings = ApproximationSettings
     module = "eval.tasks.approximation.task"

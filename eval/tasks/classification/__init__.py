@@ -79,10 +79,11 @@ class ClassifySettings(Settings):
     grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
 
 
-@register("classify")
+@register
 class Classification(ModuleTask):
     """See ``task``."""
 
+    name = "classify"
     summary = "fine-tuning on labelled text, beside the same network from scratch, TF-IDF and the majority"
     settings = ClassifySettings
     module = "eval.tasks.classification.task"

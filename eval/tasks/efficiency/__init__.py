@@ -32,10 +32,11 @@ class EfficiencySettings(Settings):
         return tuple(sorted(set(values)))
 
 
-@register("efficiency")
+@register
 class Efficiency(ModuleTask):
     """See ``task``."""
 
+    name = "efficiency"
     summary = "tokens per second and memory by length, beside exact attention in the same model"
     settings = EfficiencySettings
     module = "eval.tasks.efficiency.task"

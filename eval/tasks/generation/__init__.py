@@ -61,10 +61,11 @@ class GenerateSettings(Settings):
         return list(dict.fromkeys([main, *map(Decoding.parse, self.decodings)]))
 
 
-@register("generate")
+@register
 class Generation(ModuleTask):
     """See ``task``."""
 
+    name = "generate"
     summary = "what the model writes: samples, and their statistics beside those of real text"
     settings = GenerateSettings
     module = "eval.tasks.generation.task"

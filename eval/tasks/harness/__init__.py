@@ -18,10 +18,11 @@ class HarnessSettings(Settings):
     seed: int = Field(0, ge=0, description="of random choices")
 
 
-@register("harness")
+@register
 class Harness(ModuleTask):
     """See ``task``."""
 
+    name = "harness"
     summary = "tasks of EleutherAI's lm-eval on a causal model (extra 'harness')"
     settings = HarnessSettings
     module = "eval.tasks.harness.task"

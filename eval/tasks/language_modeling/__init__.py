@@ -95,10 +95,11 @@ class PseudoSettings(DocumentSettings, TextSettings):
     window_targets: int = Field(8, ge=1, description="of them, how many in each window")
 
 
-@register("lm")
+@register
 class LanguageModeling(ModuleTask):
     """See ``task``."""
 
+    name = "lm"
     summary = "held-out loss: perplexity, bits per byte, by position; masked accuracy"
     settings = LMSettings
     module = "eval.tasks.language_modeling.task"
@@ -113,10 +114,11 @@ class LanguageModeling(ModuleTask):
     )
 
 
-@register("context")
+@register
 class Context(ModuleTask):
     """See ``context``."""
 
+    name = "context"
     summary = "does more context help? the same held-out tokens under contexts of different lengths"
     settings = ContextSettings
     module = "eval.tasks.language_modeling.context"
@@ -125,10 +127,11 @@ class Context(ModuleTask):
     lead = "Whether more context helps: the same held-out tokens after contexts of different lengths."
 
 
-@register("pppl")
+@register
 class PseudoPerplexity(ModuleTask):
     """See ``pseudo``."""
 
+    name = "pppl"
     summary = "pseudo-perplexity of a masked model: held-out tokens masked one at a time"
     settings = PseudoSettings
     module = "eval.tasks.language_modeling.pseudo"

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.sources.reading import Quotes
 from eval.task import ModuleTask, Row, Settings, quotes_field, register
-from pretrain.model.attention.registry import check_name
+from pretrain.model.attention.registry import FORMS
 
 PUBLISHED = "left out: as published for the dataset"
 
@@ -72,7 +72,7 @@ class LRASettings(Settings):
     @field_validator("networks")
     @classmethod
     def _known_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name if name == "softmax-conv" else check_name(name) for name in networks)
+        return tuple(name if name == "softmax-conv" else FORMS.check(name) for name in networks)
 
     @model_validator(mode="after")
     def _check(self) -> LRASettings:
@@ -91,10 +91,11 @@ class LRASettings(Settings):
         return self.model_dump(mode="json", exclude={"cache_dir", "device"})
 
 
-@register("lra")
+@register
 class LongRangeArena(ModuleTask):
     """See ``task``."""
 
+    name = "lra"
     summary = "Long Range Arena: softmax and Nystrom attention trained from nothing on long sequences"
     settings = LRASettings
     module = "eval.tasks.lra.task"

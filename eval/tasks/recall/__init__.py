@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from eval.task import ModuleTask, Settings, register
-from pretrain.model.attention.registry import check_name
+from pretrain.model.attention.registry import FORMS
 
 KEY = "{key}"
 
@@ -47,7 +47,7 @@ class RecallSettings(Settings):
     @field_validator("attention")
     @classmethod
     def _known_forms(cls, forms: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(form if form == "own" else check_name(form) for form in forms)
+        return tuple(form if form == "own" else FORMS.check(form) for form in forms)
 
     @model_validator(mode="after")
     def _distinct(self) -> RecallSettings:
@@ -132,10 +132,11 @@ class InductionSettings(RecallSettings):
         return self
 
 
-@register("needle")
+@register
 class Needle(ModuleTask):
     """See ``needle`` and ``task``."""
 
+    name = "needle"
     summary = "a word or passkey in a long row, by depth and length, as the model is and trained on it"
     settings = NeedleSettings
     module = "eval.tasks.recall.task"
@@ -144,10 +145,11 @@ class Needle(ModuleTask):
     lead = "A word or passkey hidden in a long text and asked for at its end, by depth and length."
 
 
-@register("mqar")
+@register
 class AssociativeRecall(ModuleTask):
     """See ``mqar`` and ``task``."""
 
+    name = "mqar"
     summary = "multi-query associative recall: key-value pairs, asked for later, by number and length"
     settings = MQARSettings
     module = "eval.tasks.recall.task"
@@ -156,10 +158,11 @@ class AssociativeRecall(ModuleTask):
     lead = "Values found again by their keys: what an attention can hold of its past (MQAR)."
 
 
-@register("induction")
+@register
 class Induction(ModuleTask):
     """See ``induction`` and ``task``."""
 
+    name = "induction"
     summary = "a passage that comes again, random or real text: what its first occurrence is worth, by distance"
     settings = InductionSettings
     module = "eval.tasks.recall.task"

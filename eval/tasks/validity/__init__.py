@@ -16,10 +16,11 @@ class ValiditySettings(Settings):
     seed: int = Field(0, ge=0, description="of random choices")
 
 
-@register("validity")
+@register
 class Validity(ModuleTask):
     """See ``checks``."""
 
+    name = "validity"
     summary = "does the model see the future, its batch mates, its padding? runs before any other suite"
     settings = ValiditySettings
     module = "eval.tasks.validity.checks"

@@ -29,7 +29,6 @@ Far = Literal["exact", "approximate", "unseen"]
 Given = Mapping[str, "Tensor"]
 
 PARTS = {
-    "name": "the name that `attention:` gives",
     "far": "what a token gets of those beyond exact_up_to: exact, approximate or unseen",
     "attend": "the attention itself",
     "cache": "what decoding keeps, and its size",
@@ -37,7 +36,7 @@ PARTS = {
     "exact_up_to": "the length up to which it equals exact attention",
     "parameters": "learned parameters of its own",
 }
-"""What every form defines itself."""
+"""What every form defines itself, beside its ``name``."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class Rotary(NamedTuple):
 class Form:
     """A form of attention under one configuration. Letters: heads H of width d, hidden size h = H d, n tokens.
 
-    Subclasses define all of :data:`PARTS`; what comes after them below has a default that is right for a form with
-    nothing special about it.
+    Subclasses define ``name`` and all of :data:`PARTS`. What comes after them below has a default, which is right for a
+    form with nothing special about it.
     """
 
     name: ClassVar[str]

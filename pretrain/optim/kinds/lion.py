@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from pretrain.config import OptimizerConfig
 
 
-@KINDS.register("lion")
+@KINDS.register
 class Lion(OptimizerKind):
     """The default betas are those of Lion's authors (section 4.1), who take (0.95, 0.98) where training is unstable."""
 
+    name = "lion"
     defaults: ClassVar[Mapping[str, Any]] = {"betas": (0.9, 0.99)}
 
     @staticmethod

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from pretrain.config import OptimizerConfig
 
 
-@KINDS.register("muon")
+@KINDS.register
 class Muon(OptimizerKind):
     """Its class tells the groups apart by their hyper-parameters: one with a ``momentum`` holds matrices."""
 
+    name = "muon"
     matrices = "muon"
 
     @staticmethod

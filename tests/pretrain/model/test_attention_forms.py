@@ -16,10 +16,12 @@ import toy_forms
 from toy_forms import Near, Sink
 
 from data_pipeline.errors import UserError
+from data_pipeline.registry import RegistrationError
 from pretrain.config import parse_config
 from pretrain.model import ModelConfig, build_model
-from pretrain.model.attention import forms, registry
-from pretrain.model.attention.registry import FormError, form_class, form_of, names, register, registered
+from pretrain.model.attention import forms
+from pretrain.model.attention.form import Form
+from pretrain.model.attention.registry import FORMS, form_of
 from pretrain.model.transformer import NystromformerLM
 from pretrain.planning.estimate import parameters_by_part
 
@@ -45,7 +47,7 @@ toys = pytest.mark.parametrize("toy", [Near, Sink])
 
 @pytest.fixture
 def known() -> Iterator[None]:
-    with registered(Near), registered(Sink):
+    with FORMS.registered(Near, Sink):
         yield
 
 
@@ -108,7 +110,7 @@ def test_checks_would_fail_for_a_form_that_leaks_or_forgets() -> None:
         def cache(self, max_length: int) -> Any:
             return form_of(self.config.model_copy(update={"attention": "softmax"})).cache(max_length)
 
-    with registered(Leaking), registered(Forgetting):
+    with FORMS.registered(Leaking, Forgetting):
         leaking, forgetting = (case.model_of(attention=name, objective="clm") for name in ("leaking", "forgetting"))
         for check in CAUSAL_FORMS[:4]:
             with pytest.raises(AssertionError):
@@ -116,68 +118,69 @@ def test_checks_would_fail_for_a_form_that_leaks_or_forgets() -> None:
         case.no_gradient_from_the_future(forgetting, "full")
         with pytest.raises(AssertionError):
             case.decoding_equals_the_forward_pass(forgetting)
-    assert "leaking" not in names()
+    assert "leaking" not in FORMS.names()
 
 
 def test_a_form_without_a_part_is_refused_by_name() -> None:
-    with pytest.raises(FormError, match=r"form half lacks cache .*; exact_up_to .*; parameters ") as error:
+    lacking = r"form of attention 'half' .* lacks cache .*; exact_up_to .*; parameters "
+    with pytest.raises(RegistrationError, match=lacking) as error:
 
-        @register
-        class Half(registry.Form):
+        @FORMS.register
+        class Half(Form):
             name = "half"
             far = "exact"
             attend = Near.attend
             flops = Near.flops
 
     assert "attend" not in str(error.value).replace("the attention itself", "")
-    assert "half" not in names()
-    with pytest.raises(FormError, match=r"form Nameless lacks name .*; far "):
-        register(type("Nameless", (registry.Form,), {}))
-    with pytest.raises(FormError, match="form softmax is registered twice"):
-        register(type("Other", (Near,), {"name": "softmax"}))
+    assert "half" not in FORMS.names()
+    with pytest.raises(RegistrationError, match=r"form of attention 'Nameless' .* lacks name .*; far "):
+        FORMS.register(type("Nameless", (Form,), {}))
+    with pytest.raises(RegistrationError, match="form of attention 'softmax' is registered twice"):
+        FORMS.register(type("Other", (Near,), {"name": "softmax"}))
 
 
 def test_a_form_for_one_objective_is_refused_for_the_other() -> None:
-    with registered(type("CausalOnly", (Near,), {"name": "causal-only", "objectives": ("clm",)})):
+    with FORMS.registered(type("CausalOnly", (Near,), {"name": "causal-only", "objectives": ("clm",)})):
         build_model(case.config(attention="causal-only", objective="clm"))
         with pytest.raises(UserError, match="causal-only is for objective clm, and this model has objective mlm"):
             build_model(case.config(attention="causal-only", objective="mlm"))
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"no form of attention 'windows': did you mean 'window'\? known forms: nystr"):
+    with pytest.raises(ValueError, match=r"no form of attention 'windows': did you mean 'window'\? known: nystr"):
         case.config(attention="windows")
-    with pytest.raises(UserError, match=r"model\.attention: there is no form of attention 'xyz': known forms: nystr"):
+    with pytest.raises(UserError, match=r"model\.attention: there is no form of attention 'xyz': known: nystr"):
         parse_config({"name": "x", "model": {"attention": "xyz"}, "data": {"train": "x"}})
     with pytest.raises(ValueError, match="no form of attention 'xyz'"):
         form_of(case.config().model_copy(update={"attention": "xyz"}))
-    assert {"nystrom", "softmax", "window"} <= set(names())
-    for name in names():
-        assert form_class(name).name == name
+    assert {"nystrom", "softmax", "window"} <= set(FORMS.names())
+    for name in FORMS.names():
+        assert FORMS.get(name).name == name
 
 
 def test_a_file_in_the_folder_is_all_that_a_form_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = inspect.getsource(toy_forms).replace('"near"', '"dropped"').replace("class Near", "@register\nclass Near")
-    imported = "from pretrain.model.attention.registry import register\n"
+    source = (
+        inspect.getsource(toy_forms).replace('"near"', '"dropped"').replace("class Near", "@FORMS.register\nclass Near")
+    )
+    imported = "from pretrain.model.attention.registry import FORMS\n"
     source = source.replace(
         "from pretrain.model.attention.ring import", imported + "from pretrain.model.attention.ring import"
     )
     (tmp_path / "dropped.py").write_text(source)
     (tmp_path / "empty.py").write_text('"""Registers nothing."""\n')
     monkeypatch.setattr(forms, "__path__", [*forms.__path__, str(tmp_path)])
-    registry._modules.cache_clear()
-    try:
+    with FORMS.registered():
+        FORMS.refresh()
         model = case.model_of(attention="dropped", objective="clm")
         case.the_future_changes_nothing_and_prefixes_agree(model)
         case.decoding_equals_the_forward_pass(model)
-        with pytest.raises(FormError, match=r"module .*forms.empty registers no form called empty"):
+        with pytest.raises(
+            RegistrationError, match=r"module .*forms.empty registers no form of attention called 'empty'"
+        ):
             build_model(case.config(attention="empty"))
-    finally:
-        monkeypatch.undo()
-        registry._modules.cache_clear()
-        registry._registered.pop("dropped", None)
-        for name in ("dropped", "empty"):
-            sys.modules.pop(f"{forms.__name__}.{name}", None)
+    for name in ("dropped", "empty"):
+        sys.modules.pop(f"{forms.__name__}.{name}", None)
 
 
 def test_a_configuration_is_read_without_torch() -> None:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from pretrain.model import Layout, ModelConfig, build_model
-from pretrain.model.attention.registry import form_class, names
+from pretrain.model.attention.registry import FORMS
 from pretrain.model.decoding import DecodingCache, cache_bytes, cache_elements, decode, prefill
 from pretrain.model.transformer import NystromformerLM
 
 C, N, VOCABULARY = 4, 45, 23
 FORMS: dict[str, dict[str, Any]] = {
-    **{name: {"attention": name} for name in names() if "clm" in form_class(name).objectives},
+    **{name: {"attention": name} for name in FORMS.names() if "clm" in FORMS.get(name).objectives},
     "inverse": {"landmark_inverse": True, "learn_landmark_query": True},
     "inverse-fixed-gamma": {"landmark_inverse": True, "learn_gamma": False, "landmark_keys": "mean"},
     "mean-keys": {"landmark_keys": "mean"},

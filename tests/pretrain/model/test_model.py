@@ -27,14 +27,14 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from pretrain.model import Layout, ModelConfig, build_model
-from pretrain.model.attention.registry import form_class, names
+from pretrain.model.attention.registry import FORMS
 from pretrain.model.attention.self_attention import SelfAttention
 
 VARIANTS: list[dict[str, object]] = [
     {"objective": objective, "attention": attention, "positions": positions, "norm": norm}
     for objective in ("mlm", "clm")
     for attention, positions, norm in [
-        *((name, "rotary", "pre") for name in names() if objective in form_class(name).objectives),
+        *((name, "rotary", "pre") for name in FORMS.names() if objective in FORMS.get(name).objectives),
         ("nystrom", "learned", "post"),
         ("softmax", "none", "pre"),
     ]

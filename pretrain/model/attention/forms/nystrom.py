@@ -18,14 +18,14 @@ from pretrain.model.attention.form import Form, Given, OwnParameter, Rotary
 from pretrain.model.attention.forms.window import segment_sizes, tokens_seen
 from pretrain.model.attention.layout import Layout, Rectangle
 from pretrain.model.attention.nystrom import nystrom_attention, pooled_attention
-from pretrain.model.attention.registry import register
+from pretrain.model.attention.registry import FORMS
 from pretrain.model.attention.ring import Ring
 from pretrain.model.attention.ring_plan import RingStep
 from pretrain.model.attention.softmax import at_least_float32
 from pretrain.model.positions import RotaryTable, apply_rotary, segment_means
 
 
-@register
+@FORMS.register
 class Nystrom(Form):
     """A landmark for each segment of the text: m of them (mlm), or one for each c tokens beyond the window (clm)."""
 

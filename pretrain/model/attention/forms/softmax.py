@@ -6,12 +6,12 @@ from torch import Tensor
 
 from pretrain.model.attention.form import Form, Given, OwnParameter
 from pretrain.model.attention.layout import Rectangle
-from pretrain.model.attention.registry import register
+from pretrain.model.attention.registry import FORMS
 from pretrain.model.attention.ring import Ring
 from pretrain.model.attention.softmax import softmax_attention
 
 
-@register
+@FORMS.register
 class Softmax(Form):
     """Every token sees every other one (clm: every earlier one), exactly (Vaswani et al. 2017, equation 1)."""
 

@@ -8,12 +8,12 @@ from pretrain.model.attention.blockwise import Window
 from pretrain.model.attention.causal_nystrom import causal_window_attention
 from pretrain.model.attention.form import Form, Given, OwnParameter
 from pretrain.model.attention.layout import Rectangle
-from pretrain.model.attention.registry import register
+from pretrain.model.attention.registry import FORMS
 from pretrain.model.attention.ring import Ring
 from pretrain.model.attention.softmax import window_attention
 
 
-@register
+@FORMS.register
 class WindowAlone(Form):
     """A token sees its own segment of c tokens and the w - 1 before it, up to itself; mlm: w - 1 on both sides."""
 
