@@ -155,6 +155,7 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
     else:
         folder = args.out
     runner = Runner(subject, folder, force=args.force, rerun=args.rerun, team=team)
+    runner.expect(suites)
     tracking = Tracking(folder, args.wandb if team.is_first else "off", subject)
     results: list[tuple[str, Result, bool]] = []
     failures: dict[str, list[str]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +30,7 @@ class Runner:
     force: bool = False
     rerun: bool = False
     verdict: Verdict | None = None
+    longest: int = 0
     team: Team = field(default_factory=Team)
 
     def run(self, suite: Suite, name: str | None = None) -> tuple[Result, bool]:
@@ -47,11 +50,17 @@ class Runner:
             assert subject is not None
             assert isinstance(suite.settings, ValiditySettings)
             self.verdict = check(
-                subject, self.folder, asked=True, rerun=self.rerun, settings=suite.settings, team=self.team
+                subject,
+                self.folder,
+                asked=True,
+                rerun=self.rerun,
+                settings=suite.settings,
+                length=self.longest,
+                team=self.team,
             )
             return self.verdict.result, self.verdict.fresh
-        gate = self._gate() if task.gated and subject is not None else "none"
         settings = task.resolve(subject, suite.settings)
+        gate = self._gate(task.longest(settings)) if task.gated and subject is not None else "none"
         return obtain(
             self.folder,
             name or suite.name,
@@ -66,11 +75,21 @@ class Runner:
             team=self.team,
         )
 
-    def _gate(self) -> str:
+    def expect(self, suites: Iterable[Suite]) -> None:
+        """Have the gate look once at the longest text of these suites, and not again for each longer one."""
+        for suite in suites:
+            if suite.task.needs_checkpoint and suite.task.gated and self.subject is not None:
+                with contextlib.suppress(UserError):  # said when the suite is run
+                    settings = suite.task.resolve(self.subject, suite.settings)
+                    self.longest = max(self.longest, suite.task.longest(settings))
+
+    def _gate(self, length: int) -> str:
         assert self.subject is not None
-        # A pass over fewer positions, asked for by name, does not count: read from its file it would not either.
-        if self.verdict is None or (self.verdict.passed and not self.verdict.full):
-            self.verdict = check(self.subject, self.folder, team=self.team)
+        length = max(length, self.longest)
+        # A pass over fewer positions or shorter texts, asked for by name, does not count: read from its file it would
+        # not either.
+        if self.verdict is None or not self.verdict.covers(length):
+            self.verdict = check(self.subject, self.folder, length=length, team=self.team)
         if self.verdict.passed:
             return "passed"
         if not self.force:

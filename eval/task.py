@@ -38,6 +38,8 @@ PARTS = {
 }
 """What a task must have: one that lacks some of it is refused where it registers."""
 LAST = 1000
+LENGTHS = ("length", "lengths", "max_length", "contexts")
+"""Fields of settings that say how long the rows are that the model is given, in tokens."""
 
 
 def quotes_field() -> Any:
@@ -152,6 +154,16 @@ class Task:
     def resolve(self, subject: Subject | None, settings: Any) -> Any:
         """The settings with what was left open (length, precision) filled in from the model, and checked."""
         return settings
+
+    def longest(self, settings: Any) -> int:
+        """Tokens of the longest row that the model is given under resolved ``settings``.
+
+        The validity gate looks as far as that. Read from the usual fields: a task that has others overrides it.
+        """
+        if self.timings:
+            return 0  # what it writes down is no score
+        fields = (getattr(settings, name, None) for name in LENGTHS)
+        return max([0, *(n for f in fields for n in (f if isinstance(f, tuple) else (f,)) if isinstance(n, int))])
 
 
 class ModuleTask(Task):

@@ -15,6 +15,7 @@ from data_pipeline.shards.shardset import ShardSet
 from eval.subject import Subject
 from eval.tasks.validity import ValiditySettings
 from eval.tasks.validity import checks as validity
+from eval.tasks.validity.probe import check_positions, structure_length
 from pretrain.model.attention.forms import nystrom
 from pretrain.model.attention.ring import RingLayer
 
@@ -109,8 +110,8 @@ def test_dependence_on_padding_is_caught(masked: Path, shards: ShardSet, monkeyp
 
 def test_positions_reach_both_sides_of_segment_edges(causal: Path) -> None:
     subject = subject_of(causal, None)
-    length = validity.check_length(subject)
-    positions = validity.check_positions(subject, length, ValiditySettings(positions=500))
+    length = structure_length(subject)
+    positions = check_positions(subject, length, ValiditySettings(positions=500))
     assert {7, 8, 15, 16, 0, length - 2} <= set(positions)
     assert max(positions) == length - 2
     assert length > 8 * 2 + 8  # landmarks take part only beyond the window

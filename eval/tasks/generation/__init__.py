@@ -77,3 +77,7 @@ class Generation(ModuleTask):
         Row("repetition_4", "Generated text, repeated 4-grams"),
         Row("top_1", "Masked words filled in rightly"),
     )
+
+    def longest(self, settings: GenerateSettings) -> int:
+        """Of the prompts that it draws itself; the user's own may be longer."""
+        return settings.prompt_tokens + settings.max_new_tokens

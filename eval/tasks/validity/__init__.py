@@ -12,6 +12,12 @@ CHECKS_TABLE = "checks"
 class ValiditySettings(Settings):
     """Where the checks look."""
 
+    length: int | None = Field(
+        None,
+        ge=2,
+        description="tokens up to which models are looked at; left out: the longest length of the run, and of what is "
+        "scored",
+    )
     positions: int = Field(32, ge=1, description="positions of perturbation and prefix likelihood, segment edges first")
     seed: int = Field(0, ge=0, description="of random choices")
 

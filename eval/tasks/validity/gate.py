@@ -9,6 +9,7 @@ from eval.results.schema import Result, Table, read_result
 from eval.results.store import obtain
 from eval.subject import Subject
 from eval.tasks.validity import CHECKS_TABLE, ValiditySettings, checks
+from eval.tasks.validity.probe import probed_length
 from eval.team import Team
 
 
@@ -24,10 +25,9 @@ class Verdict:
         """Whether every check passed."""
         return self.result.metrics["passed"].value == 1.0
 
-    @property
-    def full(self) -> bool:
-        """Whether it looked at as many positions as by default."""
-        return self.result.settings["positions"] >= ValiditySettings().positions
+    def covers(self, length: int) -> bool:
+        """Whether it speaks for scores at ``length`` tokens: a failure always does."""
+        return not self.passed or checks.covers(self.result.settings, length)
 
     @property
     def failures(self) -> list[str]:
@@ -42,21 +42,36 @@ def check(
     asked: bool = False,
     rerun: bool = False,
     settings: ValiditySettings | None = None,
+    length: int = 0,
     team: Team | None = None,
 ) -> Verdict:
-    """The verdict on the subject's weights; ``folder``/validity.json holds it.
+    """The verdict on the subject's weights up to ``length`` tokens; ``folder``/validity.json holds it.
 
-    A result there that passed for these weights stands, whatever text it was measured on, unless the suite was
-    ``asked`` for by name: then it must have been measured on this text too.
+    A result there that passed for these weights up to that length stands, whatever text it was measured on, unless the
+    suite was ``asked`` for by name: then it must have been measured on this text too.
     """
     info = subject.info()
     team = team or Team()
+    length = probed_length(subject, length)
     path = folder / f"{checks.TASK}.json"
-    if not asked and not rerun:
-        standing = team.first(lambda: read_result(path) if checks.stands(path, info) else None)
-        if standing is not None:
-            return Verdict(standing, False)
     settings = settings or ValiditySettings()
+    if not rerun and settings.length is None:
+        own = settings.model_copy(update={"length": length}).as_dict() if asked else None
+        text = checks.data(subject, settings)["hash"] if asked else None
+
+        def standing() -> Result | None:
+            if not checks.stands(path, info, length):
+                return None
+            result = read_result(path)
+            alike = own is None or (result.settings | {"length": length} == own and result.data["hash"] == text)
+            return result if alike else None
+
+        found = team.first(standing)
+        if found is not None:
+            return Verdict(found, False)
+    if settings.length is None:
+        settings = settings.model_copy(update={"length": length})
+    settings = checks.resolve(subject, settings)
     result, fresh = obtain(
         folder,
         checks.TASK,

@@ -1,0 +1,49 @@
+"""Every fault planted in a model is found by the gate: a planted fault that nothing finds is a red test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from suites_case import subject_of
+
+from benchmarks.validity.plants import PLANTS, Plant, planted
+from data_pipeline.shards.shardset import ShardSet
+from eval.subject import Subject
+from eval.tasks.validity import ValiditySettings, checks
+
+LENGTH = 640
+CASES = [(plant, objective) for plant in PLANTS for objective in plant.objectives]
+
+
+@pytest.fixture(scope="module")
+def subjects(export: Callable[..., Path], shards: ShardSet) -> dict[str, Subject]:
+    return {
+        objective: subject_of(export(f"plants-{objective}", objective=objective), shards)
+        for objective in ("clm", "mlm")
+    }
+
+
+@pytest.fixture(autouse=True)
+def in_bf16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that is fast in it."""
+    monkeypatch.setattr(checks, "fast_precision", lambda device: "bf16")
+
+
+def found(subject: Subject) -> list[str]:
+    """Names of the checks that fail, without those of a model that is built anew and has no fault."""
+    settings = checks.resolve(subject, ValiditySettings(length=LENGTH))
+    failed = {check.name for check in checks.all_checks(subject, settings) if not check.passed}
+    return sorted(name for name in failed if not name.startswith("save and load"))
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_nothing_is_found_in_a_sound_model(subjects: dict[str, Subject], objective: str) -> None:
+    assert found(subjects[objective]) == []
+
+
+@pytest.mark.parametrize(("plant", "objective"), CASES, ids=[f"{plant.name}-{o}" for plant, o in CASES])
+def test_a_planted_fault_is_found(subjects: dict[str, Subject], plant: Plant, objective: str) -> None:
+    with planted(subjects[objective].model, plant):
+        assert found(subjects[objective])
