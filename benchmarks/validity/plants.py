@@ -91,6 +91,8 @@ def planted(model: Any, plant: Plant) -> Iterator[None]:
     def kept(cache: DecodingCache, rows: Any) -> None:
         keep(cache, rows)
         memory["kept"] = cache
+        if len(set(rows)) < len(rows):
+            memory["doubled"] = cache
 
     def forward(
         input_ids: Tensor, labels: Any = None, layout: Any = None, *, hidden: bool = False, cache: Any = None
@@ -226,6 +228,12 @@ PLANTS = (
         "long rows", f"sees the next token in rows above {LONG}", lambda c: c.ahead() if c.length > LONG else None, CLM
     ),
     Plant(
+        "rows of some lengths",
+        "sees it in rows of 100 to 200 tokens",
+        lambda c: c.ahead() if 100 < c.length < 200 else None,
+        CLM,
+    ),
+    Plant(
         "hidden path",
         "sees it where hidden states are asked for",
         lambda c: c.ahead() if c.path == "hidden" else None,
@@ -250,6 +258,12 @@ PLANTS = (
         "cache: rows that leave",
         "wrong after rows have changed places",
         lambda c: _constant(c) if c.cache is not None and c.memory.get("kept") is c.cache else None,
+        CLM,
+    ),
+    Plant(
+        "cache: rows doubled",
+        "wrong after a row was doubled",
+        lambda c: _constant(c) if c.cache is not None and c.memory.get("doubled") is c.cache else None,
         CLM,
     ),
     Plant("cache: left padding", "wrong for prompts padded on the left", _left_padded, CLM),
