@@ -32,10 +32,10 @@ from data_pipeline.batches.masking import Masking
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
+from eval.shared.forms import changed, with_attention
 from eval.subject import Subject, batches
 from eval.tasks.approximation import ApproximationSettings
 from eval.tasks.approximation.figures import Figures
-from eval.tasks.approximation.forms import changed, with_attention
 from eval.tasks.approximation.observe import observe
 from eval.tasks.approximation.summary import summarize
 from eval.tasks.approximation.variants import SWEPT, TRAINED, Variant, by_layer, defaults, sweeps, whole

@@ -12,13 +12,14 @@ import torch
 from tqdm import tqdm
 
 from eval.results.parts import Job
+from eval.shared.labelled import Labelled
+from eval.shared.training import carve
 from eval.subject import Subject
 from eval.tasks.classification import MODEL_ROW, SCRATCH_ROW, TFIDF_CUT_ROW, TFIDF_ROW, ClassifySettings
 from eval.tasks.classification.baselines import tfidf
-from eval.tasks.classification.dataset import ClassifyData, carve
+from eval.tasks.classification.dataset import ClassifyData
 from eval.tasks.classification.encode import Encoded, encode
 from eval.tasks.classification.finetune import Classifier, Examples, Recipe, fit, predict
-from eval.tasks.classification.labelled import Labelled
 from eval.tasks.classification.metrics import Predictions
 from pretrain.model.transformer import build_model
 

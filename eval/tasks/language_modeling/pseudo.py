@@ -22,11 +22,11 @@ from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ramps
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Outcome, Table
+from eval.shared.scoring import LOG2E, PART_TOKENS, metrics_of, run_parts, score, unique
 from eval.subject import Subject, batches
 from eval.tasks.language_modeling import PseudoSettings
 from eval.tasks.language_modeling.causal import INEXACT
 from eval.tasks.language_modeling.masked import windows_of
-from eval.tasks.language_modeling.measures import LOG2E, PART_TOKENS, metrics_of, run_parts, score, unique
 from eval.tasks.language_modeling.spans import Ints
 from eval.tasks.language_modeling.text import Stream, check_source, describe_source, open_stream, resolve_documents
 from eval.tasks.language_modeling.windows import by_size

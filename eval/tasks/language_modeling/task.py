@@ -24,7 +24,6 @@ from eval.tasks.language_modeling import LMSettings, causal, masked
 from eval.tasks.language_modeling.causal import POSITION_SERIES as POSITION_SERIES
 from eval.tasks.language_modeling.causal import TABLE as TABLE
 from eval.tasks.language_modeling.contamination import fingerprint
-from eval.tasks.language_modeling.measures import perplexity as perplexity
 from eval.tasks.language_modeling.text import check_source, describe_source, resolve_documents
 
 VERSION = 3

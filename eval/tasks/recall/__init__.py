@@ -133,7 +133,7 @@ class InductionSettings(RecallSettings):
 
 
 @register("needle")
-class Needle(ModuleTask):
+class NeedleTask(ModuleTask):
     """See ``needle`` and ``task``."""
 
     summary = "a word or passkey in a long row, by depth and length, as the model is and trained on it"
@@ -145,7 +145,7 @@ class Needle(ModuleTask):
 
 
 @register("mqar")
-class AssociativeRecall(ModuleTask):
+class MQARTask(ModuleTask):
     """See ``mqar`` and ``task``."""
 
     summary = "multi-query associative recall: key-value pairs, asked for later, by number and length"
@@ -157,7 +157,7 @@ class AssociativeRecall(ModuleTask):
 
 
 @register("induction")
-class Induction(ModuleTask):
+class InductionTask(ModuleTask):
     """See ``induction`` and ``task``."""
 
     summary = "a passage that comes again, random or real text: what its first occurrence is worth, by distance"
