@@ -14,10 +14,9 @@ from eval.results.schema import Metric, Outcome, Table
 from eval.results.statistics import bootstrap
 from eval.subject import Subject, choose_precision
 from eval.tasks.classification import MAJORITY_ROW, MODEL_ROW, ClassifySettings
-from eval.tasks.classification.baselines import majority
 from eval.tasks.classification.dataset import ClassifyData, sources
 from eval.tasks.classification.finetune import default_lr
-from eval.tasks.classification.jobs import Fits, predictions
+from eval.tasks.classification.jobs import Fits, majority, predictions
 from eval.tasks.classification.metrics import scores
 from eval.tasks.classification.outcome import (
     Scored,

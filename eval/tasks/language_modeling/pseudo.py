@@ -5,7 +5,7 @@ sum over the tokens, and the pseudo-perplexity exp(-PLL / N). It takes a forward
 measured on a sample of positions: a few in each of windows that are spread evenly over the held-out text.
 
 A pseudo-likelihood is no likelihood (the conditionals need not belong to one distribution), and the other tokens of a
-word of several give it away: PPPL is far below a causal perplexity and compares masked models of one tokenizer only.
+word of several give it away. PPPL is far below a causal perplexity and compares masked models of one tokenizer only.
 Per byte and word it can be held against other tokenizers, with that reservation.
 """
 

@@ -1,7 +1,7 @@
 """Training a classifier from random weights for a number of steps; the weights are chosen on the dev split.
 
 As published (LRA/code/run_tasks.py of the Nyströmformer repository): AdamW with epsilon 1e-6, one cycle of the learning
-rate, linear up and down, with beta1 going the other way; the dev split is looked at every so many steps, and the best
+rate, linear up and down, with beta1 going the other way. The dev split is looked at every so many steps, and the best
 weights are scored on the test split, once. Not as published: batches are of like lengths, which saves padding.
 """
 

@@ -1,9 +1,9 @@
 """Recall from far back: a needle or passkey in a haystack, key-value pairs, a passage that comes again.
 
 Two looks at a checkpoint. *As it is*: rows in its own vocabulary, scored by likelihood, so that small models show
-something too: the right answer against others, and the gain in nats over the same row without what is asked for.
-*Trained* (``train_steps``): the network after some steps on the task, as in the synthetic benchmarks; what its
-architecture can do, more than what pretraining made of it.
+something too. Two figures tell: the right answer against others, and the gain in nats over the same row without what is
+asked for. *Trained* (``train_steps``): the network after some steps on the task, as in the synthetic benchmarks; what
+its architecture can do, more than what pretraining made of it.
 """
 
 from __future__ import annotations
