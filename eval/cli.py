@@ -30,7 +30,7 @@ EXAMPLE = """examples:
   nystrom launch local --nproc 4 -- eval classify --checkpoint runs/books-clm ...     on four processes
 
 Results are written to RUN/eval/SUITE.json; `nystrom report RUN` makes a page of them. A result that is there already
-for the same weights, settings and data is not computed again, and an interrupted suite goes on where it was. A suite
+for the same weights, settings and data is not computed again, and an interrupted suite resumes where it was. A suite
 that cannot be run does not keep the others from running."""
 
 

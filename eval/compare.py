@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from eval.results.comparable import immaterial, same_unit
+from eval.results.comparable import obstacle, same_unit
 from eval.results.records import read_records, results_folder
 from eval.results.schema import Metric, Result, finite, read_result
-from eval.task import described, gate
+from eval.task import gate
 
 _Records = list[dict[str, Any]]
 SAME = 1e-4
@@ -138,30 +138,6 @@ def compare_files(a: Path, b: Path, ignore: Collection[str] = ()) -> Comparison:
     return Comparison(name, metrics, notes)
 
 
-def obstacle(a: Result, b: Result, ignore: Collection[str] = ()) -> str:
-    """Why two results cannot be compared, "" if they can. Paths may differ where the content is the same."""
-    if a.task != b.task:
-        return f"other tasks: {a.task} and {b.task}"
-    if a.version != b.version:
-        return f"computed by versions {a.version} and {b.version} of the task: evaluate the older one again"
-    forced = [side for side, result in (("A", a), ("B", b)) if result.gate == "forced"]
-    if forced:
-        return f"the validity gate failed for {' and '.join(forced)} and was forced: the numbers are not what they say"
-    if a.model.objective != b.model.objective and not described(a.task).any_objective:
-        return f"other objectives, {a.model.objective} and {b.model.objective}: the figures do not mean the same"
-    if a.data["hash"] != b.data["hash"]:
-        return f"other data: {_where(a)} and {_where(b)}"
-    differ = [
-        f"{key} {a.settings.get(key)!r} and {b.settings.get(key)!r}"
-        for key in sorted(set(a.settings) | set(b.settings))
-        if a.settings.get(key) != b.settings.get(key)
-        and key not in ignore
-        and key not in immaterial(a.task)
-        and not (key in a.settings and a.settings[key] == a.data.get(key) and b.settings.get(key) == b.data.get(key))
-    ]
-    return f"other settings: {'; '.join(differ)} (--ignore SETTING if that is meant)" if differ else ""
-
-
 def _difference(name: str, a: Result, b: Result, records: tuple[_Records, _Records]) -> Difference:
     x, y = a.metrics[name], b.metrics[name]
     plain = Difference(
@@ -262,10 +238,6 @@ def _write(out: Path, a: Path, b: Path, compared: list[Comparison], alone: list[
 
 def _names(paths: Sequence[Path]) -> str:
     return ", ".join(path.stem for path in paths)
-
-
-def _where(result: Result) -> str:
-    return str(result.data.get("path") or result.data.get("test") or f"hash {result.data['hash'][:12]}")
 
 
 def _number(value: float) -> str:

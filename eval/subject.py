@@ -15,6 +15,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from eval.results.schema import ModelInfo
 from pretrain.curriculum.stages import trained_length
+from pretrain.precision import fast_precision
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.load import LoadedModel
@@ -130,6 +131,11 @@ def choose_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """auto: "bf16" where the device is fast at it, else "fp32"."""
+    return fast_precision(device) if name == "auto" else name
 
 
 def batches(total: int, size: int) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""Fresh results in Weights & Biases, where that is asked for. Whatever it does, the evaluation goes on."""
+"""Fresh results in Weights & Biases, where that is asked for. Whatever it does, the evaluation continues."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PROJECT = "nystrom-eval"
 """Of results without a run; those of a run go to its telemetry.wandb_project."""
 WAIT_SECONDS = 30
-"""For a server, and for a key from a terminal: `online` goes on offline after it."""
+"""For a server, and for a key from a terminal: `online` continues offline after it."""
 
 
 class Tracking:

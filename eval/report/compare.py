@@ -1,4 +1,4 @@
-"""Which results may be compared, which is the best of them, and by how much two differ."""
+"""Which results are in doubt, which is the best of them, and by how much two differ."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import UserError
-from eval.report.runs import Run, flatten
-from eval.results.comparable import immaterial, same_unit
+from eval.report.runs import Run
+from eval.results.comparable import obstacles, same_unit
 from eval.results.records import read_records
 from eval.results.schema import Metric, Result, Table
 from eval.results.statistics import paired_bootstrap
@@ -74,22 +74,6 @@ def doubt(run: Run, result: Result) -> str:
     return "the validity gate failed" if same and failed_checks(run) else ""
 
 
-def conditions(result: Result) -> dict[str, Any]:
-    """What must be equal for two figures to be comparable: data, settings and (but for some tasks) the objective."""
-    kept = {k: v for k, v in result.settings.items() if k not in immaterial(result.task)}
-    settings = {f"setting {k}": v for k, v in flatten(kept).items()}
-    objective = {} if described(result.task).any_objective else {"objective": result.model.objective}
-    found = {"task": result.task, "version of the task": result.version, "data": result.data.get("hash")}
-    return found | objective | settings
-
-
-def unequal(results: Sequence[Result]) -> list[str]:
-    """The conditions in which the results differ."""
-    found = [conditions(result) for result in results]
-    keys = dict.fromkeys(key for each in found for key in each)
-    return [key for key in keys if len({str(each.get(key)) for each in found}) > 1]
-
-
 def best_of(metrics: Sequence[Metric | None]) -> int | None:
     """Place of the best value; None with fewer than two, or where its interval meets another's.
 
@@ -112,7 +96,7 @@ def differences(members: Sequence[Member]) -> list[Difference]:
     first, *others = members
     mine = records_of(first) if others else []
     for other in others:
-        if not mine or unequal([first.result, other.result]):
+        if not mine or obstacles(first.result, other.result):
             continue
         theirs = records_of(other)
         if len(theirs) > MAX_PAIRS:

@@ -1,6 +1,6 @@
 """Heat maps: inline SVG of a fixed size, so that the values stay readable and a wide one scrolls in its own box.
 
-The colour of a cell is that of the scale's low end with the high end laid over it at the share of the value; both are
+The colour of a cell is that of the scale's low end with the high end laid over it at the share of the value. Both are
 CSS variables, so one picture serves the light and the dark page. The text is black or white, by where the share lies:
 ``LIGHT_TURNS`` and ``DARK_TURNS`` are the shares at which it has to change on either page to keep a contrast of 4.5.
 """

@@ -1,7 +1,8 @@
 """Reading what the report shows, forgiving what a killed run leaves behind.
 
-A RUN is a run folder as ``nystrom train`` writes it, one of its checkpoints (``RUN/checkpoints/stepN``: the run as far
-as that step, with the results of ``RUN/eval/stepN``), or a folder that holds nothing but evaluation results.
+A RUN is a run folder as ``nystrom train`` writes it, one of its checkpoints, or a folder that holds nothing but
+evaluation results. A checkpoint ``RUN/checkpoints/stepN`` is the run as far as that step, with the results of
+``RUN/eval/stepN``.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eval.report.compare import Difference, Member, best_of, differences, unequal
+from eval.report.compare import Difference, Member, best_of, differences
 from eval.report.numbers import number, plain, words
 from eval.report.runs import flatten
-from eval.results.comparable import same_unit
-from eval.results.schema import Metric
+from eval.results.comparable import same_unit, unequal
+from eval.results.schema import Metric, Result
 
 # Rows beyond which a table is folded, and beyond which the rest is left to the file.
 FOLD_ROWS, MOST_ROWS = 16, 400
@@ -90,9 +90,8 @@ def metric_row(label: str, members: Sequence[Member | None], name: str, *, ranke
     present = [member for member, metric in zip(members, found, strict=True) if member and metric]
     first = next(metric for metric in found if metric)
     winner = None
-    results = [member.result for member in present]
-    own_tokens = not same_unit(name, results)
-    if ranked and not own_tokens and not unequal(results):
+    own_tokens = not same_unit(name, [member.result for member in present])
+    if ranked and not own_tokens and not unequal(sound(present)):
         winner = best_of([m if member and not member.doubt else None for m, member in zip(found, members, strict=True)])
     figures = [
         figure(metric, best=place == winner, doubt=member.doubt if member and metric else "")
@@ -140,13 +139,18 @@ def attributed(notes: Sequence[tuple[Member, str]]) -> list[str]:
 
 def difference_rows(members: Sequence[Member]) -> list[tuple[str, Difference]]:
     """The paired differences, with the metric's name in words; figures in doubt take no part."""
-    sound = [member for member in members if not member.doubt]
-    return [(words(row.metric), row) for row in differences(sound)] if sound else []
+    certain = [member for member in members if not member.doubt]
+    return [(words(row.metric), row) for row in differences(certain)] if certain else []
 
 
 def unequal_conditions(members: Sequence[Member]) -> list[str]:
-    """Why the members are not comparable, in words; empty if they are."""
-    return [words(key) for key in unequal([member.result for member in members])]
+    """Why the members that are not in doubt are not comparable, in words; empty if they are."""
+    return [words(key) for key in unequal(sound(members))]
+
+
+def sound(members: Sequence[Member]) -> list[Result]:
+    """The results that are not in doubt: the others take no part in any comparison."""
+    return [member.result for member in members if not member.doubt]
 
 
 def measured(members: Sequence[Member]) -> list[tuple[str, list[str]]]:

@@ -1,6 +1,6 @@
 """A suite's work in parts: each kept as soon as it is done, divided over the processes of the evaluation.
 
-A suite that was interrupted, between two parts or within one, goes on with the parts that are missing, also on another
+A suite that was interrupted, between two parts or within one, resumes with the parts that are missing, also on another
 number of processes. A part is a file of two lines, what it is and its value, with the checksum of the second in the
 first; one that does not hold together is computed again.
 """
@@ -114,7 +114,7 @@ def write_part(path: Path, name: str, text: str) -> None:
         except OSError as error:
             raise UserError(
                 f"part {name} cannot be kept in {path.parent}: {error.strerror or error}; make room, and the same "
-                "command goes on with the parts that are missing"
+                "command resumes with the parts that are missing"
             ) from None
 
 

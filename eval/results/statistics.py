@@ -1,8 +1,8 @@
 """Uncertainty of what is measured on a sample of items: the bootstrap, for one model and for two on the same items.
 
-What is drawn is items, not records: records of one ``id`` (the same text scored with several seeds, or a text that
-stands twice in a test file) are not independent, so they are drawn together. Every metric here is a function of two
-sums over the items (:class:`eval.results.schema.Estimator`), so a draw costs two sums.
+Items are drawn, not records. Records of one ``id`` (the same text scored with several seeds, or a text that stands
+twice in a test file) are not independent, so they are drawn together. Every metric here is a function of two sums over
+the items (:class:`eval.results.schema.Estimator`), so a draw costs two sums.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ data, and the version of the code that computes it. In a results folder,
     SUITE.json, SUITE.samples.jsonl           the one that was last asked for under this name: what people read
     .unfinished/KEY/                          parts of suites that were interrupted
 
-Records are written before the result that names their checksum, each file whole under its name or not at all, so a
+Records are written before the result that names their checksum, each file whole under its name or not at all. So a
 killed evaluation leaves the old or the new and never something that passes for either. What determines a result does
-not include the validity gate: its verdict on the weights is asked before a result is looked for, and a stored result
-is handed out with the verdict of today.
+not include the validity gate: its verdict on the weights is asked before a result is looked for, and a stored result is
+handed out with the verdict of today.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from eval.team import Team
 
 UNFINISHED = ".unfinished"
 KEEP_UNFINISHED_DAYS = 30
-"""Parts of a suite that nobody went on with for so long are removed: its settings, data or code have changed since."""
+"""Parts of a suite that nobody resumed for so long are removed: its settings, data or code have changed since."""
 
 
 def result_key(task: str, version: int, model: ModelInfo, settings: dict[str, Any], data_hash: str) -> str:

@@ -19,10 +19,10 @@ from data_pipeline.shards.shardset import ShardSet
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.results.statistics import estimate
+from eval.shared.forms import with_attention
 from eval.subject import Subject
 from eval.suites.load import load_suites
 from eval.tasks.approximation import ApproximationSettings, exact, task
-from eval.tasks.approximation.forms import with_attention
 from pretrain.model import Layout, ModelConfig, build_model
 from pretrain.model.attention.self_attention import AttentionContext
 

@@ -17,13 +17,13 @@ from data_pipeline.shards.shardset import ShardSet
 from eval.results.parts import Job, Parts
 from eval.results.schema import Metric, Outcome
 from eval.results.statistics import bootstrap
+from eval.shared.training import length_batches
 from eval.subject import Subject
 from eval.suites.load import load_suites
 from eval.tasks.classification import MAJORITY_ROW, MODEL_ROW, SCRATCH_ROW, TFIDF_CUT_ROW, TFIDF_ROW, ClassifySettings
 from eval.tasks.classification import task as classification
-from eval.tasks.classification.baselines import majority, tfidf
 from eval.tasks.classification.dataset import ClassifyData
-from eval.tasks.classification.finetune import length_batches
+from eval.tasks.classification.jobs import majority, tfidf
 from eval.tasks.classification.outcome import few_seeds, verdict
 from pretrain.checkpoint.load import unique_weights, weights_hash
 

@@ -15,10 +15,11 @@ import yaml
 
 from data_pipeline.errors import UserError
 from data_pipeline.sources.hub import HubDataset
+from eval.shared import labelled
+from eval.shared.labelled import Labelled, hub_dataset, pinned, read_labelled
 from eval.suites.load import BUILT_IN, load_suites
-from eval.tasks.classification import ClassifySettings, labelled
+from eval.tasks.classification import ClassifySettings
 from eval.tasks.classification.dataset import ClassifyData, sources
-from eval.tasks.classification.labelled import Labelled, hub_dataset, pinned, read_labelled
 
 FEATURES = {"sentence1": ["a", "b", "c"], "sentence2": ["d", "e", "f"]}
 CARD = """---

@@ -12,10 +12,10 @@ import pytest
 
 from data_pipeline.errors import run_cli
 from eval import cli
-from eval.compare import obstacle
-from eval.report.compare import Member, differences, unequal
+from eval.report.compare import Member, differences
 from eval.report.runs import read_run
-from eval.report.tables import metric_rows
+from eval.report.tables import metric_rows, unequal_conditions
+from eval.results.comparable import obstacle, unequal
 from eval.results.schema import Estimator, Metric, ModelInfo, Outcome, read_result
 from eval.results.statistics import paired_bootstrap
 from eval.results.store import obtain
@@ -184,3 +184,75 @@ def test_masked_and_causal_models_are_compared_only_where_the_figures_mean_the_s
     refused = obstacle(replace(masked, task="context"), replace(causal, task="context"))
     assert refused == "other objectives, mlm and clm: the figures do not mean the same"
     assert obstacle(replace(masked, task="context"), replace(masked, task="context")) == ""
+
+
+def _on(result: Any, **changes: Any) -> Any:
+    return replace(result, model=replace(result.model, **changes))
+
+
+SAME: dict[str, Any] = {"data": {"hash": "d"}, "settings": {"length": 64, "precision": "fp32"}}
+CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = [
+    ("the same", "lm", {}, {}, []),
+    ("other paths to the same content", "lm", {"data": {"hash": "d", "path": "here"}},
+     {"data": {"hash": "d", "path": "there"}}, []),
+    ("the path is a setting too", "classify", {"data": {"hash": "d", "train": "x"}, "settings": {"train": "x"}},
+     {"data": {"hash": "d", "train": "y"}, "settings": {"train": "y"}}, []),
+    ("the same path, other content", "lm", {"data": {"hash": "d", "path": "here"}},
+     {"data": {"hash": "e", "path": "here"}}, ["data"]),
+    ("another setting", "lm", {}, {"settings": {"length": 32, "precision": "fp32"}}, ["setting length"]),
+    ("a setting that one has", "lm", {}, {"settings": {"length": 64, "precision": "fp32", "new": 1}}, ["setting new"]),
+    ("another precision", "lm", {}, {"settings": {"length": 64, "precision": "bf16"}}, []),
+    ("another precision of timings", "efficiency", {}, {"settings": {"length": 64, "precision": "bf16"}},
+     ["setting precision"]),
+    ("an immaterial setting", "approximation", {"settings": {"landmarks": [8]}}, {"settings": {"landmarks": [4]}}, []),
+    ("the same number", "lm", {"settings": {"rate": 1}}, {"settings": {"rate": 1.0}}, []),
+    ("another version", "lm", {}, {"version": 2}, ["version of the task"]),
+    ("another task", "lm", {}, {"task": "pppl"}, ["task"]),
+    ("a forced gate", "lm", {}, {"gate": "forced"}, ["validity gate"]),
+    ("a gate that was not asked", "lm", {}, {"gate": "none"}, []),
+    ("two things", "lm", {}, {"gate": "forced", "data": {"hash": "e"}}, ["validity gate", "data"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "first", "second", "conditions"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_the_command_and_the_report_agree_on_what_is_comparable(
+    tmp_path: Path, capsys: Any, task: str, first: dict[str, Any], second: dict[str, Any], conditions: list[str]
+) -> None:
+    for name, changes in (("a", first), ("bb", second)):
+        write(tmp_path / name, name, 0.5 + 0.1 * len(name), suite="s", **({"task": task} | SAME | changes))
+    a, b = (read_result(tmp_path / name / "s.json") for name in ("a", "bb"))
+    assert unequal([a, b]) == unequal([b, a]) == conditions
+    assert compare(tmp_path / "a" / "s.json", tmp_path / "bb" / "s.json") == (1 if conditions else 0)
+    assert ("not compared" in capsys.readouterr().out) == bool(conditions)
+    members = [Member(i, read_run(tmp_path / name), result) for i, (name, result) in enumerate((("a", a), ("bb", b)))]
+    assert bool(differences(members)) == (not conditions)
+
+
+def test_other_objectives_and_tokenizers_are_an_obstacle_where_they_matter(tmp_path: Path) -> None:
+    write(tmp_path / "a", "a", 0.5)
+    result = read_result(tmp_path / "a" / "classify.json")
+    for task, expected in (("lm", ["objective"]), ("classify", []), ("efficiency", []), ("unheard-of", ["objective"])):
+        masked, causal = (_on(replace(result, task=task), objective=name) for name in ("mlm", "clm"))
+        assert unequal([masked, causal]) == expected
+    # A tokenizer decides metric by metric: bytes are bytes.
+    assert unequal([_on(result, tokenizer_hash=name) for name in ("one", "two")]) == []
+
+
+def test_of_many_results_any_two_must_be_comparable(tmp_path: Path) -> None:
+    write(tmp_path / "a", "a", 0.5)
+    result = read_result(tmp_path / "a" / "classify.json")
+    others = [replace(result, settings={"lr": 0.2}), replace(result, data={**result.data, "hash": "e"})]
+    assert unequal([result, result, *others]) == ["setting lr", "setting train", "data"]
+
+
+def test_a_result_in_doubt_keeps_no_best_from_being_marked(tmp_path: Path) -> None:
+    """It takes no part, whatever it was measured on."""
+    for name, accuracy, changes in (("a", 0.2, {}), ("bb", 0.8, {}), ("ccc", 0.9, {"gate": "forced"})):
+        write(tmp_path / name, name, accuracy, **(SAME | changes))
+    members = [
+        Member(i, read_run(tmp_path / n), read_result(tmp_path / n / "classify.json"), "forced" if n == "ccc" else "")
+        for i, n in enumerate(("a", "bb", "ccc"))
+    ]
+    row = metric_rows(members)[0]
+    assert [figure.best for figure in row.figures] == [False, True, False]
+    assert unequal_conditions(members) == []

@@ -17,9 +17,9 @@ from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.sources import formats
 from data_pipeline.sources.format import FORMATS
 from data_pipeline.tokenization.training import train_tokenizer
+from eval.shared.labelled import read_labelled
 from eval.tasks.classification import ClassifySettings
 from eval.tasks.classification.dataset import ClassifyData, sources
-from eval.tasks.classification.labelled import read_labelled
 from eval.tasks.generation import GenerateSettings
 from eval.tasks.generation.prompts import own_prompts
 from eval.tasks.language_modeling import LMSettings

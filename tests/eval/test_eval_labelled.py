@@ -17,8 +17,9 @@ import pytest
 import zstandard
 
 from data_pipeline.errors import UserError
-from eval.tasks.classification.dataset import carve, class_names
-from eval.tasks.classification.labelled import Labelled, read_labelled
+from eval.shared.labelled import Labelled, read_labelled
+from eval.shared.training import carve
+from eval.tasks.classification.dataset import class_names
 
 TEXTS = ['a, "quoted"\nline', "b\tüber", "c" * 200_000]  # the last is longer than csv's own limit for a field
 LABELS = ["pos", "neg", "pos"]

@@ -1,4 +1,4 @@
-"""Parts: an interrupted suite goes on, by one process or several, and the numbers are those of one that was not."""
+"""Parts: an interrupted suite resumes, by one process or several, and the numbers are those of one that was not."""
 
 from __future__ import annotations
 

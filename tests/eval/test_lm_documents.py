@@ -22,8 +22,9 @@ from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.training import train_tokenizer
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
+from eval.shared import scoring
 from eval.subject import Subject
-from eval.tasks.language_modeling import LMSettings, PseudoSettings, causal, measures, pseudo, task, windows
+from eval.tasks.language_modeling import LMSettings, PseudoSettings, causal, pseudo, task, windows
 from eval.tasks.language_modeling.passages import pieces, records_of
 from eval.tasks.language_modeling.text import TextStream, open_stream
 from eval.tasks.language_modeling.windows import strided, strided_apart, thinned
@@ -45,7 +46,7 @@ def uneven(texts: list[str], root: Path) -> str:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many parts, and batches of few windows of unequal width."""
     monkeypatch.setattr(windows, "PART_TOKENS", 600)
-    monkeypatch.setattr(measures, "FORWARD_TOKENS", 200)
+    monkeypatch.setattr(scoring, "FORWARD_TOKENS", 200)
 
 
 @pytest.fixture(scope="module")

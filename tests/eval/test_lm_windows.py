@@ -24,8 +24,9 @@ from data_pipeline.tokenization.training import train_tokenizer
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.results.statistics import estimate, paired_bootstrap
+from eval.shared import scoring
 from eval.subject import Subject
-from eval.tasks.language_modeling import LMSettings, measures, task, windows
+from eval.tasks.language_modeling import LMSettings, task, windows
 from eval.tasks.language_modeling.passages import pieces, records_of
 from eval.tasks.language_modeling.spans import Aligner, cut_passages
 from eval.tasks.language_modeling.text import TextStream
@@ -64,8 +65,8 @@ def test_strided_loss_equals_a_naive_float64_loop(
     causal: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch, max_tokens: int | None
 ) -> None:
     monkeypatch.setattr(windows, "PART_TOKENS", 200)  # many parts, cut inside passages
-    monkeypatch.setattr(measures, "FORWARD_TOKENS", 100)
-    monkeypatch.setattr(measures, "LOGIT_BUDGET", 3000)  # a few positions of the head at a time
+    monkeypatch.setattr(scoring, "FORWARD_TOKENS", 100)
+    monkeypatch.setattr(scoring, "LOGIT_BUDGET", 3000)  # a few positions of the head at a time
     subject = subject_of(causal, shards)
     length, stride = 32, 12
     outcome = lm(subject, LMSettings(length=length, stride=stride, max_tokens=max_tokens, record_chars=100))

@@ -17,10 +17,10 @@ from data_pipeline.shards.shardset import ShardSet
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.results.statistics import estimate
+from eval.shared.forms import named_forms, window_tokens, with_attention
 from eval.subject import Subject
 from eval.suites.load import available, load_suites
 from eval.tasks.recall import InductionSettings, MQARSettings, NeedleSettings, RecallSettings, task
-from eval.tasks.recall.forms import forms, window_tokens, with_weights
 from eval.tasks.recall.questions import generator
 from eval.tasks.recall.score import answers, items
 from pretrain.model import build_model
@@ -79,11 +79,11 @@ def test_logits_are_the_same_in_any_batch(causal: Path, shards: ShardSet, monkey
 def test_forms_share_the_weights_and_are_exact_within_the_window(causal: Path, shards: ShardSet) -> None:
     subject = subject_of(causal, shards)
     config = subject.loaded.model_config
-    known = forms(config, ["own", "softmax", "nystrom", "window"])
+    known = named_forms(config, ["own", "softmax", "nystrom", "window"])
     assert list(known) == ["own", "softmax", "window"]  # nystrom is its own
     assert window_tokens(config) == window_tokens(known["window"]) == 16
     assert window_tokens(known["softmax"]) is None
-    built = {name: with_weights(subject.model, form) for name, form in known.items()}
+    built = {name: with_attention(subject.model, form.model_dump(), fresh=True) for name, form in known.items()}
     ids = torch.from_numpy(generator(0).integers(5, 250, (2, 48)))
     with torch.no_grad():
         own, exact, window = (built[name](ids).logits for name in ("own", "softmax", "window"))
@@ -113,9 +113,11 @@ def test_chance_weighs_questions_as_the_accuracy_does(causal: Path, shards: Shar
 def test_other_forms_take_landmarks_parameters_or_leave_them(export: Callable[..., Path], shards: ShardSet) -> None:
     path = export("landmarks", objective="clm", landmark_inverse=True, learn_landmark_query=True)
     subject = subject_of(path, shards)
-    window = with_weights(subject.model, forms(subject.loaded.model_config, ["window"])["window"])
+    window = with_attention(subject.model, {"attention": "window"}, fresh=True)
     assert not any(name.endswith("gamma_logit") for name in window.state_dict())
-    back = with_weights(window, subject.loaded.model_config)
+    with pytest.raises(ValueError, match="gamma_logit"):
+        with_attention(window, subject.loaded.model_config.model_dump())
+    back = with_attention(window, subject.loaded.model_config.model_dump(), fresh=True)
     assert any(name.endswith("gamma_logit") for name in back.state_dict())
 
 

@@ -13,7 +13,7 @@ import pytest
 from report_case import make_run, write, write_everything
 
 from eval.report.charts import NUM_COLOURS
-from eval.report.compare import Member, best_of, differences, unequal
+from eval.report.compare import Member, best_of, differences
 from eval.report.curves import charts_of
 from eval.report.heatmap import DARK_TURNS, LIGHT_TURNS, Scale, heatmap, scale_of, short, text_class
 from eval.report.numbers import number, title, visible
@@ -22,6 +22,7 @@ from eval.report.runs import Run, flatten, read_run
 from eval.report.samples import Continued, Filled, Other, samples_of
 from eval.report.summary import summary
 from eval.report.tables import config_differences, joined_tables
+from eval.results.comparable import unequal
 from eval.results.schema import Grid, Metric, ModelInfo, Outcome, Series, Table
 from eval.results.statistics import paired_bootstrap
 

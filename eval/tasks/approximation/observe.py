@@ -1,8 +1,8 @@
 """What the attention of each layer and head does on real text, beside exact attention on the same queries, keys and
 values.
 
-Each layer is met where it runs: a hook takes what goes into it, makes queries, keys and values of that as the layer
-does, and everything is compared there and then, so that no more than one layer's are held.
+Each layer is compared where it runs. A hook takes its input and makes queries, keys and values of that as the layer
+does. Everything is compared at once, so that no more than one layer's are held.
 """
 
 from __future__ import annotations

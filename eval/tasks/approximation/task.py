@@ -3,8 +3,8 @@
 On held-out text, the masked models' with the fixed noise of ``lm``:
 
 * the output of each layer's attention, without the convolution, against exact softmax attention on the same queries,
-  keys and values: ||approximation - exact||_F / ||exact||_F over the tokens of a window, by layer and head, the mean
-  over windows. Beside it uniform attention (the mean of V) and the ablations;
+  keys and values. The error is ||approximation - exact||_F / ||exact||_F over the tokens of a window, by layer and
+  head, the mean over windows. Beside it uniform attention (the mean of V) and the ablations;
 * the entropy of exact attention, and how much of it lies inside the causal form's window;
 * the loss of the same weights with exact attention in one layer or in all, and with the window alone;
 * both for other numbers of landmarks than the model was trained with.
@@ -32,10 +32,10 @@ from data_pipeline.batches.masking import Masking
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
+from eval.shared.forms import changed, with_attention
 from eval.subject import Subject, batches
 from eval.tasks.approximation import ApproximationSettings
 from eval.tasks.approximation.figures import Figures
-from eval.tasks.approximation.forms import changed, with_attention
 from eval.tasks.approximation.observe import observe
 from eval.tasks.approximation.summary import summarize
 from eval.tasks.approximation.variants import SWEPT, TRAINED, Variant, by_layer, defaults, sweeps, whole

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eval.shared.forms import EXACT, POOLED, WINDOW
 from eval.tasks.approximation import ApproximationSettings
-from eval.tasks.approximation.forms import EXACT, POOLED, WINDOW
 from pretrain.model.attention.registry import form_of
 from pretrain.model.config import ModelConfig
 

@@ -1,4 +1,4 @@
-"""The parts of a classification task: which files they are, their classes, and the split that chooses the epoch."""
+"""The parts of a classification task: which files they are, their classes, and a draw of some records."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.sources.format import suffixes, supported
+from eval.shared.labelled import HUB, Labelled, pinned, read_labelled
 from eval.tasks.classification import ClassifySettings
-from eval.tasks.classification.labelled import HUB, Labelled, pinned, read_labelled
 
 
 @dataclass(frozen=True)
@@ -155,19 +155,3 @@ def draw(train: Labelled, classes: list[str], records: int, least: int) -> np.nd
     rng = np.random.default_rng(0)
     drawn = [rng.choice(found, count, replace=False) for found, count in zip(members, given, strict=True)]
     return np.sort(np.concatenate(drawn))
-
-
-def carve(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split indices into (rest, held out) by class, ``share`` of each held out but never a class's last example.
-
-    Raises :class:`UserError` where nothing can be held out.
-    """
-    rng = np.random.default_rng(seed)
-    held: list[np.ndarray] = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        held.append(members[: min(max(round(share * len(members)), 1), len(members) - 1)])
-    out = np.sort(np.concatenate(held))
-    if not len(out):
-        raise UserError("every label has a single training record: none can be held out to choose the epoch on")
-    return np.setdiff1d(np.arange(len(labels)), out), out

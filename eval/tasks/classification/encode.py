@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.tokenization.tokenizer import Tokenizer
+from eval.shared.labelled import Labelled
 from eval.tasks.classification.finetune import Examples
-from eval.tasks.classification.labelled import Labelled
 
 
 @dataclass(frozen=True)

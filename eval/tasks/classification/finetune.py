@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eval.shared.training import (
+    Best,
+    accuracy_and_loss,
+    autocast,
+    epochs,
+    linear_schedule,
+    micro_batches,
+    train_steps,
+)
 from pretrain.model.attention.layout import Layout
 
 Pooling = Literal["mean", "cls", "last"]
@@ -118,37 +126,6 @@ class Classifier(nn.Module):
         self.spread.copy_(deviation.clamp_min(0.1 * float(deviation.square().mean().sqrt())).clamp_min(1e-6))
 
 
-def length_batches(
-    lengths: np.ndarray, indices: np.ndarray, size: int, rng: np.random.Generator | None
-) -> Iterator[np.ndarray]:
-    """Batches of like lengths. With ``rng``: shuffled, sorted within pools of eight batches, batches shuffled."""
-    if rng is None:
-        order = indices[np.argsort(lengths[indices], kind="stable")]
-        yield from (order[i : i + size] for i in range(0, len(order), size))
-        return
-    order = rng.permutation(indices)
-    pools = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)]
-    order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    for i in rng.permutation(len(batches)):
-        yield batches[i]
-
-
-def micro_batches(lengths: np.ndarray, indices: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
-    """``indices`` by falling length, in parts of which rows x longest is at most ``tokens`` (one row at the least)."""
-    order = indices[np.argsort(-lengths[indices], kind="stable")]
-    start = 0
-    while start < len(order):
-        rows = max(1, tokens // int(lengths[order[start]]))
-        yield order[start : start + rows]
-        start += rows
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Mixed precision by autocast: weights and optimizer stay float32, matrix products run in bf16."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """The development split after so many epochs (a fraction where an epoch was cut into several)."""
@@ -191,52 +168,32 @@ def fit(
     steps = min(recipe.epochs * each, recipe.steps or recipe.epochs * each)
     # No oftener than the dev split has batches: a forward pass over it costs a third of a training pass.
     every = each if recipe.steps is None else max(-(-steps // EVALUATIONS), -(-len(dev) // recipe.batch_size))
-    warmup = max(steps // 10, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
-    )
+    schedule = linear_schedule(optimizer, steps)
     some = train if len(train) <= STANDARDISE_ON else rng.choice(train, STANDARDISE_ON, replace=False)
     model.standardise(_pooled(model, examples, some, recipe.micro_tokens, device=device, precision=precision))
-    curve: list[Evaluation] = []
-    best: tuple[Evaluation, dict[str, Tensor]] | None = None
-    for step, indices in enumerate(_train_batches(examples.lengths, train, recipe.batch_size, steps, rng), 1):
-        model.train()
-        optimizer.zero_grad(set_to_none=True)
+
+    def losses(indices: np.ndarray) -> Iterator[Tensor]:
         for part in micro_batches(examples.lengths, indices, recipe.micro_tokens):
             ids, lengths, labels = (t.to(device) for t in examples.collate(part))
             with autocast(device, precision):
                 logits = model(ids, lengths)
-            (nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / len(indices)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
-        optimizer.step()
-        schedule.step()
+            yield nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / len(indices)
+
+    batches = islice(epochs(examples.lengths, train, recipe.batch_size, rng), steps)
+    how: dict[str, Any] = {"device": device, "precision": precision, "micro_tokens": recipe.micro_tokens}
+    curve: list[Evaluation] = []
+    best, chosen = Best(model), 0
+    for step, indices, _ in train_steps(model, optimizer, schedule, batches, losses, grad_clip=recipe.grad_clip):
         progress.update(len(indices))
         if step % every and step < steps:
             continue
-        logits, labels = predict(
-            model, examples, dev, device=device, precision=precision, micro_tokens=recipe.micro_tokens
-        )
-        accuracy = float((logits.argmax(-1) == labels).float().mean())
-        curve.append(Evaluation(round(step / each, 3), accuracy, float(nn.functional.cross_entropy(logits, labels))))
-        if best is None or (accuracy, -curve[-1].loss) > (best[0].accuracy, -best[0].loss):
-            best = (curve[-1], copy.deepcopy(model.state_dict()))
-        elif recipe.patience and len(curve) - 1 - curve.index(best[0]) >= recipe.patience:
+        curve.append(Evaluation(round(step / each, 3), *accuracy_and_loss(*predict(model, examples, dev, **how))))
+        if best.keep(curve[-1].accuracy, curve[-1].loss):
+            chosen = len(curve) - 1
+        elif recipe.patience and len(curve) - 1 - chosen >= recipe.patience:
             break
-    assert best is not None
-    model.load_state_dict(best[1])
-    return Fitted(model, best[0], curve)
-
-
-def _train_batches(
-    lengths: np.ndarray, train: np.ndarray, size: int, steps: int, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """The batches of ``steps`` steps, each epoch in an order of its own."""
-    while True:
-        for indices in length_batches(lengths, train, size, rng):
-            if not steps:
-                return
-            steps -= 1
-            yield indices
+    best.restore()
+    return Fitted(model, curve[chosen], curve)
 
 
 @torch.inference_mode()

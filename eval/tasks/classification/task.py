@@ -12,12 +12,11 @@ from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Metric, Outcome, Table
 from eval.results.statistics import bootstrap
-from eval.subject import Subject
+from eval.subject import Subject, choose_precision
 from eval.tasks.classification import MAJORITY_ROW, MODEL_ROW, ClassifySettings
-from eval.tasks.classification.baselines import majority
 from eval.tasks.classification.dataset import ClassifyData, sources
 from eval.tasks.classification.finetune import default_lr
-from eval.tasks.classification.jobs import Fits, predictions
+from eval.tasks.classification.jobs import Fits, majority, predictions
 from eval.tasks.classification.metrics import scores
 from eval.tasks.classification.outcome import (
     Scored,
@@ -31,7 +30,6 @@ from eval.tasks.classification.outcome import (
     rows_table,
     verdict,
 )
-from pretrain.precision import fast_precision
 
 VERSION = 3
 SEEDS_TABLE = "by seed"
@@ -51,7 +49,7 @@ def resolve(subject: Subject, settings: ClassifySettings) -> ClassifySettings:
         update={
             "max_length": max_length,
             "scratch_seeds": settings.seeds if settings.scratch_seeds is None else settings.scratch_seeds,
-            "precision": fast_precision(subject.device) if settings.precision == "auto" else settings.precision,
+            "precision": choose_precision(settings.precision, subject.device),
             "lr": settings.lr or default_lr(subject.loaded.model_config.hidden_size),
         }
     )

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
-from eval.subject import Subject
-from eval.tasks.approximation.forms import EXACT, WINDOW, with_attention
+from eval.shared.forms import EXACT, WINDOW, with_attention
+from eval.subject import Subject, choose_precision
 from eval.tasks.efficiency import EfficiencySettings
 from eval.tasks.efficiency.measure import interleave, peak_memory
 from eval.tasks.efficiency.summary import Measured, summarize
@@ -42,7 +42,6 @@ from eval.tasks.efficiency.work import (
 from pretrain.machine import cpu_name
 from pretrain.model.decoding import cache_bytes
 from pretrain.model.transformer import NystromformerLM
-from pretrain.precision import fast_precision
 
 VERSION = 1
 LENGTHS = {"cpu": (512, 1024, 2048, 4096), "cuda": (1024, 4096, 16384, 32768)}
@@ -56,7 +55,7 @@ def resolve(subject: Subject, settings: EfficiencySettings) -> EfficiencySetting
         lengths = LENGTHS["cuda" if subject.device.type == "cuda" else "cpu"]
         if config.positions == "learned":
             lengths = (*(n for n in lengths if n < config.max_positions), config.max_positions)
-    precision = fast_precision(subject.device) if settings.precision == "auto" else settings.precision
+    precision = choose_precision(settings.precision, subject.device)
     decode_tokens = settings.decode_tokens if subject.causal else 0
     decoded = decode_tokens * (settings.rounds + 1)
     if decoded >= lengths[0]:

@@ -1,7 +1,7 @@
 """Continuations by a causal model in several ways of decoding, measured beside real text.
 
-Every measure stands beside that of the real continuations, of other real text of the same amount, and of the real
-continuations with their tokens shuffled: the first two differ by chance alone, the third is what no model should be.
+Every measure stands beside those of three other texts: the real continuations, as much other real text, and the real
+continuations with their tokens shuffled. The first two differ by chance alone, the third is what no model should be.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # At 100 held-out passages of 64 tokens, 5.3M parameters, real text scores 0.97 against other real text whatever the
-# vectors; its shuffled tokens score 0.19 with the states of a masked model, and 0.95 with those of a causal one. With
+# vectors. Its shuffled tokens score 0.19 with the states of a masked model, and 0.95 with those of a causal one. With
 # fewer there are so few clusters that all is alike.
 MAUVE_LEAST = 100
 # "A few thousand", the README of mauve-text says; Pillutla et al. 2021 use 5000.

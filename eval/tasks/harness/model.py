@@ -14,8 +14,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
+from eval.shared.scoring import FORWARD_TOKENS, PART_TOKENS, run_parts, score
 from eval.subject import Subject
-from eval.tasks.language_modeling.measures import FORWARD_TOKENS, PART_TOKENS, run_parts, score
 from pretrain.model.attention.layout import Layout
 from pretrain.model.generation import generate
 

@@ -24,9 +24,9 @@ from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Metric, Outcome, Table
 from eval.results.statistics import bootstrap, estimate
+from eval.shared.scoring import LOG2E, unique
 from eval.subject import Subject
 from eval.tasks.harness import HarnessSettings
-from eval.tasks.language_modeling.measures import LOG2E, unique
 
 VERSION = 1
 TABLE = "harness"

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Metric, Outcome, Series, Table
+from eval.shared.scoring import LOG2E, metrics_of, run_parts, score, unigram_entropy
 from eval.subject import Subject
 from eval.tasks.language_modeling import LMSettings
 from eval.tasks.language_modeling.contamination import Overlap, overlap
-from eval.tasks.language_modeling.measures import LOG2E, metrics_of, perplexity, run_parts, score, unigram_entropy
 from eval.tasks.language_modeling.passages import pieces, records_of
 from eval.tasks.language_modeling.text import Stream, open_stream
 from eval.tasks.language_modeling.windows import Windows, strided, strided_apart
+from pretrain.measures import perplexity
 from pretrain.model.attention.layout import Layout
 
 TABLE = "held-out loss"

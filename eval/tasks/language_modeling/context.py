@@ -25,10 +25,10 @@ from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Metric, Outcome, Series, Table
 from eval.results.statistics import bootstrap, paired_bootstrap
+from eval.shared.scoring import PART_TOKENS, metrics_of, rows_of, run_parts, score, unique
 from eval.subject import Subject, batches
 from eval.tasks.language_modeling import ContextSettings
 from eval.tasks.language_modeling.masked import noised
-from eval.tasks.language_modeling.measures import PART_TOKENS, metrics_of, rows_of, run_parts, score, unique
 from eval.tasks.language_modeling.spans import Ints
 from eval.tasks.language_modeling.text import Stream, check_source, describe_source, open_stream
 

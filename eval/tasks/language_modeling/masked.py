@@ -13,10 +13,10 @@ from data_pipeline.batches.masking import IGNORE, Masking, mask_tokens
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Metric, Outcome, Table
+from eval.shared.scoring import PART_TOKENS, metrics_of, run_parts, score, unigram_entropy, unique
 from eval.subject import Subject, batches
 from eval.tasks.language_modeling import LMSettings, MaskSettings
 from eval.tasks.language_modeling.causal import TABLE
-from eval.tasks.language_modeling.measures import PART_TOKENS, metrics_of, run_parts, score, unigram_entropy, unique
 from eval.tasks.language_modeling.spans import Ints
 from eval.tasks.language_modeling.text import Stream, open_stream
 from eval.tasks.language_modeling.windows import by_size, by_tokens, side_by_side, thinned

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.tasks.language_modeling.measures import unique
+from eval.shared.scoring import unique
 from eval.tasks.language_modeling.text import Stream
 
 # document, passage, first token and the one behind the last, nats, bytes, words, whether that is all of the passage,

@@ -5,7 +5,7 @@ sum over the tokens, and the pseudo-perplexity exp(-PLL / N). It takes a forward
 measured on a sample of positions: a few in each of windows that are spread evenly over the held-out text.
 
 A pseudo-likelihood is no likelihood (the conditionals need not belong to one distribution), and the other tokens of a
-word of several give it away: PPPL is far below a causal perplexity and compares masked models of one tokenizer only.
+word of several give it away. PPPL is far below a causal perplexity and compares masked models of one tokenizer only.
 Per byte and word it can be held against other tokenizers, with that reservation.
 """
 
@@ -22,11 +22,11 @@ from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ramps
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Outcome, Table
+from eval.shared.scoring import LOG2E, PART_TOKENS, metrics_of, run_parts, score, unique
 from eval.subject import Subject, batches
 from eval.tasks.language_modeling import PseudoSettings
 from eval.tasks.language_modeling.causal import INEXACT
 from eval.tasks.language_modeling.masked import windows_of
-from eval.tasks.language_modeling.measures import LOG2E, PART_TOKENS, metrics_of, run_parts, score, unique
 from eval.tasks.language_modeling.spans import Ints
 from eval.tasks.language_modeling.text import Stream, check_source, describe_source, open_stream, resolve_documents
 from eval.tasks.language_modeling.windows import by_size

@@ -1,7 +1,7 @@
 """Held-out loss: perplexity by token, word and byte for causal models, masked accuracy and loss for masked ones.
 
 Deterministic: causal models read the held-out stream in windows of ``length`` tokens, ``stride`` apart (side by side
-unless said otherwise), each token predicted at most once (the very first has no context and never is); masked models
+unless said otherwise). Each token is predicted at most once; the very first has no context and never is. Masked models
 see fixed noise, a function of the seed alone. Where the rows of training held whole documents that do not see each
 other, so do these windows: each document is read by itself, and its first token is not predicted. Sums are in float64,
 and the cut of the work into parts depends on the settings alone: the numbers are the same for any number of processes.
@@ -24,7 +24,6 @@ from eval.tasks.language_modeling import LMSettings, causal, masked
 from eval.tasks.language_modeling.causal import POSITION_SERIES as POSITION_SERIES
 from eval.tasks.language_modeling.causal import TABLE as TABLE
 from eval.tasks.language_modeling.contamination import fingerprint
-from eval.tasks.language_modeling.measures import perplexity as perplexity
 from eval.tasks.language_modeling.text import check_source, describe_source, resolve_documents
 
 VERSION = 3

@@ -9,7 +9,7 @@ from itertools import groupby, pairwise
 import numpy as np
 
 from data_pipeline.shards.shardset import ramps
-from eval.tasks.language_modeling.measures import PART_TOKENS, rows_of
+from eval.shared.scoring import PART_TOKENS, rows_of
 from eval.tasks.language_modeling.spans import Ints
 
 

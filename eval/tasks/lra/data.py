@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from eval.tasks.classification.dataset import carve
+from eval.shared.training import carve
 from eval.tasks.lra import LRASettings, images, listops, texts
 from eval.tasks.lra.examples import Dataset, Split
 from eval.tasks.lra.published import LISTOPS_SIZES

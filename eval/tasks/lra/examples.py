@@ -33,6 +33,10 @@ class Split:
         """(n,) int64, tokens of the (longer) sequence of each example."""
         return np.max([[len(sequence) for sequence in column] for column in self.columns], axis=0).astype(np.int64)
 
+    def tokens(self, indices: np.ndarray) -> int:
+        """Tokens of these examples, in all their sequences."""
+        return sum(len(column[i]) for column in self.columns for i in indices)
+
     def take(self, indices: np.ndarray) -> Split:
         """These examples only."""
         return Split(tuple([column[i] for i in indices] for column in self.columns), self.labels[indices])

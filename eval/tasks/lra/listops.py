@@ -1,8 +1,8 @@
 """ListOps: nested operations on lists of digits (Nangia and Bowman 2018, arXiv 1804.06028), as in Long Range Arena.
 
-The grammar is that of the published generator (google-research/long-range-arena, lra_benchmarks/data/listops.py): a
-node above ``max_depth`` is an expression with probability 1/4, with 2 to ``max_args`` arguments under one of MIN, MAX,
-MED (the median, cut to an integer) and SM (the sum modulo 10), all equally likely; any other node is a digit, all
+The grammar is that of the published generator (google-research/long-range-arena, lra_benchmarks/data/listops.py). A
+node above ``max_depth`` is an expression with probability 1/4. It has 2 to ``max_args`` arguments under one of MIN,
+MAX, MED (the median, cut to an integer) and SM (the sum modulo 10), all equally likely. Any other node is a digit, all
 equally likely. Expressions of more than ``min_symbols`` and fewer than ``max_symbols`` symbols are kept, none twice.
 
 Symbols are the tokens: ten digits, the four operators with their opening bracket, and the closing bracket. The round

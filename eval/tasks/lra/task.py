@@ -15,12 +15,11 @@ import numpy as np
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
-from eval.subject import Subject, choose_device
+from eval.subject import Subject, choose_device, choose_precision
 from eval.tasks.lra import LRASettings, report
 from eval.tasks.lra.data import load
 from eval.tasks.lra.examples import Dataset
 from eval.tasks.lra.published import PUBLISHED
-from pretrain.precision import fast_precision
 
 VERSION = 2
 # What data() has read, for run(), which follows it: 200,000 images are not read twice.
@@ -48,7 +47,7 @@ def resolve(subject: Subject | None, settings: LRASettings) -> LRASettings:
             f"values would then be wrong: --max-length {longest}, or fewer --max-symbols"
         )
     device = choose_device(settings.device)
-    filled["precision"] = fast_precision(device) if settings.precision == "auto" else settings.precision
+    filled["precision"] = choose_precision(settings.precision, device)
     return settings.model_copy(update=filled)
 
 

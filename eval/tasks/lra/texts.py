@@ -10,7 +10,7 @@ import numpy as np
 from data_pipeline.errors import UserError
 from data_pipeline.sources.format import suffixes, supported
 from data_pipeline.sources.reading import Quotes
-from eval.tasks.classification.labelled import read_labelled
+from eval.shared.labelled import read_labelled
 from eval.tasks.lra.examples import Split
 
 BYTES = 256

@@ -1,16 +1,16 @@
 """Training a classifier from random weights for a number of steps; the weights are chosen on the dev split.
 
 As published (LRA/code/run_tasks.py of the Nyströmformer repository): AdamW with epsilon 1e-6, one cycle of the learning
-rate, linear up and down, with beta1 going the other way; the dev split is looked at every so many steps, and the best
+rate, linear up and down, with beta1 going the other way. The dev split is looked at every so many steps, and the best
 weights are scored on the test split, once. Not as published: batches are of like lengths, which saves padding.
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval.tasks.classification.finetune import autocast, length_batches
+from eval.shared.training import Best, accuracy_and_loss, autocast, epochs, length_batches, train_steps
 from eval.tasks.lra.examples import Dataset, Split
 from eval.tasks.lra.network import ArenaClassifier
 
@@ -65,7 +65,7 @@ def train(model: ArenaClassifier, data: Dataset, recipe: Recipe, device: torch.d
     The order of the batches and the dropout follow from the recipe's seed.
     """
     torch.manual_seed(recipe.seed)
-    model.to(device).train()
+    model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=recipe.weight_decay
     )
@@ -76,54 +76,46 @@ def train(model: ArenaClassifier, data: Dataset, recipe: Recipe, device: torch.d
         pct_start=recipe.warmup / recipe.steps,
         anneal_strategy="linear",
     )
+
+    def losses(indices: np.ndarray) -> Iterator[Tensor]:
+        inputs, labels = data.train.collate(indices)
+        with autocast(device, recipe.precision):
+            logits = model([(ids.to(device), lengths) for ids, lengths in inputs])
+        yield nn.functional.cross_entropy(logits.float(), labels.to(device))
+
     curve: list[tuple[int, float, float, float]] = []
-    best: tuple[tuple[float, float], int, dict[str, Tensor]] | None = None
-    losses: list[Tensor] = []
+    best, chosen = Best(model), 0
+    since: list[Tensor] = []
     tokens, seconds, started = 0, 0.0, time.perf_counter()
-    batches = endless_batches(data.train, recipe.batch_size, recipe.seed)
+    batches = islice(endless_batches(data.train, recipe.batch_size, recipe.seed), recipe.steps)
+    truth = torch.from_numpy(data.dev.labels)
     with tqdm(total=recipe.steps, desc=name or "train", unit="step", disable=None) as bar:
-        for step in range(1, recipe.steps + 1):
-            inputs, labels = data.train.collate(next(batches))
-            with autocast(device, recipe.precision):
-                logits = model([(ids.to(device), lengths) for ids, lengths in inputs])
-            loss = nn.functional.cross_entropy(logits.float(), labels.to(device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
-            tokens += sum(int(lengths.sum()) for _, lengths in inputs)
+        for step, indices, loss in train_steps(model, optimizer, schedule, batches, losses):
+            since.append(loss)
+            tokens += data.train.tokens(indices)
             bar.update()
             if step % recipe.validate_every and step != recipe.steps:
                 continue
-            mean_loss = float(torch.stack(losses).mean())  # also waits for the device, before the clock is read
+            mean_loss = float(torch.stack(since).mean())  # also waits for the device, before the clock is read
             seconds += time.perf_counter() - started
-            dev_logits = predict(model, data.dev, recipe, device)
-            truth = torch.from_numpy(data.dev.labels)
-            accuracy = float((dev_logits.argmax(-1) == truth).float().mean())
-            dev_loss = float(nn.functional.cross_entropy(dev_logits, truth))
+            accuracy, dev_loss = accuracy_and_loss(predict(model, data.dev, recipe, device), truth)
             curve.append((step, mean_loss, accuracy, dev_loss))
             bar.set_postfix_str(f"loss {mean_loss:.3f}, dev accuracy {accuracy:.3f}")
-            if best is None or (accuracy, -dev_loss) > best[0]:
-                best = ((accuracy, -dev_loss), step, copy.deepcopy(model.state_dict()))
-            losses = []
-            model.train()
+            if best.keep(accuracy, dev_loss):
+                chosen = step
+            since = []
             started = time.perf_counter()
-    assert best is not None
-    model.load_state_dict(best[2])
+    best.restore()
     predicted = predict(model, data.test, recipe, device).argmax(-1).tolist()
     steps, train_loss, dev_accuracy, dev_losses = (list(column) for column in zip(*curve, strict=True))
     return Trained(
-        steps, train_loss, dev_accuracy, dev_losses, best[1], predicted, model.num_parameters(), tokens / seconds
+        steps, train_loss, dev_accuracy, dev_losses, chosen, predicted, model.num_parameters(), tokens / seconds
     )
 
 
 def endless_batches(split: Split, size: int, seed: int) -> Iterator[np.ndarray]:
     """Indices of batches, pass after pass over the split, each in an order of its own."""
-    rng = np.random.default_rng(seed)
-    lengths, everything = split.lengths, np.arange(len(split))
-    while True:
-        yield from length_batches(lengths, everything, size, rng)
+    return epochs(split.lengths, np.arange(len(split)), size, np.random.default_rng(seed))
 
 
 @torch.inference_mode()

@@ -133,7 +133,7 @@ class InductionSettings(RecallSettings):
 
 
 @register
-class Needle(ModuleTask):
+class NeedleTask(ModuleTask):
     """See ``needle`` and ``task``."""
 
     name = "needle"
@@ -146,7 +146,7 @@ class Needle(ModuleTask):
 
 
 @register
-class AssociativeRecall(ModuleTask):
+class MQARTask(ModuleTask):
     """See ``mqar`` and ``task``."""
 
     name = "mqar"
@@ -159,7 +159,7 @@ class AssociativeRecall(ModuleTask):
 
 
 @register
-class Induction(ModuleTask):
+class InductionTask(ModuleTask):
     """See ``induction`` and ``task``."""
 
     name = "induction"

@@ -3,10 +3,10 @@
 Passkey retrieval is this with a number in the published filler (Mohtashami and Jaggi 2023, "Landmark attention", arXiv
 2305.16300, section 4.2); there the needle says the number twice, here once.
 
-The needle takes the place of as many tokens of the haystack, at ``depth`` percent of the room there is before the
-question; the same haystack without it is the control ``without``, and with another key in it the control ``other``.
-Each token of the key is asked for with those before it given (causal), or all of them at once (masked), against the
-other options of its place: ten digits, or words that the haystack does not have.
+The needle takes the place of as many tokens of the haystack, at ``depth`` percent of the places before the question.
+The same haystack without it is the control ``without``, and with another key in it the control ``other``. Each token of
+the key is asked for with those before it given (causal), or all of them at once (masked), against the other options of
+its place. These are the ten digits, or words that the haystack does not have.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ class Needle:
 
     def rows(self, cell: Cell, rng: np.random.Generator, count: int, *, training: bool) -> Questions:
         """``count`` rows of a depth and length."""
-        room = cell.length - self.end
-        hay = self._haystack(rng, count, room, training=training)
+        before = cell.length - self.end
+        hay = self._haystack(rng, count, before, training=training)
         key, other, options, answer = self._keys(rng, hay)
-        start = round((room - self.needle) * cell.facts["depth"] / 100)
-        asked = room + len(self.question[0])
+        start = round((before - self.needle) * cell.facts["depth"] / 100)
+        asked = before + len(self.question[0])
         within = np.arange(self.size)
         ending = np.concatenate([np.broadcast_to(self.question[0], (count, len(self.question[0]))), key], axis=1)
         if self.mask_id is None:

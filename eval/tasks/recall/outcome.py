@@ -10,7 +10,7 @@ import numpy as np
 
 from eval.results.schema import Estimator, Grid, Metric, Outcome, Series, Table
 from eval.results.statistics import Interval, bootstrap, estimate, paired_bootstrap
-from eval.tasks.recall.forms import OWN
+from eval.shared.forms import OWN
 from eval.tasks.recall.questions import Kind
 from eval.tasks.recall.study import AS_IS, TRAINED, Study, Variant
 

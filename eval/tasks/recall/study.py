@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from eval.results.parts import Job, Parts
+from eval.shared.forms import OWN, named_forms, with_attention
 from eval.subject import Subject
 from eval.tasks.recall import RecallSettings
-from eval.tasks.recall.forms import OWN, forms, with_weights
 from eval.tasks.recall.questions import HELD_OUT, Cell, Kind, Questions, generator
 from eval.tasks.recall.score import items, sample
 from eval.tasks.recall.train import Recipe, train
@@ -58,13 +58,15 @@ def held_out(kind: Kind, number: int, settings: RecallSettings) -> Questions:
 
 def study(subject: Subject, settings: RecallSettings, kind: Kind, parts: Parts) -> Study:
     """Score every form on every cell, then (with ``train_steps``) train every form for every seed and score it."""
-    known = forms(subject.loaded.model_config, settings.attention)
+    known = named_forms(subject.loaded.model_config, settings.attention)
     models: dict[str, Any] = {}
     decode = subject.loaded.tokenizer.decode
 
     def model(form: str) -> Any:
         if form not in models:
-            models[form] = subject.model if form == OWN else with_weights(subject.model, known[form])
+            models[form] = subject.model
+            if form != OWN:
+                models[form] = with_attention(subject.model, {"attention": form}, fresh=True)
         return models[form]
 
     def look(form: str, number: int, cell: Cell) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Recall from far back: a needle or passkey in a haystack, key-value pairs, a passage that comes again.
 
 Two looks at a checkpoint. *As it is*: rows in its own vocabulary, scored by likelihood, so that small models show
-something too: the right answer against others, and the gain in nats over the same row without what is asked for.
-*Trained* (``train_steps``): the network after some steps on the task, as in the synthetic benchmarks; what its
-architecture can do, more than what pretraining made of it.
+something too. Two figures tell: the right answer against others, and the gain in nats over the same row without what is
+asked for. *Trained* (``train_steps``): the network after some steps on the task, as in the synthetic benchmarks; what
+its architecture can do, more than what pretraining made of it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
-from eval.subject import Subject
+from eval.shared.forms import OWN, named_forms, window_tokens
+from eval.subject import Subject, choose_precision
 from eval.tasks.recall import InductionSettings, MQARSettings, NeedleSettings, RecallSettings
-from eval.tasks.recall.forms import OWN, forms, window_tokens
 from eval.tasks.recall.induction import Induction
 from eval.tasks.recall.mqar import MQAR
 from eval.tasks.recall.needle import Needle
@@ -27,7 +27,6 @@ from eval.tasks.recall.train import default_lr
 from eval.tasks.recall.vocabulary import Text, symbols
 from pretrain.model.attention.form import Far
 from pretrain.model.attention.registry import form_of
-from pretrain.precision import fast_precision
 
 VERSION = 1
 # What without training on the task changes no number: left at its default, so that any two models have it alike.
@@ -59,7 +58,7 @@ def resolve(subject: Subject, settings: AnyRecall) -> AnyRecall:
     if not settings.train_steps:
         found |= {name: type(settings).model_fields[name].default for name in _OF_TRAINING}
         return settings.model_copy(update=found)
-    found["precision"] = fast_precision(subject.device) if settings.precision == "auto" else settings.precision
+    found["precision"] = choose_precision(settings.precision, subject.device)
     found["train_lr"] = settings.train_lr or default_lr(config.hidden_size)
     found["train_length"] = settings.train_length or max(lengths)
     if found["train_length"] < min(lengths):
@@ -148,7 +147,7 @@ def _note(subject: Subject, settings: RecallSettings, kind: Kind, window: int | 
     if form.window is not None:
         least, most = (form.window.segments - 1) * form.window.segment_length + 1, window
         parts.append(f"Each layer sees the {least} to {most} nearest tokens exactly{_FARTHER[form.far]}.")
-    if len(forms(config, settings.attention)) > 1:
+    if len(named_forms(config, settings.attention)) > 1:
         parts.append(
             "Forms other than the model's own have the same weights, which were not trained for them; "
             f"own: {config.attention}."

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from data_pipeline.errors import UserError
-from eval.tasks.classification.finetune import autocast
-from eval.tasks.recall.questions import TRAIN, Kind, generator
+from eval.shared.training import autocast, linear_schedule, loss_curve, train_steps
+from eval.tasks.recall.questions import TRAIN, Kind, Questions, generator
 from eval.tasks.recall.score import states_at
 from pretrain.config import OptimizerConfig
 from pretrain.model.transformer import NystromformerLM
 from pretrain.optim.optimizer import parameter_groups
-
-CURVE_POINTS = 40
 
 
 @dataclass(frozen=True)
@@ -51,32 +49,30 @@ def train(model: NystromformerLM, kind: Kind, recipe: Recipe, seed: int, title: 
         shortest = min(cell.length for cell in kind.cells)
         raise UserError(f"--train-length {recipe.longest}: the shortest rows have {shortest} tokens")
     torch.manual_seed(seed)  # of dropout
-    model.requires_grad_(True).train()
+    model.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, OptimizerConfig(weight_decay=0.01, betas=(0.9, 0.98))), lr=recipe.lr
     )
-    warmup = max(recipe.steps // 10, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (recipe.steps - step) / max(recipe.steps - warmup, 1))
-    )
-    losses: list[float] = []
-    for step in tqdm(range(recipe.steps), desc=title, unit="step", disable=None, leave=False):
-        rng = generator(TRAIN, seed, step)
-        cell = cells[int(rng.integers(len(cells)))]
-        rows = kind.rows(cell, rng, max(1, recipe.batch_tokens // cell.length), training=True)
+    schedule = linear_schedule(optimizer, recipe.steps)
+
+    def fresh_rows() -> Iterator[Questions]:
+        for step in tqdm(range(recipe.steps), desc=title, unit="step", disable=None, leave=False):
+            rng = generator(TRAIN, seed, step)
+            cell = cells[int(rng.integers(len(cells)))]
+            yield kind.rows(cell, rng, max(1, recipe.batch_tokens // cell.length), training=True)
+
+    def loss(rows: Questions) -> Iterator[Tensor]:
         with autocast(device, recipe.precision):
             # The head on the answers only: of a causal model's labels the model itself would compute all positions.
             states = states_at(model, rows.inputs, rows.at)
             logits = model.head(states.flatten(0, 1)).float()
-        loss = F.cross_entropy(logits, torch.from_numpy(rows.right).to(device).flatten())
-        losses.append(float(loss.detach()))
+        yield F.cross_entropy(logits, torch.from_numpy(rows.right).to(device).flatten())
+
+    losses: list[float] = []
+    steps = train_steps(model, optimizer, schedule, fresh_rows(), loss, grad_clip=recipe.grad_clip)
+    for step, _, found in steps:
+        losses.append(float(found))
         if not math.isfinite(losses[-1]):
-            raise UserError(f"the loss of training on the task is not finite at step {step + 1}: lower --train-lr")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
-        optimizer.step()
-        schedule.step()
+            raise UserError(f"the loss of training on the task is not finite at step {step}: lower --train-lr")
     model.eval()
-    edges = np.unique(np.linspace(0, len(losses), min(CURVE_POINTS, len(losses)) + 1).astype(int)).tolist()
-    return [[high, float(np.mean(losses[low:high]))] for low, high in pairwise(edges)]
+    return loss_curve(losses)

@@ -1,6 +1,6 @@
 """The gate that runs before any score: is the model what its numbers will be taken for?
 
-A "causal" model that sees the future reports a wonderful perplexity and cannot generate; a model whose output moves
+A "causal" model that sees the future reports a wonderful perplexity and cannot generate. A model whose output moves
 with its batch mates or with the amount of padding has scores that depend on how they were computed. Each check measures
 one number and holds it against a bound, on the weights as loaded.
 

@@ -1,4 +1,4 @@
-"""What losses are turned into, and how tokens are scored."""
+"""How held-out tokens are scored, and what the records of their losses are turned into."""
 
 from __future__ import annotations
 
@@ -23,11 +23,6 @@ LOG2E = 1 / math.log(2)
 FORWARD_TOKENS = 2**14
 # Tokens that a part runs through the model: 10 to 20 s on a processor's core for a model of 5M parameters.
 PART_TOKENS = 2**17
-
-
-def perplexity(nats: float) -> float:
-    """exp(nats), infinite where that overflows."""
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 def unigram_entropy(counts: NDArray[np.int64]) -> float:

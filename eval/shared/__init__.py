@@ -1,0 +1,1 @@
+"""What several tasks compute with: scoring tokens, small trainings, labelled text, other forms of attention."""
