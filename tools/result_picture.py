@@ -59,8 +59,8 @@ def draw_losses(axes: Axes, runs: Path) -> None:
         axes.axhline(baseline, color=colour, linestyle=(0, (4, 3)), linewidth=1.1)
     baselines = [metrics_of(runs / folder, "lm")["unigram_entropy"]["value"] for _, folder, *_ in MODELS]
     axes.annotate(
-        "knowing only frequencies", (tokens[-1], max(baselines)), (0, 4), textcoords="offset points", color=MUTED,
-        ha="right", fontsize=8.5,
+        "knowing only frequencies", (1.36 * tokens[-1], max(baselines)), (0, 4), textcoords="offset points",
+        color=MUTED, ha="right", fontsize=8.5,
     )  # fmt: skip
     axes.set_xlim(0, 1.36 * tokens[-1])
     axes.set_xticks([0, 200_000, 400_000, 600_000], ["0", "200k", "400k", "600k"])
