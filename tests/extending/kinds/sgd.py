@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pretrain.optim.kind import KINDS, OptimizerKind
 
@@ -17,7 +18,7 @@ class SGD(OptimizerKind):
     """``friction`` is 1 minus the momentum: a run sets it in ``optimizer.settings``."""
 
     name = "sgd"
-    settings = {"friction": 0.1}  # noqa: RUF012
+    settings: ClassVar[Mapping[str, float]] = {"friction": 0.1}
 
     @staticmethod
     def states(group: str) -> int:
