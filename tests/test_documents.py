@@ -43,7 +43,7 @@ def sentences(text: str) -> list[list[str]]:
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", plain)
         plain = ABBREVIATIONS.sub(r"\1", plain)
         for sentence in re.split(r"(?<=[.!?])[\"')*_]*\s+", plain):
-            words = re.findall(r"[\w'’%./+-]*\w[\w'’%./+-]*", sentence)
+            words = re.findall(r"[\w'’%./,+-]*\w[\w'’%./,+-]*", sentence)
             if words:
                 found.append(words)
     return found
