@@ -1,6 +1,6 @@
-"""The program ``nystrom``: one name for every room's command line.
+"""The program ``nystrom``: one name for every folder's command line.
 
-Each word is handed, with the rest of the line, to the ``main`` of its room, imported only then: ``nystrom --help`` and
+The first word says whose ``main`` gets the rest of the line. It is imported only then: ``nystrom --help`` and
 ``nystrom data --help`` answer at once, without importing torch.
 """
 
@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from data_pipeline.errors import run_cli
+from launch import shadowing
 
 COMMANDS = {
     "data": ("data_pipeline.cli", "text -> tokenizer -> shards: stdlib, tokenizer, prepare, verify, inspect"),
@@ -43,7 +43,10 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch ``argv`` (default: the process's) to a room; returns its exit status, 2 for an unknown command."""
+    """Dispatch ``argv`` (default: the process's); returns its exit status.
+
+    That is 2 for a command that is unknown, or whose packages another file hides.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
@@ -52,12 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"nystrom: error: no command '{command}'\n\n{usage()}", file=sys.stderr)
         return 2
+    hidden = shadowing.message(words)
+    if hidden is not None:
+        print(f"nystrom: error: {hidden}", file=sys.stderr)
+        return 2
+    from data_pipeline.errors import run_cli
+
     module = importlib.import_module(COMMANDS[command][0])
     return run_cli(module.main, f"nystrom {command}", rest)
 
 
 def entry() -> None:
-    """Console script."""
+    """``python -m launch.program``, and the console script by way of ``nystrom_pretrain``."""
     raise SystemExit(main())
 
 

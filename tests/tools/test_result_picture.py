@@ -1,0 +1,33 @@
+"""The picture of README.md shows the numbers of the runs that it is drawn from."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from tools import result_picture
+
+
+def write_run(folder: Path, metric: str, losses: list[float], accuracy: float) -> None:
+    (folder / "eval").mkdir(parents=True)
+    steps = [{"kind": "train", "tokens": 1000 * i, "loss": loss} for i, loss in enumerate(losses, 1)]
+    rows = [*steps, {"kind": "event", "event": "done"}, {"kind": "valid", "tokens": 3000, "loss": losses[-1]}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lm = {metric: {"value": losses[-1]}, "unigram_entropy": {"value": 6.4}}
+    names = ("accuracy", "scratch_accuracy", "tfidf_accuracy", "majority_accuracy")
+    classify = {name: {"value": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1} for name in names}
+    for suite, metrics in (("lm", lm), ("classify", classify)):
+        (folder / "eval" / f"{suite}.json").write_text(json.dumps({"metrics": metrics}))
+
+
+def test_it_says_what_the_runs_say_in_colours_for_both_grounds(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "demo-mlm", "masked_loss", [7.0, 6.0, 4.125], 0.625)
+    write_run(tmp_path / "runs" / "demo-clm", "loss", [7.0, 5.0, 3.375], 0.5)
+    out = tmp_path / "result.svg"
+    result_picture.main([str(tmp_path), "--out", str(out)])
+    drawn = ET.fromstring(out.read_text())
+    texts = {(text.text or "").strip() for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"masked 4.12", "causal 3.38", "0.62 [0.53, 0.72]", "0.50 [0.40, 0.60]", "TF-IDF"} <= texts
+    assert not [drawn for drawn in result_picture.COLOURS if drawn in out.read_text()]
+    assert "prefers-color-scheme: dark" in out.read_text()
