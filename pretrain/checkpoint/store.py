@@ -11,13 +11,13 @@ import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import fsync_folder
+from data_pipeline.moved import moved
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import FileEntry, Manifest, TrainState
 from pretrain.checkpoint.room import SaveFailed, free_bytes, with_margin
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.state.writing import Writes
-from pretrain.moved import moved
 
 if TYPE_CHECKING:
     from pretrain.engine.training import TrainingEngine
