@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.cli.common import Progress, add_inputs, corpus_of, counted, reading_of
 from data_pipeline.errors import UserError
+from data_pipeline.units import format_bytes
 
 if TYPE_CHECKING:
     from data_pipeline.prepare.run import How, Outcome
@@ -163,7 +164,7 @@ def _tell(out: Path, outcome: Outcome, how: How, progress: Progress) -> None:
         else:
             print(
                 f"{out}: {part} is done, {outcome.units} units ({outcome.units_reused} of them before), "
-                f"{outcome.text_bytes / 1e6:.2f} MB of text in {speed}; when all parts are, the command "
+                f"{format_bytes(outcome.text_bytes)} of text in {speed}; when all parts are, the command "
                 "without --shard-index finishes the folder"
             )
         return
@@ -179,7 +180,7 @@ def _tell(out: Path, outcome: Outcome, how: How, progress: Progress) -> None:
         f"; {outcome.units_reused} of {outcome.units} units of work were done before" if outcome.units_reused else ""
     )
     took = f" in {speed}" if outcome.text_bytes else ""
-    print(f"{out}: {contents} from {manifest.text_bytes / 1e6:.2f} MB of text{took}{again}")
+    print(f"{out}: {contents} from {format_bytes(manifest.text_bytes)} of text{took}{again}")
     left_out = {"broken records skipped": manifest.bad_records, "documents dropped": manifest.dropped_documents}
     for what, counts in left_out.items():
         if counts:
