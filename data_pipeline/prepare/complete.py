@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from data_pipeline.checksums import FileEntry, hash_file
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 from data_pipeline.prepare.folder import BAD_FILE, DROPPED_FILE, occupied
@@ -18,7 +19,7 @@ from data_pipeline.prepare.plan import STDIN, Preparation, Unit
 from data_pipeline.prepare.spool import UNIT_BYTES
 from data_pipeline.prepare.worker import WORK, UnitResult, total
 from data_pipeline.processes import available_cores
-from data_pipeline.shards.manifest import FileEntry, InputEntry, Manifest, hash_stream, read_manifest
+from data_pipeline.shards.manifest import BLOCK_BYTES, InputEntry, Manifest, read_manifest
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.shards.writer import remove_files, token_dtype, unit_of
 from data_pipeline.sources.pieces import Piece
@@ -68,7 +69,7 @@ def complete(
         tokenizer_hash=tokenizer.hash,
         special_ids=special_ids,
         other_special_ids=tuple(sorted(set(tokenizer.special_ids) - set(special_ids.values()))),
-        tokenizer=tuple(_entry(folder, name) for name in TOKENIZER_FILES),
+        tokenizer=tuple(hash_file(folder, name, BLOCK_BYTES) for name in TOKENIZER_FILES),
         reports=tuple(report for report in reports if report is not None),
         shards=shards,
         inputs=_inputs(preparation, results),
@@ -132,12 +133,7 @@ def _report(folder: Path, name: str, samples: Iterable[dict[str, Any]]) -> FileE
     if not lines:
         return None
     write_atomic(folder / name, "".join(lines).encode("utf-8", "replace"))
-    return _entry(folder, name)
-
-
-def _entry(folder: Path, name: str) -> FileEntry:
-    with open(folder / name, "rb") as f:
-        return hash_stream(f, name)
+    return hash_file(folder, name, BLOCK_BYTES)
 
 
 def check_complete(preparation: Preparation, folder: Path, stream: BinaryIO | None) -> ShardSet:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.checksums import FileEntry
 from data_pipeline.errors import UserError
-from data_pipeline.shards.manifest import FileEntry, Manifest, read_manifest
+from data_pipeline.shards.manifest import Manifest, read_manifest
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.checksums import FileEntry, hash_file
 from data_pipeline.errors import UserError
-from data_pipeline.shards.manifest import FileEntry, hash_stream, read_manifest
+from data_pipeline.shards.manifest import read_manifest
 from data_pipeline.shards.shardset import ShardSet, check_size
 
 
@@ -34,8 +35,7 @@ def verify_shards(folder: str | Path, on_file: Callable[[FileEntry], None] = lam
 
 
 def _compare(folder: Path, entry: FileEntry, block_bytes: int) -> list[str]:
-    with open(folder / entry.name, "rb") as f:
-        found = hash_stream(f, entry.name)
+    found = hash_file(folder, entry.name, block_bytes)
     if found == entry:
         return []
     bad = [i for i, (a, b) in enumerate(zip(found.blocks, entry.blocks, strict=False)) if a != b]

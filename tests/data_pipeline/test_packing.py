@@ -19,8 +19,9 @@ from data_pipeline.batches.blocks import Rows
 from data_pipeline.batches.packing import PackedBlocks
 from data_pipeline.batches.pools import POOL_WINDOWS, PoolOrder
 from data_pipeline.batches.recent import Recent
+from data_pipeline.checksums import hash_file
 from data_pipeline.errors import UserError
-from data_pipeline.shards.manifest import Manifest, hash_stream
+from data_pipeline.shards.manifest import BLOCK_BYTES, Manifest
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.shards.writer import UnitWriter
 
@@ -31,8 +32,7 @@ def write(folder: Path, lengths: Sequence[int], shard_tokens: int = 700) -> Shar
     """Shards of documents with these lengths (the closing token included) whose tokens count up along the stream."""
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text("{}")
-    with open(folder / "tokenizer.json", "rb") as f:
-        tokenizer = hash_stream(f, "tokenizer.json")
+    tokenizer = hash_file(folder, "tokenizer.json", BLOCK_BYTES)
     writer = UnitWriter(folder, 0, dtype="uint32", shard_tokens=shard_tokens, eos_id=2)
     for length in lengths:
         writer.add(np.zeros(length - 1, dtype=np.int64), "a")

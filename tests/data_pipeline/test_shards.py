@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.checksums import FileHasher
 from data_pipeline.errors import UserError
 from data_pipeline.prepare.plan import Settings, plan_preparation
 from data_pipeline.prepare.run import Outcome, prepare
-from data_pipeline.shards.manifest import BLOCK_BYTES, BlockHasher, read_manifest
+from data_pipeline.shards.manifest import BLOCK_BYTES, read_manifest
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.shards.summary import entropy, summarise
 from data_pipeline.shards.verify import verify_shards
@@ -257,12 +258,12 @@ def test_what_is_no_shard_folder(tmp_path: Path) -> None:
 
 def test_block_hashes_do_not_depend_on_how_the_bytes_came() -> None:
     data = np.random.default_rng(0).bytes(2 * BLOCK_BYTES + 12_345)
-    whole, parts = BlockHasher(), BlockHasher()
+    whole, parts = FileHasher(BLOCK_BYTES), FileHasher(BLOCK_BYTES)
     whole.update(data)
     for start in range(0, len(data), 777_777):
         parts.update(data[start : start + 777_777])
     assert whole.entry("x") == parts.entry("x")
     assert len(whole.entry("x").blocks) == 3
-    exact = BlockHasher()
+    exact = FileHasher(BLOCK_BYTES)
     exact.update(data[: 2 * BLOCK_BYTES])
     assert exact.entry("x").blocks == whole.entry("x").blocks[:2]
