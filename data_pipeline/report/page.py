@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
+from data_pipeline.report import base
 from data_pipeline.report.picture import length_histogram
 from data_pipeline.shards.summary import Lengths
 
@@ -21,13 +19,7 @@ def render(contents: dict[str, Any], lengths: Lengths) -> str:
     It loads nothing from anywhere. All that comes from the data is escaped; only our own SVG goes in as it is. No time
     and no path: equal shards in folders of equal name give equal pages.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = base.environment(FOLDER)
     environment.filters["count"] = lambda value: f"{value:,}"
     environment.filters["percent"] = percent
     environment.filters["setting"] = setting
@@ -35,7 +27,7 @@ def render(contents: dict[str, Any], lengths: Lengths) -> str:
         **contents,
         picture=length_histogram(lengths),
         top_sources=contents["sources"][:TOP_SOURCES],
-        style=Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
+        style=base.style(FOLDER),
     )
 
 
