@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.attention_ablation.tasks import Examples, Task
-from data_pipeline.batches.masking import IGNORE
+from data_pipeline.batches import IGNORE
 from pretrain.config import OptimizerConfig, ScheduleConfig
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import NystromformerLM, build_model

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from data_pipeline.batches import IGNORE
 from data_pipeline.batches.blocks import Rows
-from data_pipeline.batches.masking import IGNORE, Masking, mask_tokens
+from data_pipeline.batches.masking import Masking, mask_tokens
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Part, Plan
 from data_pipeline.batches.packing import PackedBlocks

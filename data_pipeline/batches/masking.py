@@ -14,12 +14,12 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from data_pipeline.batches import IGNORE
 from data_pipeline.batches.noise import halves, row_keys, threshold32, words_at, words_of_rows
 from data_pipeline.batches.spans import choose_spans
 from data_pipeline.batches.words import WordBoundaries
 from data_pipeline.errors import UserError
 
-IGNORE = -100  # label of a position that is no target
 Unit = Literal["token", "word", "span"]
 
 # Counters of a row's noise: positions stay far below 2^32, so what is drawn for different ends never meets.

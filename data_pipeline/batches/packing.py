@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.batches import IGNORE
 from data_pipeline.batches.bestfit import pack
 from data_pipeline.batches.blocks import Rows
-from data_pipeline.batches.masking import IGNORE
 from data_pipeline.batches.pools import POOL_WINDOWS, PoolOrder
 from data_pipeline.batches.recent import Recent
 from data_pipeline.batches.windows import Windows

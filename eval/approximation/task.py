@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from data_pipeline.batches import IGNORE
 from data_pipeline.batches.loader import validation_batches
 from data_pipeline.batches.masking import Masking
 from data_pipeline.errors import UserError
@@ -40,7 +41,7 @@ from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject, batches
 from pretrain.model.attention.registry import form_of
-from pretrain.model.transformer import IGNORE, NystromformerLM
+from pretrain.model.transformer import NystromformerLM
 
 VERSION = 1
 PART_TOKENS = 1024

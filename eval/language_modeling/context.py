@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.batches.masking import IGNORE
+from data_pipeline.batches import IGNORE
 from data_pipeline.errors import UserError
 from eval.language_modeling.masked import noised
 from eval.language_modeling.measures import PART_TOKENS, metrics_of, rows_of, run_parts, score, unique

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.batches.masking import IGNORE, Masking, mask_tokens
+from data_pipeline.batches import IGNORE
+from data_pipeline.batches.masking import Masking, mask_tokens
 from data_pipeline.errors import UserError
 from eval.language_modeling.causal import TABLE
 from eval.language_modeling.measures import PART_TOKENS, metrics_of, run_parts, score, unigram_entropy, unique

@@ -23,8 +23,9 @@ from benchmarks.attention_ablation.report import report
 from benchmarks.attention_ablation.results import Record, Results
 from benchmarks.attention_ablation.tasks import DistanceBins, Shape, Task, generator
 from benchmarks.attention_ablation.training import Recipe, TrainStep, evaluate, initial_model, train
+from data_pipeline.batches import IGNORE
 from data_pipeline.batches.loader import TrainLoader
-from data_pipeline.batches.masking import IGNORE, Masking
+from data_pipeline.batches.masking import Masking
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan, StageSpec
 from data_pipeline.errors import UserError, run_cli
