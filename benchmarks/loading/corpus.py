@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.checksums import hash_file
-from data_pipeline.files import write_atomic
+from data_pipeline.files import hash_file, write_atomic
 from data_pipeline.shards.manifest import BLOCK_BYTES, Manifest
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.shards.writer import UnitWriter, token_dtype

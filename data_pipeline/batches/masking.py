@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from data_pipeline.batches import IGNORE
-from data_pipeline.batches.noise import halves, row_keys, threshold32, words_at, words_of_rows
+from data_pipeline.batches.counter_rng import as_uint32, random_at, random_rows, row_keys, threshold32
 from data_pipeline.batches.spans import choose_spans
 from data_pipeline.batches.words import WordBoundaries
 from data_pipeline.errors import UserError
@@ -125,11 +125,11 @@ def _choose(
         np.not_equal(documents[:, 1:], documents[:, :-1], out=edges[:, 1:])
         starts = starts | edges
     if starts is not None and masking.unit == "span":
-        words = words_of_rows(keys, length + 1, _SPANS)
+        words = random_rows(keys, length + 1, _SPANS)
         return choose_spans(
             starts, ordinary[ids], words, edges, rate=masking.rate, span_p=masking.span_p, span_max=masking.span_max
         )
-    chosen = halves(words_of_rows(keys, (length + 1) // 2, _CHOICE))[:, :length] < threshold32(masking.rate)
+    chosen = as_uint32(random_rows(keys, (length + 1) // 2, _CHOICE))[:, :length] < threshold32(masking.rate)
     targets = np.flatnonzero(chosen) if starts is None else _whole_words(starts, chosen)
     targets = targets[ordinary[ids.reshape(-1)[targets]]]
     return targets, targets
@@ -148,8 +148,8 @@ def _hide(
     """Replace the targets in ``inputs`` and write what they were to ``labels``, both (B, L) and contiguous."""
     length = inputs.shape[1]
     # The upper half of a position's word says how it is hidden, the lower one which token is drawn.
-    words = words_at(keys, targets, length, _REPLACEMENT)
-    how = (words if deciding is targets else words_at(keys, deciding, length, _REPLACEMENT)) >> np.uint64(32)
+    words = random_at(keys, targets, length, _REPLACEMENT)
+    how = (words if deciding is targets else random_at(keys, deciding, length, _REPLACEMENT)) >> np.uint64(32)
     masked = how < np.uint64(round(masking.mask_share * 2.0**32))
     redrawn = how < np.uint64(round((masking.mask_share + masking.random_share) * 2.0**32))
     drawn = candidates[((words & np.uint64(0xFFFFFFFF)) * np.uint64(len(candidates))) >> np.uint64(32)]

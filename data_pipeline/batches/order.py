@@ -17,13 +17,13 @@ of length loses and repeats nothing.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.batches.noise import mix
+from data_pipeline.batches.counter_rng import mix64
+from data_pipeline.batches.lru_cache import LRUCache
 from data_pipeline.errors import UserError
 
 _ROUNDS = 8  # Luby & Rackoff (1988) need 4 for a strong permutation; 8 because halves are a few bits wide at small n
@@ -68,9 +68,9 @@ class Permutation:
         mixed, scratch = np.empty_like(x), np.empty_like(x)
         for i in range(0, _ROUNDS, 2):
             np.add(right, self._round_keys[i], out=mixed)
-            left ^= mix(mixed, scratch) & self._left_mask
+            left ^= mix64(mixed, scratch) & self._left_mask
             np.add(left, self._round_keys[i + 1], out=mixed)
-            right ^= mix(mixed, scratch) & self._right_mask
+            right ^= mix64(mixed, scratch) & self._right_mask
         return (left << self._right_bits) | right
 
 
@@ -78,9 +78,9 @@ def _key_schedule(words: np.ndarray) -> np.ndarray:
     """Round keys (``_ROUNDS``,) uint64 that depend on every word of the key."""
     state = np.full(1, 0x9E3779B97F4A7C15, dtype=np.uint64)
     for word in words:
-        state = mix((state ^ word) + np.uint64(0x9E3779B97F4A7C15))
+        state = mix64((state ^ word) + np.uint64(0x9E3779B97F4A7C15))
     steps = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return mix(state + steps)
+    return mix64(state + steps)
 
 
 def order_key(seed: int, epoch: int, source: int) -> tuple[int, ...]:
@@ -102,7 +102,7 @@ class BlockOrder:
         self.source = source
         self._chunk_size = min(_CHUNK, max(64, num_blocks))  # few epochs in a chunk: each costs a permutation
         # A few chunks of consecutive draws: the k batches of a window ask for the same draws k times.
-        self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._chunk = LRUCache(self._make_chunk, keep=4)
 
     def blocks(self, draws: np.ndarray) -> np.ndarray:
         """Block numbers in ``[0, num_blocks)`` of ``draws`` (int64, any shape, >= 0), same dtype and shape."""
@@ -119,17 +119,8 @@ class BlockOrder:
             out[here] = self._chunk(int(chunk))[draws[here] - chunk * self._chunk_size]
         return out
 
-    def _chunk(self, chunk: int) -> np.ndarray:
-        cached = self._chunks.get(chunk)
-        if cached is None:
-            draws = np.arange(chunk * self._chunk_size, (chunk + 1) * self._chunk_size, dtype=np.int64)
-            cached = self._compute(draws)
-            self._chunks[chunk] = cached
-            if len(self._chunks) > 4:
-                self._chunks.popitem(last=False)
-        return cached
-
-    def _compute(self, draws: np.ndarray) -> np.ndarray:
+    def _make_chunk(self, chunk: int) -> np.ndarray:
+        draws = np.arange(chunk * self._chunk_size, (chunk + 1) * self._chunk_size, dtype=np.int64)
         epochs, within = np.divmod(draws, self.num_blocks)
         out = np.empty_like(draws)
         edges = np.flatnonzero(np.diff(epochs)) + 1

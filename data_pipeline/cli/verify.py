@@ -11,7 +11,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.units import format_bytes
 
 if TYPE_CHECKING:
-    from data_pipeline.checksums import FileEntry
+    from data_pipeline.files import FileEntry
 
 SUMMARY = "read every byte of a shard folder and compare it with its checksums"
 EXAMPLE = "nystrom data verify shards/train"
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from data_pipeline.shards.manifest import read_manifest
-    from data_pipeline.shards.verify import verify_shards
+    from data_pipeline.shards.shardset import verify_shards
 
     files = read_manifest(args.shards).files()
     size = sum(entry.bytes for entry in files)

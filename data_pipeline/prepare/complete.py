@@ -11,12 +11,10 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from data_pipeline.checksums import FileEntry, hash_file
 from data_pipeline.errors import UserError
-from data_pipeline.files import write_atomic
+from data_pipeline.files import FileEntry, hash_file, write_atomic
 from data_pipeline.prepare.folder import BAD_FILE, DROPPED_FILE, occupied
-from data_pipeline.prepare.plan import STDIN, Preparation, Unit
-from data_pipeline.prepare.spool import UNIT_BYTES
+from data_pipeline.prepare.plan import STDIN, STDIN_UNIT_BYTES, Preparation, Unit
 from data_pipeline.prepare.worker import WORK, UnitResult, total
 from data_pipeline.processes import available_cores
 from data_pipeline.shards.manifest import BLOCK_BYTES, InputEntry, Manifest, read_manifest
@@ -175,7 +173,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str
 
 def _digests(preparation: Preparation, stream: BinaryIO | None) -> list[tuple[Piece, str]]:
     if stream is not None:
-        chunks = stdin_chunks(stream, UNIT_BYTES)
+        chunks = stdin_chunks(stream, STDIN_UNIT_BYTES)
         return [
             (Piece(STDIN, "", "", 0, len(chunk), None, len(chunk)), xxhash.xxh3_128_hexdigest(chunk))
             for chunk in chunks

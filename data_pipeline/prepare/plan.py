@@ -7,9 +7,12 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import xxhash
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import write_atomic
 from data_pipeline.quality.duplicates import Dedup
 from data_pipeline.quality.filters import Filters
 from data_pipeline.shards.manifest import FORMAT_VERSION
@@ -18,11 +21,14 @@ from data_pipeline.sources.format import by_name, stream_formats, text_is_hidden
 from data_pipeline.sources.inputs import CorpusFile
 from data_pipeline.sources.pieces import Piece
 from data_pipeline.sources.reading import Reading
+from data_pipeline.sources.streams import stdin_chunks
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
 DEFAULT_SHARD_TOKENS = 1 << 27  # 256 MB as uint16
 MIB = 1 << 20
 STDIN = "<stdin>"
+STDIN_UNIT_BYTES = 16 * MIB
+"""Text of a unit of standard input, whose length is not known beforehand."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,22 @@ def plan_stdin(form: str, tokenizer: Tokenizer, settings: Settings | None = None
     if form not in stream_formats():
         raise UserError(f"standard input cannot come as '{form}': choose one of {', '.join(stream_formats())}")
     return Preparation((), (), "standard input", tokenizer, settings or Settings(), form)
+
+
+def stdin_units(stream: BinaryIO, kind: str, work: Path) -> Iterator[Unit]:
+    """Standard input as units of about :data:`STDIN_UNIT_BYTES`, their text in files in ``work``. ``kind``: the format.
+
+    A restarted run must be given the same stream from its beginning; units that are finished are then recognised by a
+    hash of their text.
+    """
+    lines = 0
+    for number, chunk in enumerate(stdin_chunks(stream, STDIN_UNIT_BYTES)):
+        path = work / f"stdin-{number:05d}"
+        write_atomic(path, chunk)
+        piece = Piece(STDIN, str(path), kind, 0, len(chunk), None, len(chunk))
+        identity = digest(STDIN, kind, number, xxhash.xxh3_128_hexdigest(chunk))
+        yield Unit(number, (piece,), identity, lines_before=lines)
+        lines += chunk.count(b"\n")
 
 
 def unit_bytes(size: int) -> int:

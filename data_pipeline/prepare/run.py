@@ -23,10 +23,9 @@ import numpy as np
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 from data_pipeline.prepare.complete import check_complete, complete
-from data_pipeline.prepare.executors import Executor, InProcess, Processes
+from data_pipeline.prepare.executors import Executor, InProcess, OnRay, Processes
 from data_pipeline.prepare.folder import Part, begin, check_folder, locked
-from data_pipeline.prepare.plan import STDIN, Preparation, Unit, digest
-from data_pipeline.prepare.spool import spooled
+from data_pipeline.prepare.plan import STDIN, Preparation, Unit, digest, stdin_units
 from data_pipeline.prepare.worker import WORK, Context, Encoders, UnitResult, Worker, writing
 from data_pipeline.quality.duplicates import find_duplicates
 from data_pipeline.shards.manifest import MANIFEST_FILE
@@ -120,7 +119,7 @@ class _Run:
         sampled: Sequence[Unit] = preparation.units
         if stream is not None:
             assert preparation.stdin is not None
-            units = spooled(stream, preparation.stdin, work)
+            units = stdin_units(stream, preparation.stdin, work)
             sampled = list(islice(units, 1))
             self.mine = chain(sampled, units)
         self.sampled = sampled
@@ -178,8 +177,6 @@ class _Run:
 
     def _executor(self) -> Executor:
         if self.how.ray is not None:
-            from data_pipeline.prepare.on_ray import OnRay
-
             return OnRay(self.context, self.how.ray, self.on_text)
         workers = self.how.workers
         if isinstance(self.mine, Sequence):

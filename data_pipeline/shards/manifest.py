@@ -10,9 +10,8 @@ from typing import Any
 import xxhash
 
 from data_pipeline import __version__
-from data_pipeline.checksums import FileEntry
 from data_pipeline.errors import UserError
-from data_pipeline.files import write_atomic
+from data_pipeline.files import FileEntry, write_atomic
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "nystrom-shards"

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.checksums import FileEntry, FileHasher, hash_stream
-from data_pipeline.files import TMP_SUFFIX, publish
+from data_pipeline.files import TMP_SUFFIX, FileEntry, FileHasher, hash_stream, publish
 from data_pipeline.shards.manifest import BLOCK_BYTES, ShardEntry
 
 

@@ -85,7 +85,7 @@ def data(subject: Subject, settings: ApproximationSettings) -> dict[str, Any]:
 def run(subject: Subject, settings: ApproximationSettings, parts: Parts) -> Outcome:
     """Compare; raises :class:`UserError` without held-out shards or with less text than one window."""
     config = subject.loaded.model_config
-    windows = Windows.read(subject, settings)
+    windows = HeldOutWindows.read(subject, settings)
     variants = [*whole(config), *by_layer(config), *sweeps(config, settings)]
     length = settings.length or 0
     with tqdm(total=len(windows.inputs), desc="approximation", unit="window", disable=None) as bar:
@@ -107,7 +107,7 @@ def run(subject: Subject, settings: ApproximationSettings, parts: Parts) -> Outc
 
 
 @dataclass(frozen=True)
-class Windows:
+class HeldOutWindows:
     """W windows of held-out text, as the model is asked to read them."""
 
     inputs: Tensor
@@ -118,7 +118,7 @@ class Windows:
     """(W,): where in the stream."""
 
     @classmethod
-    def read(cls, subject: Subject, settings: ApproximationSettings) -> Windows:
+    def read(cls, subject: Subject, settings: ApproximationSettings) -> HeldOutWindows:
         """Spread evenly over the held-out stream; masked models see the same noise every time."""
         shards, length = subject.held_out(), settings.length or 0
         found = list(

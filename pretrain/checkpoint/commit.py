@@ -22,8 +22,7 @@ from typing import Any
 
 import xxhash
 
-from data_pipeline.checksums import FileEntry, hash_file
-from data_pipeline.files import fsync_folder, write_atomic
+from data_pipeline.files import FileEntry, fsync_folder, hash_file, write_atomic
 
 MANIFEST = "manifest.json"
 LATEST = "latest"

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from data_pipeline.checksums import FileEntry, hash_file
 from data_pipeline.errors import UserError
-from data_pipeline.files import fsync_folder
+from data_pipeline.files import FileEntry, fsync_folder, hash_file
 from data_pipeline.moved import moved
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState

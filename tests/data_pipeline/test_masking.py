@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from data_pipeline.batches import IGNORE
-from data_pipeline.batches.characters import INSIDE, LETTER, SPACE
 from data_pipeline.batches.masking import Masking, mask_tokens
 from data_pipeline.batches.spans import choose_spans
-from data_pipeline.batches.words import WordBoundaries
+from data_pipeline.batches.words import INSIDE, LETTER, SPACE, WordBoundaries
 from data_pipeline.errors import UserError
 
 VOCABULARY = 1000

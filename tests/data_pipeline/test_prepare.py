@@ -15,8 +15,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.prepare.plan import MIB, Settings, plan_preparation, unit_bytes
 from data_pipeline.prepare.run import How, prepare
 from data_pipeline.shards.manifest import read_manifest
-from data_pipeline.shards.shardset import ShardSet
-from data_pipeline.shards.verify import verify_shards
+from data_pipeline.shards.shardset import ShardSet, verify_shards
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from data_pipeline.tokenization.training import train_tokenizer
 

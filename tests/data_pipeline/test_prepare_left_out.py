@@ -12,7 +12,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.prepare.run import How, prepare
 from data_pipeline.quality.duplicates import Dedup
 from data_pipeline.quality.filters import Filters
-from data_pipeline.shards.verify import verify_shards
+from data_pipeline.shards.shardset import verify_shards
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("small_units")

@@ -139,8 +139,8 @@ def test_a_part_of_another_plan_or_with_overwrite_is_refused(
 def test_standard_input_is_read_in_units_and_resumed(
     workers: int, small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.prepare.spool.UNIT_BYTES", 3000)
-    monkeypatch.setattr("data_pipeline.prepare.complete.UNIT_BYTES", 3000)
+    monkeypatch.setattr("data_pipeline.prepare.plan.STDIN_UNIT_BYTES", 3000)
+    monkeypatch.setattr("data_pipeline.prepare.complete.STDIN_UNIT_BYTES", 3000)
     text = "".join(text + "\n" for text in TEXTS).encode()
 
     def again(folder: Path, stream: bytes = text) -> object:
@@ -173,7 +173,7 @@ def test_standard_input_is_read_in_units_and_resumed(
 def test_lines_of_standard_input_are_counted_from_its_beginning(
     small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.prepare.spool.UNIT_BYTES", 3000)
+    monkeypatch.setattr("data_pipeline.prepare.plan.STDIN_UNIT_BYTES", 3000)
     lines = [b'{"text": "fine enough"}\n'] * 500
     lines[430] = b"{broken\n"
     how = How(max_bad_fraction=0.5)

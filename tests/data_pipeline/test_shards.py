@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.checksums import FileHasher
 from data_pipeline.errors import UserError
+from data_pipeline.files import FileHasher
 from data_pipeline.prepare.plan import Settings, plan_preparation
 from data_pipeline.prepare.run import Outcome, prepare
 from data_pipeline.shards.manifest import BLOCK_BYTES, read_manifest
-from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.shards.shardset import ShardSet, verify_shards
 from data_pipeline.shards.summary import entropy, summarise
-from data_pipeline.shards.verify import verify_shards
 from data_pipeline.shards.writer import token_dtype
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from data_pipeline.tokenization.training import train_tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.checksums import hash_file
+from data_pipeline.files import hash_file
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
 
