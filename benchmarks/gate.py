@@ -126,4 +126,4 @@ class Turns:
             return list(self._lines[name].recv())
         except EOFError:
             log = (self._folder / f"{name}.log").read_text(errors="replace")
-            raise UserError(f"{name} ended early; its last words:\n{log[-2000:]}") from None
+            raise UserError(f"{name} ended early; the end of its log:\n{log[-2000:]}") from None

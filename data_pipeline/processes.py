@@ -1,7 +1,7 @@
 """Processes that do not outlive the one that started them, however that one ends.
 
 A process that is killed with -9 tells nobody, and one that SIGTERM ends as it does by default does not either. Children
-left behind train on, or wait for work for ever: those of a pool hold both ends of the pipe they wait at. So each child
+left behind train on, or wait for work forever: those of a pool hold both ends of the pipe they wait at. So each child
 asks the system to be told. It is in ``data_pipeline`` because that is the bottom layer, and imports next to nothing:
 between its start and its question a child is on its own.
 """
@@ -59,9 +59,9 @@ def end_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> 
 def leave(status: int) -> NoReturn:
     """End this process, one of several that worked together, with its exit handlers but without Python's own end.
 
-    A daemon thread that is inside PyTorch then (a watchdog's call to a store that is gone) would be unwound through C++
-    and abort the process: "terminate called without an active exception", status 134 after all results were written,
-    seen once in eight evaluations on two processes.
+    A daemon thread that is inside PyTorch then, as a watchdog's call to a store that is gone, would be unwound through
+    C++ and abort the process. That was seen once in eight evaluations on two processes: "terminate called without an
+    active exception", and status 134 after all results were written.
     """
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()
@@ -74,7 +74,7 @@ def leave(status: int) -> NoReturn:
 def forks_end_with_us() -> None:
     """From here on each fork of this process, and of its forks, is killed at the end of the one that made it.
 
-    For pools of other libraries: the workers of ``datasets.map`` waited for work for ever after their parent's end.
+    For pools of other libraries: the workers of ``datasets.map`` waited for work forever after their parent's end.
     """
     os.register_at_fork(before=_remember, after_in_child=_end_with_forker)
 

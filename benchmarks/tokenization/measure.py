@@ -25,7 +25,7 @@ class Run:
     peak_bytes: int  # proportional set size (shared pages divided), of the process and its children together
 
 
-def run(method: str, corpus: Path, tokenizer: Path, workers: int, work: Path) -> Run:
+def run_method(method: str, corpus: Path, tokenizer: Path, workers: int, work: Path) -> Run:
     """Run ``method`` once; raises :class:`UserError` with the end of its output if it fails."""
     out = Path(tempfile.mkdtemp(dir=work))
     words = [method, str(corpus), str(tokenizer), str(out / "out"), str(workers)]

@@ -3,8 +3,8 @@
 The generator is SplitMix64 (Steele, Lea & Flood 2014, section 5), whose n-th output is a fixed mixing function of
 ``state + n * gamma`` and so needs no stream to be run through. It is used twice: output ``sample`` of the generator
 that the seed starts is the key of the row, and output ``counter`` of the generator that this key starts is the word.
-Philox (Salmon et al. 2011), which NumPy has, is keyed a row at a time in Python: 100 us for a 64-bit word at each of
-32 x 512 positions, 57 us here, of which masking tokens needs half the words.
+Philox (Salmon et al. 2011), which NumPy has, is keyed a row at a time in Python. A 64-bit word at each of 32 x 512
+positions takes 100 us with it and 57 us here; masking tokens needs half the words.
 """
 
 from __future__ import annotations

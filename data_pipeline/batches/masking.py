@@ -1,8 +1,8 @@
 """Dynamic masking for masked language modeling (Devlin et al. 2019, section 3.1; dynamic as in Liu et al. 2019,
 section 4.1) of tokens, whole words, or spans of words (Joshi et al. 2020, section 3.1).
 
-The noise of a row is a pure function of (seed, sample id) and the row's tokens: it does not depend on the batch a row
-is in, its place there, the number of processes or what came before.
+The noise of a row is a pure function of (seed, sample id) and the row's tokens. It does not depend on the batch a row
+is in, its place there, the number of processes or earlier batches.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Masking:
     * ``token``: each token by itself.
     * ``word``: each word by itself, with probability ``rate``: the whole-word masking of the second release of BERT.
       How a target is hidden is drawn for each token, as there.
-    * ``span``: runs of whole words, of geometric length with parameter ``span_p`` up to ``span_max`` words (mean 3.8
-      as set here); how it is hidden is drawn once for all tokens of a span, which ones are drawn in for each.
+    * ``span``: runs of whole words, of geometric length with parameter ``span_p`` up to ``span_max`` words (mean 3.8 as
+      set here). How it is hidden is drawn once for all tokens of a span, random replacements for each token.
 
     Raises :class:`UserError` for a value out of its range.
     """
@@ -87,9 +87,9 @@ def mask_tokens(
     targets and never drawn; no word and no span goes from one document into another.
 
     Returns (inputs (B, L) int64, labels (B, L) int64: the original token at targets, -100 elsewhere). ``input_ids`` is
-    not changed. Tokens and words: what happens at a position follows from the row up to there, so that the beginning
-    of a row with the same sample id gets the beginning of its noise (a word is decided at its first token; what a row
-    cuts off counts as a word). Spans: it follows from the whole row, whose length sets how much is masked.
+    not changed. Tokens and words: what happens at a position follows from the row up to there. The beginning of a row
+    with the same sample id thus gets the beginning of its noise. A word is decided at its first token, and a word that
+    the row's end cuts counts as one. Spans: it follows from the whole row, whose length sets how much is masked.
 
     Raises :class:`UserError` for words or spans without ``boundaries``.
     """

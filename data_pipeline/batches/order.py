@@ -1,17 +1,17 @@
 """The order of training as pure functions of one integer, the number of tokens consumed so far.
 
-Nothing here is stored and nothing is drawn: the permutation of an epoch is a keyed bijection that is computed where
-it is needed, and which tokens make up a batch follows by arithmetic from the position. Resuming at any position costs
-the same, on any number of processes.
+Nothing here is stored and nothing is drawn. The permutation of an epoch is a keyed bijection that is computed where it
+is needed. Which tokens make up a batch follows by arithmetic from the position. Resuming at any position costs the
+same, on any number of processes.
 
 Terms. The unit that is shuffled is a *block* of ``block_length`` tokens, the longest sequence length of the run. A
 *draw* is a running number of blocks taken since the start of training; ``draw // num_blocks`` is the epoch. A shorter
 row of ``seq_len`` tokens is one of the ``k = block_length / seq_len`` *slices* of a block.
 
 The window deal: with rows of a k-th of a block, ``k`` batches form a *window*; batch ``j`` of a window is slice
-``j`` of every block of the window. So a batch of R rows holds text from R blocks (and not R neighbouring slices of
-R/k blocks), every token of the window's blocks comes exactly once, and since stages end where windows end, a change
-of length loses and repeats nothing.
+``j`` of every block of the window. So a batch of R rows holds text from R blocks, and not R neighbouring slices of R/k
+blocks. Every token of the window's blocks comes exactly once. Stages end where windows end, so a change of length loses
+and repeats nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Blocks of whole documents: best fit inside fixed windows of the stream, padding bounded before anything is packed.
 
 What a block holds is a pure function of the shards, ``block_length``, ``slice_length`` and ``max_padding``. The number
-of blocks of each window follows from the ends of its documents by arithmetic, so any block is found at once, and
-only the window it belongs to is packed (1 to 5 ms for 2^19 tokens).
+of blocks of each window follows from the ends of its documents by arithmetic. So any block is found at once, and only
+the window it belongs to is packed (1 to 5 ms for 2^19 tokens).
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class PackingWindows:
 class PoolOrder:
     """Which block each draw takes: a new permutation of all blocks in each epoch, without end.
 
-    A window's blocks cost a packing of the window, so an epoch goes through the windows pool by pool: the windows are
-    permuted, up to 64 neighbours in that permutation form a pool, and the blocks of a pool are permuted among
+    A window's blocks cost a packing of the window, so an epoch goes through the windows pool by pool. The windows are
+    permuted. Up to 64 neighbours in that permutation form a pool, and the blocks of a pool are permuted among
     themselves. Reading an epoch in order packs each window once; starting anywhere costs at most one pool.
 
     ``counts`` (W,) int64: blocks of each window, zeros allowed; blocks are numbered window by window. The keys of the
@@ -166,10 +166,10 @@ class PackedBlocks:
     """Blocks of ``block_length`` tokens filled with whole documents as far as possible.
 
     Every token of the stream is in exactly one block. A document of at most ``slice_length`` tokens (the shortest row
-    of the run, which divides ``block_length``) lies in one slice, so that it is whole in rows of every length;
-    a longer one lies in one piece if it fits a block. Documents are cut only if they are longer than a block, or if
-    the blocks could not hold them whole with so little padding: the share of padding is at most ``max_padding``,
-    apart from the last block of a window.
+    of the run, which divides ``block_length``) lies in one slice, so that it is whole in rows of every length. A longer
+    one lies in one piece if it fits a block. The share of padding is at most ``max_padding``, apart from the last block
+    of a window. Documents are cut only if they are longer than a block, or if the blocks could not hold them whole with
+    so little padding.
 
     ``window_tokens``: documents are packed in windows of about that many tokens, by default 2^19 or 128 blocks.
     Raises :class:`UserError` for ``max_padding`` outside [0, 1), shards without tokens and damaged document ends.

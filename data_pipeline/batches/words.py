@@ -46,13 +46,13 @@ _ALONE: Classes = (SPACE, 0)
 class WordBoundaries:
     """Says of each token whether it begins a word.
 
-    Where tokens are pieces of running text (byte-level BPE, Unigram and BPE with ``▁`` for spaces), a word is a run of
-    letters, digits, combining marks and connectors (``_``), Unicode's ``\\w+``, with the one space before it, so an
-    identifier is one word. A punctuation token is a word, and so is one of white space; a lone space belongs to what
-    follows it. Scripts written without spaces have no runs to go by: each token that begins with a Han, Kana, Thai,
-    Lao, Khmer, Myanmar or Tibetan letter begins a word, as BERT has it for Han. The later bytes of a character that
-    is cut among tokens continue it; such a character counts as what most of those with its first bytes are, and as a
-    letter for what follows it.
+    Byte-level BPE, and Unigram and BPE with ``▁`` for spaces, have tokens that are pieces of running text. There a word
+    is a run of letters, digits, combining marks and connectors (``_``), Unicode's ``\\w+``, with the one space before
+    it. So an identifier is one word. A punctuation token is a word, and so is one of white space; a lone space belongs
+    to what follows it. Scripts written without spaces have no runs to go by: each token that begins with a Han, Kana,
+    Thai, Lao, Khmer, Myanmar or Tibetan letter begins a word, as BERT has it for Han. The later bytes of a character
+    that is cut among tokens continue it; such a character counts as what most of those with its first bytes are, and as
+    a letter for what follows it.
 
     Where the vocabulary marks the pieces of words (``##`` of WordPiece, ``</w>`` of the first BPE models), its marks
     decide, and in a WordLevel vocabulary each token is a word. Special tokens are words of their own and belong to

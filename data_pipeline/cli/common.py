@@ -19,7 +19,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Examples as they were typed, and defaults where there are any worth showing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, []) or action.required:
+        if action.default in (None, False, []) or action.required or "default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 

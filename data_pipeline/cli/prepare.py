@@ -14,7 +14,7 @@ from data_pipeline.units import format_bytes
 if TYPE_CHECKING:
     from data_pipeline.prepare.run import How, Outcome
 
-SUMMARY = "tokenize text into a folder of shards; after an interruption the same command goes on where it stopped"
+SUMMARY = "tokenize text into a folder of shards; after an interruption the same command resumes it"
 EXAMPLE = "nystrom data prepare --input 'books/*.txt' --tokenizer tokenizer --out shards/train"
 
 

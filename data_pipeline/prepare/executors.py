@@ -62,7 +62,7 @@ class Processes:
     def __init__(self, worker: Worker, workers: int, on_text: Callable[[int], None]) -> None:
         # Not forked: threads of the tokenizers and Arrow libraries do not survive that.
         spawn = multiprocessing.get_context("spawn")
-        self._stop = spawn.RawValue("b", 0)  # no lock, which a killed process might have held for ever
+        self._stop = spawn.RawValue("b", 0)  # no lock, which a killed process might have held forever
         self._on_text = on_text
         self._ahead = workers  # units handed out at a time; standard input is spooled no further than this
         threads = max(1, available_cores() // workers)

@@ -64,7 +64,7 @@ class Unit:
     """SHA-256 (hex) of what tells this unit's text from another's without reading it: names, places, sizes and times
     of its files; for standard input its contents."""
     lines_before: int = 0
-    """Lines of standard input before this unit's, which has lost sight of them."""
+    """Lines of standard input before this unit's."""
 
 
 @dataclass(frozen=True)

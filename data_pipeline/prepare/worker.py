@@ -34,7 +34,7 @@ DUPLICATE = "duplicate"
 _BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once: enough for all cores, little memory
 _SAMPLES = 5  # dropped documents kept aside, for each reason in each unit
 _EXCERPT = 200  # characters
-# Broken records that a unit may have whatever their share, which is judged over all units in the end: a unit of books
+# Broken records that a unit may have whatever their share, which is judged over all units in the end. A unit of books
 # has few records, and one of them that is not UTF-8 is no reason to stop a long run.
 _UNIT_SLACK = 10
 

@@ -1,10 +1,10 @@
 """Reading prepared shards: one long stream of tokens, memory-mapped, gathered by the batch.
 
-A shard folder holds ``manifest.json`` (``manifest.py``), a copy of ``tokenizer.json``, and for each shard a raw
-little-endian token file (uint16, or uint32 for vocabularies above 65,536) and an Arrow IPC file with one row for each
-document: ``end`` (uint64, tokens from the start of the shard to the end of the document, its ``</s>`` included) and
-``source`` (name of the input file). The shards in the order of the manifest, put end to end, are the token stream:
-each document's tokens and then ``</s>``.
+A shard folder holds ``manifest.json`` (``manifest.py``), a copy of ``tokenizer.json``, and two files for each shard.
+One is a raw little-endian token file (uint16, or uint32 for vocabularies above 65,536). The other is an Arrow IPC file
+with one row for each document. Its columns are ``end`` (uint64, tokens from the start of the shard to the end of the
+document, its ``</s>`` included) and ``source`` (name of the input file). The shards in the order of the manifest, put
+end to end, are the token stream: each document's tokens and then ``</s>``.
 """
 
 from __future__ import annotations
