@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.processes import end_with_parent
+from data_pipeline.processes import die_with_parent
 
 JOIN_SECONDS = 60.0
 
@@ -50,7 +50,7 @@ Serve = Callable[[dict[str, Any], Gate], None]
 
 
 def _serve(serve: Serve, config: dict[str, Any], connection: Connection, log: Path) -> None:
-    end_with_parent()
+    die_with_parent()
     with open(log, "w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

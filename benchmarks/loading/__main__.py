@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.common import check_file, check_positive, chosen, goal_lines, in_turns, markdown, run, settings_of
 from data_pipeline.errors import UserError
-from data_pipeline.processes import end_with_parent
+from data_pipeline.processes import die_with_parent
 
 GOAL_RATIO = 0.5
 """Ours, causal, to the bare memory map."""
@@ -118,7 +118,7 @@ def _turn(name: str, corpus: Any, args: argparse.Namespace) -> float:
     if CONTENDERS[name].needs is None:
         return turn(name, corpus, args.batches, args.seconds)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=die_with_parent) as pool:
         return pool.submit(turn, name, corpus, args.batches, args.seconds).result()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import check_file, chosen, markdown, run
-from data_pipeline.processes import ending_with_us
+from data_pipeline.processes import child_command
 
 GOAL = 0.15
 """The prediction may be off by so much of the measurement."""
@@ -95,7 +95,7 @@ def _run(case: Any, way: str) -> int:
     # Otherwise glibc keeps what is freed in blocks of up to 32 MB: 0.5 GB of the largest cases' resident memory.
     malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}
     world = {"WORLD_SIZE": str(case.processes), "LOCAL_SIZE": str(case.processes), "MASTER_PORT": port}
-    command = ending_with_us("benchmarks.memory.worker", case.name, way)
+    command = child_command("benchmarks.memory.worker", case.name, way)
     started = []
     for rank in range(case.processes):
         env = {**os.environ, **malloc, **world, "MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from data_pipeline.errors import UserError
-from data_pipeline.processes import ending_with_us
+from data_pipeline.processes import child_command
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def run_method(method: str, corpus: Path, tokenizer: Path, workers: int, work: P
     (out / "out").mkdir()
     with open(out / "log", "w+") as log:
         child = subprocess.Popen(
-            ending_with_us("benchmarks.tokenization.methods", *words),
+            child_command("benchmarks.tokenization.methods", *words),
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

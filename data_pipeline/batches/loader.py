@@ -13,7 +13,7 @@ from data_pipeline.batches import IGNORE
 from data_pipeline.batches.blocks import Rows
 from data_pipeline.batches.masking import Masking, mask_tokens
 from data_pipeline.batches.mixture import TrainingData
-from data_pipeline.batches.order import Part, Plan
+from data_pipeline.batches.order import BatchSpan, Plan
 from data_pipeline.batches.packing import PackedBlocks
 from data_pipeline.batches.prefetch import Prefetcher
 from data_pipeline.batches.words import WordBoundaries
@@ -232,7 +232,7 @@ class TrainLoader:
 class _Group(NamedTuple):
     """Consecutive batches, uncut: rows of ``part.slices`` samples each, window by window."""
 
-    part: Part
+    part: BatchSpan
     position: int
     inputs: np.ndarray
     labels: np.ndarray

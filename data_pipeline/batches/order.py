@@ -157,7 +157,7 @@ class Stage(NamedTuple):
         return (self.end_tokens - self.start_tokens) // self.batch_tokens
 
 
-class Part(NamedTuple):
+class BatchSpan(NamedTuple):
     """Consecutive batches that fill a rectangle: ``slices`` slices of each block of ``windows`` windows.
 
     Window w takes the draws ``first_draw + w * rows`` to ``first_draw + (w + 1) * rows``; batch ``w * slices + j``
@@ -230,7 +230,7 @@ class Plan:
                 "a run with another batch_tokens or curriculum"
             )
 
-    def part(self, tokens_consumed: int, limit: int = 1) -> Part:
+    def part(self, tokens_consumed: int, limit: int = 1) -> BatchSpan:
         """The batches from this position on that can be read in one go, at least one and at most ``limit``."""
         index = self.stage_index(tokens_consumed)
         stage = self.stages[index]
@@ -241,8 +241,8 @@ class Plan:
         # A window of k batches is `rows` blocks: k * batch_tokens / block_length = batch_tokens / seq_len.
         first = stage.start_tokens // self.block_length + window * stage.rows
         if j or limit < stage.slices:
-            return Part(index, first, 1, j, min(limit, stage.slices - j))
-        return Part(
+            return BatchSpan(index, first, 1, j, min(limit, stage.slices - j))
+        return BatchSpan(
             index, first, min(limit // stage.slices, stage.num_batches // stage.slices - window), 0, stage.slices
         )
 

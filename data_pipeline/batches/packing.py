@@ -19,7 +19,7 @@ from data_pipeline.batches.lru_cache import LRUCache
 from data_pipeline.batches.order import Permutation
 from data_pipeline.errors import UserError
 from data_pipeline.shards.manifest import ShardEntry
-from data_pipeline.shards.shardset import ShardSet, ramps
+from data_pipeline.shards.shardset import ShardSet, concat_ranges
 
 MIN_WINDOW_TOKENS = 1 << 19
 MIN_WINDOW_BLOCKS = 128  # the last block of a window is half empty on average: 0.4% of the window at the most
@@ -157,7 +157,7 @@ class PoolOrder:
         epoch, pool = key
         order, _ = self._epoch(epoch)
         windows = order[self._edges[pool] : self._edges[pool + 1]]
-        blocks = ramps(self._firsts[windows], self._counts[windows])
+        blocks = concat_ranges(self._firsts[windows], self._counts[windows])
         shuffle = Permutation(len(blocks), (*self._key, epoch, pool))
         return blocks[shuffle(np.arange(len(blocks), dtype=np.int64))]
 
@@ -250,7 +250,7 @@ class PackedBlocks:
             found.append(segments[edges[row] : edges[row + 1]])
         segments_of = np.array([len(part) for part in found], dtype=np.int64)
         row = np.repeat(np.arange(len(blocks)), segments_of)
-        number = ramps(np.zeros_like(segments_of), segments_of)  # of a segment in its block
+        number = concat_ranges(np.zeros_like(segments_of), segments_of)  # of a segment in its block
         at, starts, sizes, closes = np.concatenate(found or [np.empty((0, 4), dtype=np.int64)]).T
 
         column = at - rows[row] * self._block_length - offset
@@ -262,7 +262,7 @@ class PackedBlocks:
         starts, counts = starts[here], (end - begin)[here]
 
         shape = (len(blocks), length)
-        places = ramps((row * length + begin)[here], counts)
+        places = concat_ranges((row * length + begin)[here], counts)
         gathered = self._shards.gather(starts, counts)
         tokens = np.full(shape, self._shards.pad_id, dtype=np.int64)
         tokens.reshape(-1)[places] = gathered

@@ -13,9 +13,9 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import FileEntry, hash_file, write_atomic
-from data_pipeline.prepare.folder import BAD_FILE, DROPPED_FILE, occupied
+from data_pipeline.prepare.folder import BAD_FILE, DROPPED_FILE, occupied_error
 from data_pipeline.prepare.plan import STDIN, STDIN_UNIT_BYTES, Preparation, Unit
-from data_pipeline.prepare.worker import WORK, UnitResult, total
+from data_pipeline.prepare.worker import WORK, UnitResult, sum_counts
 from data_pipeline.processes import available_cores
 from data_pipeline.shards.manifest import BLOCK_BYTES, InputEntry, Manifest, read_manifest
 from data_pipeline.shards.shardset import ShardSet
@@ -39,8 +39,8 @@ def complete(
     _check_broken(results, max_bad_fraction)
     documents = sum(result.documents for _, result in results)
     empty = sum(result.empty for _, result in results)
-    bad = total(result.bad for _, result in results)
-    dropped = total(result.dropped for _, result in results)
+    bad = sum_counts(result.bad for _, result in results)
+    dropped = sum_counts(result.dropped for _, result in results)
     if not documents:
         _none_left(preparation, folder, empty, bad, dropped)
     tokenizer = preparation.tokenizer
@@ -101,7 +101,7 @@ def _check_broken(results: Sequence[tuple[Unit, UnitResult]], max_bad_fraction: 
     Tally(
         max_bad_fraction,
         records=sum(result.records for _, result in results),
-        bad=Counter(total(result.bad for _, result in results)),
+        bad=Counter(sum_counts(result.bad for _, result in results)),
         bad_samples=[BadRecord(**sample) for _, result in results for sample in result.bad_samples],
         locations=places,
     ).check()
@@ -143,21 +143,23 @@ def check_complete(preparation: Preparation, folder: Path, stream: BinaryIO | No
     manifest = read_manifest(folder)
     tokenizer = preparation.tokenizer
     if manifest.tokenizer_hash != tokenizer.hash:
-        raise occupied(folder, f"shards of another tokenizer (hash {manifest.tokenizer_hash[:12]})")
+        raise occupied_error(folder, f"shards of another tokenizer (hash {manifest.tokenizer_hash[:12]})")
     for name, old, new in _differences(manifest.settings, preparation.facts()):
-        raise occupied(folder, f"shards made with another {name}: {old}, now {new}")
+        raise occupied_error(folder, f"shards made with another {name}: {old}, now {new}")
     names = [entry.name for entry in manifest.inputs]
     if names != list(preparation.names):
-        raise occupied(folder, f"shards of other inputs ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+        raise occupied_error(
+            folder, f"shards of other inputs ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        )
     known = {file.name: file.bytes for file in preparation.files}
     for entry in manifest.inputs:
         if entry.name in known and known[entry.name] != entry.bytes:
-            raise occupied(
+            raise occupied_error(
                 folder, f"shards of another {entry.name}: it had {entry.bytes} bytes, now {known[entry.name]}"
             )
     for old, new in zip(manifest.inputs, input_entries(preparation, _digests(preparation, stream)), strict=True):
         if old != new and (stream is not None or old.name in known):
-            raise occupied(folder, f"shards of another {old.name}: its contents have changed")
+            raise occupied_error(folder, f"shards of another {old.name}: its contents have changed")
     return ShardSet.open(folder)
 
 

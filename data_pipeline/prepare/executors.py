@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 from data_pipeline.errors import UserError
 from data_pipeline.prepare.plan import Unit
 from data_pipeline.prepare.worker import Context, UnitResult, Worker
-from data_pipeline.processes import available_cores, end_with_parent
+from data_pipeline.processes import available_cores, die_with_parent
 
 Method = Literal["sign", "tokenize"]
 RETRIES = 8
@@ -95,7 +95,7 @@ class Processes:
                 finished, running = wait(running, timeout=0 if own else None, return_when=FIRST_COMPLETED)
                 for future in finished:
                     result = future.result()
-                    self._on_text(fresh_text(result))
+                    self._on_text(new_text_bytes(result))
                     yield result
         except BrokenProcessPool:
             raise UserError(
@@ -152,7 +152,7 @@ class OnRay:
             finished, running = self._ray.wait(running, timeout=5.0)
             for reference in finished:
                 result = self._result(reference)
-                self._on_text(fresh_text(result))
+                self._on_text(new_text_bytes(result))
                 yield result
 
     def _result(self, reference: Any) -> Any:
@@ -185,7 +185,7 @@ def _check_reachable(address: str) -> None:
             raise UserError(f"no Ray cluster at {address}: {error}") from None
 
 
-def fresh_text(result: int | UnitResult) -> int:
+def new_text_bytes(result: int | UnitResult) -> int:
     """Bytes of text that were read for a result of :class:`Worker`, none if it was found finished."""
     if isinstance(result, int):
         return result
@@ -210,7 +210,7 @@ def _start(context: Context, threads: int, stop: Any) -> None:
     global _worker
     use_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    end_with_parent()
+    die_with_parent()
 
     def on_text(size: int) -> None:
         if stop.value:

@@ -87,7 +87,7 @@ class Preparation:
     def purpose(self) -> str:
         """SHA-256 (hex) of settings, tokenizer and the inputs' names: an unfinished run may be continued by its equals,
         also after a broken input was mended."""
-        return digest(self.decisions(), self.names)
+        return json_sha256(self.decisions(), self.names)
 
     @property
     def text_bytes(self) -> int | None:
@@ -126,7 +126,7 @@ def plan_preparation(
         corpus = open_corpus(corpus)
     target = unit_bytes(sum(file.bytes for file in corpus.files))
     times = {file.name: file.mtime_ns for file in corpus.files}
-    units = tuple(group(corpus.pieces(target, settings.reading), target, times))
+    units = tuple(group_pieces(corpus.pieces(target, settings.reading), target, times))
     return Preparation(units, corpus.files, corpus.describe(), tokenizer, settings)
 
 
@@ -151,7 +151,7 @@ def stdin_units(stream: BinaryIO, kind: str, work: Path) -> Iterator[Unit]:
         path = work / f"stdin-{number:05d}"
         write_atomic(path, chunk)
         piece = Piece(STDIN, str(path), kind, 0, len(chunk), None, len(chunk))
-        identity = digest(STDIN, kind, number, xxhash.xxh3_128_hexdigest(chunk))
+        identity = json_sha256(STDIN, kind, number, xxhash.xxh3_128_hexdigest(chunk))
         yield Unit(number, (piece,), identity, lines_before=lines)
         lines += chunk.count(b"\n")
 
@@ -165,7 +165,7 @@ def unit_bytes(size: int) -> int:
     return max(4 * MIB, min(64 * MIB, size // 64), size // 4096)
 
 
-def group(pieces: Iterable[Piece], target: int, times: dict[str, int]) -> Iterator[Unit]:
+def group_pieces(pieces: Iterable[Piece], target: int, times: dict[str, int]) -> Iterator[Unit]:
     """Neighbouring pieces, together at most ``target`` bytes unless a single one is larger."""
     held: list[Piece] = []
     number = size = 0
@@ -181,9 +181,9 @@ def group(pieces: Iterable[Piece], target: int, times: dict[str, int]) -> Iterat
 
 def _unit(number: int, pieces: Sequence[Piece], times: dict[str, int]) -> Unit:
     places = [[p.name, p.kind, p.begin, p.end, p.rows, times.get(p.name)] for p in pieces]
-    return Unit(number, tuple(pieces), digest(number, places))
+    return Unit(number, tuple(pieces), json_sha256(number, places))
 
 
-def digest(*facts: object) -> str:
+def json_sha256(*facts: object) -> str:
     """SHA-256 (hex) of JSON values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

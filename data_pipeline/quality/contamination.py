@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.processes import end_with_parent
+from data_pipeline.processes import die_with_parent
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE
 
@@ -294,7 +294,7 @@ def _begin_worker(grams: EvaluationGrams, stop: Any) -> None:
     import os
 
     global _worker_grams, _worker_stop
-    end_with_parent()  # else kill of the command left all of these waiting for work forever
+    die_with_parent()  # else kill of the command left all of these waiting for work forever
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
     _worker_grams, _worker_stop = grams, stop

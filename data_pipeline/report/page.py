@@ -66,7 +66,7 @@ def length_histogram(lengths: Lengths) -> Markup:
     """Share of the documents (bars) and of the tokens (line) by document length, two bins to the octave."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
-    edges = lengths.octaves(parts=2)
+    edges = lengths.log2_edges(parts=2)
     documents, tokens = lengths.histogram(edges)
     median = lengths.percentile(50)
 

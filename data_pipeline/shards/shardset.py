@@ -17,8 +17,11 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import FileEntry, hash_file
+from data_pipeline.moved import renamed
 from data_pipeline.shards.manifest import Manifest, read_manifest
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
+
+__getattr__ = renamed(__name__, ramps="concat_ranges")
 
 
 class ShardSet:
@@ -124,7 +127,7 @@ class ShardSet:
         leaves = starts + lengths > self._offsets[np.minimum(shard + 1, len(self._offsets) - 1)]
         if (np.diff(starts, prepend=0) < 0).any() or (leaves & (lengths > 0)).any():
             raise ValueError("runs must be in ascending order, and each within one shard")
-        position = ramps(starts, lengths)
+        position = concat_ranges(starts, lengths)
         out = np.empty(len(position), dtype=np.int64)
         edges = np.append(0, np.cumsum(lengths))[np.searchsorted(starts, self._offsets)]
         for number in np.flatnonzero(np.diff(edges)):
@@ -200,7 +203,7 @@ class ShardSet:
         return f"ShardSet({str(self.path)!r}, tokens={self.num_tokens}, documents={self.num_documents})"
 
 
-def ramps(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def concat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Runs of consecutive integers laid end to end: [7, 2], [3, 2] -> [7, 8, 9, 2, 3]."""
     stops = np.cumsum(lengths)
     return np.repeat(starts - stops + lengths, lengths) + np.arange(stops[-1] if len(stops) else 0)

@@ -128,14 +128,14 @@ class CheckedEncoder:
         return self._encoder.encode_batch(texts)
 
 
-class Choice(NamedTuple):
+class EncoderChoice(NamedTuple):
     """An encoder, and in words why it is this one."""
 
     encoder: Encoder
     reason: str
 
 
-def choose_encoder(tokenizer: Tokenizer, requested: str, sample: Sequence[str], dtype: DTypeLike) -> Choice:
+def choose_encoder(tokenizer: Tokenizer, requested: str, sample: Sequence[str], dtype: DTypeLike) -> EncoderChoice:
     """The encoder to work with; ``requested`` is "auto", "tokenizers" or "tiktoken".
 
     "auto" takes tiktoken if it is installed, can express the vocabulary, and gives the ids of the `tokenizers` library
@@ -146,16 +146,16 @@ def choose_encoder(tokenizer: Tokenizer, requested: str, sample: Sequence[str], 
         raise UserError(f"unknown encoder {requested!r}: choose one of {', '.join(BACKENDS)}")
     stock = StockEncoder(tokenizer, dtype)
     if requested == "tokenizers":
-        return Choice(stock, "asked for")
+        return EncoderChoice(stock, "asked for")
     try:
         fast = TiktokenEncoder(tokenizer, dtype)
         _compare(fast, stock, sample)
     except (NotExpressible, ParityError) as error:
         if requested == "tiktoken":
             raise UserError(f"tiktoken cannot be used: {error}; leave the choice to auto") from None
-        return Choice(stock, f"tiktoken cannot be used: {error}")
+        return EncoderChoice(stock, f"tiktoken cannot be used: {error}")
     checked = CheckedEncoder(fast, tokenizer, dtype)
-    return Choice(checked, f"same ids as the tokenizers library on {len(sample):,} texts of the sample")
+    return EncoderChoice(checked, f"same ids as the tokenizers library on {len(sample):,} texts of the sample")
 
 
 def make_encoder(tokenizer: Tokenizer, name: str, dtype: DTypeLike) -> StockEncoder | CheckedEncoder:

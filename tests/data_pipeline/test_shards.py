@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.errors import UserError
 from data_pipeline.files import FileHasher
 from data_pipeline.prepare.plan import Settings, plan_preparation
-from data_pipeline.prepare.run import Outcome, prepare
+from data_pipeline.prepare.run import PrepareResult, prepare
 from data_pipeline.shards.manifest import BLOCK_BYTES, read_manifest
 from data_pipeline.shards.shardset import ShardSet, verify_shards
 from data_pipeline.shards.summary import entropy, summarise
@@ -38,18 +38,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(inputs: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def made(inputs: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> PrepareResult:
     folder = tmp_path_factory.mktemp("shards") / "train"
     return prepare(plan_preparation([inputs], tokenizer, Settings(shard_tokens=700)), folder)
 
 
 @pytest.fixture
-def shards(made: Outcome) -> ShardSet:
+def shards(made: PrepareResult) -> ShardSet:
     return made.shards
 
 
 @pytest.fixture
-def copy(made: Outcome, tmp_path: Path) -> Path:
+def copy(made: PrepareResult, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made.shards.path, tmp_path / "copy"))
 
 
@@ -146,7 +146,7 @@ def test_summary(shards: ShardSet, tokenizer: Tokenizer) -> None:
     assert entropy(np.array([5, 5, 0])) == pytest.approx(np.log(2))
 
 
-def test_a_whole_folder_verifies(made: Outcome) -> None:
+def test_a_whole_folder_verifies(made: PrepareResult) -> None:
     seen: list[str] = []
     assert verify_shards(made.shards.path, lambda entry: seen.append(entry.name)) == []
     assert seen == [entry.name for entry in made.shards.manifest.files()]
