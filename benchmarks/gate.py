@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.processes import end_with_parent
+from data_pipeline.processes import die_with_parent
 
 JOIN_SECONDS = 60.0
 
@@ -50,7 +50,7 @@ Serve = Callable[[dict[str, Any], Gate], None]
 
 
 def _serve(serve: Serve, config: dict[str, Any], connection: Connection, log: Path) -> None:
-    end_with_parent()
+    die_with_parent()
     with open(log, "w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -126,4 +126,4 @@ class Turns:
             return list(self._lines[name].recv())
         except EOFError:
             log = (self._folder / f"{name}.log").read_text(errors="replace")
-            raise UserError(f"{name} ended early; its last words:\n{log[-2000:]}") from None
+            raise UserError(f"{name} ended early; the end of its log:\n{log[-2000:]}") from None

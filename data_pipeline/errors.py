@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user's, in every room of the project.
+"""The one exception that stands for a mistake of the user's, in all folders of the project.
 
 It lives in ``data_pipeline`` because that is the bottom layer: everything may import it and it imports nothing.
 """

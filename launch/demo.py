@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from data_pipeline.processes import available_cores, ending_with_us
+from data_pipeline.processes import available_cores, child_command
 from launch.demo_estimate import Cost, Speed, duration, measure
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -133,7 +133,7 @@ def _run(command: list[str]) -> int:
     request = StopRequest()
     try:
         # In a session of its own: Ctrl-C reaches it through this process only, and once.
-        words = ending_with_us(PROGRAM, *command, number=signal.SIGTERM)
+        words = child_command(PROGRAM, *command, number=signal.SIGTERM)
         process = subprocess.Popen(words, start_new_session=True)
         asked = False
         while True:

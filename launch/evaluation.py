@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import psutil
 
 from data_pipeline.errors import UserError
-from data_pipeline.processes import available_cores, ending_with_us
+from data_pipeline.processes import available_cores, child_command
 from launch.local import REPOSITORY, StopRequest, become_subreaper, count_gpus, free_port
 from pretrain.distributed.signals import LAUNCHER_PID
 from pretrain.ending import LAUNCH_ID
@@ -101,7 +101,7 @@ def launch_evaluation(nproc: int, words: Sequence[str]) -> int:
 def command(words: Sequence[str]) -> list[str]:
     """What each process runs."""
     # One process alone has nobody to look after: without this, kill -9 of the launcher left it at work (--nproc 1).
-    return ending_with_us("eval", *words, number=signal.SIGTERM)
+    return child_command("eval", *words, number=signal.SIGTERM)
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]], request: StopRequest) -> subprocess.Popen[bytes] | None:

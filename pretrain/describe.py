@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan
+from data_pipeline.units import format_bytes
 from pretrain.config import RunConfig
 from pretrain.curriculum.stages import describe_changes, stage_model
 from pretrain.planning.state import parameter_sizes, state_bytes
-from pretrain.planning.units import bytes_text
 
 if TYPE_CHECKING:
     from pretrain.distributed.world import World
@@ -24,7 +24,7 @@ def describe(
     kind = {"mlm": "masked", "clm": "causal"}[model.objective]
     memory = state_bytes(parameter_sizes(stage_model(config, 0), config.optimizer), config, world.world_size)
     parts = ", ".join(
-        f"{part} {bytes_text(size)}"
+        f"{part} {format_bytes(size)}"
         for part, size in (
             ("weights", memory.weights),
             ("gradients", memory.gradients),
@@ -46,7 +46,7 @@ def describe(
             *describe_changes(config),
             f"On {world.world_size} {'GPU' if world.device.type == 'cuda' else 'CPU'} process(es), "
             f"{precision or config.precision}, "
-            f"ZeRO stage {config.zero_stage}; each expects {bytes_text(memory.total)} for its state ({parts}); "
+            f"ZeRO stage {config.zero_stage}; each expects {format_bytes(memory.total)} for its state ({parts}); "
             "`nystrom plan` says how much activations take on top.",
         ]
     )

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.batches.masking import IGNORE
+from data_pipeline.batches import IGNORE
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain.checkpoint import commit
 from pretrain.telemetry.spikes import bounds

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.batches import IGNORE
 from data_pipeline.batches.loader import Batch, TrainLoader
 from pretrain.callbacks import Callbacks, Saved, Stepped, Validated
 from pretrain.checkpoint.commit import TrainState, tag_name
@@ -25,7 +26,7 @@ from pretrain.optim.schedule import learning_rate
 from pretrain.telemetry.profile import StepProfiler
 from pretrain.telemetry.reports import Step, StepReports
 from pretrain.telemetry.telemetry import Telemetry
-from pretrain.validation import IGNORE, validate, validate_longest, write_samples
+from pretrain.validation import validate, validate_longest, write_samples
 
 
 class Trainer:

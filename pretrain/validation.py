@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from data_pipeline.batches import IGNORE
 from data_pipeline.batches.loader import Batch, validation_batches
 from data_pipeline.shards.shardset import ShardSet
 from pretrain.config import RunConfig
@@ -20,7 +21,6 @@ from pretrain.telemetry.lines import write_or_tell
 if TYPE_CHECKING:
     from pretrain.engine.training import TrainingEngine
 
-IGNORE = -100
 SAMPLE_TOKENS = 64
 PROMPT_TOKENS = 16
 

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks.measuring import kept_bytes, seconds_to
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 1000
 
@@ -59,8 +60,8 @@ class Times:
 def interleave(
     cases: Sequence[Case], device: torch.device, *, rounds: int | None = None, seconds: float = 0.0
 ) -> dict[str, Times]:
-    """Time the cases in rounds: each once in a round, in an order drawn anew, so that a slow spell of the machine falls
-    on all of them and no case always follows the same one. ``rounds`` of them, or as many as fit into ``seconds`` (at
+    """Time the cases in rounds: each once in a round, in an order drawn anew. A slow spell of the machine then falls on
+    all of them, and no case always follows the same one. ``rounds`` of them, or as many as fit into ``seconds`` (at
     least 3). Cases must have run once before."""
     order, shuffle = list(cases), random.Random(0)
     times = {case.name: Times([], []) for case in cases}
@@ -87,23 +88,16 @@ def _enough(done: int, elapsed: float, rounds: int | None, seconds: float) -> bo
 
 
 def _time(case: Case, device: torch.device) -> tuple[float, float]:
-    """Seconds of the forward pass and of both; on a GPU between events on its stream, after waiting for it."""
-    with case.context():
-        if device.type == "cuda":
-            start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-            torch.cuda.synchronize(device)
-            start.record()
-            outputs = case.outputs()
-            middle.record()
-            case.backward(outputs)
-            end.record()
-            torch.cuda.synchronize(device)
-            return start.elapsed_time(middle) / 1000, start.elapsed_time(end) / 1000
-        began = time.perf_counter()
+    """Seconds of the forward pass, and of both passes."""
+    outputs: tuple[Tensor, ...] = ()
+
+    def forward() -> None:
+        nonlocal outputs
         outputs = case.outputs()
-        between = time.perf_counter()
-        case.backward(outputs)
-        return between - began, time.perf_counter() - began
+
+    with case.context():
+        first, both = seconds_to(device, forward, lambda: case.backward(outputs))
+    return first, both
 
 
 @dataclass(frozen=True)
@@ -119,23 +113,11 @@ class Memory:
 
 def memory(case: Case, device: torch.device) -> Memory:
     """Run once, and count. Also the warm-up: nothing here is timed."""
-    given = {x.untyped_storage().data_ptr() for x in (*case.inputs, *case.weights, *case.constants)}
-    kept: dict[int, Any] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage  # held, so that no later storage gets its address
-        return x
-
     with case.context():
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            outputs = case.outputs()
-        count = sum(storage.nbytes() for storage in kept.values())
+        outputs, count = kept_bytes(case.outputs, (*case.inputs, *case.weights, *case.constants))
         case.backward(outputs)
         if device.type != "cuda":
             return Memory(count, None)
-        kept.clear()
         del outputs
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -149,18 +131,5 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of the best of five large square matrix products, after one to warm up."""
     size = _PEAK_SIZE["cuda" if device.type == "cuda" else "cpu"]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    case = Case("matmul", lambda: a @ b, ())
-    best = float("inf")
-    for _ in range(6):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            case.outputs()
-            end.record()
-            torch.cuda.synchronize(device)
-            best = min(best, start.elapsed_time(end) / 1000)
-        else:
-            began = time.perf_counter()
-            case.outputs()
-            best = min(best, time.perf_counter() - began)
+    best = min(seconds_to(device, lambda: a @ b)[0] for _ in range(6))
     return 2 * size**3 / best

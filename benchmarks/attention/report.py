@@ -1,18 +1,21 @@
-"""Rows of results, as a Markdown table and as JSON."""
+"""Rows of results, as a Markdown table and as JSON, and the goals that the attention must reach on a CPU."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.presentation import markdown
-from data_pipeline.files import write_atomic
+from benchmarks import common
+from benchmarks.common import markdown
 from eval.tasks.efficiency.measure import Spread
 
 SCHEMA = 1
+GOAL_SETTING = {"device": "cpu", "batch": 1, "heads": 12, "head_dim": 64, "threads": 1}
+"""The goals are for this, with ModelConfig's landmarks, segments and convolution."""
+
+GOAL_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def write_json(
     complete: bool,
 ) -> None:
     """Everything in one file; ``complete`` is false while lengths are still to come."""
-    content = {
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "complete": complete,
         "provenance": provenance,
@@ -84,7 +87,7 @@ def write_json(
         "stages": [asdict(stage) for stage in stages],
         "goals": list(goals),
     }
-    write_atomic(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    common.write_json(path, content, tell=False)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -131,3 +134,58 @@ def _percent(share: float | None) -> str:
 
 def _mib(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:.1f}"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Forward and backward take at most ``limit`` of exact attention's time."""
+
+    form: str
+    length: int
+    limit: float
+
+
+# With the convolution: what a default model runs.
+GOALS = (
+    Goal("nystrom+conv", 1024, 0.30),
+    Goal("nystrom+conv", 4096, 0.07),
+    Goal("nystrom+conv", 8192, 0.03),
+    Goal("causal-nystrom+conv", 1024, 1.0),
+    Goal("causal-nystrom+conv", 4096, 0.20),
+    Goal("causal-nystrom+conv", 16384, 0.06),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal for one precision. ``ratio`` is the measured median, None where it was not measured."""
+
+    form: str
+    dtype: str
+    length: int
+    limit: float
+    ratio: float | None
+
+    @property
+    def met(self) -> bool | None:
+        """None: not measured."""
+        return None if self.ratio is None else self.ratio <= self.limit
+
+    def __str__(self) -> str:
+        what = f"{self.form} {self.dtype} n={self.length}: "
+        if self.ratio is None:
+            return f"{what}not measured, the goal is {self.limit:.2f}"
+        return f"{what}{self.ratio:.3f} of exact, the goal is {self.limit:.2f}: {'met' if self.met else 'not met'}"
+
+
+def judge(rows: Sequence[Row], dtypes: Sequence[str] = GOAL_DTYPES) -> list[Verdict]:
+    """Every goal in every precision of the goals' among ``dtypes``."""
+    verdicts = []
+    for dtype in (dtype for dtype in GOAL_DTYPES if dtype in dtypes):
+        measured = {(row.form, row.length): row for row in rows if row.dtype == dtype}
+        for goal in GOALS:
+            row = measured.get((goal.form, goal.length))
+            against = None if row is None else next(iter(row.against.values()), None)
+            ratio = None if against is None or against.ratio is None else against.ratio.median
+            verdicts.append(Verdict(goal.form, dtype, goal.length, goal.limit, ratio))
+    return verdicts

@@ -117,8 +117,8 @@ def _row(form: Form, setting: Setting, times: dict[str, Times], kept: dict[str, 
     for name in form.references:
         other = times.get(name)
         against[name] = Against(
-            ratio=_ratios(own.total, other.total) if other else None,
-            forward_ratio=_ratios(own.forward, other.forward) if other else None,
+            ratio=Spread.of_ratios(own.total, other.total) if other else None,
+            forward_ratio=Spread.of_ratios(own.forward, other.forward) if other else None,
             flop_ratio=flops / FORMS[name].flops(setting),
         )
     return Row(
@@ -136,10 +136,6 @@ def _row(form: Form, setting: Setting, times: dict[str, Times], kept: dict[str, 
         peak_bytes=kept[form.name].peak,
         against=against,
     )
-
-
-def _ratios(own: Sequence[float], other: Sequence[float]) -> Spread:
-    return Spread.of([a / b for a, b in zip(own, other, strict=True)])
 
 
 def _stage(form: str, part: Case, setting: Setting, times: dict[str, Times]) -> Stage:

@@ -21,9 +21,9 @@ from pretrain.model.conv import skip_convolution
 
 
 def stages(form: str, setting: Setting, inputs: Sequence[Tensor], built: Built) -> list[Case]:
-    """The stages of ``form`` on q, k, v (B, n, H, d), in order: the outputs of one are inputs of later ones, and the
-    form's output is that of "read", plus that of the convolution. None for a form that is not ours or is packed, and
-    at lengths where ours is exact attention. No gradient passes from one to the other."""
+    """The stages of ``form`` on q, k, v (B, n, H, d), in order. The outputs of one are inputs of later ones. The form's
+    output is that of "read", plus that of the convolution. None for a form that is not ours or is packed, and at
+    lengths where ours is exact attention. No gradient passes from one to the other."""
     q, k, v = (x.transpose(1, 2) for x in inputs)
     found: list[Case] = []
     if form in ("nystrom", "nystrom+conv"):

@@ -11,8 +11,9 @@ import numpy as np
 
 from benchmarks.attention_ablation.forms import Objective
 from benchmarks.attention_ablation.tasks import Examples, Far, Shape
+from data_pipeline.batches import IGNORE
 from data_pipeline.batches.loader import TrainLoader, validation_batches
-from data_pipeline.batches.masking import IGNORE, Masking
+from data_pipeline.batches.masking import Masking
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan, StageSpec
 from data_pipeline.errors import UserError

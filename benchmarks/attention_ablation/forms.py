@@ -1,8 +1,8 @@
 """The forms that are compared, each a small change of one base configuration.
 
 A form changes one idea and leaves the rest: ``segment-half`` halves c and doubles w, so that the window keeps its w c
-tokens. What a token sees of it on average does not stay: its own segment up to itself and w - 1 whole ones before, (w -
-1/2) c + 1/2 tokens, 96.5 for c = 64 and w = 2 but 112.5 for c = 32 and w = 4. Read those forms beside
+tokens. What a token sees of it on average changes. It sees its own segment up to itself and w - 1 whole ones before: (w
+- 1/2) c + 1/2 tokens, 96.5 for c = 64 and w = 2 but 112.5 for c = 32 and w = 4. Read those forms beside
 ``window-double``.
 
 Names joined by ``+`` make both changes: ``softmax+conv-none`` is exact attention without the convolution, which by

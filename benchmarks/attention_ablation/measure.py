@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-import random
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
-from torch import Tensor
+from eval.efficiency.measure import interleave
 
 from benchmarks.attention_ablation.tasks import Examples
 from benchmarks.attention_ablation.training import TrainStep
+from benchmarks.measuring import kept_bytes
 
 KEPT = "tensors kept for the backward pass"
 PEAK = "largest allocation in forward and backward, weights and gradients included"
@@ -43,18 +41,8 @@ def memory(step: TrainStep, batch: Examples) -> Memory:
         torch.cuda.synchronize(device)
         result = Memory(torch.cuda.max_memory_allocated(device), PEAK)
     else:
-        weights = {parameter.untyped_storage().data_ptr() for parameter in step.model.parameters()}
-        kept: dict[int, Any] = {}
-
-        def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage  # held, so that no later storage gets its address
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = step.loss(batch)
-        result = Memory(sum(storage.nbytes() for storage in kept.values()), KEPT)
+        loss, kept = kept_bytes(lambda: step.loss(batch), step.model.parameters())
+        result = Memory(kept, KEPT)
         loss.backward()
     step.optimizer.zero_grad(set_to_none=True)
     return result
@@ -70,22 +58,14 @@ class StepTime:
 
 
 def interleaved(steps: Mapping[str, TrainStep], batch: Examples, baseline: str, rounds: int) -> dict[str, StepTime]:
-    """Time a training step of every model, each once in a round and in an order drawn anew, so that a slow spell of the
-    machine falls on all of them. A first round is not counted. The learning rate is 0: weights stay."""
-    order, shuffle = list(steps), random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    gc.collect()
-    gc.disable()  # no collection in the middle of a sample
-    try:
-        for _ in range(rounds + 1):
-            shuffle.shuffle(order)
-            for name in order:
-                began = time.perf_counter()
-                steps[name](batch, 0.0)
-                seconds[name].append(time.perf_counter() - began)
-    finally:
-        gc.enable()
+    """Time a training step of every model in turns; a first round is not counted.
+
+    The learning rate is 0: weights stay as they are.
+    """
+    cases = {name: partial(step, batch, 0.0) for name, step in steps.items()}
+    device = torch.device(steps[baseline].recipe.device)
+    seconds = {name: own[1:] for name, own in interleave(cases, device, rounds + 1).items()}
     return {
-        name: StepTime(median(own[1:]), median(a / b for a, b in zip(own[1:], seconds[baseline][1:], strict=True)))
+        name: StepTime(median(own), median(a / b for a, b in zip(own, seconds[baseline], strict=True)))
         for name, own in seconds.items()
     }

@@ -1,8 +1,8 @@
 """Multi-query associative recall as a task to train on: the rows of :mod:`eval.tasks.recall.mqar`.
 
-No query finds a pair in its window, so that what is measured is recall from far back: the default gap is the distance
-over which the local parts of the base model can hand something on through all its layers, layers * max(window,
-convolution's kernel).
+No query finds a pair in its window, so that what is measured is recall from far back. The default gap is the distance
+over which the local parts of the base model pass information through all its layers: layers * max(window, convolution's
+kernel).
 
 The target of a query is its value, at the query's own position (also for a causal model: the value is not in the input
 again). Nothing else is a target. ``mlm`` reads the same rows bidirectionally.

@@ -1,11 +1,11 @@
 """Passkey retrieval: one short key somewhere in filler, asked for at the end (after Mohtashami and Jaggi 2023,
 "Landmark attention", arXiv 2305.16300, section 4.2, there in words).
 
-What is generated: filler tokens, independent, token of rank r with probability in proportion to 1 / r; one *needle*,
-``marker digit ... digit``, its place uniform over the row; and at the end the marker again and the digits, which are
-the only targets. Each place of the key has ten ids of its own and is uniform over them: 10% are right by chance, and
-finding the needle is all there is to learn, not which digit comes when. A causal model reads the digits before the one
-that it must say, which do not tell it; a masked one finds masks in the place of all of them.
+What is generated: filler tokens, independent, token of rank r with probability in proportion to 1 / r. Among them is
+one *needle*, ``marker digit ... digit``, its place uniform over the row; and at the end the marker again and the
+digits, which are the only targets. Each place of the key has ten ids of its own and is uniform over them: 10% are right
+by chance. Finding the needle is all there is to learn, not the order of the digits. A causal model reads the digits
+before the one that it must say, which do not tell it; a masked one finds masks in the place of all of them.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from benchmarks.attention_ablation.forms import BASELINE, Variant
-from benchmarks.attention_ablation.results import Record
+from benchmarks.attention_ablation.study import Record
 from benchmarks.attention_ablation.tasks import Task
-from benchmarks.presentation import markdown
+from benchmarks.common import markdown
 
 Runs = Mapping[str, Mapping[int, Record]]
 """By form and seed."""

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.batches.masking import IGNORE
+from data_pipeline.batches import IGNORE
 
 Ints = NDArray[np.int64]
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.attention_ablation.tasks import Examples, Task
-from data_pipeline.batches.masking import IGNORE
+from data_pipeline.batches import IGNORE
 from pretrain.config import OptimizerConfig, ScheduleConfig
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import NystromformerLM, build_model
@@ -68,8 +68,8 @@ class Recipe:
 
 
 def initial_model(config: ModelConfig, base: ModelConfig, seed: int) -> NystromformerLM:
-    """A form's model before training: every parameter that the base model has too, in name and shape, starts from the
-    base model's values for this seed; only what it does not have (a convolution of another width) is drawn anew."""
+    """A form's model before training. Every parameter that the base model has too, in name and shape, starts from the
+    base model's values for this seed. Only what it does not have (a convolution of another width) is drawn anew."""
     torch.manual_seed(seed)
     model = build_model(config)
     torch.manual_seed(seed)

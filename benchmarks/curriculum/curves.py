@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import markdown
+
 Point = dict[str, float]
 RUNS = {"curriculum": "curriculum of lengths", "fixed": "longest length throughout"}
 
@@ -60,8 +62,6 @@ def summary(curves: dict[str, list[Point]]) -> dict[str, Any]:
 
 def report(pairs: list[dict[str, Any]]) -> str:
     """The table."""
-    from benchmarks.presentation import markdown
-
     lines = [
         [
             str(pair["seed"]),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.files import write_atomic
-from data_pipeline.shards.manifest import Manifest, hash_stream
+from data_pipeline.files import hash_file, write_atomic
+from data_pipeline.shards.manifest import BLOCK_BYTES, Manifest
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.shards.writer import UnitWriter, token_dtype
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -72,10 +72,6 @@ def write_shards(folder: Path, tokenizer: Tokenizer, tokens: int, seed: int, sha
         documents += 1
     shards = writer.finish()
     tokenizer.save(folder)
-    entries = []
-    for name in TOKENIZER_FILES:
-        with open(folder / name, "rb") as file:
-            entries.append(hash_stream(file, name))
     roles = tokenizer.roles.as_dict()
     manifest = Manifest(
         settings={"made_up": seed},
@@ -90,7 +86,7 @@ def write_shards(folder: Path, tokenizer: Tokenizer, tokens: int, seed: int, sha
         tokenizer_hash=tokenizer.hash,
         special_ids=roles,
         other_special_ids=tuple(sorted(special - set(roles.values()))),
-        tokenizer=tuple(entries),
+        tokenizer=tuple(hash_file(folder, name, BLOCK_BYTES) for name in TOKENIZER_FILES),
         reports=(),
         shards=shards,
         inputs=(),

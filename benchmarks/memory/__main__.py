@@ -1,11 +1,133 @@
-"""``python -m benchmarks.memory``."""
+"""Arguments of ``python -m benchmarks.memory``."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import socket
+import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
-from benchmarks.memory.cli import main
-from data_pipeline.errors import run_cli
+from benchmarks import common
+from benchmarks.common import check_file, chosen, markdown, run
+from data_pipeline.processes import child_command
+
+GOAL = 0.15
+"""The prediction may be off by so much of the measurement."""
+
+DESCRIPTION = """Real training steps, each case in fresh processes: the most memory that PyTorch had allocated at once,
+against what `nystrom plan` predicts. On CPUs by the allocator's events (torch.profiler), and for the largest cases by
+the resident memory that the system counts; on GPUs by torch.cuda.max_memory_allocated."""
+
+EPILOG = """example:
+  OMP_NUM_THREADS=1 python -m benchmarks.memory --check --out memory.json"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = common.build_parser(
+        "memory", DESCRIPTION, EPILOG, check=f"exit status 1 if one is off by more than {GOAL:.0%}%"
+    )
+    parser.add_argument("--cases", default="all", metavar="C,C", help="a wrong name lists them (default: all)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write. Returns 1 if ``--check`` and a prediction is too far off."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(arguments)
+    check_file("--out", args.out)
+    from benchmarks.memory.cases import CASES
+
+    known = {case.name: case for case in CASES}
+    names = list(known) if args.cases == "all" else chosen("--cases", args.cases, known)
+
+    import torch
+
+    gpus = torch.cuda.device_count()
+    made = common.provenance("memory", arguments, torch.device("cuda" if gpus else "cpu"))
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        case = known[name]
+        if gpus and case.processes > gpus:
+            print(f"{name}: left out, {case.processes} GPUs are needed", file=sys.stderr, flush=True)
+            continue
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        rows += _measure(case, on_gpu=gpus > 0)
+        content = {"schema": 1, "complete": name == names[-1], "provenance": made, "goal": GOAL, "rows": rows}
+        common.write_json(args.out, content, tell=False)
+    print(_table(rows))
+    return int(args.check and any(abs(row["ratio"] - 1) > GOAL for row in rows))
+
+
+def _measure(case: Any, *, on_gpu: bool) -> list[dict[str, Any]]:
+    from pretrain.planning.memory import plan_memory
+
+    stage = plan_memory(case.config(), case.processes, on_gpu=on_gpu)[0]
+    # On a CPU what is offloaded stays where everything else is.
+    predicted = stage.peak + (0 if on_gpu else stage.state.host_optimizer)
+    ways = ["allocated", "resident"] if case.resident and not on_gpu else ["allocated"]
+    return [
+        {
+            "case": case.name,
+            "rows": f"{case.rows} x {case.length}",
+            "precision": case.precision,
+            "zero_stage": case.zero_stage,
+            "processes": case.processes,
+            "measured_by": way,
+            "predicted_bytes": predicted,
+            "measured_bytes": measured,
+            "ratio": predicted / measured,
+        }
+        for way in ways
+        for measured in [_run(case, way)]
+    ]
+
+
+def _run(case: Any, way: str) -> int:
+    """Bytes that the first of the case's processes measured."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # Otherwise glibc keeps what is freed in blocks of up to 32 MB: 0.5 GB of the largest cases' resident memory.
+    malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}
+    world = {"WORLD_SIZE": str(case.processes), "LOCAL_SIZE": str(case.processes), "MASTER_PORT": port}
+    command = child_command("benchmarks.memory.worker", case.name, way)
+    started = []
+    for rank in range(case.processes):
+        env = {**os.environ, **malloc, **world, "MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try:
+        ended = [process.communicate() for process in started]
+    finally:
+        for process in started:  # those still there at Ctrl-C: our own end, with torch loaded, has taken 7 s
+            process.kill()
+    if any(process.returncode for process in started):
+        raise RuntimeError(f"{case.name} failed:\n" + "\n".join(err[-2000:] for _, err in ended))
+    return json.loads(ended[0][0].strip().splitlines()[-1])["bytes"]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    head = ["case", "rows", "precision", "ZeRO", "processes", "measured by", "predicted, MiB", "measured, MiB", "ratio"]
+    lines = [
+        [
+            row["case"],
+            row["rows"],
+            row["precision"],
+            str(row["zero_stage"]),
+            str(row["processes"]),
+            row["measured_by"],
+            f"{row['predicted_bytes'] / 2**20:.1f}",
+            f"{row['measured_bytes'] / 2**20:.1f}",
+            f"{row['ratio']:.3f}",
+        ]
+        for row in rows
+    ]
+    return markdown(head, lines)
+
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main, "benchmarks.memory"))
+    run(main, "memory")

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from benchmarks.memory.cases import CASES, Case
+from data_pipeline.batches import IGNORE
 from pretrain.distributed.world import World, quiet_libraries, read_rank
 from pretrain.engine.training import TrainingEngine
 from pretrain.planning.documents import typical_documents
@@ -69,7 +70,7 @@ def train(case: Case, world: World, steps: int) -> None:
         if config.model.objective == "mlm":
             hidden = round((1 - config.data.masking.rate) * case.rows * case.length)
             for part in labels.split(case.rows):
-                part.view(-1)[torch.randperm(part.numel(), generator=generator)[:hidden]] = -100
+                part.view(-1)[torch.randperm(part.numel(), generator=generator)[:hidden]] = IGNORE
         ids, labels = ids.to(world.device), labels.to(world.device)
         for some_ids, some_labels in zip(ids.split(case.rows), labels.split(case.rows), strict=True):
             engine.backward(some_ids, some_labels, 1e-4, documents)

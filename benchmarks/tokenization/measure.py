@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from data_pipeline.errors import UserError
-from data_pipeline.processes import ending_with_us
+from data_pipeline.processes import child_command
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Run:
     peak_bytes: int  # proportional set size (shared pages divided), of the process and its children together
 
 
-def run(method: str, corpus: Path, tokenizer: Path, workers: int, work: Path) -> Run:
+def run_method(method: str, corpus: Path, tokenizer: Path, workers: int, work: Path) -> Run:
     """Run ``method`` once; raises :class:`UserError` with the end of its output if it fails."""
     out = Path(tempfile.mkdtemp(dir=work))
     words = [method, str(corpus), str(tokenizer), str(out / "out"), str(workers)]
     (out / "out").mkdir()
     with open(out / "log", "w+") as log:
         child = subprocess.Popen(
-            ending_with_us("benchmarks.tokenization.methods", *words),
+            child_command("benchmarks.tokenization.methods", *words),
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

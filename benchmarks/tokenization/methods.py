@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.processes import forks_end_with_us
+from data_pipeline.processes import kill_forks_with_parent
 
 CONTEXT = 1024  # length of the rows that the run_mlm recipe makes
 
@@ -39,13 +39,13 @@ def ours(backend: str) -> Callable[[Path, Path, Path, int], tuple[float, int]]:
 
     def method(corpus: Path, tokenizer: Path, out: Path, workers: int) -> tuple[float, int]:
         from data_pipeline.prepare.plan import plan_preparation
-        from data_pipeline.prepare.run import How, prepare
+        from data_pipeline.prepare.run import PrepareOptions, prepare
         from data_pipeline.sources.corpus import open_corpus
         from data_pipeline.tokenization.tokenizer import Tokenizer
 
         started = time.perf_counter()
         preparation = plan_preparation(open_corpus([corpus]), Tokenizer.load(tokenizer))
-        outcome = prepare(preparation, out, How(workers=workers, backend=backend))
+        outcome = prepare(preparation, out, PrepareOptions(workers=workers, backend=backend))
         assert outcome.shards is not None
         return time.perf_counter() - started, outcome.shards.num_tokens - outcome.shards.num_documents
 
@@ -128,7 +128,7 @@ def main() -> None:
     """Run one method and print its seconds and tokens as JSON."""
     name, corpus, tokenizer, out, workers = sys.argv[1:]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    forks_end_with_us()
+    kill_forks_with_parent()
     seconds, tokens = METHODS[name](Path(corpus), Path(tokenizer), Path(out), int(workers))
     print(json.dumps({"seconds": seconds, "tokens": tokens}))
 

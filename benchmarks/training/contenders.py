@@ -49,8 +49,8 @@ def plain_loop(raw: dict[str, Any], gate: Gate) -> None:
 
     import torch
 
+    from data_pipeline.batches import IGNORE
     from data_pipeline.batches.loader import TrainLoader
-    from data_pipeline.batches.masking import IGNORE
     from pretrain.checks import check_inputs
     from pretrain.config import parse_config
     from pretrain.curriculum.plan import micro_batches

@@ -6,7 +6,7 @@ states, so that every path has it unless the fault is one of a path. Sizes are s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,10 +53,11 @@ class Call:
         """(B, N) int64: the number of each token's sequence, -1 for padding."""
         rows, length = self.ids.shape
         numbers = torch.full((rows * length,), -1)
-        if self.layout is None or getattr(self.layout, "starts", None) is None:
+        starts, lengths = getattr(self.layout, "starts", None), getattr(self.layout, "lengths", None)
+        if starts is None or lengths is None:
             numbers = torch.arange(rows).repeat_interleave(length)
         else:
-            for number, (start, n) in enumerate(zip(self.layout.starts, self.layout.lengths, strict=True)):
+            for number, (start, n) in enumerate(zip(starts, lengths, strict=True)):
                 numbers[start : start + n] = number
         return numbers.view(rows, length).to(self.ids.device)
 
@@ -88,11 +89,11 @@ def planted(model: Any, plant: Plant) -> Iterator[None]:
     memory: dict[str, Any] = {}
     keep = DecodingCache.keep
 
-    def kept(cache: DecodingCache, rows: Any) -> None:
-        keep(cache, rows)
-        memory["kept"] = cache
+    def kept(self: DecodingCache, rows: Sequence[int]) -> None:
+        keep(self, rows)
+        memory["kept"] = self
         if len(set(rows)) < len(rows):
-            memory["doubled"] = cache
+            memory["doubled"] = self
 
     def forward(
         input_ids: Tensor, labels: Any = None, layout: Any = None, *, hidden: bool = False, cache: Any = None
@@ -201,10 +202,10 @@ def _steps(call: Call, beyond: int) -> Tensor | None:
 
 
 def _left_padded(call: Call) -> Tensor | None:
-    if call.cache is None or call.length == 1 or getattr(call.layout, "starts", None) is None:
+    starts = getattr(call.layout, "starts", None)
+    if call.cache is None or call.length == 1 or starts is None:
         return None
-    aligned = call.layout.starts % call.length == 0  # type: ignore[union-attr]
-    return None if aligned.all() else _constant(call)
+    return _constant(call) if (starts % call.length).any() else None
 
 
 def _in_bf16(call: Call) -> bool:

@@ -1,9 +1,9 @@
 """Packing documents into a given number of blocks: best fit decreasing, and cutting only what is left over.
 
 Best fit decreasing (Johnson 1974; for documents of a language model Ding et al. 2024, "Fewer Truncations Improve
-Language Modeling") takes the items from the longest to the shortest and puts each where the least room is left. Here
-the number of bins is given beforehand, so that places in an epoch follow by arithmetic; what finds no place whole is
-cut to fill the room that is left. Nothing is random and nothing is lost.
+Language Modeling") takes the items from the longest to the shortest. It puts each where the least space is left. Here
+the number of bins is given beforehand, so that places in an epoch follow by arithmetic; what fits nowhere whole is cut
+to fill the space that is left. Nothing is random and nothing is lost.
 """
 
 from __future__ import annotations
@@ -172,12 +172,12 @@ def _spread(at: np.ndarray, lengths: np.ndarray, bin_length: int, num_bins: int)
 def _stretches(room: np.ndarray, ends: np.ndarray, slice_length: int) -> tuple[np.ndarray, np.ndarray]:
     """(room, ends) of what is free in one stretch: a slice's free end and the empty slices behind it.
 
-    A stretch ends with its block, for no block begins with an empty slice as long as a piece is left over: a long
-    piece would have found that block empty, a short one would have found that slice.
+    A stretch ends with its block, for no block begins with an empty slice as long as a piece is left over. A long piece
+    would have found that block empty, a short one would have found that slice.
     """
-    goes_on = np.zeros(len(room), dtype=bool)
-    goes_on[1:] = (room[1:] == slice_length) & (room[:-1] > 0)
-    first = np.flatnonzero((room > 0) & ~goes_on)
+    continues = np.zeros(len(room), dtype=bool)
+    continues[1:] = (room[1:] == slice_length) & (room[:-1] > 0)
+    first = np.flatnonzero((room > 0) & ~continues)
     lengths = np.add.reduceat(room, first)
     return lengths, ends[first] - room[first] + lengths
 

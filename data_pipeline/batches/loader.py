@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from data_pipeline.batches import IGNORE
 from data_pipeline.batches.blocks import Rows
-from data_pipeline.batches.masking import IGNORE, Masking, mask_tokens
+from data_pipeline.batches.masking import Masking, mask_tokens
 from data_pipeline.batches.mixture import TrainingData
-from data_pipeline.batches.order import Part, Plan
+from data_pipeline.batches.order import BatchSpan, Plan
 from data_pipeline.batches.packing import PackedBlocks
 from data_pipeline.batches.prefetch import Prefetcher
 from data_pipeline.batches.words import WordBoundaries
@@ -100,10 +101,10 @@ class TrainLoader:
 
     Process ``rank`` of ``world_size`` gets rows ``[rank * n / world_size, (rank + 1) * n / world_size)`` of each
     global batch of n rows, so that any number of processes sees the same global batches. One thread prepares up to
-    ``prefetch`` groups of batches ahead (a group has up to ``GATHER_TOKENS`` tokens, but at least a batch); its
-    exceptions are raised in the consumer, at the batch that they belong to. Each ``iter()`` starts anew at
-    ``tokens_consumed``. ``masking`` is for objective ``mlm`` only: one for the whole run, or one for each stage of the
-    plan. Either way the noise of a row depends on its stage's masking, the seed and its sample id, and on nothing else.
+    ``prefetch`` groups of batches ahead. A group has up to ``GATHER_TOKENS`` tokens, but at least a batch. Exceptions
+    are raised in the consumer, at the batch that they belong to. Each ``iter()`` starts anew at ``tokens_consumed``.
+    ``masking`` is for objective ``mlm`` only: one for the whole run, or one for each stage of the plan. Either way the
+    noise of a row depends on its stage's masking, the seed and its sample id, and on nothing else.
 
     Raises :class:`UserError` for a position that is not a batch's edge, rows that do not divide among the processes,
     and a tokenizer without mask token under ``mlm``.
@@ -231,7 +232,7 @@ class TrainLoader:
 class _Group(NamedTuple):
     """Consecutive batches, uncut: rows of ``part.slices`` samples each, window by window."""
 
-    part: Part
+    part: BatchSpan
     position: int
     inputs: np.ndarray
     labels: np.ndarray
@@ -271,9 +272,9 @@ def validation_batches(
 
     At most ``max_tokens`` tokens (but at least one row), as non-overlapping rows of ``seq_len`` spread evenly over
     the stream, or over packed rows of whole documents where they are to be ``documents_apart``. ``rows`` is the number
-    of rows of *one process* in a batch. All processes get equally many batches of equal shape; what is left over at the
-    end is filled with rows whose labels are all -100, so that every target counts exactly once in a sum over processes.
-    Raises :class:`UserError` if the shards are shorter than one row of the stream.
+    of rows of *one process* in a batch. All processes get equally many batches of equal shape. The last ones are filled
+    up with rows whose labels are all -100, so that every target counts exactly once in a sum over processes. Raises
+    :class:`UserError` if the shards are shorter than one row of the stream.
     """
     noise = _Noise(shards, objective, seed, [masking] if masking else [])
     packed = PackedBlocks(shards, seq_len) if documents_apart else None

@@ -1,8 +1,8 @@
 """Dynamic masking for masked language modeling (Devlin et al. 2019, section 3.1; dynamic as in Liu et al. 2019,
 section 4.1) of tokens, whole words, or spans of words (Joshi et al. 2020, section 3.1).
 
-The noise of a row is a pure function of (seed, sample id) and the row's tokens: it does not depend on the batch a row
-is in, its place there, the number of processes or what came before.
+The noise of a row is a pure function of (seed, sample id) and the row's tokens. It does not depend on the batch a row
+is in, its place there, the number of processes or earlier batches.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from data_pipeline.batches.noise import halves, row_keys, threshold32, words_at, words_of_rows
+from data_pipeline.batches import IGNORE
+from data_pipeline.batches.counter_rng import as_uint32, random_at, random_rows, row_keys, threshold32
 from data_pipeline.batches.spans import choose_spans
 from data_pipeline.batches.words import WordBoundaries
 from data_pipeline.errors import UserError
 
-IGNORE = -100  # label of a position that is no target
 Unit = Literal["token", "word", "span"]
 
 # Counters of a row's noise: positions stay far below 2^32, so what is drawn for different ends never meets.
@@ -37,8 +37,8 @@ class Masking:
     * ``token``: each token by itself.
     * ``word``: each word by itself, with probability ``rate``: the whole-word masking of the second release of BERT.
       How a target is hidden is drawn for each token, as there.
-    * ``span``: runs of whole words, of geometric length with parameter ``span_p`` up to ``span_max`` words (mean 3.8
-      as set here); how it is hidden is drawn once for all tokens of a span, which ones are drawn in for each.
+    * ``span``: runs of whole words, of geometric length with parameter ``span_p`` up to ``span_max`` words (mean 3.8 as
+      set here). How it is hidden is drawn once for all tokens of a span, random replacements for each token.
 
     Raises :class:`UserError` for a value out of its range.
     """
@@ -87,9 +87,9 @@ def mask_tokens(
     targets and never drawn; no word and no span goes from one document into another.
 
     Returns (inputs (B, L) int64, labels (B, L) int64: the original token at targets, -100 elsewhere). ``input_ids`` is
-    not changed. Tokens and words: what happens at a position follows from the row up to there, so that the beginning
-    of a row with the same sample id gets the beginning of its noise (a word is decided at its first token; what a row
-    cuts off counts as a word). Spans: it follows from the whole row, whose length sets how much is masked.
+    not changed. Tokens and words: what happens at a position follows from the row up to there. The beginning of a row
+    with the same sample id thus gets the beginning of its noise. A word is decided at its first token, and a word that
+    the row's end cuts counts as one. Spans: it follows from the whole row, whose length sets how much is masked.
 
     Raises :class:`UserError` for words or spans without ``boundaries``.
     """
@@ -125,11 +125,11 @@ def _choose(
         np.not_equal(documents[:, 1:], documents[:, :-1], out=edges[:, 1:])
         starts = starts | edges
     if starts is not None and masking.unit == "span":
-        words = words_of_rows(keys, length + 1, _SPANS)
+        words = random_rows(keys, length + 1, _SPANS)
         return choose_spans(
             starts, ordinary[ids], words, edges, rate=masking.rate, span_p=masking.span_p, span_max=masking.span_max
         )
-    chosen = halves(words_of_rows(keys, (length + 1) // 2, _CHOICE))[:, :length] < threshold32(masking.rate)
+    chosen = as_uint32(random_rows(keys, (length + 1) // 2, _CHOICE))[:, :length] < threshold32(masking.rate)
     targets = np.flatnonzero(chosen) if starts is None else _whole_words(starts, chosen)
     targets = targets[ordinary[ids.reshape(-1)[targets]]]
     return targets, targets
@@ -148,8 +148,8 @@ def _hide(
     """Replace the targets in ``inputs`` and write what they were to ``labels``, both (B, L) and contiguous."""
     length = inputs.shape[1]
     # The upper half of a position's word says how it is hidden, the lower one which token is drawn.
-    words = words_at(keys, targets, length, _REPLACEMENT)
-    how = (words if deciding is targets else words_at(keys, deciding, length, _REPLACEMENT)) >> np.uint64(32)
+    words = random_at(keys, targets, length, _REPLACEMENT)
+    how = (words if deciding is targets else random_at(keys, deciding, length, _REPLACEMENT)) >> np.uint64(32)
     masked = how < np.uint64(round(masking.mask_share * 2.0**32))
     redrawn = how < np.uint64(round((masking.mask_share + masking.random_share) * 2.0**32))
     drawn = candidates[((words & np.uint64(0xFFFFFFFF)) * np.uint64(len(candidates))) >> np.uint64(32)]

@@ -1,10 +1,10 @@
 """Several sources in fixed proportions: which source each draw takes, by arithmetic from the number of the draw.
 
-Draws are dealt to the sources so that after any number of them each source has had its share to within one draw
-(Tijdeman 1980, "The chairman assignment problem"), not only on average as with random numbers. The sequence repeats
-every 65,536 draws and is tabulated once, so what any draw takes, and how much of each source was used by then, is found
-in constant time: a resume costs nothing. Weights may change where a stage of the curriculum begins. Each source counts
-its own draws through all changes and so goes through its own epochs, every block once in each.
+Draws are dealt to the sources so that after any number of them each source has had its share to within one draw. With
+random numbers this holds on average only. The method is that of Tijdeman 1980, "The chairman assignment problem". The
+sequence repeats every 65,536 draws and is tabulated once, so what any draw takes, and how much of each source was used
+by then, is found in constant time: a resume costs nothing. Weights may change where a stage of the curriculum begins.
+Each source counts its own draws through all changes and so goes through its own epochs, every block once in each.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def quotas(weights: Sequence[float], names: Sequence[str] | None = None) -> tupl
 def chairman_sequence(counts: Sequence[int]) -> np.ndarray:
     """A sequence of sources, ``counts[s]`` times s, whose every prefix is nearly proportional to ``counts``.
 
-    After n of N = sum(counts) places, source s stands on n * counts[s] / N places to within 1 - 1 / (2k - 2), where k
-    is the number of sources with a positive count: the best bound there is (Tijdeman 1980, theorem 1). The j-th place
-    of s may come once n * counts[s] / N - (j - 1) reaches 1 / (2k - 2) and must come before it exceeds
-    1 - 1 / (2k - 2); of those that may come, the one that must come first does. Returns (N,) int64.
+    After n of N = sum(counts) places, source s stands on n * counts[s] / N places to within 1 - 1 / (2k - 2). Here k is
+    the number of sources with a positive count. No better bound is possible (Tijdeman 1980, theorem 1). The j-th place
+    of s may come once n * counts[s] / N - (j - 1) reaches 1 / (2k - 2). It must come before that exceeds 1 - 1 / (2k -
+    2). Of those that may come, the one with the earliest deadline does. Returns (N,) int64.
     """
     total = sum(counts)
     present = [s for s, count in enumerate(counts) if count]
@@ -116,7 +116,7 @@ class MixturePlan:
     """Which source each draw of a run takes, and which draw of that source it is.
 
     ``stages``: for each stage its first draw (increasing from 0) and its quotas (see :func:`quotas`), equally many in
-    all. The sequence starts anew where quotas change; at an edge without a change it goes on.
+    all. The sequence starts anew where quotas change, and continues at an edge without a change.
     """
 
     def __init__(self, stages: Sequence[tuple[int, tuple[int, ...]]]) -> None:

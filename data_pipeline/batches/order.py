@@ -1,29 +1,29 @@
 """The order of training as pure functions of one integer, the number of tokens consumed so far.
 
-Nothing here is stored and nothing is drawn: the permutation of an epoch is a keyed bijection that is computed where
-it is needed, and which tokens make up a batch follows by arithmetic from the position. Resuming at any position costs
-the same, on any number of processes.
+Nothing here is stored and nothing is drawn. The permutation of an epoch is a keyed bijection that is computed where it
+is needed. Which tokens make up a batch follows by arithmetic from the position. Resuming at any position costs the
+same, on any number of processes.
 
 Terms. The unit that is shuffled is a *block* of ``block_length`` tokens, the longest sequence length of the run. A
 *draw* is a running number of blocks taken since the start of training; ``draw // num_blocks`` is the epoch. A shorter
 row of ``seq_len`` tokens is one of the ``k = block_length / seq_len`` *slices* of a block.
 
 The window deal: with rows of a k-th of a block, ``k`` batches form a *window*; batch ``j`` of a window is slice
-``j`` of every block of the window. So a batch of R rows holds text from R blocks (and not R neighbouring slices of
-R/k blocks), every token of the window's blocks comes exactly once, and since stages end where windows end, a change
-of length loses and repeats nothing.
+``j`` of every block of the window. So a batch of R rows holds text from R blocks, and not R neighbouring slices of R/k
+blocks. Every token of the window's blocks comes exactly once. Stages end where windows end, so a change of length loses
+and repeats nothing.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.batches.noise import mix
+from data_pipeline.batches.counter_rng import mix64
+from data_pipeline.batches.lru_cache import LRUCache
 from data_pipeline.errors import UserError
 
 _ROUNDS = 8  # Luby & Rackoff (1988) need 4 for a strong permutation; 8 because halves are a few bits wide at small n
@@ -68,9 +68,9 @@ class Permutation:
         mixed, scratch = np.empty_like(x), np.empty_like(x)
         for i in range(0, _ROUNDS, 2):
             np.add(right, self._round_keys[i], out=mixed)
-            left ^= mix(mixed, scratch) & self._left_mask
+            left ^= mix64(mixed, scratch) & self._left_mask
             np.add(left, self._round_keys[i + 1], out=mixed)
-            right ^= mix(mixed, scratch) & self._right_mask
+            right ^= mix64(mixed, scratch) & self._right_mask
         return (left << self._right_bits) | right
 
 
@@ -78,9 +78,9 @@ def _key_schedule(words: np.ndarray) -> np.ndarray:
     """Round keys (``_ROUNDS``,) uint64 that depend on every word of the key."""
     state = np.full(1, 0x9E3779B97F4A7C15, dtype=np.uint64)
     for word in words:
-        state = mix((state ^ word) + np.uint64(0x9E3779B97F4A7C15))
+        state = mix64((state ^ word) + np.uint64(0x9E3779B97F4A7C15))
     steps = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return mix(state + steps)
+    return mix64(state + steps)
 
 
 def order_key(seed: int, epoch: int, source: int) -> tuple[int, ...]:
@@ -102,7 +102,7 @@ class BlockOrder:
         self.source = source
         self._chunk_size = min(_CHUNK, max(64, num_blocks))  # few epochs in a chunk: each costs a permutation
         # A few chunks of consecutive draws: the k batches of a window ask for the same draws k times.
-        self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._chunk = LRUCache(self._make_chunk, keep=4)
 
     def blocks(self, draws: np.ndarray) -> np.ndarray:
         """Block numbers in ``[0, num_blocks)`` of ``draws`` (int64, any shape, >= 0), same dtype and shape."""
@@ -119,17 +119,8 @@ class BlockOrder:
             out[here] = self._chunk(int(chunk))[draws[here] - chunk * self._chunk_size]
         return out
 
-    def _chunk(self, chunk: int) -> np.ndarray:
-        cached = self._chunks.get(chunk)
-        if cached is None:
-            draws = np.arange(chunk * self._chunk_size, (chunk + 1) * self._chunk_size, dtype=np.int64)
-            cached = self._compute(draws)
-            self._chunks[chunk] = cached
-            if len(self._chunks) > 4:
-                self._chunks.popitem(last=False)
-        return cached
-
-    def _compute(self, draws: np.ndarray) -> np.ndarray:
+    def _make_chunk(self, chunk: int) -> np.ndarray:
+        draws = np.arange(chunk * self._chunk_size, (chunk + 1) * self._chunk_size, dtype=np.int64)
         epochs, within = np.divmod(draws, self.num_blocks)
         out = np.empty_like(draws)
         edges = np.flatnonzero(np.diff(epochs)) + 1
@@ -166,7 +157,7 @@ class Stage(NamedTuple):
         return (self.end_tokens - self.start_tokens) // self.batch_tokens
 
 
-class Part(NamedTuple):
+class BatchSpan(NamedTuple):
     """Consecutive batches that fill a rectangle: ``slices`` slices of each block of ``windows`` windows.
 
     Window w takes the draws ``first_draw + w * rows`` to ``first_draw + (w + 1) * rows``; batch ``w * slices + j``
@@ -239,7 +230,7 @@ class Plan:
                 "a run with another batch_tokens or curriculum"
             )
 
-    def part(self, tokens_consumed: int, limit: int = 1) -> Part:
+    def part(self, tokens_consumed: int, limit: int = 1) -> BatchSpan:
         """The batches from this position on that can be read in one go, at least one and at most ``limit``."""
         index = self.stage_index(tokens_consumed)
         stage = self.stages[index]
@@ -250,8 +241,8 @@ class Plan:
         # A window of k batches is `rows` blocks: k * batch_tokens / block_length = batch_tokens / seq_len.
         first = stage.start_tokens // self.block_length + window * stage.rows
         if j or limit < stage.slices:
-            return Part(index, first, 1, j, min(limit, stage.slices - j))
-        return Part(
+            return BatchSpan(index, first, 1, j, min(limit, stage.slices - j))
+        return BatchSpan(
             index, first, min(limit // stage.slices, stage.num_batches // stage.slices - window), 0, stage.slices
         )
 

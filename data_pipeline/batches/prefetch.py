@@ -22,7 +22,7 @@ class Prefetcher(Generic[T]):
     def __init__(self, source: Iterator[T], depth: int) -> None:
         self._state = _Shared()
         for _ in range(depth):
-            self._state.room.put(None)
+            self._state.free.put(None)
         self._thread = threading.Thread(
             target=Prefetcher._work, args=(source, self._state), name="prefetch", daemon=True
         )
@@ -35,7 +35,7 @@ class Prefetcher(Generic[T]):
         end = _End()
         try:
             for item in source:
-                state.room.get()
+                state.free.get()
                 if state.stopped:
                     break
                 state.items.put(item)
@@ -47,7 +47,7 @@ class Prefetcher(Generic[T]):
     @staticmethod
     def _stop(state: _Shared, thread: threading.Thread) -> None:
         state.stopped = True
-        state.room.put(None)
+        state.free.put(None)
         if thread is not threading.current_thread():
             thread.join()
         state.items = SimpleQueue()
@@ -62,7 +62,7 @@ class Prefetcher(Generic[T]):
                 if item.error is not None:
                     raise item.error
                 return
-            state.room.put(None)
+            state.free.put(None)
             yield item
 
     @property
@@ -87,6 +87,6 @@ class _Shared:
     """What the consumer and the thread of a :class:`Prefetcher` share."""
 
     items: SimpleQueue[Any] = field(default_factory=SimpleQueue)
-    room: SimpleQueue[None] = field(default_factory=SimpleQueue)
+    free: SimpleQueue[None] = field(default_factory=SimpleQueue)
     """An entry for each item that may still be made ahead."""
     stopped: bool = False

@@ -31,11 +31,11 @@ def choose_spans(
     token; one that meets an earlier one adds what that left. (The authors' code differs from their text: it draws
     again for a start that is masked already, cuts the last span at the budget, and gives spans that touch one fate.)
 
-    The budget b is met in expectation and nearly in each row: spans are taken whole while they hold at most b tokens
-    together; the next, which would pass b, is taken with the probability that makes the expected number of targets
-    exactly b. A row's number of targets is so less than one span away from b. A word with few words before it, in the
-    row and since the last special token, lies in fewer spans, as in SpanBERT: of one-token words at rate 0.15 the first
-    are targets with rate 0.044, 0.073, 0.098, and from the eighth on with 0.15.
+    The budget b is met in expectation and nearly in each row. Spans are taken whole while they hold at most b tokens
+    together. The next one, which would exceed b, is taken with the probability that makes the expected number of
+    targets exactly b. A row's number of targets is so less than one span away from b. A word with few words before it,
+    in the row and since the last special token, lies in fewer spans, as in SpanBERT. Of one-token words at rate 0.15
+    the first are targets with rate 0.044, 0.073, 0.098, and from the eighth on with 0.15.
     """
     rows, length = starts.shape
     if length > 1 << 24:

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
+from data_pipeline.units import format_bytes
 
 if TYPE_CHECKING:
     from data_pipeline.sources.corpus import Corpus
@@ -18,7 +19,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Examples as they were typed, and defaults where there are any worth showing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, []) or action.required:
+        if action.default in (None, False, []) or action.required or "default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -126,10 +127,10 @@ class Progress:
         self._bar.close()
 
     def speed(self, text_bytes: int | None = None) -> str:
-        """Seconds and MB/s so far, or of so many bytes of what passed."""
+        """Seconds, and text a second, so far; ``text_bytes``: of so many of the bytes."""
         seconds = time.monotonic() - self.started
         size = self.text_bytes if text_bytes is None else text_bytes
-        return f"{seconds:.1f} s, {size / 1e6 / max(seconds, 1e-9):.2f} MB/s"
+        return f"{seconds:.1f} s, {format_bytes(size / max(seconds, 1e-9))}/s"
 
 
 def counted(documents: int, empty: int) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.cli.common import add_quotes
 from data_pipeline.errors import UserError
 from data_pipeline.processes import available_cores
+from data_pipeline.units import format_bytes
 
 if TYPE_CHECKING:
     from data_pipeline.quality.contamination import Contamination, Example
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
         start += len(part)
     _tell(rows, found.examples, args)
     print(
-        f"{tokens:,} tokens, {size / 1e6:.2f} MB of text, searched in {seconds:.1f} s, {size / 1e6 / seconds:.2f} MB/s"
+        f"{tokens:,} tokens, {format_bytes(size)} of text, searched in {seconds:.1f} s, "
+        f"{format_bytes(size / seconds)}/s"
     )
     if args.out is not None:
         _write(args, sets, rows, found.examples)

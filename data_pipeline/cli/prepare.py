@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.cli.common import Progress, add_inputs, corpus_of, counted, reading_of
 from data_pipeline.errors import UserError
+from data_pipeline.units import format_bytes
 
 if TYPE_CHECKING:
-    from data_pipeline.prepare.run import How, Outcome
+    from data_pipeline.prepare.run import PrepareOptions, PrepareResult
 
-SUMMARY = "tokenize text into a folder of shards; after an interruption the same command goes on where it stopped"
+SUMMARY = "tokenize text into a folder of shards; after an interruption the same command resumes it"
 EXAMPLE = "nystrom data prepare --input 'books/*.txt' --tokenizer tokenizer --out shards/train"
 
 
@@ -132,9 +133,9 @@ def run(args: argparse.Namespace) -> None:
     _tell(args.out, outcome, how, progress)
 
 
-def _how(args: argparse.Namespace) -> How:
-    from data_pipeline.prepare.folder import Part
-    from data_pipeline.prepare.run import How
+def _how(args: argparse.Namespace) -> PrepareOptions:
+    from data_pipeline.prepare.folder import JobPart
+    from data_pipeline.prepare.run import PrepareOptions
     from data_pipeline.processes import available_cores
 
     if (args.shard_index is None) != (args.num_shards is None):
@@ -143,17 +144,17 @@ def _how(args: argparse.Namespace) -> How:
         raise UserError(f"--workers must be at least 1, got {args.workers}")
     if not 0 <= args.max_bad_fraction <= 1:
         raise UserError(f"--max-bad-fraction is a share between 0 and 1, got {args.max_bad_fraction}")
-    return How(
+    return PrepareOptions(
         workers=args.workers or available_cores(),
         backend=args.backend,
         max_bad_fraction=args.max_bad_fraction,
-        part=None if args.shard_index is None else Part(args.shard_index, args.num_shards),
+        part=None if args.shard_index is None else JobPart(args.shard_index, args.num_shards),
         ray=args.ray,
         overwrite=args.overwrite,
     )
 
 
-def _tell(out: Path, outcome: Outcome, how: How, progress: Progress) -> None:
+def _tell(out: Path, outcome: PrepareResult, how: PrepareOptions, progress: Progress) -> None:
     speed = progress.speed(outcome.text_bytes)
     if outcome.shards is None:
         assert how.part is not None
@@ -163,7 +164,7 @@ def _tell(out: Path, outcome: Outcome, how: How, progress: Progress) -> None:
         else:
             print(
                 f"{out}: {part} is done, {outcome.units} units ({outcome.units_reused} of them before), "
-                f"{outcome.text_bytes / 1e6:.2f} MB of text in {speed}; when all parts are, the command "
+                f"{format_bytes(outcome.text_bytes)} of text in {speed}; when all parts are, the command "
                 "without --shard-index finishes the folder"
             )
         return
@@ -179,7 +180,7 @@ def _tell(out: Path, outcome: Outcome, how: How, progress: Progress) -> None:
         f"; {outcome.units_reused} of {outcome.units} units of work were done before" if outcome.units_reused else ""
     )
     took = f" in {speed}" if outcome.text_bytes else ""
-    print(f"{out}: {contents} from {manifest.text_bytes / 1e6:.2f} MB of text{took}{again}")
+    print(f"{out}: {contents} from {format_bytes(manifest.text_bytes)} of text{took}{again}")
     left_out = {"broken records skipped": manifest.bad_records, "documents dropped": manifest.dropped_documents}
     for what, counts in left_out.items():
         if counts:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from data_pipeline.units import format_bytes
+
 SUMMARY = "collect this Python's own standard library (source and documentation) as a small corpus, without a download"
 EXAMPLE = "nystrom data stdlib --out corpus"
 
@@ -21,6 +23,6 @@ def run(args: argparse.Namespace) -> None:
     corpus = write_stdlib_corpus(args.out)
     print(f"{corpus.folder}: " + ("written" if corpus.changed else "already there, unchanged"))
     for name, documents in corpus.documents.items():
-        print(f"  {name:<20} {documents:>6,} documents  {corpus.bytes[name] / 1e6:>7.2f} MB")
+        print(f"  {name:<20} {documents:>6,} documents  {format_bytes(corpus.bytes[name]):>10}")
     classes = ", ".join(f"{label} ({count})" for label, count in corpus.labels.items())
     print(f"  classes of classify-*.jsonl, with their modules: {classes}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.cli.common import Progress, add_inputs, corpus_of, counted, reading_of
 from data_pipeline.errors import UserError
+from data_pipeline.units import format_bytes
 
 if TYPE_CHECKING:
     from data_pipeline.sources.corpus import Corpus
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         )
     print(
         f"{args.out}: {trained.vocab_size:,} tokens (hash {trained.hash[:12]}) from "
-        f"{counted(texts.counts.documents, texts.counts.empty)}, {texts.counts.text_bytes / 1e6:.2f} MB of text in "
+        f"{counted(texts.counts.documents, texts.counts.empty)}, {format_bytes(texts.counts.text_bytes)} of text in "
         f"{texts.progress.speed()}"
     )
     for sample in texts.counts.located()[:5]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
+from data_pipeline.units import format_bytes
 
 if TYPE_CHECKING:
-    from data_pipeline.shards.manifest import FileEntry
+    from data_pipeline.files import FileEntry
 
 SUMMARY = "read every byte of a shard folder and compare it with its checksums"
 EXAMPLE = "nystrom data verify shards/train"
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from data_pipeline.shards.manifest import read_manifest
-    from data_pipeline.shards.verify import verify_shards
+    from data_pipeline.shards.shardset import verify_shards
 
     files = read_manifest(args.shards).files()
     size = sum(entry.bytes for entry in files)
@@ -40,4 +41,4 @@ def run(args: argparse.Namespace) -> None:
     if faults:
         raise UserError(f"{args.shards} is damaged, {len(faults)} fault(s):\n  " + "\n  ".join(faults))
     seconds = time.monotonic() - started
-    print(f"{args.shards}: {len(files) + 1} files, {size / 1e6:.2f} MB, all as the manifest says ({seconds:.1f} s)")
+    print(f"{args.shards}: {len(files) + 1} files, {format_bytes(size)}, all as the manifest says ({seconds:.1f} s)")

@@ -12,13 +12,12 @@ from typing import Any, BinaryIO
 import xxhash
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import write_atomic
-from data_pipeline.prepare.folder import BAD_FILE, DROPPED_FILE, occupied
-from data_pipeline.prepare.plan import STDIN, Preparation, Unit
-from data_pipeline.prepare.spool import UNIT_BYTES
-from data_pipeline.prepare.worker import WORK, UnitResult, total
+from data_pipeline.files import FileEntry, hash_file, write_atomic
+from data_pipeline.prepare.folder import BAD_FILE, DROPPED_FILE, occupied_error
+from data_pipeline.prepare.plan import STDIN, STDIN_UNIT_BYTES, Preparation, Unit
+from data_pipeline.prepare.worker import WORK, UnitResult, sum_counts
 from data_pipeline.processes import available_cores
-from data_pipeline.shards.manifest import FileEntry, InputEntry, Manifest, hash_stream, read_manifest
+from data_pipeline.shards.manifest import BLOCK_BYTES, InputEntry, Manifest, read_manifest
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.shards.writer import remove_files, token_dtype, unit_of
 from data_pipeline.sources.pieces import Piece
@@ -40,8 +39,8 @@ def complete(
     _check_broken(results, max_bad_fraction)
     documents = sum(result.documents for _, result in results)
     empty = sum(result.empty for _, result in results)
-    bad = total(result.bad for _, result in results)
-    dropped = total(result.dropped for _, result in results)
+    bad = sum_counts(result.bad for _, result in results)
+    dropped = sum_counts(result.dropped for _, result in results)
     if not documents:
         _none_left(preparation, folder, empty, bad, dropped)
     tokenizer = preparation.tokenizer
@@ -68,7 +67,7 @@ def complete(
         tokenizer_hash=tokenizer.hash,
         special_ids=special_ids,
         other_special_ids=tuple(sorted(set(tokenizer.special_ids) - set(special_ids.values()))),
-        tokenizer=tuple(_entry(folder, name) for name in TOKENIZER_FILES),
+        tokenizer=tuple(hash_file(folder, name, BLOCK_BYTES) for name in TOKENIZER_FILES),
         reports=tuple(report for report in reports if report is not None),
         shards=shards,
         inputs=_inputs(preparation, results),
@@ -102,7 +101,7 @@ def _check_broken(results: Sequence[tuple[Unit, UnitResult]], max_bad_fraction: 
     Tally(
         max_bad_fraction,
         records=sum(result.records for _, result in results),
-        bad=Counter(total(result.bad for _, result in results)),
+        bad=Counter(sum_counts(result.bad for _, result in results)),
         bad_samples=[BadRecord(**sample) for _, result in results for sample in result.bad_samples],
         locations=places,
     ).check()
@@ -132,12 +131,7 @@ def _report(folder: Path, name: str, samples: Iterable[dict[str, Any]]) -> FileE
     if not lines:
         return None
     write_atomic(folder / name, "".join(lines).encode("utf-8", "replace"))
-    return _entry(folder, name)
-
-
-def _entry(folder: Path, name: str) -> FileEntry:
-    with open(folder / name, "rb") as f:
-        return hash_stream(f, name)
+    return hash_file(folder, name, BLOCK_BYTES)
 
 
 def check_complete(preparation: Preparation, folder: Path, stream: BinaryIO | None) -> ShardSet:
@@ -149,21 +143,23 @@ def check_complete(preparation: Preparation, folder: Path, stream: BinaryIO | No
     manifest = read_manifest(folder)
     tokenizer = preparation.tokenizer
     if manifest.tokenizer_hash != tokenizer.hash:
-        raise occupied(folder, f"shards of another tokenizer (hash {manifest.tokenizer_hash[:12]})")
+        raise occupied_error(folder, f"shards of another tokenizer (hash {manifest.tokenizer_hash[:12]})")
     for name, old, new in _differences(manifest.settings, preparation.facts()):
-        raise occupied(folder, f"shards made with another {name}: {old}, now {new}")
+        raise occupied_error(folder, f"shards made with another {name}: {old}, now {new}")
     names = [entry.name for entry in manifest.inputs]
     if names != list(preparation.names):
-        raise occupied(folder, f"shards of other inputs ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+        raise occupied_error(
+            folder, f"shards of other inputs ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        )
     known = {file.name: file.bytes for file in preparation.files}
     for entry in manifest.inputs:
         if entry.name in known and known[entry.name] != entry.bytes:
-            raise occupied(
+            raise occupied_error(
                 folder, f"shards of another {entry.name}: it had {entry.bytes} bytes, now {known[entry.name]}"
             )
     for old, new in zip(manifest.inputs, input_entries(preparation, _digests(preparation, stream)), strict=True):
         if old != new and (stream is not None or old.name in known):
-            raise occupied(folder, f"shards of another {old.name}: its contents have changed")
+            raise occupied_error(folder, f"shards of another {old.name}: its contents have changed")
     return ShardSet.open(folder)
 
 
@@ -179,7 +175,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str
 
 def _digests(preparation: Preparation, stream: BinaryIO | None) -> list[tuple[Piece, str]]:
     if stream is not None:
-        chunks = stdin_chunks(stream, UNIT_BYTES)
+        chunks = stdin_chunks(stream, STDIN_UNIT_BYTES)
         return [
             (Piece(STDIN, "", "", 0, len(chunk), None, len(chunk)), xxhash.xxh3_128_hexdigest(chunk))
             for chunk in chunks

@@ -12,10 +12,13 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import TMP_SUFFIX, fsync_folder, write_atomic
+from data_pipeline.moved import renamed
 from data_pipeline.prepare.worker import WORK
 from data_pipeline.shards.manifest import MANIFEST_FILE
 from data_pipeline.shards.writer import remove_files, unit_of
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILES
+
+__getattr__ = renamed(__name__, Part="JobPart")
 
 BAD_FILE = "bad_records.jsonl"
 DROPPED_FILE = "dropped_documents.jsonl"
@@ -23,7 +26,7 @@ _FIXED = (MANIFEST_FILE, *TOKENIZER_FILES, BAD_FILE, DROPPED_FILE, WORK)
 
 
 @dataclass(frozen=True)
-class Part:
+class JobPart:
     """One of several jobs that share a folder: it does the units whose number leaves ``index`` when divided by
     ``count``."""
 
@@ -41,7 +44,7 @@ class Part:
         return unit % self.count == self.index
 
 
-def occupied(folder: Path, by: str) -> UserError:
+def occupied_error(folder: Path, by: str) -> UserError:
     """The error for a folder that holds something else."""
     return UserError(f"{folder} already holds {by}: choose another folder, or --overwrite to replace it")
 
@@ -61,7 +64,7 @@ def _ours(name: str) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, part: Part | None) -> Iterator[Path]:
+def lock_folder(folder: Path, part: JobPart | None) -> Iterator[Path]:
     """The work folder, held by one whole run or by several parts of one, each part once.
 
     The lock goes with the process, also when it is killed. On a network file system it needs one that supports
@@ -97,7 +100,7 @@ def _acquire(lock: int, kind: int, refusal: str) -> None:
         raise UserError(f"{refusal} right now") from None
 
 
-def begin(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: Part | None) -> None:
+def start_run(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: JobPart | None) -> None:
     """Clear what does not belong to this run and leave its purpose in the work folder.
 
     Raises :class:`UserError` for a folder in which another run is unfinished, unless ``overwrite``.
@@ -111,7 +114,7 @@ def begin(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: Part
         same, found = False, "shards without a manifest"
         known = any(unit_of(p.name) is not None for p in folder.iterdir())
     if known and not same and not overwrite:
-        raise occupied(folder, found)
+        raise occupied_error(folder, found)
     if part is not None:
         if not same:
             write_atomic(plan, _json({"purpose": purpose}), shared=True)

@@ -7,9 +7,12 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import xxhash
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import write_atomic
 from data_pipeline.quality.duplicates import Dedup
 from data_pipeline.quality.filters import Filters
 from data_pipeline.shards.manifest import FORMAT_VERSION
@@ -18,11 +21,14 @@ from data_pipeline.sources.format import by_name, stream_formats, text_is_hidden
 from data_pipeline.sources.inputs import CorpusFile
 from data_pipeline.sources.pieces import Piece
 from data_pipeline.sources.reading import Reading
+from data_pipeline.sources.streams import stdin_chunks
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
 DEFAULT_SHARD_TOKENS = 1 << 27  # 256 MB as uint16
 MIB = 1 << 20
 STDIN = "<stdin>"
+STDIN_UNIT_BYTES = 16 * MIB
+"""Text of a unit of standard input, whose length is not known beforehand."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Unit:
     """SHA-256 (hex) of what tells this unit's text from another's without reading it: names, places, sizes and times
     of its files; for standard input its contents."""
     lines_before: int = 0
-    """Lines of standard input before this unit's, which has lost sight of them."""
+    """Lines of standard input before this unit's."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Preparation:
     def purpose(self) -> str:
         """SHA-256 (hex) of settings, tokenizer and the inputs' names: an unfinished run may be continued by its equals,
         also after a broken input was mended."""
-        return digest(self.decisions(), self.names)
+        return json_sha256(self.decisions(), self.names)
 
     @property
     def text_bytes(self) -> int | None:
@@ -120,7 +126,7 @@ def plan_preparation(
         corpus = open_corpus(corpus)
     target = unit_bytes(sum(file.bytes for file in corpus.files))
     times = {file.name: file.mtime_ns for file in corpus.files}
-    units = tuple(group(corpus.pieces(target, settings.reading), target, times))
+    units = tuple(group_pieces(corpus.pieces(target, settings.reading), target, times))
     return Preparation(units, corpus.files, corpus.describe(), tokenizer, settings)
 
 
@@ -134,6 +140,22 @@ def plan_stdin(form: str, tokenizer: Tokenizer, settings: Settings | None = None
     return Preparation((), (), "standard input", tokenizer, settings or Settings(), form)
 
 
+def stdin_units(stream: BinaryIO, kind: str, work: Path) -> Iterator[Unit]:
+    """Standard input as units of about :data:`STDIN_UNIT_BYTES`, their text in files in ``work``. ``kind``: the format.
+
+    A restarted run must be given the same stream from its beginning; units that are finished are then recognised by a
+    hash of their text.
+    """
+    lines = 0
+    for number, chunk in enumerate(stdin_chunks(stream, STDIN_UNIT_BYTES)):
+        path = work / f"stdin-{number:05d}"
+        write_atomic(path, chunk)
+        piece = Piece(STDIN, str(path), kind, 0, len(chunk), None, len(chunk))
+        identity = json_sha256(STDIN, kind, number, xxhash.xxh3_128_hexdigest(chunk))
+        yield Unit(number, (piece,), identity, lines_before=lines)
+        lines += chunk.count(b"\n")
+
+
 def unit_bytes(size: int) -> int:
     """Text in a unit of work, for inputs of ``size`` bytes: what a crash costs each process at most.
 
@@ -143,7 +165,7 @@ def unit_bytes(size: int) -> int:
     return max(4 * MIB, min(64 * MIB, size // 64), size // 4096)
 
 
-def group(pieces: Iterable[Piece], target: int, times: dict[str, int]) -> Iterator[Unit]:
+def group_pieces(pieces: Iterable[Piece], target: int, times: dict[str, int]) -> Iterator[Unit]:
     """Neighbouring pieces, together at most ``target`` bytes unless a single one is larger."""
     held: list[Piece] = []
     number = size = 0
@@ -159,9 +181,9 @@ def group(pieces: Iterable[Piece], target: int, times: dict[str, int]) -> Iterat
 
 def _unit(number: int, pieces: Sequence[Piece], times: dict[str, int]) -> Unit:
     places = [[p.name, p.kind, p.begin, p.end, p.rows, times.get(p.name)] for p in pieces]
-    return Unit(number, tuple(pieces), digest(number, places))
+    return Unit(number, tuple(pieces), json_sha256(number, places))
 
 
-def digest(*facts: object) -> str:
+def json_sha256(*facts: object) -> str:
     """SHA-256 (hex) of JSON values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

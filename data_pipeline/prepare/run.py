@@ -22,11 +22,11 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
+from data_pipeline.moved import renamed
 from data_pipeline.prepare.complete import check_complete, complete
-from data_pipeline.prepare.executors import Executor, InProcess, Processes
-from data_pipeline.prepare.folder import Part, begin, check_folder, locked
-from data_pipeline.prepare.plan import STDIN, Preparation, Unit, digest
-from data_pipeline.prepare.spool import spooled
+from data_pipeline.prepare.executors import Executor, InProcess, OnRay, Processes
+from data_pipeline.prepare.folder import JobPart, check_folder, lock_folder, start_run
+from data_pipeline.prepare.plan import STDIN, Preparation, Unit, json_sha256, stdin_units
 from data_pipeline.prepare.worker import WORK, Context, Encoders, UnitResult, Worker, writing
 from data_pipeline.quality.duplicates import find_duplicates
 from data_pipeline.shards.manifest import MANIFEST_FILE
@@ -35,26 +35,28 @@ from data_pipeline.shards.writer import token_dtype
 from data_pipeline.sources.documents import read_piece
 from data_pipeline.sources.reading import Reading
 from data_pipeline.sources.tally import Tally
-from data_pipeline.tokenization.encoder import Choice, choose_encoder
+from data_pipeline.tokenization.encoder import EncoderChoice, choose_encoder
+
+__getattr__ = renamed(__name__, How="PrepareOptions", Outcome="PrepareResult")
 
 SAMPLE_BYTES = 1 << 18  # of the user's text, on which a faster encoder must agree with the stock one
 DEFAULT_MAX_BAD_FRACTION = 0.001
 
 
 @dataclass(frozen=True)
-class How:
+class PrepareOptions:
     """How the work is done. Nothing here changes a byte of the result."""
 
     workers: int = 1
     backend: str = "auto"  # auto, tokenizers or tiktoken
     max_bad_fraction: float = DEFAULT_MAX_BAD_FRACTION
-    part: Part | None = None
+    part: JobPart | None = None
     ray: str | None = None  # address of a Ray cluster
     overwrite: bool = False
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PrepareResult:
     """What a call of :func:`prepare` did."""
 
     shards: ShardSet | None  # None after a part, or a first pass: the folder is not complete
@@ -71,12 +73,12 @@ class Outcome:
 def prepare(
     preparation: Preparation,
     folder: str | Path,
-    how: How | None = None,
+    how: PrepareOptions | None = None,
     *,
     stream: BinaryIO | None = None,
     on_text: Callable[[int], None] = lambda size: None,
     on_phase: Callable[[str], None] = lambda phase: None,
-) -> Outcome:
+) -> PrepareResult:
     """Tokenize into ``folder``; does only what an earlier, interrupted call with the same inputs and settings left.
 
     ``stream`` takes the place of the corpus when that is standard input. ``on_text`` is called with the bytes of text
@@ -84,7 +86,7 @@ def prepare(
     no documents at all, too many broken records, and a folder that holds something else (unless ``overwrite`` and it
     holds shards).
     """
-    folder, how = Path(folder), how or How()
+    folder, how = Path(folder), how or PrepareOptions()
     if stream is not None and (how.part or how.ray or preparation.settings.dedup):
         raise UserError(
             "standard input is read once, by one machine: for --dedup, --shard-index or --ray save it to a file first"
@@ -94,10 +96,10 @@ def prepare(
     if (folder / MANIFEST_FILE).exists() and not how.overwrite:
         shards = check_complete(preparation, folder, stream)
         shutil.rmtree(folder / WORK, ignore_errors=True)  # left if the last run died between the manifest and the end
-        return Outcome(shards, already_complete=True)
+        return PrepareResult(shards, already_complete=True)
     check_folder(folder)
-    with locked(folder, how.part) as work, writing(folder):
-        begin(folder, work, preparation.purpose, overwrite=how.overwrite, part=how.part)
+    with lock_folder(folder, how.part) as work, writing(folder):
+        start_run(folder, work, preparation.purpose, overwrite=how.overwrite, part=how.part)
         return _Run(preparation, folder, work, how, stream, on_text, on_phase).run()
 
 
@@ -109,7 +111,7 @@ class _Run:
         preparation: Preparation,
         folder: Path,
         work: Path,
-        how: How,
+        how: PrepareOptions,
         stream: BinaryIO | None,
         on_text: Callable[[int], None],
         on_phase: Callable[[str], None],
@@ -120,7 +122,7 @@ class _Run:
         sampled: Sequence[Unit] = preparation.units
         if stream is not None:
             assert preparation.stdin is not None
-            units = spooled(stream, preparation.stdin, work)
+            units = stdin_units(stream, preparation.stdin, work)
             sampled = list(islice(units, 1))
             self.mine = chain(sampled, units)
         self.sampled = sampled
@@ -129,21 +131,23 @@ class _Run:
         self.context = Context(
             folder,
             str(saved),
-            digest(preparation.decisions()),
+            json_sha256(preparation.decisions()),
             preparation.settings,
             how.max_bad_fraction,
         )
         self.encoders: Encoders = {}
         self.worker = Worker(self.context, on_text, preparation.tokenizer, self.encoders)
 
-    def run(self) -> Outcome:
+    def run(self) -> PrepareResult:
         """Both passes, and the manifest."""
         executor = self._executor()
         try:
             encoder, reason = self._choose_encoder()  # while the executor starts
             self.encoders[encoder.name] = encoder
             if self.preparation.settings.dedup is not None and not self._find_duplicates(executor):
-                return Outcome(None, units=len(list(self.mine)), encoder=f"{encoder.name}, {reason}", signed_only=True)
+                return PrepareResult(
+                    None, units=len(list(self.mine)), encoder=f"{encoder.name}, {reason}", signed_only=True
+                )
             self.on_phase("tokenizing")
             results: list[tuple[Unit, UnitResult]] = []
             units = _Remembered(self.mine)
@@ -161,7 +165,7 @@ class _Run:
             shutil.rmtree(self.work)
             shards = ShardSet.open(self.folder)
         fresh = [result for _, result in results if not result.reused]
-        return Outcome(
+        return PrepareResult(
             shards,
             units=len(results),
             units_reused=len(results) - len(fresh),
@@ -171,15 +175,13 @@ class _Run:
             fell_back=tuple(result.fell_back for result in fresh if result.fell_back),
         )
 
-    def _choose_encoder(self) -> Choice:
+    def _choose_encoder(self) -> EncoderChoice:
         tokenizer, reading = self.preparation.tokenizer, self.preparation.settings.reading
         sample = _sample(self.sampled, reading) if self.how.backend != "tokenizers" else []
         return choose_encoder(tokenizer, self.how.backend, sample, token_dtype(tokenizer.vocab_size))
 
     def _executor(self) -> Executor:
         if self.how.ray is not None:
-            from data_pipeline.prepare.on_ray import OnRay
-
             return OnRay(self.context, self.how.ray, self.on_text)
         workers = self.how.workers
         if isinstance(self.mine, Sequence):
@@ -199,7 +201,7 @@ class _Run:
         if not all(file.exists() for file in files):
             return False
         self.on_phase("comparing")
-        key = digest(dedup.spec, [file.name for file in files])
+        key = json_sha256(dedup.spec, [file.name for file in files])
         done = self.work / "drops.json"
         try:
             if json.loads(done.read_bytes())["key"] == key:

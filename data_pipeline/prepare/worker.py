@@ -19,7 +19,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
-from data_pipeline.prepare.plan import Settings, Unit, digest
+from data_pipeline.prepare.plan import Settings, Unit, json_sha256
 from data_pipeline.shards.manifest import ShardEntry, parse_shard
 from data_pipeline.shards.shardset import check_size
 from data_pipeline.shards.writer import UnitWriter, token_dtype
@@ -34,7 +34,7 @@ DUPLICATE = "duplicate"
 _BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once: enough for all cores, little memory
 _SAMPLES = 5  # dropped documents kept aside, for each reason in each unit
 _EXCERPT = 200  # characters
-# Broken records that a unit may have whatever their share, which is judged over all units in the end: a unit of books
+# Broken records that a unit may have whatever their share, which is judged over all units in the end. A unit of books
 # has few records, and one of them that is not UTF-8 is no reason to stop a long run.
 _UNIT_SLACK = 10
 
@@ -115,7 +115,7 @@ class Worker:
 
     def key(self, unit: Unit, drops: np.ndarray | None = None) -> str:
         """SHA-256 (hex) of all that decides the shards of a unit."""
-        return digest(self.context.decisions, unit.identity, None if drops is None else drops.tobytes().hex())
+        return json_sha256(self.context.decisions, unit.identity, None if drops is None else drops.tobytes().hex())
 
     # ---- the first pass, when duplicates are to be dropped
 
@@ -293,7 +293,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def total(counts: Iterator[dict[str, int]]) -> dict[str, int]:
+def sum_counts(counts: Iterator[dict[str, int]]) -> dict[str, int]:
     """The sum of several counts, sorted by name."""
     out: Counter[str] = Counter()
     for each in counts:

@@ -1,14 +1,14 @@
 """Overlap of evaluation text with the training shards, by 13-grams of words.
 
 After Brown et al. 2020 ("Language Models are Few-Shot Learners", section 4 and appendix C): words are compared without
-case, punctuation and white space, and a text of fewer than 13 words counts as one gram of all its words, down to 8
-words, below which there are too many false positives. Here a word is a run of letters and digits. Scripts that do not
-part words by spaces make long words, so that only whole phrases are found in them.
+case, punctuation and white space. A text of fewer than 13 words counts as one gram of all its words. Texts below 8
+words are not judged, for they give too many false positives. Here a word is a run of letters and digits. Scripts that
+do not part words by spaces make long words, so that only whole phrases are found in them.
 
 The evaluation texts are held in memory, the shards are streamed: each document is decoded, and its grams are looked
 up among those of the evaluation texts. A gram stands for its words by a 64-bit hash. With 10^6 evaluation grams and
-10^12 grams of training text, chance makes 10^18 / 2^64 = 0.05 pairs equal, and fewer in fact: a gram with a word that
-no evaluation text has is set aside before hashing.
+10^12 grams of training text, chance makes 10^18 / 2^64 = 0.05 pairs equal. In fact it makes fewer: a gram with a word
+that no evaluation text has is set aside before hashing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.processes import end_with_parent
+from data_pipeline.processes import die_with_parent
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE
 
@@ -139,8 +139,8 @@ class _Table:
     mask: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        # A bit for the leading digits of each key, 16 to 32 places for one key: a look into it is several times faster
-        # than a binary search and turns away all but one in 16 of the grams that are not there.
+        # A bit for the leading digits of each key, 16 to 32 places for one key. A look into it is several times faster
+        # than a binary search and rejects all but one in 16 of the grams that are not there.
         bits = max(16, len(self.keys).bit_length() + 4)
         self.shift = np.uint64(64 - bits)
         self.mask = np.zeros(1 << bits, dtype=bool)
@@ -241,7 +241,7 @@ def _search(
         return
     # Spawned, not forked: the threads of the tokenizer and of Arrow do not survive a fork.
     spawn = get_context("spawn")
-    stop = spawn.RawValue("b", 0)  # no lock, which a killed process might have held for ever
+    stop = spawn.RawValue("b", 0)  # no lock, which a killed process might have held forever
     with ProcessPoolExecutor(
         min(workers, len(tasks)), spawn, initializer=_begin_worker, initargs=(grams, stop)
     ) as pool:
@@ -294,7 +294,7 @@ def _begin_worker(grams: EvaluationGrams, stop: Any) -> None:
     import os
 
     global _worker_grams, _worker_stop
-    end_with_parent()  # else kill of the command left all of these waiting for work, for ever
+    die_with_parent()  # else kill of the command left all of these waiting for work forever
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
     _worker_grams, _worker_stop = grams, stop

@@ -7,11 +7,11 @@ corpus's order, stays. The result depends on the documents and their order alone
 ``exact``: documents of equal text, exactly as it will be tokenized, by XXH3-128 of its UTF-8. Two different documents
 of 10^9 have equal hashes with probability 10^-21.
 
-``near:threshold=0.8,permutations=128,ngram=5``: exact copies first; of the rest, documents whose sets of word n-grams
-have a Jaccard similarity of at least ``threshold`` by the estimate from ``permutations`` MinHash values, whose standard
-deviation is sqrt(s (1 - s) / permutations): 0.035 at 0.8. Similarity is passed on: of A like B like C one stays, be A
-like C or not. The procedure of Lee et al. 2022 (arXiv 2107.06499, appendix A) and of datatrove, and as there a pair can
-be missed: see :func:`data_pipeline.quality.minhash.bands`.
+``near:threshold=0.8,permutations=128,ngram=5``: exact copies first. Of the rest, documents whose sets of word n-grams
+have a Jaccard similarity s of at least ``threshold``. It is estimated from ``permutations`` MinHash values, with a
+standard deviation of sqrt(s (1 - s) / permutations): 0.035 at 0.8. Similarity is passed on: of A like B like C one
+stays, be A like C or not. The procedure of Lee et al. 2022 (arXiv 2107.06499, appendix A) and of datatrove, and as
+there a pair can be missed: see :func:`data_pipeline.quality.minhash.bands`.
 """
 
 from __future__ import annotations

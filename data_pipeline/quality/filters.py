@@ -24,7 +24,7 @@ _OFF = "off"
 _OPPOSITES = (("min-chars", "max-chars"), ("min-words", "max-words"))
 
 
-class Known(NamedTuple):
+class FilterInfo(NamedTuple):
     """A filter or bundle for documentation: how it is written, its default or what it expands to, what it drops."""
 
     name: str
@@ -78,10 +78,10 @@ class Filters:
         return None
 
     @staticmethod
-    def known() -> list[Known]:
+    def known() -> list[FilterInfo]:
         """All filters, then the bundles."""
         filters = [
-            Known(
+            FilterInfo(
                 rule.name + rule.kind.form,
                 "" if rule.default is None else rule.kind.write(rule.default),
                 f"drops documents {rule.summary}",
@@ -89,7 +89,9 @@ class Filters:
             )
             for rule in RULES.values()
         ]
-        bundles = [Known(name, ", ".join(members), "stands for these filters", "") for name, members in BUNDLES.items()]
+        bundles = [
+            FilterInfo(name, ", ".join(members), "stands for these filters", "") for name, members in BUNDLES.items()
+        ]
         return filters + bundles
 
 

@@ -10,8 +10,8 @@ Differences from the papers and from datatrove's filters of the same names:
 - Lines are stripped and blank ones not counted. A bullet is one of • ‣ ▶ ◀ ◦ ■ □ ▪ ▫ – or Markdown's - and *.
 - Stop words are found in either case and next to punctuation.
 - Shares of repeated characters are of the words (lines, paragraphs) alone, without the white space between, and every
-  word inside a repeated n-gram counts once. datatrove divides by all characters and skips past each repeat it finds,
-  so that its shares are smaller.
+  word inside a repeated n-gram counts once. The library datatrove divides by all characters and skips past each repeat
+  it finds, so that its shares are smaller.
 - The most frequent n-gram has to come twice to count at all. In datatrove a single one counts, which drops short text.
 - C4 cleans lines before it judges a page. Here no text is changed: `c4-min-sentences` counts the sentences of the lines
   C4 would keep, and drops the documents C4 would drop. Curly brackets and lorem ipsum count anywhere in the document,

@@ -10,7 +10,7 @@ import difflib
 import math
 from typing import Protocol
 
-from data_pipeline.quality.script import SCRIPTS
+from data_pipeline.quality.statistics import SCRIPTS
 
 Value = int | float | tuple[float, float] | tuple[tuple[str, ...], float] | None
 

@@ -15,7 +15,7 @@ FREQUENT = 30
 def contents(shards: ShardSet, summary: Summary, samples: list[Sample]) -> dict[str, Any]:
     """Everything as plain JSON values. Shares are between 0 and 1, lengths are in tokens with the closing ``</s>``."""
     manifest, lengths = shards.manifest, summary.lengths
-    edges = lengths.octaves()
+    edges = lengths.log2_edges()
     documents, tokens = (column.tolist() for column in lengths.histogram(edges))
     return {
         "folder": shards.path.resolve().name,

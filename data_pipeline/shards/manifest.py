@@ -5,28 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
 from data_pipeline import __version__
 from data_pipeline.errors import UserError
-from data_pipeline.files import write_atomic
+from data_pipeline.files import FileEntry, write_atomic
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "nystrom-shards"
 FORMAT_VERSION = 2
 BLOCK_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """A file of the folder: name, size, XXH3-128 of the whole and XXH3-64 of each 4 MiB block (hex)."""
-
-    name: str
-    bytes: int
-    xxh3_128: str
-    blocks: tuple[str, ...]
+"""Each block of a file has a checksum of its own: ``nystrom data verify`` says which one is damaged."""
 
 
 @dataclass(frozen=True)
@@ -151,41 +142,3 @@ def _file(entry: dict[str, Any]) -> FileEntry:
 def parse_shard(entry: dict[str, Any]) -> ShardEntry:
     """Inverse of ``asdict`` for a :class:`ShardEntry`."""
     return ShardEntry(**{**entry, "tokens": _file(entry["tokens"]), "index": _file(entry["index"])})
-
-
-class BlockHasher:
-    """Hashes a stream of bytes as a whole and by blocks."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._whole = xxhash.xxh3_128()
-        self._block = xxhash.xxh3_64()
-        self._blocks: list[str] = []
-
-    def update(self, data: bytes | memoryview) -> None:
-        """Append ``data`` to the stream."""
-        self._whole.update(data)
-        view = memoryview(data).cast("B")
-        while len(view):
-            part = view[: BLOCK_BYTES - self.bytes % BLOCK_BYTES]
-            self._block.update(part)
-            self.bytes += len(part)
-            view = view[len(part) :]
-            if self.bytes % BLOCK_BYTES == 0:
-                self._blocks.append(self._block.hexdigest())
-                self._block = xxhash.xxh3_64()
-
-    def entry(self, name: str) -> FileEntry:
-        """What the manifest keeps of the stream so far."""
-        blocks = list(self._blocks)
-        if self.bytes % BLOCK_BYTES:
-            blocks.append(self._block.hexdigest())
-        return FileEntry(name, self.bytes, self._whole.hexdigest(), tuple(blocks))
-
-
-def hash_stream(stream: BinaryIO, name: str) -> FileEntry:
-    """Hash an open binary file from where it stands to its end."""
-    hasher = BlockHasher()
-    while data := stream.read(BLOCK_BYTES):
-        hasher.update(data)
-    return hasher.entry(name)

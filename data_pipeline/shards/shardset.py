@@ -1,23 +1,27 @@
 """Reading prepared shards: one long stream of tokens, memory-mapped, gathered by the batch.
 
-A shard folder holds ``manifest.json`` (``manifest.py``), a copy of ``tokenizer.json``, and for each shard a raw
-little-endian token file (uint16, or uint32 for vocabularies above 65,536) and an Arrow IPC file with one row for each
-document: ``end`` (uint64, tokens from the start of the shard to the end of the document, its ``</s>`` included) and
-``source`` (name of the input file). The shards in the order of the manifest, put end to end, are the token stream:
-each document's tokens and then ``</s>``.
+A shard folder holds ``manifest.json`` (``manifest.py``), a copy of ``tokenizer.json``, and two files for each shard.
+One is a raw little-endian token file (uint16, or uint32 for vocabularies above 65,536). The other is an Arrow IPC file
+with one row for each document. Its columns are ``end`` (uint64, tokens from the start of the shard to the end of the
+document, its ``</s>`` included) and ``source`` (name of the input file). The shards in the order of the manifest, put
+end to end, are the token stream: each document's tokens and then ``</s>``.
 """
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.shards.manifest import FileEntry, Manifest, read_manifest
+from data_pipeline.files import FileEntry, hash_file
+from data_pipeline.moved import renamed
+from data_pipeline.shards.manifest import Manifest, read_manifest
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
+
+__getattr__ = renamed(__name__, ramps="concat_ranges")
 
 
 class ShardSet:
@@ -44,7 +48,7 @@ class ShardSet:
     def open(cls, path: str | Path, expect_tokenizer: str | None = None) -> ShardSet:
         """Open a shard folder; checks the manifest and the size of every file it lists.
 
-        The contents are checked by :func:`data_pipeline.shards.verify.verify_shards`.
+        The contents are checked by :func:`verify_shards`.
 
         ``expect_tokenizer`` is the hash of the tokenizer that the caller works with. Raises :class:`UserError` that
         names the file for anything missing, damaged or cut short, and for another tokenizer.
@@ -123,7 +127,7 @@ class ShardSet:
         leaves = starts + lengths > self._offsets[np.minimum(shard + 1, len(self._offsets) - 1)]
         if (np.diff(starts, prepend=0) < 0).any() or (leaves & (lengths > 0)).any():
             raise ValueError("runs must be in ascending order, and each within one shard")
-        position = ramps(starts, lengths)
+        position = concat_ranges(starts, lengths)
         out = np.empty(len(position), dtype=np.int64)
         edges = np.append(0, np.cumsum(lengths))[np.searchsorted(starts, self._offsets)]
         for number in np.flatnonzero(np.diff(edges)):
@@ -199,7 +203,7 @@ class ShardSet:
         return f"ShardSet({str(self.path)!r}, tokens={self.num_tokens}, documents={self.num_documents})"
 
 
-def ramps(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def concat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Runs of consecutive integers laid end to end: [7, 2], [3, 2] -> [7, 8, 9, 2, 3]."""
     stops = np.cumsum(lengths)
     return np.repeat(starts - stops + lengths, lengths) + np.arange(stops[-1] if len(stops) else 0)
@@ -228,3 +232,48 @@ def check_size(folder: Path, entry: FileEntry) -> None:
         raise UserError(f"{file} is missing though the manifest lists it; prepare the folder again") from None
     if size != entry.bytes:
         raise UserError(f"{file} has {size} bytes, the manifest says {entry.bytes}: it was cut short or changed")
+
+
+def verify_shards(folder: str | Path, on_file: Callable[[FileEntry], None] = lambda entry: None) -> list[str]:
+    """Read every file of a shard folder and compare it with the manifest.
+
+    Returns one line for each fault (file, 4 MiB block, byte range), none if the folder is whole. ``on_file`` is called
+    after each file. Raises :class:`UserError` if the manifest itself is missing or damaged.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    faults: list[str] = []
+    for entry in manifest.files():
+        try:
+            check_size(folder, entry)
+            faults += _compare(folder, entry, manifest.block_bytes)
+        except UserError as error:
+            faults.append(str(error))
+        except OSError as error:
+            faults.append(f"{folder / entry.name} cannot be read: {error.strerror}")
+        on_file(entry)
+    return faults or _cross_check(folder)
+
+
+def _compare(folder: Path, entry: FileEntry, block_bytes: int) -> list[str]:
+    found = hash_file(folder, entry.name, block_bytes)
+    if found == entry:
+        return []
+    bad = [i for i, (a, b) in enumerate(zip(found.blocks, entry.blocks, strict=False)) if a != b]
+    return [
+        f"{folder / entry.name}, block {i} (bytes {i * block_bytes} to {min(entry.bytes, (i + 1) * block_bytes) - 1}): "
+        "contents do not match the manifest"
+        for i in bad
+    ] or [f"{folder / entry.name}: contents do not match the manifest"]
+
+
+def _cross_check(folder: Path) -> list[str]:
+    """Do the files, each as it was written, agree with each other?"""
+    shards = ShardSet.open(folder)
+    shards.tokenizer()
+    faults = []
+    for shard, ends in ((shard, shards.document_ends(shard.index)) for shard in shards.manifest.shards):
+        rising = bool(np.all(ends[1:] > ends[:-1]))
+        if len(ends) != shard.num_documents or not rising or int(ends[-1]) != shard.num_tokens:
+            faults.append(f"{folder / shard.index.name}: document ends do not fit {shard.tokens.name}")
+    return faults

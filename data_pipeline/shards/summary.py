@@ -74,7 +74,7 @@ class Lengths:
         np.add.at(tokens, bins, self.counts * self.values)
         return documents, tokens
 
-    def octaves(self, parts: int = 1) -> list[int]:
+    def log2_edges(self, parts: int = 1) -> list[int]:
         """Edges for :meth:`histogram`: every octave cut into ``parts`` bins of equal width on a log scale."""
         low, high = int(self.values[0]), self.longest
         last = high.bit_length() * parts

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.files import TMP_SUFFIX, publish
-from data_pipeline.shards.manifest import BlockHasher, FileEntry, ShardEntry, hash_stream
+from data_pipeline.files import TMP_SUFFIX, FileEntry, FileHasher, hash_stream, publish
+from data_pipeline.shards.manifest import BLOCK_BYTES, ShardEntry
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -77,7 +77,7 @@ class _OpenShard:
         # A name of its own for each attempt: a process believed dead cannot spoil what its successor writes.
         self._attempt = f".{secrets.token_hex(4)}{TMP_SUFFIX}"
         self.file = open(folder / (self._names.tokens + self._attempt), "wb", buffering=1 << 20)  # noqa: SIM115 - open until the shard is full
-        self._hasher = BlockHasher()
+        self._hasher = FileHasher(BLOCK_BYTES)
         self.num_tokens = 0
         self.ends = array("Q")  # 8 bytes a document: bounded by the size of a shard
         self.sources = array("i")  # place of each document's input among the names
@@ -126,7 +126,7 @@ class _OpenShard:
             f.flush()
             os.fsync(f.fileno())
             f.seek(0)
-            entry = hash_stream(f, self._names.index)
+            entry = hash_stream(f, self._names.index, BLOCK_BYTES)
         publish(tmp, self._folder / entry.name)
         return entry
 

@@ -49,7 +49,7 @@ def read_piece(piece: Piece, reading: Reading, tally: Tally) -> Iterator[Documen
     """Stream the documents of a piece in bounded memory; ``tally`` is added to while the stream is consumed.
 
     Documents that are null, empty or nothing but white space are counted and left out. Records that give no text are
-    counted and kept as samples, and the stream goes on behind them until they are too many (see :class:`Tally`).
+    counted and kept as samples, and the stream continues after them until they are too many (see :class:`Tally`).
     Text is passed on as it is but for a byte order mark at the start of a file, the line ends of whole-file text, and
     ``reading.normalize``. Once the stream is at its end ``tally.digest`` is the XXH3-128 of the piece's bytes on disk,
     for hub datasets that of the texts.

@@ -77,8 +77,8 @@ class Format:
     unit: ClassVar[Unit]
     """What records are counted in, for messages."""
     cut: ClassVar[Cut]
-    """Where a file may be entered in the middle, for several processes to share it: nowhere (``whole``), at the ends
-    of lines, each of which is a record (``lines``), or at places of the format's own (``own``: see :meth:`pieces`)."""
+    """Where a file may be entered in the middle, for several processes to share it. ``whole``: nowhere. ``lines``: at
+    the ends of lines, each of which is a record. ``own``: at places of the format's own (see :meth:`pieces`)."""
     opens: ClassVar[Opens] = "stream"
     """``stream``: it reads bytes in order (``source.blocks()`` or ``source.lines()``), to their end, and so may be
     compressed. ``path``: it opens ``source.location`` itself and may not."""
@@ -90,7 +90,7 @@ class Format:
     """Raised when the same file gives other records than before: shards of the earlier reading are then not reused."""
 
     def read(self, source: Source, wanted: Wanted) -> Iterator[Found]:
-        """The records of a piece in order; broken ones as :class:`Bad`, so that reading goes on behind them.
+        """The records of a piece in order; broken ones as :class:`Bad`, so that reading continues after them.
 
         Raises :class:`UserError` naming the file for what is more than a broken record, as a missing column.
         """

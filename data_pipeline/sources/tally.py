@@ -20,7 +20,7 @@ class BadRecord:
     """A record that gave no text.
 
     ``record`` is the line of a file (for CSV the one where the record begins) or the row of Parquet and hub data, from
-    1, and None where it is known only by counting (see :meth:`Tally.located`). ``offset`` is the byte at which its
+    1. It is None where it is known only by counting (see :meth:`Tally.located`). ``offset`` is the byte at which its
     line begins in a file that is not compressed, None for other kinds.
     """
 

@@ -5,8 +5,8 @@ Two backends give the same ids. "tokenizers" is the library itself and takes any
 GPT-2 and Llama 3 use. Measured on 8.9 MB of Python sources with a byte-level BPE of 32k, one thread, text to uint16
 arrays, in MB per second of CPU time: tokenizers 3.3 (its bare ``encode_batch_fast`` 3.4), tiktoken 16.
 
-That the ids are the same is checked: on all code points of Unicode by a test, on a sample of the user's text by
-:func:`choose_encoder`, and on every 512th text of the work by :class:`CheckedEncoder`.
+That the ids are the same is checked: on all code points of Unicode by a test, and on a sample of the user's text by
+:func:`choose_encoder`. :class:`CheckedEncoder` checks every 512th text of the work.
 """
 
 from __future__ import annotations
@@ -128,14 +128,14 @@ class CheckedEncoder:
         return self._encoder.encode_batch(texts)
 
 
-class Choice(NamedTuple):
+class EncoderChoice(NamedTuple):
     """An encoder, and in words why it is this one."""
 
     encoder: Encoder
     reason: str
 
 
-def choose_encoder(tokenizer: Tokenizer, requested: str, sample: Sequence[str], dtype: DTypeLike) -> Choice:
+def choose_encoder(tokenizer: Tokenizer, requested: str, sample: Sequence[str], dtype: DTypeLike) -> EncoderChoice:
     """The encoder to work with; ``requested`` is "auto", "tokenizers" or "tiktoken".
 
     "auto" takes tiktoken if it is installed, can express the vocabulary, and gives the ids of the `tokenizers` library
@@ -146,16 +146,16 @@ def choose_encoder(tokenizer: Tokenizer, requested: str, sample: Sequence[str], 
         raise UserError(f"unknown encoder {requested!r}: choose one of {', '.join(BACKENDS)}")
     stock = StockEncoder(tokenizer, dtype)
     if requested == "tokenizers":
-        return Choice(stock, "asked for")
+        return EncoderChoice(stock, "asked for")
     try:
         fast = TiktokenEncoder(tokenizer, dtype)
         _compare(fast, stock, sample)
     except (NotExpressible, ParityError) as error:
         if requested == "tiktoken":
             raise UserError(f"tiktoken cannot be used: {error}; leave the choice to auto") from None
-        return Choice(stock, f"tiktoken cannot be used: {error}")
+        return EncoderChoice(stock, f"tiktoken cannot be used: {error}")
     checked = CheckedEncoder(fast, tokenizer, dtype)
-    return Choice(checked, f"same ids as the tokenizers library on {len(sample):,} texts of the sample")
+    return EncoderChoice(checked, f"same ids as the tokenizers library on {len(sample):,} texts of the sample")
 
 
 def make_encoder(tokenizer: Tokenizer, name: str, dtype: DTypeLike) -> StockEncoder | CheckedEncoder:

@@ -7,7 +7,7 @@ What comes back from :meth:`Tokenizer.decode`:
 - ``unigram``: everything but the character U+2581, the model's sign for a space, which comes back as a space. Unigram
   language model (Kudo 2018); characters outside the vocabulary are written as bytes, all 256 of which are in it.
 - ``wordpiece``: the words. WordPiece as in BERT (Schuster & Nakajima 2012; Devlin et al. 2019): white space becomes a
-  single space, a word with a character outside the alphabet becomes ``<unk>``, and with ``lowercase`` case and accents
+  single space, and a word with a character outside the alphabet becomes ``<unk>``. With ``lowercase`` case and accents
   are gone.
 
 The same documents give the same vocabulary, whatever the machine or the number of threads. For ``unigram`` this holds
@@ -96,9 +96,9 @@ def _train_bpe(documents: _Counted, vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def _train_wordpiece(documents: _Counted, vocab_size: int, lowercase: bool) -> tokenizers.Tokenizer:
-    """BERT's recipe. The alphabet is counted first and handed over in order: left to itself, the trainer numbers its
-    characters as its hash table yields them, and breaks ties between merges by these numbers, so that no two trainings
-    on the same text agree."""
+    """BERT's recipe. The alphabet is counted first and handed over in order. Left to itself, the trainer numbers its
+    characters as its hash table yields them, and breaks ties between merges by these numbers. No two trainings on the
+    same text would agree."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -130,8 +130,8 @@ def _train_wordpiece(documents: _Counted, vocab_size: int, lowercase: bool) -> t
 
 
 def _train_unigram(documents: _Counted, vocab_size: int) -> tokenizers.Tokenizer:
-    """SentencePiece's recipe. White space other than the space is kept apart, so that no piece runs over a line's end;
-    the names of special tokens and bytes are cut, so that no text is taken for one of them."""
+    """SentencePiece's recipe. White space other than the space is kept apart, so that no piece runs over a line's end.
+    The names of special tokens and bytes are cut, so that no text is taken for one of them."""
     import tokenizers
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 

@@ -5,21 +5,21 @@ Colours are drawn as sentinels and replaced by CSS variables, so that one pictur
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from data_pipeline.report.svg import embed
+from data_pipeline.report import base
+from data_pipeline.report.base import INK, MUTED
 from eval.report.numbers import compact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, MUTED, GRID, BAND, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", BAND: "--band", PAPER: "--paper"}
+BAND, PAPER = "#040404", "#050505"
+VARIABLES = {**base.VARIABLES, BAND: "--band", PAPER: "--paper"}
 NUM_COLOURS = 6
 # 72 units to the inch: a picture is 432 units wide, drawn at 1.0 to 1.25 of that on a desk and 0.8 on a phone.
 WIDTH, HEIGHT = 6.0, 3.5
@@ -71,37 +71,9 @@ def picture(
     y_format: Callable[..., str] | None = None,
 ) -> Markup:
     """Draw on fresh axes and return the SVG to be put into the page as it is."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": title,
-        "text.parse_math": False,
-        "font.family": "DejaVu Sans",
-        "font.size": 11,
-        "text.color": INK,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": False,
-        "xtick.color": GRID,
-        "ytick.color": GRID,
-        "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": MUTED,
-        "figure.constrained_layout.use": True,
-        "figure.constrained_layout.w_pad": 0.02,
-        "figure.constrained_layout.h_pad": 0.02,
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(WIDTH, height))
-        canvas = FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.grid(axis="x" if height != HEIGHT else "y", color=GRID, linewidth=0.7)
-        axes.set_axisbelow(True)
+    def whole(axes: Axes) -> None:
         draw(axes)
         if tokens_axis:
             axes.set_xlabel("tokens seen")
@@ -109,7 +81,13 @@ def picture(
             axes.xaxis.set_major_formatter(FuncFormatter(compact))
         if y_format is not None:
             axes.yaxis.set_major_formatter(FuncFormatter(y_format))
-        file = io.StringIO()
-        canvas.print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = embed(file.getvalue(), title, VARIABLES)
+
+    svg = base.picture(
+        whole,
+        title,
+        (WIDTH, height),
+        variables=VARIABLES,
+        grid="x" if height != HEIGHT else "y",
+        settings={"figure.constrained_layout.w_pad": 0.02, "figure.constrained_layout.h_pad": 0.02},
+    )
     return Markup(re.sub(r"#0600(\d\d)", lambda match: f"var(--c{int(match[1])})", svg))

@@ -7,10 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
-from markupsafe import Markup
 
+from data_pipeline.report import base
 from eval.report import charts, numbers, samples, tables
 from eval.report.runs import Run, flatten
 from eval.report.sections import sections
@@ -23,13 +22,7 @@ FOLDER = Path(__file__).parent
 
 def render(runs: Sequence[Run], title: str | None = None) -> str:
     """The whole page. Everything that comes from files is escaped; only our own SVG goes in as it is."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = base.environment(FOLDER)
     environment.filters |= {
         "number": numbers.number,
         "cell": numbers.cell,
@@ -49,7 +42,7 @@ def render(runs: Sequence[Run], title: str | None = None) -> str:
     return environment.get_template("page.html").render(
         title=title or f"Pretraining report: {shown}",
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        style=Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
+        style=base.style(FOLDER),
         runs=everyone,
         configured=configured,
         banners=[found for run in runs if (found := banner(run))],

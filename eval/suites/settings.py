@@ -1,5 +1,5 @@
 """Moved to ``eval.task``; importable from here for one version."""
 
-from pretrain.moved import moved
+from data_pipeline.moved import moved
 
 __getattr__ = moved(__name__, "eval.task", "Settings", "quotes_field")

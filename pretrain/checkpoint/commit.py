@@ -16,18 +16,17 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from data_pipeline.files import fsync_folder, write_atomic
+from data_pipeline.files import FileEntry, fsync_folder, hash_file, write_atomic
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
 SCHEMA = 1
-_CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,6 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class FileEntry:
-    """One file of a checkpoint."""
-
-    bytes: int
-    xxh3_128: str
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The marker of a whole checkpoint."""
 
@@ -66,7 +57,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The file's contents, a checksum of itself included."""
-        body = {"schema": SCHEMA, **asdict(self)}
+        files = {name: {"bytes": entry.bytes, "xxh3_128": entry.xxh3_128} for name, entry in self.files.items()}
+        body = {"schema": SCHEMA, **asdict(replace(self, files={})), "files": files}
         return json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True).encode() + b"\n"
 
     @classmethod
@@ -80,7 +72,7 @@ class Manifest:
             checksum = body.pop("checksum")
             if checksum != _checksum(body) or body.pop("schema") != SCHEMA:
                 raise ValueError("its manifest is damaged")
-            files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
+            files = {name: FileEntry(name, **entry) for name, entry in body.pop("files").items()}
             return cls(**{**body, "files": files, "state": TrainState(**body["state"])})
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
             raise ValueError("its manifest is damaged") from None
@@ -112,21 +104,11 @@ def fsync_files(folder: Path, names: Iterable[str]) -> None:
     fsync_folder(folder)
 
 
-def hash_file(path: Path) -> FileEntry:
-    """Size and XXH3-128 of a file."""
-    digest, size = xxhash.xxh3_128(), 0
-    with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileEntry(size, digest.hexdigest())
-
-
 def problem_with(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
     """What is wrong with these files of a checkpoint, or None. Reads them whole."""
     for name in names:
         try:
-            found = hash_file(folder / name)
+            found = hash_file(folder, name)
         except OSError as error:
             return f"{name}: {error.strerror or error}"
         expected = manifest.files[name]

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 from data_pipeline.files import write_atomic
+from data_pipeline.moved import moved
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.load import CONFIG, INFO, WEIGHTS, load_checkpoint, unique_weights
-from pretrain.moved import moved
 
 __getattr__ = moved(__name__, "pretrain.checkpoint.load", "LoadedModel", "consolidate", "load_model", "weights_hash")
 

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.units import format_bytes
+
 MARGIN_BYTES = 1 << 20
 """Beside a checkpoint: its manifest, the metrics and logs until the next one."""
 MARGIN_SHARE = 0.02
@@ -20,10 +22,10 @@ class SaveFailed(Exception):
 
     def __init__(self, reasons: Sequence[str], folder: Path, needed: int, free: int | None, newest: str | None) -> None:
         self.needed, self.free, self.newest = needed, free, newest
-        room = "unknown" if free is None else readable(free)
+        room = "unknown" if free is None else format_bytes(free)
         left = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
         super().__init__(
-            f"{'; '.join(reasons)}. A checkpoint needs about {readable(needed)}, {folder} has {room} free; {left}"
+            f"{'; '.join(reasons)}. A checkpoint needs about {format_bytes(needed)}, {folder} has {room} free; {left}"
         )
 
 
@@ -37,9 +39,3 @@ def free_bytes(folder: Path) -> int | None:
     (some network file systems report a size of 0)."""
     usage = shutil.disk_usage(next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()))
     return usage.free if usage.total else None
-
-
-def readable(size: float) -> str:
-    """Bytes as people read them: 310.5 MiB."""
-    power = min((max(int(size), 1).bit_length() - 1) // 10, 4)
-    return f"{size:.0f} bytes" if power == 0 else f"{size / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"

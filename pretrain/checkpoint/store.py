@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import fsync_folder
+from data_pipeline.files import FileEntry, fsync_folder, hash_file
+from data_pipeline.moved import moved
 from pretrain.checkpoint import commit
-from pretrain.checkpoint.commit import FileEntry, Manifest, TrainState
+from pretrain.checkpoint.commit import Manifest, TrainState
 from pretrain.checkpoint.room import SaveFailed, free_bytes, with_margin
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.state.writing import Writes
-from pretrain.moved import moved
 
 if TYPE_CHECKING:
     from pretrain.engine.training import TrainingEngine
@@ -109,7 +109,7 @@ class Checkpoints:
 
     def _hash(self, folder: Path) -> dict[str, FileEntry]:
         names = commit.data_files(folder)
-        return {name: commit.hash_file(folder / name) for name in names[self._world.rank :: self._world.world_size]}
+        return {name: hash_file(folder, name) for name in names[self._world.rank :: self._world.world_size]}
 
     def _tidy(self, tag: str) -> list[str]:
         """After the commit; a failure here costs nothing but order."""

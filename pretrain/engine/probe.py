@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from data_pipeline.batches import IGNORE
 from data_pipeline.batches.order import Plan
 from data_pipeline.errors import UserError
 from pretrain.config import RunConfig
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World, memory_gib
 from pretrain.engine.training import TrainingEngine
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data_pipeline.batches import IGNORE
 from data_pipeline.errors import UserError
 from pretrain.model.attention.cache import LayerCache
 from pretrain.model.attention.layout import Layout
@@ -21,7 +22,6 @@ from pretrain.model.decoding import DecodingCache
 from pretrain.model.flops import forward_flops_per_token
 from pretrain.model.positions import POSITION_OFFSET, learned_rows
 
-IGNORE = -100
 """Label of a position that is not a target."""
 
 LOSS_CHUNK_ELEMENTS = 2**26

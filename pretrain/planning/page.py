@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from data_pipeline.units import format_bytes
 from pretrain.planning.estimate import Estimate
 from pretrain.planning.memory import StageMemory
 from pretrain.planning.time import TRAINING
-from pretrain.planning.units import bytes_text
 
 GIB = 2**30
 
@@ -108,10 +108,11 @@ def _rest(found: Estimate) -> list[str]:
     keep = config.checkpoint.keep_last
     lines = [
         f"{found.tokens:,} tokens, {found.tokens / found.num_parameters:.1f} for each parameter",
-        f"{bytes_text(found.checkpoint_bytes)} a checkpoint; {keep} kept and one being written: "
-        f"{bytes_text((keep + 1) * found.checkpoint_bytes)}",
-        f"{bytes_text(found.host_bytes)} of host memory for a process (each builds the whole model in float32 first), "
-        f"{bytes_text(question.processes_per_node * found.host_bytes)} for {question.processes_per_node}",
+        f"{format_bytes(found.checkpoint_bytes)} a checkpoint; {keep} kept and one being written: "
+        f"{format_bytes((keep + 1) * found.checkpoint_bytes)}",
+        f"{format_bytes(found.host_bytes)} of host memory for a process (each builds the whole model in float32 "
+        "first), "
+        f"{format_bytes(question.processes_per_node * found.host_bytes)} for {question.processes_per_node}",
     ]
     if found.data is None:
         lines.append("the shards of data.train are not there: nothing is said of epochs")

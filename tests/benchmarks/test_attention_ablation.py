@@ -13,18 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.attention_ablation import cli, study
+from benchmarks.attention_ablation import __main__ as cli
+from benchmarks.attention_ablation import study
 from benchmarks.attention_ablation.books import Books
 from benchmarks.attention_ablation.forms import FORMS, configure, select, window_tokens
 from benchmarks.attention_ablation.measure import interleaved, memory
 from benchmarks.attention_ablation.mqar import FILLER, MultiQueryRecall
 from benchmarks.attention_ablation.passkey import DIGITS, FIRST_DIGIT, MARKER, MASK, Passkey
 from benchmarks.attention_ablation.report import report
-from benchmarks.attention_ablation.results import Record, Results
+from benchmarks.attention_ablation.study import Record, Results
 from benchmarks.attention_ablation.tasks import DistanceBins, Shape, Task, generator
 from benchmarks.attention_ablation.training import Recipe, TrainStep, evaluate, initial_model, train
+from data_pipeline.batches import IGNORE
 from data_pipeline.batches.loader import TrainLoader
-from data_pipeline.batches.masking import IGNORE, Masking
+from data_pipeline.batches.masking import Masking
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan, StageSpec
 from data_pipeline.errors import UserError, run_cli
@@ -405,7 +407,7 @@ def test_a_number_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None
         (["--set", "num_heads"], "write it as key=value"),
         (["--set", "attention=window"], "choose with --forms"),
         (["--seeds", "a"], "write whole numbers"),
-        (["--lr", "0"], "must be positive"),
+        (["--lr", "0"], "--lr 0.0: must be a positive number"),
         (["--tokens", "0"], "must be at least 1"),
         (["--device", "abacus"], "--device abacus"),
         (["--task", "passkey", "--set", "vocab_size=20"], "has no filler"),

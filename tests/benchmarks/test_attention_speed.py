@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.attention import cli, goals, published, run
+from benchmarks.attention import __main__ as cli
 from benchmarks.attention import measure as measuring
+from benchmarks.attention import published, report, run
 from benchmarks.attention.forms import UnavailableError
 from benchmarks.attention.measure import Case, Times, interleave, memory
 from benchmarks.attention.report import Against, Row
@@ -237,16 +238,16 @@ def test_goals_are_judged_by_the_median_and_missing_ones_stay_open() -> None:
     rows = [row("nystrom+conv", "float32", 1024, 0.30), row("nystrom+conv", "bfloat16", 1024, 0.31)]
     rows += [row("causal-nystrom+conv", "float32", 1024, 1.01), row("nystrom", "float32", 4096, 0.01)]
     rows += [Row("nystrom+conv", "", "float32", 8192, "memory")]
-    met = {(v.form, v.dtype, v.length): v.met for v in goals.judge(rows) if v.met is not None}
+    met = {(v.form, v.dtype, v.length): v.met for v in report.judge(rows) if v.met is not None}
     assert met == {
         ("nystrom+conv", "float32", 1024): True,
         ("nystrom+conv", "bfloat16", 1024): False,
         ("causal-nystrom+conv", "float32", 1024): False,
     }
-    assert len(goals.judge([])) == 2 * len(goals.GOALS)
-    assert len(goals.judge([], ["float32", "float16"])) == len(goals.GOALS)
-    assert str(goals.judge(rows)[0]) == "nystrom+conv float32 n=1024: 0.300 of exact, the goal is 0.30: met"
-    assert {goal.form for goal in goals.GOALS} <= set(run.FORMS)
+    assert len(report.judge([])) == 2 * len(report.GOALS)
+    assert len(report.judge([], ["float32", "float16"])) == len(report.GOALS)
+    assert str(report.judge(rows)[0]) == "nystrom+conv float32 n=1024: 0.300 of exact, the goal is 0.30: met"
+    assert {goal.form for goal in report.GOALS} <= set(run.FORMS)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -300,7 +301,7 @@ def test_a_form_over_the_memory_cap_is_skipped_saying_so(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(("limit", "status"), [(1e9, 0), (1e-9, 1)])
 def test_check_is_the_exit_status(limit: float, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(goals, "GOALS", (goals.Goal("nystrom+conv", 128, limit), goals.Goal("nystrom", 9, 0.1)))
+    monkeypatch.setattr(report, "GOALS", (report.Goal("nystrom+conv", 128, limit), report.Goal("nystrom", 9, 0.1)))
     arguments = ["--lengths", "128", "--dtypes", "float32", "--repeats", "1", "--forms", "nystrom+conv"]
     assert cli.main([*arguments, "--check"]) == status
     assert cli.main(arguments) == 0

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.loading import cli
+from benchmarks.loading import __main__ as cli
 from benchmarks.loading.contenders import CONTENDERS, loader
 from benchmarks.loading.corpus import Corpus, write_corpus
 from data_pipeline.errors import UserError, run_cli
-from data_pipeline.shards.shardset import ShardSet
-from data_pipeline.shards.verify import verify_shards
+from data_pipeline.shards.shardset import ShardSet, verify_shards
 
 SMALL = ["--rows", "64", "--seq-len", "16", "--batch-rows", "4", "--batches", "8", "--rounds", "2"]
 SMALL += ["--seconds", "0.1"]
@@ -101,9 +100,9 @@ def test_goals_decide_the_exit_status(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ("arguments", "message"),
     [
         (["--contenders", "bare,fast"], "--contenders: no 'fast'; there are bare, clm"),
-        (["--rounds", "0"], "must be positive"),
+        (["--rounds", "0"], "--rounds 0: must be at least 1"),
         (["--rows", "8", "--batch-rows", "16"], "--rows at least --batch-rows"),
-        (["--seconds", "0"], "--seconds must be positive"),
+        (["--seconds", "0"], "--seconds 0.0: must be a positive number"),
         (["--out", "/nowhere/at/all.json"], "must be a file in a folder that is there"),
     ],
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.memory.__main__ import GOAL, main
 from benchmarks.memory.cases import CASES
-from benchmarks.memory.cli import GOAL, main
 from data_pipeline.errors import UserError
 
 

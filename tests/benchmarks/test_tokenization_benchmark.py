@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tokenization.cli import main
-from benchmarks.tokenization.corpus import write_corpus
-from benchmarks.tokenization.measure import run
+from benchmarks.tokenization.__main__ import main, write_corpus
+from benchmarks.tokenization.measure import run_method
 from data_pipeline.errors import UserError
 
 
@@ -43,11 +42,11 @@ def test_all_agree_on_the_number_of_tokens(tmp_path: Path, capsys: pytest.Captur
 def test_mistakes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no 'theirs'; there are bare, ours"):
         main(["--methods", "theirs"])
-    with pytest.raises(UserError, match="must be positive"):
+    with pytest.raises(UserError, match="--rounds 0: must be at least 1"):
         main(["--rounds", "0"])
 
 
 @pytest.mark.slow
 def test_a_method_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ours failed with status 1"):
-        run("ours", tmp_path / "none", tmp_path / "none", 1, tmp_path)
+        run_method("ours", tmp_path / "none", tmp_path / "none", 1, tmp_path)

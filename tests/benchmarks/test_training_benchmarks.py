@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from training_case import settings, write_config, write_corpus
 
-from benchmarks.curriculum import cli as curriculum
+from benchmarks.curriculum import __main__ as curriculum
 from benchmarks.curriculum.curves import curve, reached, summary
-from benchmarks.training import cli as training
+from benchmarks.training import __main__ as training
 from data_pipeline.errors import UserError
 
 

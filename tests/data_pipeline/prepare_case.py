@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.prepare.plan import Preparation, Settings, plan_preparation
-from data_pipeline.prepare.run import How, prepare
+from data_pipeline.prepare.run import PrepareOptions, prepare
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
 TEXTS = [f"document {i} says {'word ' * (i % 23)}and {i * i}" for i in range(240)]
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def crash_after(units: int, preparation: Preparation, folder: Path, how: How | None = None) -> None:
+def crash_after(units: int, preparation: Preparation, folder: Path, how: PrepareOptions | None = None) -> None:
     """Prepare until so many units have been tokenized, and stop without any tidying."""
     left = units
 

@@ -13,10 +13,17 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.quality.filters import Filters
-from data_pipeline.quality.repetition import WordGrams, repeats
 from data_pipeline.quality.rules import BUNDLES, RULES
-from data_pipeline.quality.script import SCRIPTS, classes, script_table
-from data_pipeline.quality.statistics import ELLIPSES, STOP_WORDS, Statistics
+from data_pipeline.quality.statistics import (
+    ELLIPSES,
+    SCRIPTS,
+    STOP_WORDS,
+    Statistics,
+    WordGrams,
+    character_classes,
+    repeats,
+    script_table,
+)
 
 ENGLISH = (
     "The river runs to the sea, and the people of the valley live with it. They have fields that need its water. "
@@ -52,7 +59,7 @@ def test_word_statistics_equal_those_of_str_split() -> None:
 def test_character_classes_equal_the_methods_of_str_for_every_code_point() -> None:
     everything = "".join(map(chr, range(0x30000)))
     for text in (everything, everything[:128]):
-        found = classes(text)
+        found = character_classes(text)
         expected = [character.isspace() + 2 * character.isalpha() for character in text]
         assert np.array_equal(found, expected)
 

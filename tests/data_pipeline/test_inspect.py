@@ -92,7 +92,7 @@ def test_lengths_agree_with_a_sorted_list() -> None:
         assert documents == pytest.approx(len(longer) / 5000)
         assert tokens == pytest.approx(longer.sum() / everything.sum())
     for parts in (1, 2, 3):
-        edges = lengths.octaves(parts)
+        edges = lengths.log2_edges(parts)
         documents, tokens = lengths.histogram(edges)
         np.testing.assert_array_equal(documents, np.histogram(everything, edges)[0])
         np.testing.assert_array_equal(tokens, np.histogram(everything, edges, weights=everything.astype(float))[0])
@@ -105,7 +105,7 @@ def test_lengths_of_one_document(length: int) -> None:
     lengths = Lengths()
     lengths.add(np.array([length]))
     assert {lengths.percentile(p) for p in (1, 50, 100)} == {length}
-    edges = lengths.octaves()
+    edges = lengths.log2_edges()
     assert len(edges) == 2
     assert edges[0] <= length < edges[1] == 2 * edges[0]
     assert lengths.limits()[-1] < max(length, 513)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.batches.characters import INSIDE, LETTER, SPACE
-from data_pipeline.batches.masking import IGNORE, Masking, mask_tokens
+from data_pipeline.batches import IGNORE
+from data_pipeline.batches.masking import Masking, mask_tokens
 from data_pipeline.batches.spans import choose_spans
-from data_pipeline.batches.words import WordBoundaries
+from data_pipeline.batches.words import INSIDE, LETTER, SPACE, WordBoundaries
 from data_pipeline.errors import UserError
 
 VOCABULARY = 1000

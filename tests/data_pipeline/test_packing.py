@@ -16,11 +16,11 @@ import pytest
 from data_pipeline.batches import packing
 from data_pipeline.batches.bestfit import best_fit, pack
 from data_pipeline.batches.blocks import Rows
-from data_pipeline.batches.packing import PackedBlocks
-from data_pipeline.batches.pools import POOL_WINDOWS, PoolOrder
-from data_pipeline.batches.recent import Recent
+from data_pipeline.batches.lru_cache import LRUCache
+from data_pipeline.batches.packing import POOL_WINDOWS, PackedBlocks, PoolOrder
 from data_pipeline.errors import UserError
-from data_pipeline.shards.manifest import Manifest, hash_stream
+from data_pipeline.files import hash_file
+from data_pipeline.shards.manifest import BLOCK_BYTES, Manifest
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.shards.writer import UnitWriter
 
@@ -31,8 +31,7 @@ def write(folder: Path, lengths: Sequence[int], shard_tokens: int = 700) -> Shar
     """Shards of documents with these lengths (the closing token included) whose tokens count up along the stream."""
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text("{}")
-    with open(folder / "tokenizer.json", "rb") as f:
-        tokenizer = hash_stream(f, "tokenizer.json")
+    tokenizer = hash_file(folder, "tokenizer.json", BLOCK_BYTES)
     writer = UnitWriter(folder, 0, dtype="uint32", shard_tokens=shard_tokens, eos_id=2)
     for length in lengths:
         writer.add(np.zeros(length - 1, dtype=np.int64), "a")
@@ -366,14 +365,14 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
     assert blocks.read(np.zeros(0, dtype=np.int64), 0, 8, causal=True).tokens.shape == (0, 8)
 
 
-def test_recent_values_are_kept_within_their_budget() -> None:
+def test_values_used_last_are_kept_within_their_budget() -> None:
     made: list[int] = []
-    recent = Recent(lambda key: made.append(key) or "x" * key, keep=2, budget=10, weigh=len)
+    cache = LRUCache(lambda key: made.append(key) or "x" * key, keep=2, budget=10, size=len)
     for key in (1, 2, 3, 1):  # 6 in all
-        assert recent(key) == "x" * key
+        assert cache(key) == "x" * key
     assert made == [1, 2, 3]
-    recent(9)  # 15: the two used longest ago go, two are always kept
-    recent(1)
+    cache(9)  # 15: the two used longest ago go, two are always kept
+    cache(1)
     assert made == [1, 2, 3, 9]
-    recent(3)
+    cache(3)
     assert made == [1, 2, 3, 9, 3]

@@ -13,10 +13,9 @@ from prepare_case import TEXTS, Crash, contents, crash_after, plan
 
 from data_pipeline.errors import UserError
 from data_pipeline.prepare.plan import MIB, Settings, plan_preparation, unit_bytes
-from data_pipeline.prepare.run import How, prepare
+from data_pipeline.prepare.run import PrepareOptions, prepare
 from data_pipeline.shards.manifest import read_manifest
-from data_pipeline.shards.shardset import ShardSet
-from data_pipeline.shards.verify import verify_shards
+from data_pipeline.shards.shardset import ShardSet, verify_shards
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from data_pipeline.tokenization.training import train_tokenizer
 
@@ -124,15 +123,17 @@ def test_overwrite_replaces_shards(inputs: Path, small_tokenizer: Tokenizer, tmp
     other = plan_preparation([inputs / "0.jsonl"], small_tokenizer, Settings(shard_tokens=300))
     prepare(other, tmp_path / "fresh")
     for folder in (done, undone):
-        prepare(other, folder, How(overwrite=True))
+        prepare(other, folder, PrepareOptions(overwrite=True))
         assert contents(folder) == contents(tmp_path / "fresh")
-    outcome = prepare(other, done, How(overwrite=True))  # asked for explicitly: done again though it is the same
+    outcome = prepare(
+        other, done, PrepareOptions(overwrite=True)
+    )  # asked for explicitly: done again though it is the same
     assert (outcome.already_complete, outcome.units_reused) == (False, 0)
 
 
 def test_an_interrupted_overwrite_goes_on(inputs: Path, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     crash_after(3, plan(inputs, small_tokenizer), tmp_path / "out")
-    assert prepare(plan(inputs, small_tokenizer), tmp_path / "out", How(overwrite=True)).units_reused > 0
+    assert prepare(plan(inputs, small_tokenizer), tmp_path / "out", PrepareOptions(overwrite=True)).units_reused > 0
 
 
 def test_a_folder_with_other_things_is_not_touched(inputs: Path, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_a_folder_with_other_things_is_not_touched(inputs: Path, small_tokenizer
     (out / "thesis.txt").write_text("irreplaceable")
     for overwrite in (False, True):
         with pytest.raises(UserError, match=r"holds files that are not shards \(thesis\.txt\)"):
-            prepare(plan(inputs, small_tokenizer), out, How(overwrite=overwrite))
+            prepare(plan(inputs, small_tokenizer), out, PrepareOptions(overwrite=overwrite))
     assert contents(out) == {"thesis.txt": b"irreplaceable"}
     with pytest.raises(UserError, match="is a file, not a folder"):
         prepare(plan(inputs, small_tokenizer), out / "thesis.txt")

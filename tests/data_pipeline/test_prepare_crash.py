@@ -107,13 +107,13 @@ OUTSIDE = textwrap.dedent(
     """
     import sys, time
     import data_pipeline.prepare.plan as p
-    from data_pipeline.prepare.run import How, prepare
+    from data_pipeline.prepare.run import PrepareOptions, prepare
     from data_pipeline.tokenization.tokenizer import Tokenizer
     if __name__ == "__main__":
         p.unit_bytes = lambda size: 5000
         plan = p.plan_preparation([sys.argv[1]], Tokenizer.load(sys.argv[2]), p.Settings(shard_tokens=500))
         print("started", flush=True)
-        prepare(plan, sys.argv[3], How(workers=int(sys.argv[4])), on_text=lambda size: time.sleep(0.3))
+        prepare(plan, sys.argv[3], PrepareOptions(workers=int(sys.argv[4])), on_text=lambda size: time.sleep(0.3))
     """
 )
 

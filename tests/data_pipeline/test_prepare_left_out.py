@@ -9,10 +9,10 @@ import pytest
 from prepare_case import TEXTS, contents, plan
 
 from data_pipeline.errors import UserError
-from data_pipeline.prepare.run import How, prepare
+from data_pipeline.prepare.run import PrepareOptions, prepare
 from data_pipeline.quality.duplicates import Dedup
 from data_pipeline.quality.filters import Filters
-from data_pipeline.shards.verify import verify_shards
+from data_pipeline.shards.shardset import verify_shards
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("small_units")
@@ -32,7 +32,7 @@ def break_lines(file: Path, *numbers: int) -> None:
 def test_a_few_broken_records_are_counted_and_kept(inputs: Path, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     break_lines(inputs / "2.jsonl", 7)
     break_lines(inputs / "5.jsonl", 1, 40)
-    outcome = prepare(plan(inputs, small_tokenizer), tmp_path / "out", How(max_bad_fraction=0.1))
+    outcome = prepare(plan(inputs, small_tokenizer), tmp_path / "out", PrepareOptions(max_bad_fraction=0.1))
     assert outcome.shards is not None
     manifest = outcome.shards.manifest
     assert manifest.bad_records == {"not JSON": 3}
@@ -66,7 +66,7 @@ def test_the_share_is_judged_over_all_units_but_a_unit_with_many_stops_at_once(
     inputs: Path, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     break_lines(inputs / "0.jsonl", 1, 2)
-    how = How(max_bad_fraction=0.01)
+    how = PrepareOptions(max_bad_fraction=0.01)
     assert prepare(plan(inputs, small_tokenizer), tmp_path / "out", how).units == 6  # 2 of 240, though 2 of 40 here
     break_lines(inputs / "0.jsonl", *range(3, 15))
     with pytest.raises(UserError, match=r"14 of 40 records are broken"):
@@ -86,7 +86,7 @@ def test_a_wrong_field_stops_at_once_and_names_the_right_ones(
 @pytest.mark.parametrize("workers", [1, 2])
 def test_filters_say_what_they_dropped(workers: int, inputs: Path, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     filters = Filters.parse(["min-chars=40", "max-chars=120"])
-    outcome = prepare(plan(inputs, small_tokenizer, filters=filters), tmp_path / "out", How(workers=workers))
+    outcome = prepare(plan(inputs, small_tokenizer, filters=filters), tmp_path / "out", PrepareOptions(workers=workers))
     assert outcome.shards is not None
     kept = [text for text in TEXTS if 40 <= len(text) <= 120]
     assert [outcome.shards.tokenizer().decode(ids) for ids in outcome.shards.documents()] == kept
@@ -110,7 +110,7 @@ def test_the_first_of_equal_documents_stays(
     (inputs / "9.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in more))
     preparation = plan(inputs, small_tokenizer, dedup=Dedup.parse("exact"))
     phases: list[str] = []
-    outcome = prepare(preparation, tmp_path / "out", How(workers=workers), on_phase=phases.append)
+    outcome = prepare(preparation, tmp_path / "out", PrepareOptions(workers=workers), on_phase=phases.append)
     assert outcome.shards is not None
     texts = [outcome.shards.tokenizer().decode(ids) for ids in outcome.shards.documents()]
     assert texts == [*TEXTS, "something new entirely"]

@@ -19,19 +19,19 @@ if "hears" in sys.argv:
 open(f"ready{os.getpid()}", "w").close()
 time.sleep(600)
 """
-POPEN = "from data_pipeline.processes import ending_with_us\nimport signal, subprocess, time\n"
+POPEN = "from data_pipeline.processes import child_command\nimport signal, subprocess, time\n"
 STARTERS = {
-    "command": POPEN + "subprocess.Popen(ending_with_us('child')).wait()",
+    "command": POPEN + "subprocess.Popen(child_command('child')).wait()",
     "pool": "import time, child_of_pool\n"
     "from concurrent.futures import ProcessPoolExecutor\nfrom multiprocessing import get_context\n"
-    "from data_pipeline.processes import end_with_parent\n"
-    "pool = ProcessPoolExecutor(2, get_context('spawn'), initializer=end_with_parent)\n"
+    "from data_pipeline.processes import die_with_parent\n"
+    "pool = ProcessPoolExecutor(2, get_context('spawn'), initializer=die_with_parent)\n"
     "[pool.submit(child_of_pool.ready) for _ in range(2)]\ntime.sleep(600)",
     # A fork, and its fork.
-    "forks": "import os, time\nfrom data_pipeline.processes import forks_end_with_us\nforks_end_with_us()\n"
+    "forks": "import os, time\nfrom data_pipeline.processes import kill_forks_with_parent\nkill_forks_with_parent()\n"
     "os.fork() or os.fork()\nopen(f'ready{os.getpid()}', 'w').close()\ntime.sleep(600)",
-    "another system": "import sys, time\nfrom data_pipeline.processes import end_with_parent\nimport os\n"
-    "top = os.getpid()\nif os.fork() == 0:\n    sys.platform = 'darwin'\n    end_with_parent(top)\n"
+    "another system": "import sys, time\nfrom data_pipeline.processes import die_with_parent\nimport os\n"
+    "top = os.getpid()\nif os.fork() == 0:\n    sys.platform = 'darwin'\n    die_with_parent(top)\n"
     "    open(f'ready{os.getpid()}', 'w').close()\ntime.sleep(600)",
 }
 CHILDREN = {"command": 1, "pool": 2, "forks": 3, "another system": 1}
@@ -64,7 +64,7 @@ def test_a_child_ends_with_its_parent(folder: Path, how: str, number: signal.Sig
 
 
 def test_a_child_may_ask_for_another_signal(folder: Path) -> None:
-    code = POPEN + "subprocess.Popen(ending_with_us('child', 'hears', number=signal.SIGTERM)).wait()"
+    code = POPEN + "subprocess.Popen(child_command('child', 'hears', number=signal.SIGTERM)).wait()"
     top = start_python(code, folder)
     wait_until(lambda: list(folder.glob("ready*")), top)
     children = family(top)
@@ -93,17 +93,17 @@ def test_the_module_runs_as_if_started_by_itself(folder: Path) -> None:
         "        print(sys.argv[1:], pool.map(double, [4]))\n"
         "    sys.exit(75)\n"
     )
-    code = POPEN + "import sys\nsys.exit(subprocess.call(ending_with_us('says', '--a', 'b c')))"
+    code = POPEN + "import sys\nsys.exit(subprocess.call(child_command('says', '--a', 'b c')))"
     top = start_python(code, folder)
     assert top.communicate(timeout=60)[0] == "['--a', 'b c'] [8]\n"
     assert top.returncode == 75
 
 
 def test_a_child_of_nobody_must_say_whose_it_is() -> None:
-    from data_pipeline.processes import end_with_parent
+    from data_pipeline.processes import die_with_parent
 
     with pytest.raises(AssertionError, match="say whose"):
-        end_with_parent()
+        die_with_parent()
 
 
 def test_leaving_runs_exit_handlers_and_keeps_output_and_status() -> None:
@@ -112,7 +112,17 @@ def test_leaving_runs_exit_handlers_and_keeps_output_and_status() -> None:
         "atexit.register(print, 'handled')\n"
         "threading.Thread(target=time.sleep, args=(60,)).start()\n"  # which Python's own end would wait for
         "print('said', end=' ')\n"
-        "p.leave(7)\n"
+        "p.immediate_exit(7)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stdout) == (7, "said handled\n")
+
+
+@pytest.mark.parametrize("name", ["ending_with_us", "end_with_parent", "forks_end_with_us", "leave"])
+def test_old_names_are_found_with_a_warning(name: str) -> None:
+    import data_pipeline.processes as module
+
+    with pytest.warns(DeprecationWarning, match=f"{name} is now data_pipeline.processes"):
+        assert callable(getattr(module, name))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = module.nothing

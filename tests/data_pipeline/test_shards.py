@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import FileHasher
 from data_pipeline.prepare.plan import Settings, plan_preparation
-from data_pipeline.prepare.run import Outcome, prepare
-from data_pipeline.shards.manifest import BLOCK_BYTES, BlockHasher, read_manifest
-from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.prepare.run import PrepareResult, prepare
+from data_pipeline.shards.manifest import BLOCK_BYTES, read_manifest
+from data_pipeline.shards.shardset import ShardSet, verify_shards
 from data_pipeline.shards.summary import entropy, summarise
-from data_pipeline.shards.verify import verify_shards
 from data_pipeline.shards.writer import token_dtype
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from data_pipeline.tokenization.training import train_tokenizer
@@ -38,18 +38,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(inputs: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def made(inputs: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> PrepareResult:
     folder = tmp_path_factory.mktemp("shards") / "train"
     return prepare(plan_preparation([inputs], tokenizer, Settings(shard_tokens=700)), folder)
 
 
 @pytest.fixture
-def shards(made: Outcome) -> ShardSet:
+def shards(made: PrepareResult) -> ShardSet:
     return made.shards
 
 
 @pytest.fixture
-def copy(made: Outcome, tmp_path: Path) -> Path:
+def copy(made: PrepareResult, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made.shards.path, tmp_path / "copy"))
 
 
@@ -146,7 +146,7 @@ def test_summary(shards: ShardSet, tokenizer: Tokenizer) -> None:
     assert entropy(np.array([5, 5, 0])) == pytest.approx(np.log(2))
 
 
-def test_a_whole_folder_verifies(made: Outcome) -> None:
+def test_a_whole_folder_verifies(made: PrepareResult) -> None:
     seen: list[str] = []
     assert verify_shards(made.shards.path, lambda entry: seen.append(entry.name)) == []
     assert seen == [entry.name for entry in made.shards.manifest.files()]
@@ -257,12 +257,12 @@ def test_what_is_no_shard_folder(tmp_path: Path) -> None:
 
 def test_block_hashes_do_not_depend_on_how_the_bytes_came() -> None:
     data = np.random.default_rng(0).bytes(2 * BLOCK_BYTES + 12_345)
-    whole, parts = BlockHasher(), BlockHasher()
+    whole, parts = FileHasher(BLOCK_BYTES), FileHasher(BLOCK_BYTES)
     whole.update(data)
     for start in range(0, len(data), 777_777):
         parts.update(data[start : start + 777_777])
     assert whole.entry("x") == parts.entry("x")
     assert len(whole.entry("x").blocks) == 3
-    exact = BlockHasher()
+    exact = FileHasher(BLOCK_BYTES)
     exact.update(data[: 2 * BLOCK_BYTES])
     assert exact.entry("x").blocks == whole.entry("x").blocks[:2]

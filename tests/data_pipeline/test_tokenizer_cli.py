@@ -28,7 +28,7 @@ def test_each_model_is_trained_once(text: Path, capsys: pytest.CaptureFixture[st
     command = ("tokenizer", "--input", text / "text", "--vocab-size", 400, "--model", model, "--out", text / "out")
     nystrom(*command)
     # Two of the models read the text twice; it counts once.
-    assert "from 2 documents, 0.00 MB of text" in capsys.readouterr().out
+    assert "from 2 documents, 1.8 KiB of text" in capsys.readouterr().out
     trained = Tokenizer.load(text / "out")
     assert trained.decode(trained.encode("another fox")) == "another fox"
     nystrom(*command)

@@ -16,8 +16,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from data_pipeline.batches.characters import INSIDE, LETTER, OTHER, SPACE, accepts, begins
-from data_pipeline.batches.words import WordBoundaries
+from data_pipeline.batches.words import INSIDE, LETTER, OTHER, SPACE, WordBoundaries, accepts, begins
 from data_pipeline.errors import UserError
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -121,7 +121,7 @@ def test_errors_and_entropies_equal_a_naive_float64_computation(
     settings = task.resolve(subject, settings_for(objective))
     outcome = approximation(subject, settings)
     config = subject.model.config
-    windows = task.Windows.read(subject, settings)
+    windows = task.HeldOutWindows.read(subject, settings)
     assert len(windows.inputs) == 4
     expected: dict[str, list[Any]] = {}
 
@@ -194,7 +194,7 @@ def test_swapped_losses_are_those_of_the_other_model_with_the_same_weights(
     outcome = approximation(subject, settings)
     loss = "loss" if objective == "clm" else "masked_loss"
 
-    windows = task.Windows.read(subject, settings)
+    windows = task.HeldOutWindows.read(subject, settings)
 
     def expected(**changes: Any) -> float:
         other = build_model(ModelConfig(**(config.model_dump() | changes)))
@@ -263,7 +263,7 @@ def test_causal_inverse_and_learned_query_are_used_and_left_out(export: Callable
         for layer in subject.model.layers:
             layer.attention.landmark_query.normal_()
             layer.attention.gamma_logit.normal_()
-    windows = task.Windows.read(subject, task.resolve(subject, settings_for("clm")))
+    windows = task.HeldOutWindows.read(subject, task.resolve(subject, settings_for("clm")))
     outcome = approximation(subject, settings_for("clm"))
 
     # Without a convolution, what a layer's last projection is given is its attention.

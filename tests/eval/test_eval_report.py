@@ -75,8 +75,11 @@ def test_pictures_follow_the_pages_colours(page: str) -> None:
         assert not re.findall(r"#[0-9a-fA-F]{6}\b", picture), picture[:200]
         assert "var(--" in picture or 'class="' in picture or "#hatch" in picture
     used = set(re.findall(r"var\((--[\w-]+)\)", page))
-    for scheme in page.split("prefers-color-scheme: dark"):
-        assert used <= set(re.findall(r"(--[\w-]+):", scheme))
+    assert "--mono: ui-monospace" in page
+    _, *blocks = page.split(":root {")  # of the base and of the report, each the light one and the dark one
+    light1, dark1, light2, dark2 = (set(re.findall(r"(--[\w-]+): #", block.split("}")[0])) for block in blocks)
+    assert used - {"--mono"} <= light1 | light2
+    assert used - {"--mono"} <= dark1 | dark2
     assert any(">64 tokens<" in p and ">128<" in p for p in pictures)  # the stages and their lengths
 
 

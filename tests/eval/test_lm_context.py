@@ -11,7 +11,7 @@ import pytest
 import torch
 from suites_case import subject_of
 
-from data_pipeline.batches.masking import IGNORE
+from data_pipeline.batches import IGNORE
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from eval.results.parts import Parts

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from report_case import make_run, write, write_everything
 
+from data_pipeline.report.base import style
 from eval.report.charts import NUM_COLOURS
 from eval.report.compare import Member, best_of, differences
 from eval.report.curves import charts_of
@@ -261,9 +262,10 @@ def test_numbers_and_differences_of_configurations() -> None:
 
 def palettes() -> dict[str, dict[str, str]]:
     """The colours of the light and of the dark page by the names of their variables."""
-    light, dark = (FOLDER / "style.css").read_text(encoding="utf-8").split("prefers-color-scheme: dark")
-    found = [dict(re.findall(r"(--[\w-]+): #([0-9a-f]{6});", part)) for part in (light, dark)]
-    return {"light": found[0], "dark": found[0] | found[1]}
+    _, *blocks = style(FOLDER).split(":root {")  # of the base and of the report, each the light one and the dark one
+    light1, dark1, light2, dark2 = (dict(re.findall(r"(--[\w-]+): #([0-9a-f]{6});", block)) for block in blocks)
+    light = light1 | light2
+    return {"light": light, "dark": light | dark1 | dark2}
 
 
 def rgb(colour: str) -> list[float]:

@@ -99,9 +99,9 @@ def _start_server() -> subprocess.Popen[str]:
 
 
 def _serve() -> None:
-    from data_pipeline.processes import end_with_parent
+    from data_pipeline.processes import die_with_parent
 
-    end_with_parent(int(sys.argv[1]))  # a session of pytest that was killed has left ranks at work for minutes
+    die_with_parent(int(sys.argv[1]))  # a session of pytest that was killed has left ranks at work for minutes
     import torch
 
     from pretrain.engine.training import import_deepspeed
@@ -141,9 +141,9 @@ def _fork(request: dict[str, Any], rank: int) -> int:
         return pid
     code = 1
     try:
-        from data_pipeline.processes import end_with_parent
+        from data_pipeline.processes import die_with_parent
 
-        end_with_parent(server)
+        die_with_parent(server)
         log = os.open(f"{request['out']}/{rank}.log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)

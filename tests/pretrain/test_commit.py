@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.files import hash_file
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
 
@@ -21,7 +22,7 @@ def make(root: Path, step: int, contents: bytes = b"weights") -> Path:
     (folder / "rng_rank_00000.pt").write_bytes(b"random")
     names = commit.data_files(folder)
     commit.fsync_files(folder, names)
-    files = {name: commit.hash_file(folder / name) for name in names}
+    files = {name: hash_file(folder, name) for name in names}
     commit.commit(root, Manifest(folder.name, TrainState(step=step, tokens=10 * step), {"world_size": 1}, files))
     commit.point_to(root, folder.name)
     return folder

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from data_pipeline.batches import IGNORE
 from data_pipeline.batches.loader import validation_batches
 from data_pipeline.batches.masking import Masking
 from data_pipeline.errors import UserError
@@ -40,7 +41,7 @@ from eval.tasks.approximation.observe import observe
 from eval.tasks.approximation.summary import summarize
 from eval.tasks.approximation.variants import SWEPT, TRAINED, Variant, by_layer, defaults, sweeps, whole
 from pretrain.model.attention.registry import form_of
-from pretrain.model.transformer import IGNORE, NystromformerLM
+from pretrain.model.transformer import NystromformerLM
 
 VERSION = 1
 PART_TOKENS = 1024
@@ -84,7 +85,7 @@ def data(subject: Subject, settings: ApproximationSettings) -> dict[str, Any]:
 def run(subject: Subject, settings: ApproximationSettings, parts: Parts) -> Outcome:
     """Compare; raises :class:`UserError` without held-out shards or with less text than one window."""
     config = subject.loaded.model_config
-    windows = Windows.read(subject, settings)
+    windows = HeldOutWindows.read(subject, settings)
     variants = [*whole(config), *by_layer(config), *sweeps(config, settings)]
     length = settings.length or 0
     with tqdm(total=len(windows.inputs), desc="approximation", unit="window", disable=None) as bar:
@@ -106,7 +107,7 @@ def run(subject: Subject, settings: ApproximationSettings, parts: Parts) -> Outc
 
 
 @dataclass(frozen=True)
-class Windows:
+class HeldOutWindows:
     """W windows of held-out text, as the model is asked to read them."""
 
     inputs: Tensor
@@ -117,7 +118,7 @@ class Windows:
     """(W,): where in the stream."""
 
     @classmethod
-    def read(cls, subject: Subject, settings: ApproximationSettings) -> Windows:
+    def read(cls, subject: Subject, settings: ApproximationSettings) -> HeldOutWindows:
         """Spread evenly over the held-out stream; masked models see the same noise every time."""
         shards, length = subject.held_out(), settings.length or 0
         found = list(

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from data_pipeline.batches import IGNORE
 from pretrain.model.attention.layout import Layout
 from pretrain.model.decoding import DecodingCache, decode, prefill
-from pretrain.model.transformer import IGNORE, NystromformerLM
+from pretrain.model.transformer import NystromformerLM
 
 FORWARD, BACKWARD, DECODE = "forward", "forward and backward", "decoding"
 TARGETS = 0.15

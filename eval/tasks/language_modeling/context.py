@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.batches.masking import IGNORE
+from data_pipeline.batches import IGNORE
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Metric, Outcome, Series, Table

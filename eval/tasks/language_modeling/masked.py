@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.batches.masking import IGNORE, Masking, mask_tokens
+from data_pipeline.batches import IGNORE
+from data_pipeline.batches.masking import Masking, mask_tokens
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Metric, Outcome, Table

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from data_pipeline.errors import UserError
-from data_pipeline.shards.shardset import ramps
+from data_pipeline.shards.shardset import concat_ranges
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Outcome, Table
 from eval.shared.scoring import LOG2E, PART_TOKENS, metrics_of, run_parts, score, unique
@@ -123,7 +123,7 @@ def sample(stream: Stream, settings: PseudoSettings) -> tuple[Ints, Ints, Ints]:
         wanted = min(wanted, total)
         count = -(-wanted // targets)
         runs = np.arange(count + 1, dtype=np.int64)
-        tokens = ramps(runs[:-1] * total // count, np.diff(runs * wanted // count))
+        tokens = concat_ranges(runs[:-1] * total // count, np.diff(runs * wanted // count))
         counts = np.bincount(np.searchsorted(ends, tokens, side="right"), minlength=len(starts))
         kept = np.flatnonzero(counts)
         return starts[kept], sizes[kept], counts[kept]

@@ -8,7 +8,7 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from data_pipeline.shards.shardset import ramps
+from data_pipeline.shards.shardset import concat_ranges
 from eval.shared.scoring import PART_TOKENS, rows_of
 from eval.tasks.language_modeling.spans import Ints
 
@@ -97,7 +97,7 @@ def strided_apart(edges: Ints, length: int, stride: int, max_tokens: int | None,
     one of each is not predicted. With fewer ``max_tokens`` a sample, see :func:`thinned`."""
     available = np.maximum(np.diff(edges) - 1, 0)
     counts = np.where(available > 0, 1 - (np.minimum(length - available, 0) // stride), 0)
-    document, number = np.repeat(np.arange(len(counts)), counts), ramps(np.zeros_like(counts), counts)
+    document, number = np.repeat(np.arange(len(counts)), counts), concat_ranges(np.zeros_like(counts), counts)
     widths = np.minimum(length, available[document] - number * stride)
     scored = np.where(number > 0, widths - (length - stride), widths)
     kept = thinned(scored, max_tokens, seed)
@@ -108,7 +108,7 @@ def side_by_side(edges: Ints, length: int) -> tuple[Ints, Ints]:
     """Starts and sizes, each (W,), of windows of at most ``length`` tokens that fill each document by itself."""
     sizes = np.diff(edges)
     counts = -(-sizes // length)
-    offsets = ramps(np.zeros_like(counts), counts) * length
+    offsets = concat_ranges(np.zeros_like(counts), counts) * length
     return np.repeat(edges[:-1], counts) + offsets, np.minimum(length, np.repeat(sizes, counts) - offsets)
 
 

@@ -159,17 +159,17 @@ def _decoded(probe: Probe, full: Tensor, side: str) -> Tensor:
         at = slice(0, n) if side == "right" else slice(width - n, width)
         ids[row, at], documents[row, at] = text[:n], 0
     logits, cache = prefill(model, ids.to(device), Layout.from_documents(documents), max_length=probe.length)
-    gaps, at = [], starts
+    gaps, reached = [], starts
     for taken in range(step):
-        expected = probe.logits(full[torch.tensor(at, device=device) - 1])
+        expected = probe.logits(full[torch.tensor(reached, device=device) - 1])
         gaps.append((logits.float() - expected).abs().max())
-        left = [row for row, t in enumerate(at) if t < probe.length]
+        left = [row for row, t in enumerate(reached) if t < probe.length]
         if not left or taken == step - 1:
             break
-        if len(left) < len(at) or taken == step // 2:
+        if len(left) < len(reached) or taken == step // 2:
             left = [*reversed(left), left[0]]  # rows leave, change places and are doubled, as beams are
             cache.keep(left)
-            at = [at[row] for row in left]
-        logits = decode(model, text[torch.tensor(at)].to(device), cache)
-        at = [t + 1 for t in at]
+            reached = [at[row] for row in left]
+        logits = decode(model, text[torch.tensor(reached)].to(device), cache)
+        reached = [t + 1 for t in reached]
     return torch.stack(gaps).max()

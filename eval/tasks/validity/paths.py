@@ -26,13 +26,13 @@ def agreement(probe: Probe) -> list[Check]:
     n = probe.length
     rows = torch.stack([probe.text, probe.other(probe.text, 23)])
     pad = probe.pad_id
-    batches: list[tuple[str, torch.Tensor, Layout | None, torch.Tensor]] = [("full", rows, None, torch.ones_like(rows))]
+    batches: list[tuple[torch.Tensor, Layout, torch.Tensor]] = [(rows, Layout.full(2, n), torch.ones_like(rows))]
     ids, layout = padded([rows[0], rows[1, : n // 2 + 1]], n, lambda count: torch.full((count,), pad))
-    batches.append(("padded", ids, layout, torch.arange(n) < torch.tensor([[n], [n // 2 + 1]])))
+    batches.append((ids, layout, torch.arange(n) < torch.tensor([[n], [n // 2 + 1]])))
     documents = packed_layout(probe)
-    batches.append(("packed", rows, Layout.from_documents(documents), documents >= 0))
+    batches.append((rows, Layout.from_documents(documents), documents >= 0))
     gaps, losses, scale = [], [], 0.0
-    for _, ids, layout, real in batches:
+    for ids, layout, real in batches:
         real = real.bool().to(probe.subject.device)
         states, direct = probe.states(ids, layout), probe.direct(ids, layout)
         logits = [probe.logits(row) for row in states]

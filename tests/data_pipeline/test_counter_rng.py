@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from data_pipeline.batches.noise import halves, mix, row_keys, threshold32, words_at, words_of_rows
+from data_pipeline.batches.counter_rng import as_uint32, mix64, random_at, random_rows, row_keys, threshold32
 
 MASK64 = (1 << 64) - 1
 
@@ -27,32 +27,32 @@ def splitmix64(state: int, count: int) -> list[int]:
 def test_words_are_the_outputs_of_splitmix64() -> None:
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     assert splitmix64(1234567, 4) == published
-    assert words_of_rows(np.array([1234567], dtype=np.uint64), 4, first=1)[0].tolist() == published
+    assert random_rows(np.array([1234567], dtype=np.uint64), 4, first=1)[0].tolist() == published
 
 
 def test_words_at_positions_are_those_of_the_rows() -> None:
     keys = row_keys(3, np.array([0, 1, 2**62, 2**63 - 1]))
     for first in (0, 1 << 33):
-        whole = words_of_rows(keys, 37, first).reshape(-1)
+        whole = random_rows(keys, 37, first).reshape(-1)
         positions = np.array([0, 5, 36, 37, 100, 147])
-        np.testing.assert_array_equal(words_at(keys, positions, 37, first), whole[positions])
+        np.testing.assert_array_equal(random_at(keys, positions, 37, first), whole[positions])
 
 
 def test_arguments_are_left_as_they_are() -> None:
     keys, positions = row_keys(3, np.arange(4)), np.arange(8)
     before = keys.copy()
-    words_at(keys, positions, 2, 0)
-    words_of_rows(keys, 5, 0)
+    random_at(keys, positions, 2, 0)
+    random_rows(keys, 5, 0)
     np.testing.assert_array_equal(keys, before)
     np.testing.assert_array_equal(positions, np.arange(8))
 
 
 def test_mixing_is_a_bijection_and_flips_half_the_bits() -> None:
     x = np.random.default_rng(0).integers(0, 2**64, 4096, dtype=np.uint64)
-    mixed = mix(x.copy())
+    mixed = mix64(x.copy())
     assert len(np.unique(mixed)) == len(np.unique(x))
     for bit in range(64):
-        flipped = np.bitwise_count(mix(x ^ np.uint64(1 << bit)) ^ mixed)
+        flipped = np.bitwise_count(mix64(x ^ np.uint64(1 << bit)) ^ mixed)
         assert abs(float(flipped.mean()) - 32) < 6 * 4 / np.sqrt(4096)
 
 
@@ -65,7 +65,7 @@ def test_keys_differ_with_the_seed_and_with_the_sample() -> None:
 @pytest.mark.parametrize("step", [1, 512, 2**40])
 def test_words_are_uniform_in_each_byte(step: int) -> None:
     """Over rows of neighbouring samples, whatever the distance of their ids."""
-    words = words_of_rows(row_keys(0, np.arange(2000) * step), 32, first=0)
+    words = random_rows(row_keys(0, np.arange(2000) * step), 32, first=0)
     for byte in words.view(np.uint8).reshape(-1, 8).T:
         counts = np.bincount(byte, minlength=256)
         chi_square = ((counts - words.size / 256) ** 2 / (words.size / 256)).sum()
@@ -76,7 +76,7 @@ def test_neighbours_are_independent() -> None:
     """Words side by side in position, sample, seed and end, and the two halves: joint counts of 16 x 16 classes."""
 
     def words(seed: int, samples: np.ndarray, first: int = 0) -> np.ndarray:
-        return words_of_rows(row_keys(seed, samples), 64, first)
+        return random_rows(row_keys(seed, samples), 64, first)
 
     samples = np.arange(3000)
     here = words(7, samples)
@@ -88,7 +88,7 @@ def test_neighbours_are_independent() -> None:
         "seed and sample": words(8, samples + 1),
         "end": words(7, samples, first=1 << 32),
     }
-    halved = halves(here)
+    halved = as_uint32(here)
     pairs = {name: (here >> np.uint64(60), other >> np.uint64(60)) for name, other in others.items()}
     pairs["halves"] = (halved[:, ::2] >> np.uint32(28), halved[:, 1::2] >> np.uint32(28))
     for name, (a, b) in pairs.items():
@@ -99,7 +99,7 @@ def test_neighbours_are_independent() -> None:
 
 def test_halves_are_lower_then_upper() -> None:
     words = np.array([[0x1122334455667788, 1]], dtype=np.uint64)
-    assert halves(words).tolist() == [[0x55667788, 0x11223344, 1, 0]]
+    assert as_uint32(words).tolist() == [[0x55667788, 0x11223344, 1, 0]]
 
 
 def test_thresholds_are_exact_to_a_part_in_ten_thousand() -> None:
