@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from data_pipeline.configuration import faults
 from data_pipeline.errors import UserError
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.curriculum.stages import stage_model
@@ -110,10 +111,8 @@ class TrainingEngine:
                     model=self.model, optimizer=optimizer, config=copy.deepcopy(self.deepspeed_config)
                 )
         except (DeepSpeedConfigError, ValidationError) as error:
-            faults = str(error)
-            if isinstance(error, ValidationError):
-                faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {faults}") from None
+            text = "; ".join(faults(error, None)) if isinstance(error, ValidationError) else str(error)
+            raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {text}") from None
         if config.precision == "fp16":
             keep_scale_until_applied(self._engine.optimizer)
         if isinstance(optimizer, CutByZero) and self.zero_stage:

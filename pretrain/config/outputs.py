@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.config.strict import Strict
+from data_pipeline.configuration import Strict
 
 
 class CheckpointConfig(Strict):
