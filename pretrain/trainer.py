@@ -23,7 +23,7 @@ from pretrain.engine.training import StepResult, TrainingEngine
 from pretrain.inputs import Inputs
 from pretrain.optim.schedule import learning_rate
 from pretrain.telemetry.profile import StepProfiler
-from pretrain.telemetry.reports import Step, StepReports
+from pretrain.telemetry.reports import StepRecord, StepReports
 from pretrain.telemetry.telemetry import Telemetry
 from pretrain.validation import IGNORE, validate, validate_longest, write_samples
 
@@ -128,7 +128,7 @@ class Trainer:
         result = self.engine.step(lr)
 
         self._reports.clock.add(batch.tokens, began, waited)
-        step = Step(self.state.step + 1, tokens, batch, targets, lr, loss_sum, result)
+        step = StepRecord(self.state.step + 1, tokens, batch, targets, lr, loss_sum, result)
         loss = self._reports.loss(step, last=tokens >= self.plan.total_tokens)
         bad = not result.applied and loss is not None and not self._is_scale_search(loss.mean, result)
         self.state = dataclasses.replace(

@@ -34,7 +34,7 @@ from pretrain.engine.repairs import (
     zero_optimizer_at_stage_1,
 )
 from pretrain.engine.state.fragments import full_shape, places
-from pretrain.engine.state.reshard import group_names, layout_of, restore
+from pretrain.engine.state.reshard import group_names, restore, zero_layout
 from pretrain.engine.state.saved import GROUPS, SavedStates
 from pretrain.engine.state.writing import Writes
 from pretrain.model.attention.layout import Layout
@@ -236,7 +236,7 @@ class TrainingEngine:
         anew. Where nothing has changed DeepSpeed's own load does it, to the bit.
         """
         saved = SavedStates(folder / tag)
-        anew = saved.layout != layout_of(self._engine)
+        anew = saved.layout != zero_layout(self._engine)
         if anew:
             restore(self._engine, saved)
         elif self._engine.load_checkpoint(str(folder), tag=tag)[0] is None:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from pretrain.model.attention.cache import Step
+from pretrain.model.attention.cache import DecodingStep
 from pretrain.model.attention.layout import Layout
 from pretrain.model.attention.registry import form_of
-from pretrain.model.attention.softmax import at_least_float32
+from pretrain.model.compute import at_least_float32
 from pretrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class DecodingCache:
         self._set_lengths(lengths)
         return starts + lengths - 1
 
-    def next_step(self) -> Step:
+    def next_step(self) -> DecodingStep:
         """Plan a forward pass over one more token for each row; raises :class:`UserError` if there is no room."""
         if not self._lengths.all():
             raise RuntimeError("a cache gets prompts first, then single tokens")
@@ -150,7 +150,7 @@ def cache_bytes(config: ModelConfig, rows: int, length: int, dtype: torch.dtype)
     """Bytes of such a cache for a model of ``dtype``. What exact attention would need in its place:
     ``config.model_copy(update={"attention": "softmax"})``."""
     low, high = _elements_per_row(config, length)
-    return rows * (low * dtype.itemsize + high * at_least_float32(torch.empty(0, dtype=dtype)).itemsize)
+    return rows * (low * dtype.itemsize + high * at_least_float32(dtype).itemsize)
 
 
 def _elements_per_row(config: ModelConfig, length: int) -> tuple[int, int]:

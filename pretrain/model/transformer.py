@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +15,7 @@ from data_pipeline.errors import UserError
 from pretrain.model.attention.cache import LayerCache
 from pretrain.model.attention.layout import Layout
 from pretrain.model.attention.self_attention import AttentionContext, SelfAttention
+from pretrain.model.compute import at_least_float32
 from pretrain.model.config import STAGE_FIELDS, ModelConfig
 from pretrain.model.decoding import DecodingCache
 from pretrain.model.flops import forward_flops_per_token
@@ -229,14 +229,14 @@ class NystromformerLM(nn.Module):
         chunks = -(-labels.numel() * self.head.decoder.out_features // LOSS_CHUNK_ELEMENTS)
         if chunks <= 1:
             return self._chunk_loss(states, targets)
-        total = states.new_zeros((), dtype=_loss_dtype(states))
+        total = states.new_zeros((), dtype=at_least_float32(states.dtype))
         for part, target in zip(states.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
             total = total + checkpoint(self._chunk_loss, part, target, use_reentrant=False)
         return total
 
     def _chunk_loss(self, states: Tensor, targets: Tensor) -> Tensor:
         logits = self.head(states)
-        return F.cross_entropy(logits.to(_loss_dtype(logits)), targets, ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets, ignore_index=IGNORE, reduction="sum")
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Weights, a tied one counted once; without word and position tables if ``embeddings`` is False."""
@@ -258,10 +258,6 @@ def build_model(config: ModelConfig) -> NystromformerLM:
     Raises :class:`UserError` if ``config.vocab_size`` is not set.
     """
     return NystromformerLM(config)
-
-
-def _loss_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _numel(parameter: Tensor) -> int:

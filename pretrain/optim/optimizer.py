@@ -18,26 +18,31 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     - one of the kind's own (``muon`` of that kind), if it asks for one: the weights of the linear maps in the layers.
     - ``decay``: other weights of two axes and more. The head's own matrix is one of them.
-    - ``no_decay``: what has one axis or none (norms, biases, gates); ``landmark_query``, a bias per head; with
-      ``decay_embeddings: false`` the word and position tables, and with them a head that is tied to the words.
+    - ``no_decay``: what has one axis or none (norms, biases, gates), and what its module names in a method
+      ``no_weight_decay``. With ``decay_embeddings: false`` also the word and position tables, and with them a head that
+      is tied to the words.
 
     A tied weight appears once. Frozen parameters are left out.
     """
     from torch import nn
 
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    exempt = {
+        id(getattr(module, name)) for module in model.modules() for name in getattr(module, "no_weight_decay", set)()
+    }
     inner = [m for layers in model.children() if isinstance(layers, nn.ModuleList) for m in layers.modules()]
     linear = {id(module.weight) for module in inner if isinstance(module, nn.Linear)}
     matrices = KINDS.get(config.kind).matrices
     names = [DECAY, NO_DECAY] if matrices is None else [matrices, DECAY, NO_DECAY]
     members: dict[str, list[nn.Parameter]] = {name: [] for name in names}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        spared = id(parameter) in tables and not config.decay_embeddings
+        if not config.decay_embeddings and id(parameter) in tables:
+            exempt.add(id(parameter))
         if matrices is not None and id(parameter) in linear:
             members[matrices].append(parameter)
-        elif spared or parameter.ndim < 2 or name.endswith("landmark_query"):
+        elif parameter.ndim < 2 or id(parameter) in exempt:
             members[NO_DECAY].append(parameter)
         else:
             members[DECAY].append(parameter)

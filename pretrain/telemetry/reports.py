@@ -34,7 +34,7 @@ class Event(Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
+class StepRecord:
     """An optimizer step that was taken, or skipped, as one process knows it."""
 
     number: int
@@ -74,7 +74,7 @@ class StepReports:
         self._inputs, self._config, self._model = inputs, inputs.config, engine.model
         self._world, self._telemetry, self._event = world, telemetry, event
         self._detector = SpikeDetector(self._config.telemetry.spike_window, losses)
-        self._unsettled: Step | None = None
+        self._unsettled: StepRecord | None = None
         self.clock = StepClock(world.device)
         self.clock.watch(engine.on_forward)
         gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
@@ -105,7 +105,7 @@ class StepReports:
         """A stage of the curriculum begins: its losses are not to be compared with those before."""
         self._detector.clear()
 
-    def loss(self, step: Step, last: bool) -> Loss | None:
+    def loss(self, step: StepRecord, last: bool) -> Loss | None:
         """The loss of a step that is to be logged or went wrong, or None: then the next step will bring it."""
         if step.result.applied and not last and step.number % self._config.telemetry.log_every_steps:
             self._unsettled = step
@@ -116,7 +116,7 @@ class StepReports:
         loss_sum, *seconds = self._world.sum([float(step.loss_sum), *own])
         return Loss(loss_sum / max(step.targets, 1.0), seconds)
 
-    def log(self, step: Step, loss: Loss, state: TrainState) -> None:
+    def log(self, step: StepRecord, loss: Loss, state: TrainState) -> None:
         """Write the numbers of a step; under fp16 also of one skipped only to find the loss scale."""
         self._watch(step, loss.mean)
         rates, own = self.clock.take(), loss.own_seconds
@@ -149,7 +149,7 @@ class StepReports:
         self._telemetry.write("train", **values)
         self._telemetry.progress(step.tokens, values)
 
-    def bad_step(self, step: Step, loss: Loss, state: TrainState) -> None:
+    def bad_step(self, step: StepRecord, loss: Loss, state: TrainState) -> None:
         """Save and name the rows of a step that was skipped because its loss or gradient is not finite.
 
         Suspect are the rows of the processes whose own loss went wrong; if it was the gradient alone, all.
@@ -169,7 +169,7 @@ class StepReports:
                 "the last checkpoint is from before if checkpoint.every_tokens is set."
             )
 
-    def _watch(self, step: Step, loss: float) -> None:
+    def _watch(self, step: StepRecord, loss: float) -> None:
         spike = self._detector.add(loss) if math.isfinite(loss) else None
         if spike is None:
             return
@@ -181,7 +181,7 @@ class StepReports:
             f"{spike.limit:.4f} would have been. {_look(suspects)}"
         )
 
-    def _save(self, kind: str, step: Step, what: str, loss: float, suspect: bool) -> Suspects:
+    def _save(self, kind: str, step: StepRecord, what: str, loss: float, suspect: bool) -> Suspects:
         facts = {
             "step": step.number,
             "what": what,

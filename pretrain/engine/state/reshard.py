@@ -14,10 +14,10 @@ import torch
 
 from data_pipeline.errors import UserError
 from pretrain.engine.state import fragments
-from pretrain.engine.state.saved import Layout, SavedStates
+from pretrain.engine.state.saved import SavedStates, ZeroLayout
 
 
-def layout_of(engine: Any) -> Layout:
+def zero_layout(engine: Any) -> ZeroLayout:
     """Where DeepSpeed's ``engine`` would expect what in the files of its own ``load_checkpoint``."""
     import torch.distributed as dist
 
@@ -26,7 +26,7 @@ def layout_of(engine: Any) -> Layout:
     paddings = getattr(optimizer, "round_robin_bit16_padding", None) or [[0] * len(group) for group in names]
     bf16_optimizer = stage == 1 and not hasattr(optimizer, "round_robin_bit16_groups")
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-    return Layout(dist.get_world_size(), stage, names, tuple(map(tuple, paddings)), bf16_optimizer, precision)
+    return ZeroLayout(dist.get_world_size(), stage, names, tuple(map(tuple, paddings)), bf16_optimizer, precision)
 
 
 def group_names(engine: Any) -> list[list[str]]:
@@ -67,7 +67,7 @@ def restore(engine: Any, saved: SavedStates) -> None:
         if name in saved.buffers:
             buffer.copy_(saved.buffers[name])
     # Only fp16's scales anything: another precision's would take its place, and the other way round.
-    if saved.loss_scaler is not None and saved.layout.precision == layout_of(engine).precision:
+    if saved.loss_scaler is not None and saved.layout.precision == zero_layout(engine).precision:
         engine.optimizer.loss_scaler = saved.loss_scaler
     for key, value in saved.counters.items():
         setattr(engine, key, value)

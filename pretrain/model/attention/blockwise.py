@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.model.attention.kernels import kernels_for
+from pretrain.model.compute import device_type
 
 
 class Window(NamedTuple):
@@ -70,7 +70,7 @@ def _tiles(q: Tensor, landmarks: int, window: Window) -> Iterator[_Tile]:
     """q: (B, S, c, d). Later segments come later for every head: the backward pass relies on it."""
     heads, segments, size, _ = q.shape
     columns = landmarks + window.segments * size
-    limit = _TILE_BYTES.get(kernels_for(q), _TILE_BYTES_GPU) // q.element_size()
+    limit = _TILE_BYTES.get(device_type(q), _TILE_BYTES_GPU) // q.element_size()
     most = max(1, limit // (size * columns))  # segments of one head that fill a tile
     step = min(segments, most, max(-(-segments // _PARTS), most // heads))
     group = max(1, most // step)

@@ -20,7 +20,7 @@ from pretrain.model.attention.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Step(Layout):
+class DecodingStep(Layout):
     """A forward pass over one new token for each of B rows, a (B, 1) batch. Forms add what they need."""
 
     end: int
@@ -71,7 +71,7 @@ class Cache(ABC):
         """A forward pass over one prompt for each row: ``starts`` and ``lengths`` (B,) int64 in the flattened batch."""
 
     @abstractmethod
-    def step(self, lengths: np.ndarray, position: Tensor) -> Step:
+    def step(self, lengths: np.ndarray, position: Tensor) -> DecodingStep:
         """A pass over one token more behind texts of ``lengths`` (B,) tokens; ``position`` (B,) is the same on the
         device."""
 

@@ -44,7 +44,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.model.attention.blockwise import Window, blockwise_attention
-from pretrain.model.attention.softmax import at_least_float32, attend, segment_mean
+from pretrain.model.attention.softmax import attend, segment_means
+from pretrain.model.compute import at_least_float32
 
 _SLAB = 128
 """Landmarks that gather at a time: enough to keep a fused kernel busy."""
@@ -102,7 +103,7 @@ def causal_window_attention(q: Tensor, k: Tensor, v: Tensor, window: Window) -> 
     q, k, v = (F.pad(x, (0, 0, 0, missing)).flatten(0, 1) for x in (q, k, v))
     # Two tensors: torch.compile refuses a function that is given the same one twice.
     no_keys, no_values = (k.new_empty(rows * heads, 0, width) for _ in range(2))
-    bias = k.new_empty(rows * heads, 0, dtype=at_least_float32(q))
+    bias = k.new_empty(rows * heads, 0, dtype=at_least_float32(q.dtype))
     out = blockwise_attention(q, k, v, no_keys, no_values, bias, window)
     return out.unflatten(0, (rows, heads))[:, :, :length]
 
@@ -110,7 +111,7 @@ def causal_window_attention(q: Tensor, k: Tensor, v: Tensor, window: Window) -> 
 def segment_queries(q: Tensor, segment_length: int, offset: Tensor | None) -> Tensor:
     """q~: (R, H, S * c, d) -> (R, H, S, d), means and offset (H, S or more or 1, d), in at least float32."""
     with torch.autocast(q.device.type, enabled=False):
-        means = segment_mean(q, segment_length)
+        means = segment_means(q, segment_length)
     return means if offset is None else means + offset[:, : means.shape[2]]
 
 

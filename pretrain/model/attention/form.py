@@ -47,6 +47,8 @@ class OwnParameter:
     shape: tuple[int, ...]
     reset: Callable[[Tensor], object]
     """Writes the initial values into the tensor it is given, under ``no_grad`` as those of ``torch.nn.init`` are."""
+    decay: bool = True
+    """Whether the optimizer may decay it; vectors are never decayed."""
 
 
 class Rotary(NamedTuple):

@@ -33,7 +33,8 @@ from pretrain.model.attention.cache import Cache, LayerCache
 from pretrain.model.attention.causal_nystrom import Landmarks, pool, segment_queries, summarize
 from pretrain.model.attention.form import Given
 from pretrain.model.attention.ring_plan import Completed, Prompts, RingSize, RingStep
-from pretrain.model.attention.softmax import at_least_float32, attend
+from pretrain.model.attention.softmax import attend
+from pretrain.model.compute import at_least_float32
 
 if TYPE_CHECKING:
     from pretrain.model.config import ModelConfig
@@ -113,7 +114,7 @@ class RingLayer(LayerCache):
         # Zeros: what is not there yet gets a weight of 0, and 0 times what lies in fresh memory may be NaN.
         self.keys = torch.zeros(rows, heads, size.slots + size.landmarks, width, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        high = at_least_float32(self.keys)
+        high = at_least_float32(self.keys.dtype)
         if size.landmarks:
             self.mass = torch.zeros(rows, heads, size.landmarks, dtype=high, device=device)
             self.query_sum = torch.zeros(rows, heads, width, dtype=high, device=device)
@@ -178,7 +179,7 @@ class RingLayer(LayerCache):
         columns, near = step.hidden.shape[-1], step.taps.shape[1]
         keys, values = self.keys[:, :, :columns], self.values[:, :, :columns]
         logits = (query * query.shape[-1] ** -0.5).unsqueeze(-2) @ keys.transpose(-1, -2)
-        logits = logits.squeeze(-2).to(at_least_float32(query))
+        logits = logits.squeeze(-2).to(at_least_float32(query.dtype))
         if self.mass is not None and columns > near:
             logits[:, :, near:] += self.mass[:, :, : columns - near]
         weights = logits.masked_fill(step.hidden, -torch.inf).softmax(dim=-1)

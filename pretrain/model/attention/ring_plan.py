@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.model.attention.blockwise import Window
-from pretrain.model.attention.cache import Step
+from pretrain.model.attention.cache import DecodingStep
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Completed:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RingStep(Step):
+class RingStep(DecodingStep):
     """A forward pass over one new token for each row, with the places where it goes."""
 
     rows: Tensor

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.model.attention.cache import Cache, LayerCache, Step
+from pretrain.model.attention.cache import Cache, DecodingStep, LayerCache
 from pretrain.model.attention.form import Form, Given
 from pretrain.model.attention.layout import Rectangle
 from pretrain.model.conv import skip_convolution
@@ -46,7 +46,7 @@ class WholeText(Cache):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class WholeStep(Step):
+class WholeStep(DecodingStep):
     """Where the new tokens go."""
 
     rows: Tensor

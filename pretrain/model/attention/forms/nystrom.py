@@ -21,8 +21,8 @@ from pretrain.model.attention.nystrom import nystrom_attention, pooled_attention
 from pretrain.model.attention.registry import register
 from pretrain.model.attention.ring import Ring
 from pretrain.model.attention.ring_plan import RingStep
-from pretrain.model.attention.softmax import at_least_float32
-from pretrain.model.positions import RotaryTable, apply_rotary, segment_means
+from pretrain.model.compute import at_least_float32
+from pretrain.model.positions import RotaryTable, apply_rotary, segment_rotary_table
 
 
 @register
@@ -106,7 +106,8 @@ class Nystrom(Form):
         ``gamma_init``."""
         config, found = self.config, {}
         if self.has_landmark_query:
-            found["landmark_query"] = OwnParameter((config.num_heads, config.head_dim), nn.init.zeros_)
+            shape = (config.num_heads, config.head_dim)
+            found["landmark_query"] = OwnParameter(shape, nn.init.zeros_, decay=False)  # a bias for each head
         if self.has_gamma and config.learn_gamma:
             share = 2 * config.gamma_init - 1
             reset = partial(nn.init.constant_, val=math.log(share / (1 - share)))
@@ -153,7 +154,7 @@ class Nystrom(Form):
         if isinstance(plan, RingStep):
             if plan.completed is None:
                 return None
-            return segment_means(rotary.of(plan.completed.positions.flatten().unsqueeze(0)), size)
+            return segment_rotary_table(rotary.of(plan.completed.positions.flatten().unsqueeze(0)), size)
         segments = -(-layout.length // size)
         if segments <= self.config.window_segments and plan is None:
             return None
@@ -161,7 +162,7 @@ class Nystrom(Form):
         if not (layout.is_full and layout.length == segments * size):
             # Every sequence starts at position 0, so one table serves all.
             table = rotary.of(torch.arange(segments * size, device=device).unsqueeze(0))
-        return segment_means(table, size)
+        return segment_rotary_table(table, size)
 
     def given(self, own: Given, shared: RotaryTable | None, device: torch.device) -> dict[str, Tensor]:
         """``gamma`` and ``offset``, as far as there are; see :meth:`attend`."""
@@ -178,7 +179,7 @@ class Nystrom(Form):
             return None
         if "gamma_logit" in own:
             logit = own["gamma_logit"]
-            return 0.5 + 0.5 * torch.sigmoid(logit.to(at_least_float32(logit)))
+            return 0.5 + 0.5 * torch.sigmoid(logit.to(at_least_float32(logit.dtype)))
         return torch.full((self.config.num_heads,), self.config.gamma_init, device=device)
 
 
@@ -188,7 +189,7 @@ def _offset(landmark_query: Tensor, rotary: RotaryTable | None) -> Tensor:
     With rotary positions it is turned as the queries are: it is the mean over the segment of one vector added to each
     query before the rotation, so that what a landmark gets depends on relative positions only.
     """
-    offset = landmark_query.to(at_least_float32(landmark_query))[None, None]
+    offset = landmark_query.to(at_least_float32(landmark_query.dtype))[None, None]
     if rotary is not None:
         offset = apply_rotary(offset, rotary)
     return offset[0].transpose(0, 1)
