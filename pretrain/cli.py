@@ -54,9 +54,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. A :class:`UserError` comes from one process only."""
     args = build_parser().parse_args(argv)
-    from pretrain.distributed.leaving import leave_on_signals
+    from pretrain.distributed.immediate_exit import exit_on_signals
 
-    restore = leave_on_signals()
+    restore = exit_on_signals()
     try:
         return _main(args)
     finally:
@@ -67,7 +67,7 @@ def _main(args: argparse.Namespace) -> int:
     from pretrain.config import load_config
     from pretrain.distributed.world import Rank, quiet_libraries, read_rank
     from pretrain.run import train
-    from pretrain.telemetry.lines import let_go_of_output
+    from pretrain.telemetry.lines import flush_output
 
     if not args.verbose:
         quiet_libraries()
@@ -84,7 +84,7 @@ def _main(args: argparse.Namespace) -> int:
     except Exception as error:
         return _report_crash(error, rank.rank)
     finally:
-        let_go_of_output()
+        flush_output()
 
 
 def _report_crash(error: Exception, rank: int) -> int:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.batches.masking import IGNORE
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain.checkpoint import commit
+from pretrain.telemetry.bad_batches import checkpoint_at, read_batch
 from pretrain.telemetry.spikes import bounds
-from pretrain.telemetry.suspects import checkpoint_at, read_batch
 
 if TYPE_CHECKING:
     import torch

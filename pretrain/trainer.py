@@ -20,8 +20,8 @@ from pretrain.distributed import watchdog
 from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_NOT_SAVED, EXIT_PREEMPTED
 from pretrain.distributed.world import World
 from pretrain.engine.training import StepResult, TrainingEngine
-from pretrain.inputs import Inputs
 from pretrain.optim.schedule import learning_rate
+from pretrain.sources import Inputs
 from pretrain.telemetry.profile import StepProfiler
 from pretrain.telemetry.reports import StepRecord, StepReports
 from pretrain.telemetry.telemetry import Telemetry

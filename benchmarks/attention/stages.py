@@ -88,8 +88,10 @@ def _causal(setting: Setting, q: Tensor, k: Tensor, v: Tensor, *, inverse: bool)
     q, k, v = (F.pad(x, (0, 0, 0, short)).flatten(0, 1) for x in (q, k, v))
 
     def means(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        queries = causal_nystrom.segment_queries(q.unsqueeze(0), size, None)[0]
-        far = causal_nystrom.summarize(queries, k, v, None, count=count, weighted=config.landmark_keys == "weighted")
+        queries = causal_nystrom.landmark_queries(q.unsqueeze(0), size, None)[0]
+        far = causal_nystrom.causal_landmarks(
+            queries, k, v, None, count=count, weighted=config.landmark_keys == "weighted"
+        )
         return far.keys, far.mass, far.values
 
     def gather(query: Tensor, k: Tensor, v: Tensor) -> Tensor:

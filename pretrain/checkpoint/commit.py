@@ -152,7 +152,7 @@ def commit(root: Path, manifest: Manifest) -> None:
     fsync_folder(root)
 
 
-def point_to(root: Path, tag: str) -> None:
+def write_latest(root: Path, tag: str) -> None:
     """Have ``latest`` name this checkpoint."""
     write_atomic(root / LATEST, tag.encode())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -13,7 +14,6 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import fsync_folder
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import FileEntry, Manifest, TrainState
-from pretrain.checkpoint.room import SaveFailed, free_bytes, with_margin
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.state.writing import Writes
@@ -26,6 +26,26 @@ __all__ = ["Checkpoints", "SaveFailed"]
 __getattr__ = moved(__name__, "pretrain.checkpoint.load", "LoadedModel", "load_model")
 
 T = TypeVar("T")
+
+MARGIN_BYTES = 1 << 20
+"""Beside a checkpoint: its manifest, the metrics and logs until the next one."""
+MARGIN_SHARE = 0.02
+"""Pickled names and padding, by which files are larger than their tensors (1.5% for 300,000 parameters)."""
+
+
+class SaveFailed(Exception):
+    """No checkpoint of this step, on any process; those before it are as they were.
+
+    The message says why, how many bytes a checkpoint needs, how many the folder has free, and what is left.
+    """
+
+    def __init__(self, reasons: Sequence[str], folder: Path, needed: int, free: int | None, newest: str | None) -> None:
+        self.needed, self.free, self.newest = needed, free, newest
+        room = "unknown" if free is None else readable(free)
+        left = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        super().__init__(
+            f"{'; '.join(reasons)}. A checkpoint needs about {readable(needed)}, {folder} has {room} free; {left}"
+        )
 
 
 class _NotAll(Exception):
@@ -114,7 +134,7 @@ class Checkpoints:
     def _tidy(self, tag: str) -> list[str]:
         """After the commit; a failure here costs nothing but order."""
         try:
-            commit.point_to(self.root, tag)
+            commit.write_latest(self.root, tag)
         except OSError as error:
             return [f"{self.root / commit.LATEST} could not be written: {error.strerror or error}"]
         return commit.prune(self.root, self._keep_last, self._keep_every_tokens)
@@ -202,3 +222,21 @@ class Checkpoints:
 
 def _rng_file(rank: int) -> str:
     return f"rng_rank_{rank:05d}.pt"
+
+
+def with_margin(size: int) -> int:
+    """Free bytes to ask for before writing a checkpoint of ``size`` bytes."""
+    return int(size * (1 + MARGIN_SHARE)) + MARGIN_BYTES
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Bytes that this user may still write below ``folder``, which need not exist; None where the system cannot tell
+    (some network file systems report a size of 0)."""
+    usage = shutil.disk_usage(next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()))
+    return usage.free if usage.total else None
+
+
+def readable(size: float) -> str:
+    """Bytes as people read them: 310.5 MiB."""
+    power = min((max(int(size), 1).bit_length() - 1) // 10, 4)
+    return f"{size:.0f} bytes" if power == 0 else f"{size / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"

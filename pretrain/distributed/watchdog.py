@@ -25,8 +25,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from pretrain.distributed.blame import Seen, Verdict, judge
 from pretrain.distributed.signals import EXIT_STALLED, ORPHAN_SECONDS, StopFlag
+from pretrain.distributed.stall_diagnosis import Diagnosis, ProcessStatus, diagnose
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -65,7 +65,7 @@ def process_key(rank: int) -> str:
     return f"process/{rank}"
 
 
-def store_is_torchrun_s() -> bool:
+def torchrun_holds_store() -> bool:
     """Whether torchrun holds the store, in a process of its own, and not process 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
@@ -94,10 +94,10 @@ class Watchdog:
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         self._beat, self._age, self._orphan_age = 0, 0.0, 0.0
-        self._seen: dict[int, Seen] = {}
+        self._seen: dict[int, ProcessStatus] = {}
         self._answers, self._store_silence = 0, 0.0
-        self._proposed: Verdict | None = None
-        self._agreed: Verdict | None = None
+        self._proposed: Diagnosis | None = None
+        self._agreed: Diagnosis | None = None
 
     def record(self) -> str:
         """What this process says of itself now."""
@@ -142,7 +142,7 @@ class Watchdog:
                 if self._proposed is not None and self._agreed is None:
                     # The first to say so is the one that all agree with, and that speaks.
                     agreed = self._store.compare_set(_VERDICT, "", self._proposed.to_json())
-                    self._agreed = Verdict.from_json(agreed)
+                    self._agreed = Diagnosis.from_json(agreed)
                 elif self._age >= self.stall_seconds / 2:
                     self._listen(self._store)
                 self._answers += 1
@@ -150,7 +150,7 @@ class Watchdog:
     def _listen(self, store: dist.Store, first: bool = False) -> None:
         """Read what the others say; once at the start, then only while this process stands still."""
         if not first and self._agreed is None and store.check([_VERDICT]):
-            self._agreed = Verdict.from_json(store.get(_VERDICT))
+            self._agreed = Diagnosis.from_json(store.get(_VERDICT))
         # At the start only the one that holds the store: it cannot be asked any more when it hangs.
         ranks = range(1 if first else self.world_size)
         for rank, text in zip(ranks, store.multi_get([process_key(rank) for rank in ranks]), strict=True):
@@ -158,7 +158,7 @@ class Watchdog:
             before = self._seen.get(rank)
             beat = values.pop("beat")
             silence = 0.0 if before is None or before.beat != beat else before.silence + self.interval
-            self._seen[rank] = Seen(rank=rank, beat=beat, silence=silence, **values)
+            self._seen[rank] = ProcessStatus(rank=rank, beat=beat, silence=silence, **values)
 
     # --- the thread that decides --------------------------------------------------------------------------------------
 
@@ -183,28 +183,28 @@ class Watchdog:
 
     def _decide(self) -> None:
         """Propose a verdict; without a store to agree through, it holds at once."""
-        own = Seen(rank=self.rank, **json.loads(self.record()))
+        own = ProcessStatus(rank=self.rank, **json.loads(self.record()))
         if self._store is None:
-            self._obey(judge([own], self.rank, self.stall_seconds))
+            self._obey(diagnose([own], self.rank, self.stall_seconds))
         elif self._store_silence >= self.stall_seconds / 4:
-            if self.rank == 0 or store_is_torchrun_s():
+            if self.rank == 0 or torchrun_holds_store():
                 return  # no process of the run is to blame; the time-out of the groups remains
-            holder = self._seen.get(0) or Seen(rank=0)
-            self._obey(Verdict.of_silent_holder(holder, own, self.world_size))
+            holder = self._seen.get(0) or ProcessStatus(rank=0)
+            self._obey(Diagnosis.of_silent_holder(holder, own, self.world_size))
         elif self._proposed is None and len(self._seen) == self.world_size:
-            self._proposed = judge([*self._others(), own], self.rank, self.stall_seconds)
+            self._proposed = diagnose([*self._others(), own], self.rank, self.stall_seconds)
 
-    def _others(self) -> list[Seen]:
+    def _others(self) -> list[ProcessStatus]:
         return [seen for rank, seen in self._seen.items() if rank != self.rank]
 
-    def _obey(self, verdict: Verdict | None) -> None:
+    def _obey(self, verdict: Diagnosis | None) -> None:
         if verdict is None:
             return
         self._ending = True
         if verdict.speaker == self.rank:
             self._end(verdict.message, True, self.on_stall)
-        guilty = not verdict.guilty or self.rank in verdict.guilty
-        self._end(None, guilty)
+        is_culprit = not verdict.culprits or self.rank in verdict.culprits
+        self._end(None, is_culprit)
 
     def _end(self, message: str | None, with_stack: bool, leave: Callable[[], None] = lambda: None) -> None:
         """Say ``message``, show where it stands, and end this process."""

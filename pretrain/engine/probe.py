@@ -14,7 +14,7 @@ from data_pipeline.batches.order import Plan
 from data_pipeline.errors import UserError
 from pretrain.config import RunConfig
 from pretrain.distributed import randomness
-from pretrain.distributed.world import World, memory_gib
+from pretrain.distributed.world import World, peak_memory_gib
 from pretrain.engine.training import TrainingEngine
 
 IGNORE = -100
@@ -27,7 +27,7 @@ class ProbeResult:
     shapes: tuple[tuple[int, int], ...]
     """(rows, length) of the micro-batches that were rehearsed."""
     memory_gib: float
-    """Peak of the process that needed most; see :func:`pretrain.distributed.world.memory_gib`."""
+    """Peak of the process that needed most; see :func:`pretrain.distributed.world.peak_memory_gib`."""
     seconds: float
 
     def sentence(self) -> str:
@@ -58,7 +58,7 @@ def run_probe(engine: TrainingEngine, config: RunConfig, plan: Plan, world: Worl
         for stage, (rows, length) in stages.items():
             _rehearse(engine, config, world, stage, rows, length)
     del reserved
-    peak = max(world.gather(memory_gib(world.device)))
+    peak = max(world.gather(peak_memory_gib(world.device)))
     return ProbeResult(tuple(stages.values()), peak, time.monotonic() - began)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pretrain.planning.estimate import Estimate
+from pretrain.planning.estimate import TRAINING, Estimate
 from pretrain.planning.memory import StageMemory
-from pretrain.planning.time import TRAINING
 from pretrain.planning.units import bytes_text
 
 GIB = 2**30

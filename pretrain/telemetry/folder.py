@@ -39,7 +39,7 @@ The report of a run, or of several side by side: nystrom report THIS_FOLDER --ou
 """
 
 
-def explain(run_dir: Path) -> None:
+def write_readme(run_dir: Path) -> None:
     """Write the run folder's README.txt."""
     write_atomic(run_dir / "README.txt", README.encode())
 

@@ -67,7 +67,7 @@ def batch_of(config: str, tokens_before: int, rank: int) -> Any:
 def assert_saved(folder: Path, config: str, ranks: list[int]) -> None:
     import torch
 
-    from pretrain.telemetry.suspects import read_batch
+    from pretrain.telemetry.bad_batches import read_batch
 
     facts, parts = read_batch(folder)
     assert [rank for rank, _ in parts] == facts["processes"] == ranks

@@ -105,7 +105,7 @@ def checkpoint_size(run: Path) -> int:
 
 def test_room_for_a_checkpoint_is_made_as_long_as_a_whole_one_stays(corpus: Path, tmp_path: Path, whole: Path) -> None:
     """Room for two checkpoints where keep_last is 2: the older one has to go before the new one, not after it."""
-    from pretrain.checkpoint.room import with_margin
+    from pretrain.checkpoint.store import with_margin
 
     room = checkpoint_size(whole) + with_margin(checkpoint_size(whole)) + 50_000  # manifests, and zero_to_fp32.py
     config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path, zero_stage=1))

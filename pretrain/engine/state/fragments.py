@@ -102,7 +102,7 @@ def get_full(engine: Any, parameter: nn.Parameter, name: str) -> torch.Tensor:
 def set_full(engine: Any, parameter: nn.Parameter, name: str, value: torch.Tensor) -> None:
     """Write this process's piece of ``value`` (the parameter's shape, any device); each process writes its own.
 
-    After ``fp32`` was written, call :func:`publish`.
+    After ``fp32`` was written, call :func:`sync_model_weights`.
     """
     if value.shape != full_shape(parameter):
         raise ValueError(f"the value has the shape {tuple(value.shape)}, not {tuple(full_shape(parameter))}")
@@ -111,7 +111,7 @@ def set_full(engine: Any, parameter: nn.Parameter, name: str, value: torch.Tenso
 
 
 @torch.no_grad()
-def publish(engine: Any) -> None:
+def sync_model_weights(engine: Any) -> None:
     """Let the weights that the model computes with follow the master weights, on all processes together."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):

@@ -62,7 +62,7 @@ def restore(engine: Any, saved: SavedStates) -> None:
             own = value.clone() if isinstance(value, torch.Tensor) else value
             state[name] = max(state[name], own) if name in state else own
     _set_optimizer_state(engine, states, {group["name"]: group for group in saved.groups})
-    fragments.publish(engine)
+    fragments.sync_model_weights(engine)
     for name, buffer in engine.module.named_buffers():
         if name in saved.buffers:
             buffer.copy_(saved.buffers[name])

@@ -87,9 +87,9 @@ def causal_nystrom_attention(
     if segments * size > length:  # zeros in the last segment: no landmark, and in the future of all
         q, k, v = (F.pad(x, (0, 0, 0, segments * size - length)) for x in (q, k, v))
     count = segments - window.segments
-    queries = segment_queries(q, size, offset).flatten(0, 1)
+    queries = landmark_queries(q, size, offset).flatten(0, 1)
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    far = summarize(queries, k, v, None if gamma is None else gamma.repeat(rows), count=count, weighted=weighted)
+    far = causal_landmarks(queries, k, v, None if gamma is None else gamma.repeat(rows), count=count, weighted=weighted)
     out = blockwise_attention(q, k, v, far.keys.to(q.dtype), far.values.to(v.dtype), far.mass, window)
     return out.unflatten(0, (rows, heads))[:, :, :length]
 
@@ -108,14 +108,14 @@ def causal_window_attention(q: Tensor, k: Tensor, v: Tensor, window: Window) -> 
     return out.unflatten(0, (rows, heads))[:, :, :length]
 
 
-def segment_queries(q: Tensor, segment_length: int, offset: Tensor | None) -> Tensor:
+def landmark_queries(q: Tensor, segment_length: int, offset: Tensor | None) -> Tensor:
     """q~: (R, H, S * c, d) -> (R, H, S, d), means and offset (H, S or more or 1, d), in at least float32."""
     with torch.autocast(q.device.type, enabled=False):
         means = segment_means(q, segment_length)
     return means if offset is None else means + offset[:, : means.shape[2]]
 
 
-def pool(query: Tensor, k: Tensor, v: Tensor, *, weighted: bool) -> Landmarks:
+def pool_segments(query: Tensor, k: Tensor, v: Tensor, *, weighted: bool) -> Landmarks:
     """k~, M and P of segments, each from its own tokens alone. query: (B, m, d); k, v: (B, m, c, d)."""
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     own = scale * (k @ query.to(k.dtype).unsqueeze(-1)).squeeze(-1).to(dtype)  # (B, m, c)
@@ -129,7 +129,7 @@ def pool(query: Tensor, k: Tensor, v: Tensor, *, weighted: bool) -> Landmarks:
     return Landmarks(keys, own.logsumexp(dim=-1) - scale * (query * keys).sum(dim=-1), values)
 
 
-def summarize(
+def causal_landmarks(
     queries: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, *, count: int, weighted: bool = True
 ) -> Landmarks:
     """Landmarks of the first m = ``count`` of S segments. queries: (B, S, d), q~; k, v: (B, S * c, d); gamma: (B,).
@@ -140,7 +140,7 @@ def summarize(
     size, scale = k.shape[1] // queries.shape[1], k.shape[2] ** -0.5
     with torch.autocast(k.device.type, enabled=False):
         # All segments and then the first m: slices of k and v would cost a zero-filled gradient each.
-        pooled = pool(queries, k.unflatten(1, (-1, size)), v.unflatten(1, (-1, size)), weighted=weighted)
+        pooled = pool_segments(queries, k.unflatten(1, (-1, size)), v.unflatten(1, (-1, size)), weighted=weighted)
         landmarks = Landmarks(*(x[:, :count] for x in pooled))
         if gamma is None:
             return landmarks

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pretrain.model.attention.blockwise import Window
 from pretrain.model.attention.cache import Cache, LayerCache
-from pretrain.model.attention.causal_nystrom import Landmarks, pool, segment_queries, summarize
+from pretrain.model.attention.causal_nystrom import Landmarks, causal_landmarks, landmark_queries, pool_segments
 from pretrain.model.attention.form import Given
 from pretrain.model.attention.ring_plan import Completed, Prompts, RingSize, RingStep
 from pretrain.model.attention.softmax import attend
@@ -145,8 +145,8 @@ class RingLayer(LayerCache):
         first, count = self.size.slots, length // self.segment_length
         if self.past_keys is not None and self.past_values is not None:
             self.past_keys[:, :, :length], self.past_values[:, :, :length] = k, v
-        far = summarize(
-            segment_queries(q, self.segment_length, offset).flatten(0, 1),
+        far = causal_landmarks(
+            landmark_queries(q, self.segment_length, offset).flatten(0, 1),
             k.flatten(0, 1),
             v.flatten(0, 1),
             None if gamma is None else gamma.repeat(rows),
@@ -197,7 +197,7 @@ class RingLayer(LayerCache):
         own = (done.rows[:, None], slice(None), done.slots)
         k, v = self.keys[own], self.values[own]  # (R, c, H, d)
         one = (x.transpose(1, 2).flatten(0, 1).unsqueeze(1) for x in (k, v))
-        far = pool(query.flatten(0, 1).unsqueeze(1), *one, weighted=self.weighted)
+        far = pool_segments(query.flatten(0, 1).unsqueeze(1), *one, weighted=self.weighted)
         keys, mass, pooled = (x.squeeze(1).unflatten(0, query.shape[:2]) for x in far)
 
         place = (done.rows, slice(None), self.size.slots + done.segment)

@@ -33,7 +33,7 @@ MOST_SAVED = 20
 
 
 @dataclass(frozen=True)
-class Suspects:
+class SavedBatch:
     """Whose rows are suspect, and where they were saved."""
 
     processes: list[int]
@@ -42,7 +42,7 @@ class Suspects:
     problem: str | None
 
 
-def save_batch(root: Path, world: World, batch: Batch, suspect: bool, facts: dict[str, Any]) -> Suspects:
+def save_batch(root: Path, world: World, batch: Batch, suspect: bool, facts: dict[str, Any]) -> SavedBatch:
     """Save this step's rows of the processes that are ``suspect``, or of all if none is, below ``root``.
 
     All processes must call it; ``facts`` (with ``step``) go into ``step.json``. A disk that is full or gone does not
@@ -64,7 +64,7 @@ def save_batch(root: Path, world: World, batch: Batch, suspect: bool, facts: dic
         checkpoint = checkpoint_at(root.parent / "checkpoints", facts["step"] - 1)
         facts["checkpoint"] = None if checkpoint is None else checkpoint[0].name
         problem = _attempt(lambda: write_atomic(folder / STEP, (json.dumps(facts, indent=2) + "\n").encode()))
-    return Suspects(processes, samples, folder if problem is None else None, problem)
+    return SavedBatch(processes, samples, folder if problem is None else None, problem)
 
 
 def checkpoint_at(root: Path, step: int) -> tuple[Path, Manifest] | None:

@@ -17,7 +17,7 @@ LAST_WORDS_SECONDS = 5.0
 """How long message and status may take: the file system may be what the main thread hangs in."""
 
 
-class LeaveAtOnce:
+class ImmediateExit:
     """A block in which SIGTERM and SIGINT end this process, with :data:`EXIT_PREEMPTED`, whatever it is doing.
 
     A flag would be read too late: joining the process group waits for the slowest machine, DeepSpeed compiles for
@@ -33,11 +33,11 @@ class LeaveAtOnce:
         self._lock = threading.Lock()
         self._over = False
 
-    def __enter__(self) -> LeaveAtOnce:
+    def __enter__(self) -> ImmediateExit:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._wait, name="leave-at-once", daemon=True)
+        self._thread = threading.Thread(target=self._wait, name="immediate-exit", daemon=True)
         self._thread.start()
         if self._stop():  # asked before
             self._leave()
@@ -80,8 +80,8 @@ class LeaveAtOnce:
             sys.stdout.flush()
 
 
-def leave_on_signals() -> Callable[[], None]:
-    """As :class:`LeaveAtOnce`, for the imports before it: only Python's own code runs. Returns what undoes it."""
+def exit_on_signals() -> Callable[[], None]:
+    """As :class:`ImmediateExit`, for the imports before it: only Python's own code runs. Returns what undoes it."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED)) for number in numbers}
 
