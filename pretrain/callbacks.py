@@ -1,4 +1,4 @@
-"""Something of the user's that is done while a run trains: classes named in ``callbacks:``, called with what happened.
+"""Callbacks: classes of the user's, named in ``callbacks:``, that are called with what happened while a run trains.
 
 Training does not depend on them. They see plain values and no engine, their draws of random numbers do not move those
 of training, and what they raise disables them and nothing else. They must call no collective operation: the other
@@ -182,7 +182,7 @@ class Callbacks:
     def __init__(self, config: RunConfig, world: World, say: Callable[[str], None] = print_line) -> None:
         """Make them; a collective of all processes if there are any. Raises :class:`UserError` on all of them alike.
 
-        ``say`` is how the first process speaks; the others print.
+        ``say`` prints a line of the first process; the others print by themselves.
         """
         self.stop_asked = False
         self.say = say

@@ -19,15 +19,18 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     parser = argparse.ArgumentParser(
         prog="nystrom train",
-        description="Pretrain a Nyströmformer on prepared shards, by one YAML file. Run again, the same command goes "
-        "on where the last checkpoint stands.",
+        description="Pretrain a Nyströmformer on prepared shards, by one YAML file. Run again, the same command "
+        "resumes from the last checkpoint.",
         epilog="example: nystrom train --config configs/demo-clm.yaml --set optimizer.lr=1e-3 zero_stage=1\n"
         "This is one process; for several: nystrom launch local --nproc 2 --config ..., or\n"
         "deepspeed --num_accelerators 2 --module pretrain --config ...\n\n"
-        "exit status: 0 done; 2 a mistake in configuration or data; 74 the last checkpoint or the export could not be\n"
-        "written (make room, run the same command); 75 stopped by SIGTERM or Ctrl-C, with a checkpoint saved if there\n"
-        "was anything to save (run the same command to go on); 76 too many steps in a row with numbers that are not\n"
-        "finite; 77 a process hung or never came (the message names it; stall_seconds in the configuration).",
+        "exit status:\n"
+        "  0   done\n"
+        "  2   a mistake in configuration or data\n"
+        "  74  the last checkpoint or the export could not be written: free space, run the same command\n"
+        "  75  stopped by SIGTERM or Ctrl-C, with a checkpoint of what was trained: the same command resumes\n"
+        "  76  too many steps in a row with numbers that are not finite\n"
+        "  77  a process hung or never came: the message names it; see stall_seconds in the configuration",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run_arguments(parser)
@@ -45,7 +48,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         choices=["auto", "never"],
         default="auto",
-        help="auto: go on from the newest whole checkpoint if there is one; never: move an existing run folder aside "
+        help="auto: resume from the newest whole checkpoint if there is one; never: move an existing run folder aside "
         "to NAME.old-1 and start over (default: auto)",
     )
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log too")

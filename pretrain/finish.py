@@ -67,7 +67,7 @@ def _exports(manifest: Manifest) -> dict[str, str]:
 
 def report_preempted(run_dir: Path, state: TrainState, when: str) -> None:
     """The last words of a process that was asked to stop where there is nothing to save."""
-    print_line(f"stopped while {when}; the same command goes on from there")
+    print_line(f"stopped while {when}; the same command resumes")
     write_status(run_dir, EXIT_PREEMPTED, state)
 
 
@@ -83,7 +83,7 @@ def export_weights(
     code = EXIT_DONE
     if world.sum([float(stop())])[0]:
         code = EXIT_PREEMPTED
-        telemetry.say("stopped before the export; the same command goes on from there")
+        telemetry.say("stopped before the export; the same command resumes")
     elif world.is_first:
         try:
             with ImmediateExit(stop, lambda: report_preempted(run_dir, state, "exporting the weights")):
@@ -96,7 +96,7 @@ def export_weights(
         except OSError as error:
             code = EXIT_NOT_SAVED
             telemetry.say(
-                f"the run is finished and its last checkpoint saved, but the export is NOT written: {error}. Make "
-                "room, then run the same command: it only exports."
+                f"the run is finished and its last checkpoint saved, but the export is NOT written: {error}. Free "
+                "space, then run the same command: it only exports."
             )
     return world.broadcast(code)

@@ -1,8 +1,9 @@
 """bf16 or fp32: what a device computes faster in, and what a run's ``precision: auto`` comes to.
 
 A CPU is measured and not asked for its flags: they say nothing of libraries that the environment caps
-(``ONEDNN_MAX_CPU_ISA``), and without instructions for bf16 PyTorch still multiplies it, 3 to 50 times slower than
-float32 (measured: 0.36 of the speed where oneDNN converts, 0.01 to 0.05 where it does not; 2 and more with them).
+(``ONEDNN_MAX_CPU_ISA``). Without instructions for bf16 PyTorch still multiplies it, 3 to 50 times slower than float32.
+Measured: 0.36 of float32's speed where oneDNN converts, 0.01 to 0.05 where it does not, and 2 or more with the
+instructions.
 """
 
 from __future__ import annotations

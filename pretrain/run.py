@@ -32,7 +32,7 @@ from pretrain.sources import Inputs
 def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool = False) -> int:
     """Start or continue the run that ``config`` describes, as process ``rank``; returns an exit status.
 
-    ``resume``: ``auto`` goes on from the newest whole checkpoint, ``never`` moves an existing run folder aside and
+    ``resume``: ``auto`` resumes from the newest whole checkpoint, ``never`` moves an existing run folder aside and
     starts over. Raises :class:`UserError` for what the user can mend; nearly all of it before torch and DeepSpeed are
     imported.
     """
@@ -149,7 +149,7 @@ def _train_together(
         event: dict[str, Any] = {"event": "start"}
         if found is not None:
             event = {"event": "resume", "changed": changed, "passed_over": passed_over}
-            telemetry.say(f"Goes on from {found[0]}: step {state.step}, {state.tokens:,} tokens.")
+            telemetry.say(f"Resumes from {found[0]}: step {state.step}, {state.tokens:,} tokens.")
             for key, (old, new) in changed.items():
                 telemetry.say(f"  changed since: {key} from {old} to {new}")
             for line in loaded:

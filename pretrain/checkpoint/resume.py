@@ -1,4 +1,4 @@
-"""May this configuration go on with that checkpoint? What is fixed for the life of a run, and what may change."""
+"""May this configuration resume from that checkpoint? What is fixed for the life of a run, and what may change."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def check_resume(
     """Compare a checkpoint with what is asked for now.
 
     Returns the changes that are allowed, {dotted key: [old, new]}: learning rate and its schedule, stages to come,
-    micro-batches, validation, checkpoints, telemetry, callbacks, the ZeRO stage, bf16 for fp32 and fp32 for bf16 and,
-    as ``processes``, their number. ``precision: auto`` is no change: it is the checkpoint's. Raises :class:`UserError`
-    that names every change that is not allowed.
+    micro-batches, validation, checkpoints, telemetry, callbacks, the ZeRO stage, bf16 for fp32 and back. The number of
+    processes is there as ``processes``. ``precision: auto`` is no change: it is the checkpoint's. Raises
+    :class:`UserError` that names every change that is not allowed.
     """
     old = manifest.identity
     old_config = parse_config(old["config"], where=f"checkpoint {manifest.tag}")
@@ -74,7 +74,7 @@ def check_resume(
         changed["processes"] = [old["world_size"], world_size]
     if refused:
         raise UserError(
-            f"run {config.run_dir} stands at step {manifest.state.step} and cannot go on with these changes:\n  "
+            f"run {config.run_dir} stands at step {manifest.state.step} and cannot resume with these changes:\n  "
             + "\n  ".join(refused)
             + "\nGo back to the old values, or give the new run another `name`, or start over with --resume never (the "
             "old folder is moved aside)"
@@ -83,7 +83,7 @@ def check_resume(
 
 
 def _precision(old: RunConfig, new: RunConfig) -> list[str]:
-    """What is wrong with going on in the precision that is asked for; ``auto`` asks for the one there was."""
+    """What is wrong with resuming in the precision that is asked for; ``auto`` asks for the one there was."""
     if new.precision == "auto" and new.zero_stage == 0 and old.precision != "fp32":
         return [
             f"zero_stage is now 0, which has fp32 only, and the run is in {old.precision}"

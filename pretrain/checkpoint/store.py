@@ -41,10 +41,10 @@ class SaveFailed(Exception):
 
     def __init__(self, reasons: Sequence[str], folder: Path, needed: int, free: int | None, newest: str | None) -> None:
         self.needed, self.free, self.newest = needed, free, newest
-        room = "unknown" if free is None else readable(free)
+        space = "unknown" if free is None else readable(free)
         left = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
         super().__init__(
-            f"{'; '.join(reasons)}. A checkpoint needs about {readable(needed)}, {folder} has {room} free; {left}"
+            f"{'; '.join(reasons)}. A checkpoint needs about {readable(needed)}, {folder} has {space} free; {left}"
         )
 
 
@@ -67,7 +67,7 @@ class Checkpoints:
         """Write and commit a checkpoint; all processes call it, and none returns before the commit.
 
         Returns lines about what went wrong beside it (an old checkpoint that cannot be removed). Raises
-        :class:`SaveFailed`, on all processes alike, if there is no room or one of them cannot write: the checkpoints
+        :class:`SaveFailed`, on all processes alike, if there is no space or one of them cannot write: the checkpoints
         before are then as they were, and what was written of this one is removed.
         """
         world, tag = self._world, commit.tag_name(state.step)
@@ -75,7 +75,7 @@ class Checkpoints:
         try:
             needed = self._needed(engine)
             self._on_first(lambda: commit.remove(folder))  # a torn one of the same step
-            self._make_room(needed)
+            self._free_space(needed)
             self._on_first(lambda: commit.make_folder(folder))
             self._together(lambda: self._write(engine, folder))
             # Now that all have written; each process hashes its share.
@@ -95,13 +95,13 @@ class Checkpoints:
         last = self._on_first(size)
         return with_margin(int(self._world.sum([engine.checkpoint_bytes()])[0]) if last is None else last)
 
-    def _make_room(self, needed: int) -> None:
+    def _free_space(self, needed: int) -> None:
         """Refuse a save that cannot fit: a disk filled to the brim takes metrics and logs down too.
 
-        Checkpoints that this save would supersede go before it if that is what makes the room, unless the one to stay
-        is damaged; torn ones go in any case.
+        Checkpoints that this save would supersede are removed before it if that frees enough, unless the one to stay is
+        damaged. Torn ones are removed in any case.
         """
-        if self._has_room(needed):
+        if self._fits(needed):
             return
         found = self._on_first(lambda: list(commit.candidates(self.root)))
         whole = next(((folder, entry) for folder, entry in found if isinstance(entry, Manifest)), None)
@@ -111,11 +111,11 @@ class Checkpoints:
             spare += self._on_first(lambda: commit.removable(self.root, keep, self._keep_every_tokens))
         for folder in dict.fromkeys(spare):
             self._on_first(partial(commit.remove, folder))
-            if self._has_room(needed):
+            if self._fits(needed):
                 return
-        raise _NotAll(["not enough room, so nothing was written"])
+        raise _NotAll(["not enough free space, so nothing was written"])
 
-    def _has_room(self, needed: int) -> bool:
+    def _fits(self, needed: int) -> bool:
         """Whether every machine, asked once, sees so many bytes free."""
         free = self._together(lambda: free_bytes(self.root) if self._world.local_rank == 0 else None)
         return min((size for size in free if size is not None), default=needed) >= needed
@@ -162,7 +162,7 @@ class Checkpoints:
     def _together(self, action: Callable[[], T]) -> list[T]:
         """``action()`` on every process; everybody gets all results, by rank, or :class:`_NotAll` if one failed.
 
-        A barrier at the end, for nobody goes on before all are done.
+        It ends with a barrier: nobody continues before all are done.
         """
         value, failure = None, None
         try:

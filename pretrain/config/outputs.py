@@ -1,4 +1,4 @@
-"""What a run keeps and tells while it trains: checkpoints, held-out loss, metrics, and whom it calls."""
+"""What a run writes while it trains: checkpoints, held-out loss, metrics, and the callbacks that it runs."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class StageConfig(Strict):
         gt=0,
         allow_inf_nan=False,
         description="Base of the rotary angles from this stage on. It wins over the rule `model.rope_scaling`, which "
-        "goes on from it.",
+        "continues from it.",
         json_schema_extra={"left_out": "as before, by model.rope_scaling"},
     )
 
@@ -68,7 +68,7 @@ class RunConfig(Strict):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run. The same name in the same `output_dir` goes on with that run.",
+        description="Name of the run. The same name in the same `output_dir` resumes that run.",
     )
     output_dir: str = Field(
         "runs",

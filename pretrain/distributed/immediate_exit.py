@@ -20,8 +20,8 @@ LAST_WORDS_SECONDS = 5.0
 class ImmediateExit:
     """A block in which SIGTERM and SIGINT end this process, with :data:`EXIT_PREEMPTED`, whatever it is doing.
 
-    A flag would be read too late: joining the process group waits for the slowest machine, DeepSpeed compiles for
-    minutes at a first start, a large checkpoint is read for minutes; Python runs no signal handler meanwhile. The
+    A flag would be read too late. Joining the process group waits for the slowest machine, DeepSpeed compiles for
+    minutes at a first start, and a large checkpoint is read for minutes. Python runs no signal handler meanwhile. The
     system's own handler writes the signal's number to a socket, and a thread that reads it ends the process. After the
     block the flag counts again; a signal at its very end is in the flag.
     """

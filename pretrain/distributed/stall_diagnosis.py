@@ -1,4 +1,4 @@
-"""From what the processes last said of themselves to whom a run that stands still is waiting for. Pure functions."""
+"""Which process holds up a run that makes no progress, from what each last reported. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SILENT_SHARE = 0.25
 
 @dataclass(frozen=True)
 class ProcessStatus:
-    """What is known of one process."""
+    """What one process last reported of itself."""
 
     rank: int
     beat: int = 0
@@ -32,9 +32,9 @@ class ProcessStatus:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Who is to blame (nobody: all stand in the same operation), in whose words."""
+    """Which processes hold up the others (none: all are in the same operation), and which one reports it."""
 
-    speaker: int
+    reporter: int
     culprits: tuple[int, ...]
     message: str
 
@@ -46,11 +46,11 @@ class Diagnosis:
     def from_json(cls, text: bytes | str) -> Diagnosis:
         """From the store."""
         body = json.loads(text)
-        return cls(body["speaker"], tuple(body["culprits"]), body["message"])
+        return cls(body["reporter"], tuple(body["culprits"]), body["message"])
 
     @classmethod
     def of_silent_holder(cls, holder: ProcessStatus, own: ProcessStatus, world_size: int) -> Diagnosis:
-        """The verdict of a process that cannot ask any more: process 0, which holds the store, does not answer."""
+        """The diagnosis of a process that cannot ask any more: process 0, which holds the store, does not answer."""
         waiting = [rank for rank in range(world_size) if rank != holder.rank]
         message = (
             f"stalled: {holder.name} does not answer: it is stopped, frozen, or its machine or network is gone; "
@@ -59,11 +59,12 @@ class Diagnosis:
         return cls(waiting[0], (holder.rank,), message)
 
 
-def diagnose(seen: Sequence[ProcessStatus], speaker: int, stall_seconds: float) -> Diagnosis | None:
-    """Whom all wait for, or None if the run moves on somewhere.
+def diagnose(seen: Sequence[ProcessStatus], reporter: int, stall_seconds: float) -> Diagnosis | None:
+    """Which processes the others wait for, or None if some process still makes progress.
 
-    Called by a process that has stood still for ``stall_seconds``. To blame is a process without a sign of life; else,
-    once nobody has moved for ``stall_seconds``, whoever has entered fewer collective operations than the others.
+    Called by a process that has made no progress for ``stall_seconds``. A culprit is a process without a sign of life.
+    If there is none, and no process has moved for ``stall_seconds``, it is each one that has entered fewer collective
+    operations than the others.
     """
     everyone = {s.rank: s for s in seen}
     silent = [s for s in seen if s.silence >= SILENT_SHARE * stall_seconds]
@@ -88,7 +89,7 @@ def diagnose(seen: Sequence[ProcessStatus], speaker: int, stall_seconds: float) 
             "and at the GPUs"
         ]
     wait = f"; {_wait(waiting)} for {'it' if len(culprits) == 1 else 'them'}" if culprits and waiting else ""
-    return Diagnosis(speaker, tuple(s.rank for s in culprits), f"stalled: {'; '.join(parts)}{wait}")
+    return Diagnosis(reporter, tuple(s.rank for s in culprits), f"stalled: {'; '.join(parts)}{wait}")
 
 
 def format_ranks(ranks: Iterable[int]) -> str:

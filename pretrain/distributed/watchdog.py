@@ -1,14 +1,14 @@
 """A process that hangs ends the run, by name.
 
 A process that dies closes its connections, and the others raise at once. One that hangs (a file system that does not
-answer, a stopped process, a machine that lost its network) leaves the others in a collective operation for ever. So
-each process has two threads beside the main one: one publishes every few seconds where the main thread is, in the
-store through which the processes met; the other sees when the main thread stands still for ``stall_seconds``, finds
-out whom all wait for, and ends the process with :data:`EXIT_STALLED`.
+answer, a stopped process, a machine that lost its network) leaves the others in a collective operation without end. So
+each process has two threads beside the main one. The first publishes every few seconds where the main thread is, in the
+store of the rendezvous. The second notices when the main thread has made no progress for ``stall_seconds``, finds out
+which process the others wait for, and ends its own process with :data:`EXIT_STALLED`.
 
 The main thread says where it is with :func:`at`, which costs well under a microsecond. Collective operations count as
-movement too, and are what tells the process that is waited for from those that wait: PyTorch numbers them, and the one
-that hangs has entered fewer (the same idea as NCCL's desynchronisation report in PyTorch, but for any backend).
+progress too. They tell the process that hangs from those that wait for it: PyTorch numbers them, and the one that hangs
+has entered fewer. NCCL's desynchronisation report in PyTorch rests on the same idea; this one works with any backend.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LONGEST_BEAT = 5.0
 """Seconds between two signs of life: a twentieth of ``stall_seconds``, but no more than this."""
 LAST_WORDS_SECONDS = 10.0
 """How long message, status and stack may take: the file system or the terminal may be what hangs."""
-_VERDICT = "stalled"
+_DIAGNOSIS = "stalled"
 _THREAD_PREFIX = "watchdog"
 
 
@@ -73,8 +73,8 @@ def torchrun_holds_store() -> bool:
 def group_timeout(stall_seconds: float) -> timedelta:
     """The time-out of collective operations: the last resort, for when the watchdog itself cannot run.
 
-    Above ``stall_seconds``, so that the watchdog speaks first, and twice that, because a wait for a process that moves
-    on (the first one exporting) is no stall.
+    Above ``stall_seconds``, so that the watchdog reports first. Twice that, because waiting for a process that makes
+    progress (the first one, exporting) is no stall.
     """
     return timedelta(seconds=2 * stall_seconds + 30)
 
@@ -87,7 +87,7 @@ class Watchdog:
         self.rank, self.world_size, self.stall_seconds = rank, world_size, stall_seconds
         self.interval = min(stall_seconds / BEATS_PER_STALL, LONGEST_BEAT)
         self.on_stall: Callable[[], None] = lambda: None
-        """Called by the process that speaks for all, before the end: to leave a status behind."""
+        """Called by the process that reports for all, before the end: to write the status."""
         self._ending = False
         self._orphaned = stop.is_orphan if stop is not None else lambda: False
         self._store: dist.Store | None = None
@@ -129,7 +129,7 @@ class Watchdog:
         thread.start()
         self._threads.append(thread)
 
-    # --- the thread that talks to the store; it alone may hang there --------------------------------------------------
+    # --- the thread that uses the store; it alone may hang there ------------------------------------------------------
 
     def _report(self) -> None:
         assert self._store is not None
@@ -140,8 +140,8 @@ class Watchdog:
                 self._beat += 1
                 self._store.set(process_key(self.rank), self.record())
                 if self._proposed is not None and self._agreed is None:
-                    # The first to say so is the one that all agree with, and that speaks.
-                    agreed = self._store.compare_set(_VERDICT, "", self._proposed.to_json())
+                    # All agree with the first one, which also reports.
+                    agreed = self._store.compare_set(_DIAGNOSIS, "", self._proposed.to_json())
                     self._agreed = Diagnosis.from_json(agreed)
                 elif self._age >= self.stall_seconds / 2:
                     self._listen(self._store)
@@ -149,8 +149,8 @@ class Watchdog:
 
     def _listen(self, store: dist.Store, first: bool = False) -> None:
         """Read what the others say; once at the start, then only while this process stands still."""
-        if not first and self._agreed is None and store.check([_VERDICT]):
-            self._agreed = Diagnosis.from_json(store.get(_VERDICT))
+        if not first and self._agreed is None and store.check([_DIAGNOSIS]):
+            self._agreed = Diagnosis.from_json(store.get(_DIAGNOSIS))
         # At the start only the one that holds the store: it cannot be asked any more when it hangs.
         ranks = range(1 if first else self.world_size)
         for rank, text in zip(ranks, store.multi_get([process_key(rank) for rank in ranks]), strict=True):
@@ -182,13 +182,13 @@ class Watchdog:
                 self._decide()
 
     def _decide(self) -> None:
-        """Propose a verdict; without a store to agree through, it holds at once."""
+        """Propose a diagnosis; without a store to agree through, it holds at once."""
         own = ProcessStatus(rank=self.rank, **json.loads(self.record()))
         if self._store is None:
             self._obey(diagnose([own], self.rank, self.stall_seconds))
         elif self._store_silence >= self.stall_seconds / 4:
             if self.rank == 0 or torchrun_holds_store():
-                return  # no process of the run is to blame; the time-out of the groups remains
+                return  # no process of the run is the culprit; the time-out of the groups remains
             holder = self._seen.get(0) or ProcessStatus(rank=0)
             self._obey(Diagnosis.of_silent_holder(holder, own, self.world_size))
         elif self._proposed is None and len(self._seen) == self.world_size:
@@ -197,13 +197,13 @@ class Watchdog:
     def _others(self) -> list[ProcessStatus]:
         return [seen for rank, seen in self._seen.items() if rank != self.rank]
 
-    def _obey(self, verdict: Diagnosis | None) -> None:
-        if verdict is None:
+    def _obey(self, diagnosis: Diagnosis | None) -> None:
+        if diagnosis is None:
             return
         self._ending = True
-        if verdict.speaker == self.rank:
-            self._end(verdict.message, True, self.on_stall)
-        is_culprit = not verdict.culprits or self.rank in verdict.culprits
+        if diagnosis.reporter == self.rank:
+            self._end(diagnosis.message, True, self.on_stall)
+        is_culprit = not diagnosis.culprits or self.rank in diagnosis.culprits
         self._end(None, is_culprit)
 
     def _end(self, message: str | None, with_stack: bool, leave: Callable[[], None] = lambda: None) -> None:
@@ -220,7 +220,7 @@ class Watchdog:
         words = threading.Thread(target=last_words, name=f"{_THREAD_PREFIX} last words", daemon=True)
         words.start()
         words.join(LAST_WORDS_SECONDS)
-        # The others must have heard the verdict before they see this process go, or they would report its loss.
+        # The others must have heard the diagnosis before they see this process go, or they would report its loss.
         time.sleep(max(0.0, 4 * self.interval - (time.monotonic() - began)))
         os._exit(EXIT_STALLED)
 

@@ -32,7 +32,7 @@ class Rank:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that speaks and writes for all."""
+        """Whether this is the process that prints and writes for all."""
         return self.rank == 0
 
 

@@ -135,9 +135,9 @@ class TrainingEngine:
         layout = None if document_ids is None else Layout.from_documents(document_ids)
         loss_sum = self._engine(input_ids, labels=labels, layout=layout).loss_sum
         # DeepSpeed averages gradients over processes; the product with their number makes that the sum we want. A loss
-        # that is not finite may have finite gradients (a target of probability 0 under fp16); the factor NaN makes
-        # certain that ZeRO's own check of the reduced gradient, the only one that all processes share for free, sees
-        # it.
+        # that is not finite may have finite gradients (a target of probability 0 under fp16). The factor NaN makes
+        # certain that ZeRO's own check of the reduced gradient sees it, the only check that all processes share for
+        # free.
         factor = torch.where(torch.isfinite(loss_sum.detach()), scale * self.world.world_size, math.nan)
         self._engine.backward(loss_sum * factor, scale_wrt_gas=False)
         return loss_sum.detach()

@@ -62,15 +62,15 @@ def _hyperparameters(group: str, config: OptimizerConfig) -> dict[str, Any]:
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer of ``config.kind`` over :func:`parameter_groups`, with an average of the weights if asked for.
 
-    It is handed to DeepSpeed as a client optimizer: its hyper-parameters per group stay where a reader looks for them,
-    and nothing is compiled (DeepSpeed's FusedAdam took minutes to build, and its weight decay defaults to another
-    value).
+    It is handed to DeepSpeed as a client optimizer. Its hyper-parameters per group stay where a reader looks for them,
+    and nothing is compiled. (DeepSpeed's FusedAdam took minutes to build, and its weight decay defaults to another
+    value.)
 
     The kinds are the modules of ``pretrain/optim/kinds``.
 
     LAMB (You et al. 2020) is left out on purpose. It scales the step of each tensor by the norms of that tensor and of
-    its update, and what an optimizer gets from ZeRO is a flat partition of many tensors, cut at both ends: it would
-    run, with norms of the wrong things.
+    its update. What an optimizer gets from ZeRO is a flat partition of many tensors, cut at both ends: LAMB would run,
+    with norms of the wrong things.
     """
     optimizer = KINDS.get(config.kind).build(parameter_groups(model, config), config)
     if config.ema_decay is not None:
@@ -88,7 +88,7 @@ def apply_hyperparameters(optimizer: torch.optim.Optimizer, config: OptimizerCon
     """Put the configuration's hyper-parameters back after a checkpoint was loaded.
 
     Loading restores the groups' old values; without this a changed configuration would silently not take effect. An
-    average that is not asked for any more is dropped: it would go on to be saved, and stand still.
+    average that is not asked for any more is dropped: it would still be saved, and never change.
     """
     for group in optimizer.param_groups:
         group.update(_hyperparameters(group["name"], config))
@@ -111,9 +111,9 @@ class WeightAverage:
     """Exponential moving average of the weights (Polyak & Juditsky 1992; Tarvainen & Valpola 2017, eq. 2).
 
     After each optimizer step every weight p changes its average to ``a <- decay * a + (1 - decay) * p``; the average
-    starts from the weights before the first step. It lives in the optimizer's state, beside the moments, as float32
-    values of the master weights: so it is partitioned, offloaded, saved and loaded with them by whatever ZeRO stage
-    does that, and nothing else has to know of it.
+    starts from the weights before the first step. It is part of the optimizer's state, beside the moments, as float32
+    values of the master weights. So every ZeRO stage partitions, offloads, saves and loads it with them, and nothing
+    else has to know of it.
 
     A step that is skipped does not move it: DeepSpeed does not call the optimizer then, and at stage 0 the dropped
     gradients are None. It works through PyTorch's hooks around ``step`` and not by a class of its own, because ZeRO's
@@ -143,7 +143,7 @@ class WeightAverage:
 
 
 def forget_average(optimizer: torch.optim.Optimizer) -> None:
-    """Drop the average from the state, for a run that goes on without it."""
+    """Drop the average from the state, for a run that continues without it."""
     for state in optimizer.state.values():
         state.pop(AVERAGE, None)
 

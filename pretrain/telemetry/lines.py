@@ -14,7 +14,7 @@ KEPT_BYTES = 16 << 20
 
 
 class LineFile:
-    """A log to which lines are appended. Those that do not fit on the disk are kept, and written when there is room."""
+    """A log to which lines are appended. Those that do not fit on the disk are kept, and written once they fit."""
 
     def __init__(self, path: Path) -> None:
         """Nothing is opened before the first line."""
@@ -66,15 +66,15 @@ class LineFile:
 
 
 def print_line(text: str) -> None:
-    """Print a line, if anybody reads."""
+    """Print a line; a reader that is gone is no error."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 
 
 def write_or_warn(path: Path, data: bytes) -> None:
-    """Replace a file of the run folder that is nice to have; on a full disk say so and go on.
+    """Replace a file of the run folder that is nice to have; on a full disk say so and continue.
 
-    A file that is there takes new contents of about its size in place, which needs no room; a reader could see half of
+    A file that is there takes new contents of about its size in place, which needs no space; a reader could see half of
     them then, but rather that than last week's status.
     """
     try:

@@ -1,9 +1,9 @@
-"""A run goes on with other processes, another ZeRO stage or precision: each process takes its piece of every state.
+"""Resume with other processes, another ZeRO stage or precision: each process takes its piece of every state.
 
-DeepSpeed's load (0.19.8) works by position: on the processes, stage and groups that wrote the files it is exact, on
-others it fails or, worse, does not (stage 1 into 2 loads; a parameter that moved to another group shifts all after it).
-Its universal checkpoints are no way out: no stage 0, none between 1 and 3, AdamW's states only, and at stage 3 every
-group gets the first one's hyper-parameters and all share one step count, which AdamW then counts up once for each.
+DeepSpeed's load (0.19.8) works by position. On the processes, stage and groups that wrote the files it is exact; on
+others it fails or, worse, does not. (Stage 1 loads into 2; a parameter that moved to another group shifts all after
+it.) Its universal checkpoints are no way out: no stage 0, none between 1 and 3, AdamW's states only. At stage 3 every
+group gets the first one's hyper-parameters, and all share one step count, which AdamW then counts up once for each.
 """
 
 from __future__ import annotations

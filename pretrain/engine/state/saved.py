@@ -5,8 +5,9 @@ equal stretch of them laid end to end, in the order of ``param_shapes``. Stage 3
 each parameter, the last one padded, and those laid end to end. Stage 0: one file with everything. They are mapped into
 memory, so that only what is asked for is read.
 
-DeepSpeed's own readers are not used: ``ds_to_universal`` knows no stage 0, no other state than AdamW's two, and writes
-everything a second time; ``zero_to_fp32`` knows the weights only, and not those of stage 1 with float32 accumulation.
+DeepSpeed's own readers are not used. ``ds_to_universal`` knows no stage 0 and no other state than AdamW's two, and
+writes everything a second time. ``zero_to_fp32`` knows the weights only, and not those of stage 1 with float32
+accumulation.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One softmax over landmarks and a sliding window of tokens, in tiles of segments, linear in memory.
 
 A tile is some segments of some heads. For each of its segments the keys of its window and of the landmarks before it
-are laid side by side, so that logits, softmax and output are one batched product, one softmax and one more product,
-all contiguous; the backward pass computes a tile's weights again, so nothing of that size is kept. For speed on a CPU
+are laid side by side. Logits, softmax and output are then one batched product, one softmax and one more product, all
+contiguous. The backward pass computes a tile's weights again, and nothing of that size is kept. For speed on a CPU
 (``python -m benchmarks.attention`` measures the whole):
 
 * every large intermediate lives in a workspace that all tiles of a call share: fresh memory has to be mapped page by

@@ -1,8 +1,8 @@
 """What a decoding cache is made of, whatever the form of attention: a plan for each forward pass, and state by layer.
 
 A form says by :meth:`Form.cache` what it keeps of texts of up to L tokens. That object plans passes, once for all
-layers, and makes the state of one layer: filled by a forward pass over B prompts, then read and extended by one token
-for each row at a time.
+layers, and makes the state of one layer. A forward pass over B prompts fills the state; each later pass reads it and
+extends it by one token for each row.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ with p the softmax of s q~_j.k_t over the segment,
 
     L_j(q) >= s q.k~_j + M_j,    k~_j = sum_t p_t k_t,    M_j = -sum_t p_t log p_t
 
-so the key is the mean weighted by p, and the segment's mass M_j is the entropy of p: log c if the landmark stands for
-c tokens that are alike, 0 if it stands for one. The tangent is exact at q~_j and never more than the truth: a
-landmark gets no more attention than its tokens would. ``weighted=False`` takes the plain mean for k~_j, and for M_j
-what makes the logit exact at q~_j: no tangent, and no bound.
+so the key is the mean weighted by p, and the segment's mass M_j is the entropy of p. M_j is log c if the landmark
+stands for c tokens that are alike, and 0 if it stands for one. The tangent is exact at q~_j and never more than the
+truth: a landmark gets no more attention than its tokens would. ``weighted=False`` takes the plain mean for k~_j, and
+for M_j what makes the logit exact at q~_j: no tangent, and no bound.
 
 Values. Without ``gamma``, W_j = P_j = sum_t p_t v_t. With it, W comes from the Nystrom core at landmark level, where
 causality is triangular:
@@ -25,10 +25,10 @@ causality is triangular:
     (B V)[i] = softmax over the tokens of segments <= i of (s q~_i.k) V
     W = (g I + (1 - g) A)^-1 (g P + (1 - g) B V)
 
-The inverse of a lower triangular matrix is lower triangular: W_j depends on segments <= j only. g = 0 is plain Nystrom
-and explodes (relative error 377 on smooth inputs in a prototype, against 0.12 at 0.75); for g > 1/2 the inverse is
-bounded by 1 / (2 g - 1) in the maximum norm, whatever the data. It costs m n more logits and, in decoding, all keys and
-values.
+The inverse of a lower triangular matrix is lower triangular: W_j depends on segments <= j only. Plain Nystrom, g = 0,
+explodes: its relative error on smooth inputs was 377 in a prototype, against 0.12 at g = 0.75. For g > 1/2 the inverse
+is bounded by 1 / (2 g - 1) in the maximum norm, whatever the data. It costs m n more logits and, in decoding, all keys
+and values.
 
 The segment length is a number of the model and never derived from the row, so a prefix's outputs are the whole's.
 Padding on the right is in every real token's future and needs no mask. docs/attention.md has the derivation and the
@@ -74,9 +74,11 @@ def causal_nystrom_attention(
 ) -> Tensor:
     """Attention of every token to those before it. q, k, v: (R, H, n, d) for any n; returns (R, H, n, d).
 
-    offset: (H, S, d) or (H, 1, d), added to the mean query of each segment, S at least n / c. gamma: (H,) in (1/2, 1),
-    or None for pooled values. weighted: landmark keys weighted as the values are, or plain means. A sequence of up to
-    ``window.segments`` segments gets exact causal attention.
+    ``offset``: (H, S, d) or (H, 1, d), added to the mean query of each segment, S at least n / c. ``gamma``: (H,) in
+    (1/2, 1), or None for pooled values. ``weighted``: landmark keys are weighted as the values are, or else plain
+    means.
+
+    A sequence of up to ``window.segments`` segments gets exact causal attention.
     """
     rows, heads, length, _ = q.shape
     size = window.segment_length
@@ -156,8 +158,10 @@ def causal_landmarks(
 
 
 def _gather(query: Tensor, k: Tensor, v: Tensor, segment_length: int) -> Tensor:
-    """B V: landmark queries (B, m, d) over the tokens of all segments up to their own, in slabs of landmarks, so that
-    what lies beyond a slab is neither computed nor masked and no mask is larger than a slab."""
+    """B V: landmark queries (B, m, d) over the tokens of all segments up to their own.
+
+    In slabs of landmarks: what lies beyond a slab is neither computed nor masked, and no mask is larger than a slab.
+    """
     count = query.shape[1]
     parts = []
     for first in range(0, count, _SLAB):

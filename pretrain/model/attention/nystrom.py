@@ -102,9 +102,9 @@ def landmark_means(x: Tensor, rectangle: Rectangle, num_landmarks: int) -> Tenso
 def iterative_inverse(matrix: Tensor, iterations: int, init: Literal["block", "original"] = "block") -> Tensor:
     """Approximate Moore-Penrose inverse of row-stochastic matrices (paper, equation 14; Razavi et al. 2014).
 
-    matrix: (R, H, m, m). init: ``block`` starts from A^T / (largest column sum of that matrix); ``original``, the
-    published code's choice, takes the largest column sum of the whole batch, so that a sequence's result depends on its
-    batch mates. (The largest row sum, the other factor of the starting scale, is 1 for a softmax.)
+    ``matrix``: (R, H, m, m). ``init``: ``block`` starts from A^T / (largest column sum of that matrix). ``original``,
+    the published code's choice, takes the largest column sum of the whole batch; a sequence's result then depends on
+    its batch mates. (The largest row sum, the other factor of the starting scale, is 1 for a softmax.)
 
     Six steps are a regulariser, not an approximation to be improved: at 6, 12 and 20 the gradient's norm is 1e3, 5e5
     and 8e7. A trained network is adapted to its own count.

@@ -5,14 +5,14 @@ For each row, with H heads of width d, segments of c tokens, a window of w segme
 
 * a ring of the keys and values of the last r = w c tokens (more if the skip convolution is wider than the window: it
   reads the same values). Exact attention keeps all tokens, r = L;
-* behind the ring, in the same tensors, so that a step reads both with one product: the keys k~ and values W of
-  m = ceil(L / c) - w landmarks, as many as the last token can see; and their masses M;
+* behind the ring, in the same tensors: the keys k~ and values W of m = ceil(L / c) - w landmarks, as many as the last
+  token can see, and their masses M. A step reads ring and landmarks with one product;
 * the sum of the queries of the segment that is not complete yet, from which its landmark's query will come;
 * for values through the triangular inverse, the keys and values of those m segments: B V of a new landmark looks at all
   of them. Such a cache is a little larger than that of exact attention.
 
 Keys and values have the dtype of the model, for that is what the forward pass reads with. M and the sums have at least
-float32: a sum over a segment in bfloat16 would lose its last queries. The triangular solve goes on from landmarks in
+float32: a sum over a segment in bfloat16 would lose its last queries. The triangular solve continues from landmarks in
 the model's dtype; what their rounding does to later ones is bounded as the inverse is, by 1 / (2 g - 1).
 
 The landmark of a segment is made in the step that completes it, for the rows that do, and is seen w segments later. It
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 class Ring(Cache):
     """A ring for near tokens, or all, with or without landmarks behind it.
 
-    For each row and layer, with hidden size h, H heads and r, m as in :class:`RingSize`: 2 h (r + m) for keys and
-    values, m H + h for the masses and the sum if there are landmarks, 2 h m c for the history. Beyond the window, c
-    more tokens add 2 h + H; to that of exact attention they add 2 h c.
+    Numbers for each row and layer, with hidden size h, H heads and r, m as in :class:`RingSize`: 2 h (r + m) for keys
+    and values. Landmarks add m H + h for the masses and the sum; the history adds 2 h m c. Beyond the window, c more
+    tokens add 2 h + H; to that of exact attention they add 2 h c.
     """
 
     def __init__(self, config: ModelConfig, size: RingSize, *, weighted: bool = True) -> None:
@@ -222,8 +222,9 @@ def next_value(
 ) -> Tensor:
     """W of one landmark more for each of R rows, by forward substitution: (R, H, d).
 
-    query, pooled: (R, H, d), q~ and P, in at least float32. known: (R, H, n, ...), of which landmarks up to the new
-    one, ``number`` (R,), have keys and mass, and those before it values. k, v: (R, H, n * c, d). gamma: (H,).
+    ``query``, ``pooled``: (R, H, d), q~ and P, in at least float32. ``known``: (R, H, n, ...). Its landmarks up to the
+    new one, ``number`` (R,), have keys and mass; those before it have values too. ``k``, ``v``: (R, H, n * c, d).
+    ``gamma``: (H,).
     """
     count, gamma, number = known.keys.shape[2], gamma.to(query.dtype)[:, None], number[:, None, None]
     core = query.shape[-1] ** -0.5 * (known.keys.to(query.dtype) @ query.unsqueeze(-1)).squeeze(-1) + known.mass

@@ -31,7 +31,7 @@ def _say_exact(name: str, longest: int, limit: int | None) -> None:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all layers share for one batch: who attends to whom, and the rotary tables."""
+    """What all layers share for one batch: which tokens attend to which, and the rotary tables."""
 
     partition: Partition
     rotary: RotaryTable | None
@@ -75,7 +75,7 @@ def _table(config: ModelConfig, positions: Tensor, *, dtype: torch.dtype) -> Rot
 class SelfAttention(nn.Module):
     """(B, N, hidden) -> (B, N, hidden), by the form that the configuration names.
 
-    The convolution's weight and what the form itself learns are parameters of this module, not of submodules: how often
+    The convolution's weight and what the form itself learns are parameters of this module, not of submodules. How often
     the attention function runs depends on the batch's layout, and ZeRO-3 must gather weights equally often on every
     rank.
     """
@@ -160,7 +160,7 @@ class SelfAttention(nn.Module):
         outputs = [self._attend(r.take(q), r.take(k), r.take(v), given, r) for r in partition.rectangles]
         merged = partition.merge(outputs, v) if outputs else 0 * (q + k + v)
         exact = self.form.exact_up_to
-        # Every parameter gets a gradient, if zero, whatever the batch holds: ranks whose batches differ must reduce the
+        # Every parameter gets a gradient, if zero, whatever the batch holds. Ranks whose batches differ must reduce the
         # same parameters, and ZeRO-3 adds a step's later gradients to what an earlier step left of a missing first one.
         unused = [] if outputs else [self.conv_weight]
         if exact is None or all(r.length <= exact for r in partition.rectangles):

@@ -70,13 +70,13 @@ class Nystrom(Form):
         )
 
     def flops(self, seq_len: int) -> float:
-        """Bidirectional, with m landmarks and T steps of the inverse: 8 m h for the two rectangular products, and (4
-        m^2 h + 8 T m^3 h / d) / n for the landmark matrix, its inverse, and the inverse times the values. Pooled,
+        """Bidirectional, with m landmarks and T steps of the inverse: 8 m h for the two rectangular products. The
+        landmark matrix, its inverse, and the inverse times the values add (4 m^2 h + 8 T m^3 h / d) / n. Pooled,
         without the inverse: 4 m h.
 
-        Causal, m landmarks of c tokens: 4 h for every token seen in the window and every landmark seen, on average; and
-        the landmarks' own work over n: 6 h m c for their keys, masses and values, and with the inverse 4 h c m (m + 1)
-        / 2 for B V, and h m^2 each for A and the triangular solve.
+        Causal, m landmarks of c tokens: 4 h for every token seen in the window and every landmark seen, on average. The
+        landmarks' own work is divided by n: 6 h m c for their keys, masses and values. With the inverse come 4 h c m (m
+        + 1) / 2 for B V, and h m^2 each for A and the triangular solve.
         """
         if seq_len <= self.exact_up_to:
             return self.exact_flops(seq_len)
@@ -101,9 +101,11 @@ class Nystrom(Form):
         return self._window.segments * self._window.segment_length if self.causal else self.config.num_landmarks
 
     def parameters(self) -> dict[str, OwnParameter]:
-        """Of causal models: ``landmark_query`` (H, d), the learned offset to the landmarks' queries, which starts at 0,
-        and ``gamma_logit`` (H,), from which comes the weight of the identity in the triangular inverse; it starts at
-        ``gamma_init``."""
+        """Of causal models, as far as the configuration asks for them.
+
+        ``landmark_query`` (H, d) is the learned offset to the landmarks' queries, which starts at 0. ``gamma_logit``
+        (H,) gives the weight of the identity in the triangular inverse, which starts at ``gamma_init``.
+        """
         config, found = self.config, {}
         if self.has_landmark_query:
             shape = (config.num_heads, config.head_dim)
@@ -186,8 +188,8 @@ class Nystrom(Form):
 def _offset(landmark_query: Tensor, rotary: RotaryTable | None) -> Tensor:
     """(H, d) -> (H, S, d) or (H, 1, d): what is added to the mean query of each segment.
 
-    With rotary positions it is turned as the queries are: it is the mean over the segment of one vector added to each
-    query before the rotation, so that what a landmark gets depends on relative positions only.
+    With rotary positions it is turned as the queries are: the mean over the segment of one vector that is added to each
+    query before the rotation. What a landmark gets then depends on relative positions only.
     """
     offset = landmark_query.to(at_least_float32(landmark_query.dtype))[None, None]
     if rotary is not None:
