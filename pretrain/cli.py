@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from data_pipeline.errors import UserError
 from pretrain.distributed.signals import EXIT_STALLED
 
-SPEAKING_SECONDS = 10.0
-"""How long the other processes give the first one to print the error that they share with it."""
+ERROR_WAIT_SECONDS = 10.0
+"""How long the other processes wait for the first one to print the error that they share with it."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,7 +82,7 @@ def _main(args: argparse.Namespace) -> int:
         if not rank.is_first:
             # The first process has the same error nearly always, and launchers end the rest as soon as one exits; so
             # leaving at once could cost the user the message.
-            time.sleep(SPEAKING_SECONDS)
+            time.sleep(ERROR_WAIT_SECONDS)
         raise
     except Exception as error:
         return _report_crash(error, rank.rank)

@@ -45,7 +45,7 @@ def peak(stages: Sequence[StageMemory]) -> int:
     return max(stage.peak for stage in stages)
 
 
-LINES = 6
+LINE_GUESSES = 6
 """Guesses along a line before halving: enough unless memory jumps."""
 
 
@@ -70,7 +70,7 @@ def largest_micro_batch(config: RunConfig, stage: int, budget: MemoryBudget) -> 
             low = guess
         else:
             high = guess
-        guess = _on_the_line(tried, budget.limit) if len(tried) < LINES else (low + high) // 2
+        guess = _on_the_line(tried, budget.limit) if len(tried) < LINE_GUESSES else (low + high) // 2
         guess = min(max(guess, low + 1), high - 1)
     return low
 

@@ -19,8 +19,7 @@ from pretrain.model.attention.forms.window import segment_sizes, tokens_seen
 from pretrain.model.attention.layout import Layout, Rectangle
 from pretrain.model.attention.nystrom import nystrom_attention, pooled_attention
 from pretrain.model.attention.registry import register
-from pretrain.model.attention.ring import Ring
-from pretrain.model.attention.ring_plan import RingStep
+from pretrain.model.attention.ring import Ring, RingStep
 from pretrain.model.compute import at_least_float32
 from pretrain.model.positions import RotaryTable, apply_rotary, segment_rotary_table
 
