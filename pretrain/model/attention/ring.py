@@ -4,8 +4,8 @@ One more token costs O(w c + m) and not another forward pass.
 
 For each row, with H heads of width d, segments of c tokens, a window of w segments and texts of up to L tokens:
 
-* a ring buffer with the keys and values of the last r = w c tokens (more if the skip convolution is wider than the window: it
-  reads the same values). Exact attention keeps all tokens, r = L;
+* a ring buffer with the keys and values of the last r = w c tokens (more if the skip convolution, which reads the same
+  values, is wider than the window). Exact attention keeps all tokens, r = L;
 * behind the ring, in the same tensors: the keys k~ and values W of m = ceil(L / c) - w landmarks, as many as the last
   token can see, and their masses M. A step reads ring and landmarks with one product;
 * the sum of the queries of the segment that is not complete yet, from which its landmark's query will come;
