@@ -64,7 +64,7 @@ def test_a_file_without_room_beside_it_is_overwritten_in_place(
 def test_a_full_log_or_a_closed_pipe_does_not_end_the_run_or_change_its_status(tmp_path: Path) -> None:
     code = (
         "from pretrain.telemetry.lines import flush_output, print_line\n"
-        "print_line('a line')\ntell('another')\nlet_go_of_output()\nraise SystemExit(74)"
+        "print_line('a line')\nprint_line('another')\nflush_output()\nraise SystemExit(74)"
     )
     with open(FULL, "w") as full:
         assert subprocess.run([sys.executable, "-c", code], stdout=full).returncode == 74
