@@ -105,7 +105,7 @@ def _train_together(
     config = precision.config
     inputs = dataclasses.replace(inputs, config=config)
     if world.is_first:
-        immediate_exit.last_words = lambda: report_preempted(run_dir, state, "starting; nothing was trained")
+        immediate_exit.before_exit = lambda: report_preempted(run_dir, state, "starting; nothing was trained")
 
     watchdog.at("building the model", state.step)
     engine = TrainingEngine(config, world, verbose)
@@ -171,7 +171,7 @@ def _train_together(
             # All were asked to stop while there was nothing to save, and another process has left already.
             if trainer.has_unsaved_steps or not stop():
                 raise
-            immediate_exit.last_words()
+            immediate_exit.before_exit()
             return EXIT_PREEMPTED
         last = trainer.state
         callbacks.call("on_end", lambda: Ended(STATES[code], code, last.step, last.tokens, run_dir))

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from pretrain.distributed.signals import EXIT_PREEMPTED, StopFlag
 
-LAST_WORDS_SECONDS = 5.0
+REPORT_SECONDS = 5.0
 """How long message and status may take: the file system may be what the main thread hangs in."""
 
 
@@ -26,9 +26,9 @@ class ImmediateExit:
     block the flag counts again; a signal at its very end is in the flag.
     """
 
-    def __init__(self, stop: StopFlag, last_words: Callable[[], None] = lambda: None) -> None:
-        """``last_words`` leave a status behind; they may be replaced within the block. It needs the main thread."""
-        self.last_words = last_words
+    def __init__(self, stop: StopFlag, before_exit: Callable[[], None] = lambda: None) -> None:
+        """``before_exit`` is called before the exit; it may be replaced within the block. It needs the main thread."""
+        self.before_exit = before_exit
         self._stop = stop
         self._lock = threading.Lock()
         self._over = False
@@ -40,7 +40,7 @@ class ImmediateExit:
         self._thread = threading.Thread(target=self._wait, name="immediate-exit", daemon=True)
         self._thread.start()
         if self._stop():  # asked before
-            self._leave()
+            self._exit()
         return self
 
     def end(self) -> None:
@@ -62,19 +62,19 @@ class ImmediateExit:
     def _wait(self) -> None:
         while received := self._reader.recv(1):
             if received[0] in (signal.SIGTERM, signal.SIGINT):
-                self._leave()
+                self._exit()
 
-    def _leave(self) -> None:
+    def _exit(self) -> None:
         with self._lock:
             if self._over:
                 return
-            words = threading.Thread(target=self._say_and_leave_status, daemon=True)
-            words.start()
-            words.join(LAST_WORDS_SECONDS)
+            report = threading.Thread(target=self._report, daemon=True)
+            report.start()
+            report.join(REPORT_SECONDS)
             os._exit(EXIT_PREEMPTED)
 
-    def _say_and_leave_status(self) -> None:
-        self.last_words()
+    def _report(self) -> None:
+        self.before_exit()
         # Whoever started this may be gone, and the terminal with it.
         with contextlib.suppress(OSError):
             sys.stdout.flush()

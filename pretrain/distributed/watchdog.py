@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 BEATS_PER_STALL = 20
 LONGEST_BEAT = 5.0
 """Seconds between two signs of life: a twentieth of ``stall_seconds``, but no more than this."""
-LAST_WORDS_SECONDS = 10.0
+REPORT_SECONDS = 10.0
 """How long message, status and stack may take: the file system or the terminal may be what hangs."""
 _DIAGNOSIS = "stalled"
 _THREAD_PREFIX = "watchdog"
@@ -206,20 +206,20 @@ class Watchdog:
         is_culprit = not diagnosis.culprits or self.rank in diagnosis.culprits
         self._end(None, is_culprit)
 
-    def _end(self, message: str | None, with_stack: bool, leave: Callable[[], None] = lambda: None) -> None:
-        """Say ``message``, show where it stands, and end this process."""
+    def _end(self, message: str | None, with_stack: bool, before_exit: Callable[[], None] = lambda: None) -> None:
+        """Print ``message`` and, with ``with_stack``, where the threads are; then end this process."""
 
-        def last_words() -> None:
+        def report() -> None:
             if message is not None:
                 print(message, file=sys.stderr, flush=True)
             if with_stack:
                 print(f"process {self.rank} stands here:\n{stacks()}", file=sys.stderr, flush=True)
-            leave()
+            before_exit()
 
         began = time.monotonic()
-        words = threading.Thread(target=last_words, name=f"{_THREAD_PREFIX} last words", daemon=True)
-        words.start()
-        words.join(LAST_WORDS_SECONDS)
+        reporting = threading.Thread(target=report, name=f"{_THREAD_PREFIX} report", daemon=True)
+        reporting.start()
+        reporting.join(REPORT_SECONDS)
         # The others must have heard the diagnosis before they see this process go, or they would report its loss.
         time.sleep(max(0.0, 4 * self.interval - (time.monotonic() - began)))
         os._exit(EXIT_STALLED)

@@ -238,7 +238,7 @@ def test_what_is_no_checkpoint_of_this_model_is_refused(tmp_path: Path) -> None:
 
 
 def fp16(folder: str, stage: int, reading: bool) -> tuple[float, float, int]:
-    """Runs in the ranks: overflows lower the loss scale; what reads it goes on with it. CPUs have float16 kernels."""
+    """Runs in the ranks: overflows lower the loss scale; what reads it continues with it. CPUs have float16 kernels."""
     import torch
     from deepspeed.accelerator import get_accelerator
 
