@@ -114,7 +114,7 @@ def join(rank: Rank | None = None) -> Iterator[Team]:
     if rank.world_size == 1:
         yield Team()
         return
-    from pretrain.distributed.meeting import NotAllCame
+    from pretrain.distributed.rendezvous import ProcessesMissing
     from pretrain.distributed.world import World
 
     _end_with(StopFlag(launched=LAUNCHER_PID in os.environ))
@@ -123,8 +123,8 @@ def join(rank: Rank | None = None) -> Iterator[Team]:
         signal.signal(number, signal.SIG_DFL)
     with quiet_unless(rank.is_first):
         try:
-            world = World(rank, STALL_SECONDS, meeting_seconds=MEETING_SECONDS)
-        except NotAllCame as error:
+            world = World(rank, STALL_SECONDS, rendezvous_seconds=MEETING_SECONDS)
+        except ProcessesMissing as error:
             if str(error):
                 print(error, file=sys.stderr, flush=True)
             raise SystemExit(EXIT_STALLED) from None

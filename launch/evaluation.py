@@ -23,7 +23,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.processes import available_cores, child_command
 from launch.local import REPOSITORY, StopRequest, become_subreaper, count_gpus, free_port
 from pretrain.distributed.signals import LAUNCHER_PID
-from pretrain.ending import LAUNCH_ID
+from pretrain.finish import LAUNCH_ID
 
 POLL_SECONDS = 0.1
 LAST_WORDS_SECONDS = 5.0

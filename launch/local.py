@@ -27,7 +27,7 @@ import psutil
 from data_pipeline.errors import UserError
 from launch.restarts import Restarts, resumed, starts_anew
 from pretrain.distributed.signals import EXIT_PREEMPTED, LAUNCHER_PID
-from pretrain.ending import LAUNCH_ID, STATUS
+from pretrain.finish import LAUNCH_ID, STATUS
 
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 2.0

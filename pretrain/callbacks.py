@@ -1,4 +1,4 @@
-"""Something of the user's that is done while a run trains: classes named in ``callbacks:``, called with what happened.
+"""Callbacks: classes of the user's, named in ``callbacks:``, that are called with what happened while a run trains.
 
 Training does not depend on them. They see plain values and no engine, their draws of random numbers do not move those
 of training, and what they raise disables them and nothing else. They must call no collective operation: the other
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from data_pipeline.errors import UserError
 from pretrain.config import CallbackConfig, RunConfig
 from pretrain.distributed import watchdog
-from pretrain.telemetry.lines import tell
+from pretrain.telemetry.lines import print_line
 
 if TYPE_CHECKING:
     from pretrain.distributed.world import World
@@ -179,10 +179,10 @@ class Callbacks:
     not where they leave the random generators. One that hangs is named by the watchdog.
     """
 
-    def __init__(self, config: RunConfig, world: World, say: Callable[[str], None] = tell) -> None:
+    def __init__(self, config: RunConfig, world: World, say: Callable[[str], None] = print_line) -> None:
         """Make them; a collective of all processes if there are any. Raises :class:`UserError` on all of them alike.
 
-        ``say`` is how the first process speaks; the others print.
+        ``say`` prints a line of the first process; the others print by themselves.
         """
         self.stop_asked = False
         self.say = say
@@ -235,7 +235,7 @@ class Callbacks:
             self._called[method] = [(name, other) for name, other in called if other is not callback]
 
     def _tell(self, text: str) -> None:
-        (self.say if self._first else tell)(text)
+        (self.say if self._first else print_line)(text)
 
 
 def check_callbacks(entries: Sequence[CallbackConfig]) -> None:

@@ -9,8 +9,7 @@ from pretrain.callbacks import check_callbacks
 from pretrain.config import RunConfig
 from pretrain.curriculum.plan import build_plan, check_world_size
 from pretrain.engine.deepspeed_config import build_deepspeed_config
-from pretrain.inputs import Inputs
-from pretrain.sources import fingerprint, open_sources
+from pretrain.sources import Inputs, fingerprint, open_sources
 from pretrain.telemetry.trackers import check_trackers
 
 

@@ -11,23 +11,26 @@ from collections.abc import Sequence
 from data_pipeline.errors import UserError
 from pretrain.distributed.signals import EXIT_STALLED
 
-SPEAKING_SECONDS = 10.0
-"""How long the other processes give the first one to print the error that they share with it."""
+ERROR_WAIT_SECONDS = 10.0
+"""How long the other processes wait for the first one to print the error that they share with it."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     parser = argparse.ArgumentParser(
         prog="nystrom train",
-        description="Pretrain a Nyströmformer on prepared shards, by one YAML file. Run again, the same command goes "
-        "on where the last checkpoint stands.",
+        description="Pretrain a Nyströmformer on prepared shards, by one YAML file. Run again, the same command "
+        "resumes from the last checkpoint.",
         epilog="example: nystrom train --config configs/demo-clm.yaml --set optimizer.lr=1e-3 zero_stage=1\n"
         "This is one process; for several: nystrom launch local --nproc 2 --config ..., or\n"
         "deepspeed --num_accelerators 2 --module pretrain --config ...\n\n"
-        "exit status: 0 done; 2 a mistake in configuration or data; 74 the last checkpoint or the export could not be\n"
-        "written (make room, run the same command); 75 stopped by SIGTERM or Ctrl-C, with a checkpoint saved if there\n"
-        "was anything to save (run the same command to go on); 76 too many steps in a row with numbers that are not\n"
-        "finite; 77 a process hung or never came (the message names it; stall_seconds in the configuration).",
+        "exit status:\n"
+        "  0   done\n"
+        "  2   a mistake in configuration or data\n"
+        "  74  the last checkpoint or the export could not be written: free space, run the same command\n"
+        "  75  stopped by SIGTERM or Ctrl-C, with a checkpoint of what was trained: the same command resumes\n"
+        "  76  too many steps in a row with numbers that are not finite\n"
+        "  77  a process hung or never came: the message names it; see stall_seconds in the configuration",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run_arguments(parser)
@@ -45,7 +48,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         choices=["auto", "never"],
         default="auto",
-        help="auto: go on from the newest whole checkpoint if there is one; never: move an existing run folder aside "
+        help="auto: resume from the newest whole checkpoint if there is one; never: move an existing run folder aside "
         "to NAME.old-1 and start over (default: auto)",
     )
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log too")
@@ -54,9 +57,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. A :class:`UserError` comes from one process only."""
     args = build_parser().parse_args(argv)
-    from pretrain.distributed.leaving import leave_on_signals
+    from pretrain.distributed.immediate_exit import exit_on_signals
 
-    restore = leave_on_signals()
+    restore = exit_on_signals()
     try:
         return _main(args)
     finally:
@@ -67,7 +70,7 @@ def _main(args: argparse.Namespace) -> int:
     from pretrain.config import load_config
     from pretrain.distributed.world import Rank, quiet_libraries, read_rank
     from pretrain.run import train
-    from pretrain.telemetry.lines import let_go_of_output
+    from pretrain.telemetry.lines import flush_output
 
     if not args.verbose:
         quiet_libraries()
@@ -79,12 +82,12 @@ def _main(args: argparse.Namespace) -> int:
         if not rank.is_first:
             # The first process has the same error nearly always, and launchers end the rest as soon as one exits; so
             # leaving at once could cost the user the message.
-            time.sleep(SPEAKING_SECONDS)
+            time.sleep(ERROR_WAIT_SECONDS)
         raise
     except Exception as error:
         return _report_crash(error, rank.rank)
     finally:
-        let_go_of_output()
+        flush_output()
 
 
 def _report_crash(error: Exception, rank: int) -> int:

@@ -1,8 +1,9 @@
 """bf16 or fp32: what a device computes faster in, and what a run's ``precision: auto`` comes to.
 
 A CPU is measured and not asked for its flags: they say nothing of libraries that the environment caps
-(``ONEDNN_MAX_CPU_ISA``), and without instructions for bf16 PyTorch still multiplies it, 3 to 50 times slower than
-float32 (measured: 0.36 of the speed where oneDNN converts, 0.01 to 0.05 where it does not; 2 and more with them).
+(``ONEDNN_MAX_CPU_ISA``). Without instructions for bf16 PyTorch still multiplies it, 3 to 50 times slower than float32.
+Measured: 0.36 of float32's speed where oneDNN converts, 0.01 to 0.05 where it does not, and 2 or more with the
+instructions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 FASTER = 1.1
 """From this ratio of speeds on bf16 is taken. Where there are instructions for it 1.5 and more was measured, where
 there are none 0.4 at most: noise of a machine that others use too does not reach it from either side."""
-HOPELESS = 0.6
+TOO_SLOW = 0.6
 """Below it a small product has decided: a larger one would take tens of milliseconds and say the same."""
 SMALL, LARGE = 128, 384
 """Sides of the matrices: 0.04 and 1 ms in float32 on one core; the small one 1.2 ms in bf16 where that is slow."""
@@ -47,7 +48,7 @@ def _measured() -> float:
     try:
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             small = _ratio(SMALL)
-            return small if small < HOPELESS else _ratio(LARGE)
+            return small if small < TOO_SLOW else _ratio(LARGE)
     finally:
         torch.set_num_threads(threads)
 
@@ -69,7 +70,7 @@ def _ratio(side: int) -> float:
     return best[0] / best[1]
 
 
-class Verdict(NamedTuple):
+class Bf16Support(NamedTuple):
     """What a device makes of bf16."""
 
     ratio: float
@@ -83,27 +84,27 @@ class Verdict(NamedTuple):
         return "bf16" if self.ratio >= FASTER else "fp32"
 
 
-def judge(device: torch.device) -> Verdict:
+def bf16_support(device: torch.device) -> Bf16Support:
     """A GPU has bf16 or has not, a CPU is measured; elsewhere bf16 is left alone."""
     import torch
 
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Verdict(float("inf"), "{whose} GPU has bf16")
-        return Verdict(0.0, "{whose} GPU has no bf16 of its own")
+            return Bf16Support(float("inf"), "{whose} GPU has bf16")
+        return Bf16Support(0.0, "{whose} GPU has no bf16 of its own")
     if device.type != "cpu":
-        return Verdict(0.0, f"bf16 was never tried on {device.type}")
+        return Bf16Support(0.0, f"bf16 was never tried on {device.type}")
     ratio = bf16_speed()
     how = f"{ratio:.2g} of" if ratio < 1 else f"{ratio:.2g} times"
-    return Verdict(ratio, f"{{whose}} CPU multiplies bf16 matrices at {how} its float32 speed")
+    return Bf16Support(ratio, f"{{whose}} CPU multiplies bf16 matrices at {how} its float32 speed")
 
 
 def fast_precision(device: torch.device) -> Literal["bf16", "fp32"]:
     """bf16 where the device multiplies matrices faster in it than in float32, else fp32; never fp16."""
-    return judge(device).precision
+    return bf16_support(device).precision
 
 
-class Settled(NamedTuple):
+class ResolvedPrecision(NamedTuple):
     """A configuration whose precision is no longer ``auto``."""
 
     config: RunConfig
@@ -113,7 +114,7 @@ class Settled(NamedTuple):
     """A line to be said at the start."""
 
 
-def settle(config: RunConfig, world: World, began: str | None = None) -> Settled:
+def resolve_precision(config: RunConfig, world: World, began: str | None = None) -> ResolvedPrecision:
     """What the run's precision is, the same on all processes, which must call it alike.
 
     ``began``: the precision of the checkpoint that the run resumes from, None for a run that begins. ``auto`` keeps it;
@@ -122,45 +123,45 @@ def settle(config: RunConfig, world: World, began: str | None = None) -> Settled
     """
     asked = config.precision
     if asked in ("fp32", "fp16"):
-        return Settled(config, asked)
+        return ResolvedPrecision(config, asked)
     if asked == "auto" and config.zero_stage == 0:
-        return Settled(_with(config, "fp32"), "fp32 (auto: zero_stage 0 has no other)")
-    verdict = _of_all(world.gather(judge(world.device)))
+        return ResolvedPrecision(_with(config, "fp32"), "fp32 (auto: zero_stage 0 has no other)")
+    verdict = _of_all(world.gather(bf16_support(world.device)))
     if asked == "bf16":
         slow = f"precision bf16 was asked for, and {verdict.words}: --set precision=fp32 is faster here"
-        return Settled(config, asked, slow if verdict.ratio < 1 else None)
+        return ResolvedPrecision(config, asked, slow if verdict.ratio < 1 else None)
     if began is None:
-        return Settled(_with(config, verdict.precision), f"{verdict.precision} (auto: {verdict.words})")
+        return ResolvedPrecision(_with(config, verdict.precision), f"{verdict.precision} (auto: {verdict.words})")
     note = None
     if verdict.precision != began and began != "fp16":
         note = (
             f"precision auto keeps {began}, in which the run began; here {verdict.precision} would be faster "
             f"({verdict.words}): --set precision={verdict.precision} changes it"
         )
-    return Settled(_with(config, began), f"{began} (auto: the run began in it)", note)
+    return ResolvedPrecision(_with(config, began), f"{began} (auto: the run began in it)", note)
 
 
-def settle_for_plan(config: RunConfig, on_gpu: bool) -> Settled:
+def resolve_for_plan(config: RunConfig, on_gpu: bool) -> ResolvedPrecision:
     """The precision to plan with: GPUs, which need not be here, have bf16; a CPU is taken to be like this one."""
     import torch
 
     if config.precision != "auto":
-        return Settled(config, config.precision)
+        return ResolvedPrecision(config, config.precision)
     if config.zero_stage == 0:
-        return Settled(_with(config, "fp32"), "fp32 (auto: zero_stage 0 has no other)")
+        return ResolvedPrecision(_with(config, "fp32"), "fp32 (auto: zero_stage 0 has no other)")
     if on_gpu:
-        return Settled(_with(config, "bf16"), "bf16 (auto: a GPU is taken to have it)")
-    verdict = _of_all([judge(torch.device("cpu"))])
-    return Settled(_with(config, verdict.precision), f"{verdict.precision} (auto: {verdict.words})")
+        return ResolvedPrecision(_with(config, "bf16"), "bf16 (auto: a GPU is taken to have it)")
+    verdict = _of_all([bf16_support(torch.device("cpu"))])
+    return ResolvedPrecision(_with(config, verdict.precision), f"{verdict.precision} (auto: {verdict.words})")
 
 
-def _of_all(verdicts: list[Verdict]) -> Verdict:
+def _of_all(verdicts: list[Bf16Support]) -> Bf16Support:
     """The verdict that decides for all: the first process's, unless bf16 is slow for another one only."""
     worst = min(range(len(verdicts)), key=lambda rank: verdicts[rank].ratio)
     if verdicts[worst].precision == verdicts[0].precision:
         worst = 0
     ratio, words = verdicts[worst]
-    return Verdict(ratio, words.format(whose="this" if worst == 0 else f"process {worst}'s"))
+    return Bf16Support(ratio, words.format(whose="this" if worst == 0 else f"process {worst}'s"))
 
 
 def _with(config: RunConfig, precision: str) -> RunConfig:

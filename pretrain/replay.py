@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.batches import IGNORE
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain.checkpoint import commit
+from pretrain.telemetry.bad_batches import checkpoint_at, read_batch
 from pretrain.telemetry.spikes import bounds
-from pretrain.telemetry.suspects import checkpoint_at, read_batch
 
 if TYPE_CHECKING:
     import torch
@@ -100,9 +100,9 @@ def read_rows(folder: Path) -> tuple[dict[str, Any], list[Row]]:
 def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tuple[NystromformerLM, Tokenizer, str]:
     """The model in evaluation mode (on the GPU if there is one), the tokenizer, and a line about the weights.
 
-    From ``path``, else from the newest whole checkpoint that holds the weights the step began with or older ones, else,
-    if those were removed to make room, from the oldest of the newer ones, else, for a run that had none, as the run's
-    seed initialised them.
+    From ``path``; else from the newest whole checkpoint that holds the weights the step began with or older ones; else,
+    if those were removed to free space, from the oldest of the newer ones. A run without checkpoints has the weights
+    that its seed initialised.
     """
     import torch
 
@@ -120,8 +120,8 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
         assert isinstance(loaded.model, NystromformerLM)
         model, tokenizer = loaded.model, loaded.tokenizer
         whose = f"Weights: {loaded.path}, after {loaded.tokens:,} tokens; the step began at {facts['tokens_before']:,}."
-    # The weights may be from before the edge at which the stage of the batch began: the angles are the stage's, learned
-    # positions repeat as they do there, which is what the copies at the edge were made from.
+    # The weights may be from before the edge at which the stage of the batch began. The angles are the stage's. Learned
+    # positions repeat as the copies at that edge would.
     stage = stage_model(load_config(run_dir / "config.yaml"), facts["stage"])
     angles = {"rope_theta": stage.rope_theta, "rope_position_scale": stage.rope_position_scale}
     model.set_positions(model.config.model_copy(update=angles))
@@ -136,7 +136,7 @@ def _nearest(checkpoints: Path, facts: dict[str, Any]) -> Path | None:
         return found[0]
     if facts["checkpoint"] is None:
         return None
-    # There was one, which made room for newer ones since: of those that are left the oldest is the nearest.
+    # There was one, which was removed for newer ones since: of those that are left the oldest is the nearest.
     whole = [folder for folder, manifest in commit.candidates(checkpoints) if isinstance(manifest, commit.Manifest)]
     return whole[-1] if whole else None
 

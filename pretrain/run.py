@@ -16,7 +16,7 @@ from pretrain.checkpoint.resume import check_resume, identity
 from pretrain.checks import check_inputs
 from pretrain.config import RunConfig
 from pretrain.distributed import watchdog
-from pretrain.distributed.leaving import LeaveAtOnce
+from pretrain.distributed.immediate_exit import ImmediateExit
 from pretrain.distributed.signals import (
     EXIT_DONE,
     EXIT_PREEMPTED,
@@ -25,14 +25,14 @@ from pretrain.distributed.signals import (
     StopFlag,
 )
 from pretrain.distributed.world import Rank
-from pretrain.ending import STATES, export_weights, is_finished, leave_preempted, write_status
-from pretrain.inputs import Inputs
+from pretrain.finish import STATES, export_weights, is_finished, report_preempted, write_status
+from pretrain.sources import Inputs
 
 
 def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool = False) -> int:
     """Start or continue the run that ``config`` describes, as process ``rank``; returns an exit status.
 
-    ``resume``: ``auto`` goes on from the newest whole checkpoint, ``never`` moves an existing run folder aside and
+    ``resume``: ``auto`` resumes from the newest whole checkpoint, ``never`` moves an existing run folder aside and
     starts over. Raises :class:`UserError` for what the user can mend; nearly all of it before torch and DeepSpeed are
     imported.
     """
@@ -55,41 +55,41 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
         raise UserError(f"--resume {resume}: choose auto or never")
 
     stop = StopFlag(launched=rank.world_size > 1 or LAUNCHER_PID in os.environ)
-    from pretrain.distributed.meeting import NotAllCame, StoppedWhileWaiting
+    from pretrain.distributed.rendezvous import ProcessesMissing, StoppedWhileWaiting
     from pretrain.distributed.world import World
 
-    with LeaveAtOnce(stop) as leaving:
+    with ImmediateExit(stop) as immediate_exit:
         try:
             world = World(rank, config.stall_seconds, stop)
         except StoppedWhileWaiting:
             return EXIT_PREEMPTED
-        except NotAllCame as error:
+        except ProcessesMissing as error:
             if str(error):
                 print(error, file=sys.stderr, flush=True)
             return EXIT_STALLED
         try:
-            return _train_together(inputs, world, stop, leaving, resume, verbose)
+            return _train_together(inputs, world, stop, immediate_exit, resume, verbose)
         finally:
             world.close()
 
 
 def _train_together(
-    inputs: Inputs, world: Any, stop: StopFlag, leaving: LeaveAtOnce, resume: str, verbose: bool
+    inputs: Inputs, world: Any, stop: StopFlag, immediate_exit: ImmediateExit, resume: str, verbose: bool
 ) -> int:
     from pretrain.callbacks import Callbacks, Ended, Started
     from pretrain.checkpoint.store import Checkpoints
     from pretrain.describe import describe
-    from pretrain.distributed.world import first_decides
+    from pretrain.distributed.world import run_on_first
     from pretrain.engine.probe import run_probe
     from pretrain.engine.training import TrainingEngine
-    from pretrain.precision import settle
-    from pretrain.telemetry.folder import explain, write_start
+    from pretrain.precision import resolve_precision
+    from pretrain.telemetry.folder import write_readme, write_start
     from pretrain.telemetry.telemetry import METRICS, Telemetry, truncate_metrics
     from pretrain.trainer import Trainer
 
     run_dir = inputs.config.run_dir
     callbacks = Callbacks(inputs.config, world)
-    first_decides(world, lambda: _prepare_folder(inputs, resume))
+    run_on_first(world, lambda: _prepare_folder(inputs, resume))
     state = TrainState()
     world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, state)
     watchdog.at("reading checkpoints")
@@ -100,12 +100,12 @@ def _train_together(
     if found is not None:
         changed, state = _check(found[1], inputs, world.world_size), found[1].state
     began = None if found is None else found[1].identity["config"]["precision"]
-    precision = settle(inputs.config, world, began)
+    precision = resolve_precision(inputs.config, world, began)
     # From here on, in the folder's config.yaml and in every checkpoint, the precision is the one that it came to.
     config = precision.config
     inputs = dataclasses.replace(inputs, config=config)
     if world.is_first:
-        leaving.last_words = lambda: leave_preempted(run_dir, state, "starting; nothing was trained")
+        immediate_exit.before_exit = lambda: report_preempted(run_dir, state, "starting; nothing was trained")
 
     watchdog.at("building the model", state.step)
     engine = TrainingEngine(config, world, verbose)
@@ -117,14 +117,14 @@ def _train_together(
             write_atomic(run_dir / "config.yaml", config.to_yaml().encode())
             write_atomic(run_dir / "deepspeed.json", _json(engine.deepspeed_config))
             write_start(run_dir, world, state)
-            explain(run_dir)
+            write_readme(run_dir)
             truncate_metrics(run_dir / METRICS, state.step)
         except OSError as error:
             raise UserError(f"run folder {run_dir} cannot be written: {error}") from None
 
-    first_decides(world, describe_folder)
+    run_on_first(world, describe_folder)
     world.barrier()  # all are ready: from here on they stop together, at the edge of a step
-    leaving.end()
+    immediate_exit.end()
     if world.is_first:
         write_status(run_dir, None, state)
     telemetry = Telemetry(run_dir, config, inputs.plan.total_tokens, state.tokens, world.is_first, state.step)
@@ -149,7 +149,7 @@ def _train_together(
         event: dict[str, Any] = {"event": "start"}
         if found is not None:
             event = {"event": "resume", "changed": changed, "passed_over": passed_over}
-            telemetry.say(f"Goes on from {found[0]}: step {state.step}, {state.tokens:,} tokens.")
+            telemetry.say(f"Resumes from {found[0]}: step {state.step}, {state.tokens:,} tokens.")
             for key, (old, new) in changed.items():
                 telemetry.say(f"  changed since: {key} from {old} to {new}")
             for line in loaded:
@@ -171,7 +171,7 @@ def _train_together(
             # All were asked to stop while there was nothing to save, and another process has left already.
             if trainer.has_unsaved_steps or not stop():
                 raise
-            leaving.last_words()
+            immediate_exit.before_exit()
             return EXIT_PREEMPTED
         last = trainer.state
         callbacks.call("on_end", lambda: Ended(STATES[code], code, last.step, last.tokens, run_dir))

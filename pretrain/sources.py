@@ -1,8 +1,9 @@
-"""The training text of a run: its sources opened, checked against each other, and what identifies them together."""
+"""What a run works on: its sources of text opened and checked against each other, and what identifies them together."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import xxhash
 
@@ -12,6 +13,17 @@ from data_pipeline.batches.order import Plan
 from data_pipeline.shards.shardset import ShardSet
 from pretrain.config import RunConfig
 from pretrain.curriculum.plan import build_mixture, slice_length
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A configuration with nothing left open but the precision, and the data it names, opened."""
+
+    config: RunConfig  # model.vocab_size is set; precision may be auto until all processes have met
+    plan: Plan
+    train: TrainingData
+    fingerprint: str  # of the training data
+    valid: ShardSet | None
 
 
 def open_sources(config: RunConfig, plan: Plan, expect_tokenizer: str | None = None) -> TrainingData:

@@ -21,10 +21,10 @@ from pretrain.distributed import watchdog
 from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_NOT_SAVED, EXIT_PREEMPTED
 from pretrain.distributed.world import World
 from pretrain.engine.training import StepResult, TrainingEngine
-from pretrain.inputs import Inputs
 from pretrain.optim.schedule import learning_rate
+from pretrain.sources import Inputs
 from pretrain.telemetry.profile import StepProfiler
-from pretrain.telemetry.reports import Step, StepReports
+from pretrain.telemetry.reports import StepRecord, StepReports
 from pretrain.telemetry.telemetry import Telemetry
 from pretrain.validation import validate, validate_longest, write_samples
 
@@ -32,9 +32,9 @@ from pretrain.validation import validate, validate_longest, write_samples
 class Trainer:
     """Runs the plan from ``state`` to its end, or until asked to stop.
 
-    Each step: this process's rows, split into micro-batches; the loss is the SUM over targets divided by the number of
-    targets of the whole optimizer step, over micro-batches and processes, so that neither their number nor an uneven
-    spread of masked targets changes the mathematics.
+    Each step takes this process's rows in micro-batches. The loss is the SUM over targets divided by the number of
+    targets of the whole optimizer step, over micro-batches and processes. Neither their number nor an uneven spread of
+    masked targets then changes the mathematics.
 
     Tokens, here and in every metric (throughput, MFU, schedules), are slots of the batch: with packed documents the
     padding counts, and FLOPs are those of rows that each hold one sequence.
@@ -102,7 +102,7 @@ class Trainer:
                 if self._validation_due() and not self._validate():
                     return self._preempt()
                 if self._checkpoint_due(batch) and not self.save():
-                    self.telemetry.say("Training goes on; the next checkpoint is tried when it is due.")
+                    self.telemetry.say("Training continues; the next checkpoint is tried when it is due.")
             if not self.save():
                 return self._not_saved()
             self._event("done")
@@ -129,7 +129,7 @@ class Trainer:
         result = self.engine.step(lr)
 
         self._reports.clock.add(batch.tokens, began, waited)
-        step = Step(self.state.step + 1, tokens, batch, targets, lr, loss_sum, result)
+        step = StepRecord(self.state.step + 1, tokens, batch, targets, lr, loss_sum, result)
         loss = self._reports.loss(step, last=tokens >= self.plan.total_tokens)
         bad = not result.applied and loss is not None and not self._is_scale_search(loss.mean, result)
         self.state = dataclasses.replace(
@@ -168,7 +168,7 @@ class Trainer:
         self._event("stage", step=self.state.step + 1, stage=batch.stage, seq_len=batch.seq_len, **settings)
 
     def _is_scale_search(self, loss: float, result: StepResult) -> bool:
-        """Whether fp16's dynamic loss scale merely overflowed on its way down: the loss is fine and there is room."""
+        """Whether fp16's loss scale only overflowed on its way down: the loss is finite and the scale can fall."""
         return self.config.precision == "fp16" and math.isfinite(loss) and result.loss_scale > 1.0
 
     def _validation_due(self) -> bool:
@@ -277,15 +277,15 @@ class Trainer:
         if not self.save():
             return self._not_saved()
         self._event("preempted")
-        self.telemetry.say(f"stopped at step {self.state.step} with a checkpoint; the same command goes on from there")
+        self.telemetry.say(f"stopped at step {self.state.step} with a checkpoint; the same command resumes")
         return EXIT_PREEMPTED
 
     def _not_saved(self) -> int:
         lost = f"the steps after {self._saved_step}" if self._saved_step > 0 else "all steps so far"
         self._event("not_saved", last_saved=self._saved_step)
         self.telemetry.say(
-            f"stopped at step {self.state.step} WITHOUT a checkpoint of it: {lost} are lost. Make room in "
-            f"{self.checkpoints.root} (or mend what is said above), then run the same command: it trains them again."
+            f"stopped at step {self.state.step} WITHOUT a checkpoint of it: {lost} are lost. Free space in "
+            f"{self.checkpoints.root} (or correct what is said above), then run the same command: it trains them again."
         )
         return EXIT_NOT_SAVED
 

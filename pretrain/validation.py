@@ -14,9 +14,9 @@ from data_pipeline.shards.shardset import ShardSet
 from pretrain.config import RunConfig
 from pretrain.distributed import randomness, watchdog
 from pretrain.distributed.world import World
-from pretrain.measures import perplexity
 from pretrain.model.attention.layout import Layout
-from pretrain.telemetry.lines import write_or_tell
+from pretrain.telemetry.lines import write_or_warn
+from pretrain.telemetry.reports import perplexity
 
 if TYPE_CHECKING:
     from pretrain.engine.training import TrainingEngine
@@ -133,5 +133,5 @@ def write_samples(
         written = generate(engine.model, prompts, max_new_tokens=SAMPLE_TOKENS, seed=config.seed)
     texts = [f"{tokenizer.decode(p)} ⟶ {tokenizer.decode(t)}" for p, t in zip(prompts, written, strict=True)]
     if world.is_first and texts:
-        write_or_tell(out / f"step{step:09d}.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
+        write_or_warn(out / f"step{step:09d}.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
     return texts

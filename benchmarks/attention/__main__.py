@@ -166,6 +166,7 @@ def _models(args: argparse.Namespace) -> tuple[ModelConfig, ModelConfig]:
     from pydantic import ValidationError
 
     from benchmarks.attention.setting import models
+    from data_pipeline.configuration import faults
 
     try:
         return models(
@@ -177,9 +178,7 @@ def _models(args: argparse.Namespace) -> tuple[ModelConfig, ModelConfig]:
             conv_kernel=args.conv_kernel,
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where + ': ' if where else ''}{first['msg']}") from None
+        raise UserError(faults(error, None)[0]) from None
 
 
 def _device(name: str) -> torch.device:

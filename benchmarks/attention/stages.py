@@ -15,7 +15,7 @@ from benchmarks.attention.setting import Setting
 from pretrain.model.attention import causal_nystrom
 from pretrain.model.attention.blockwise import Window, blockwise_attention
 from pretrain.model.attention.layout import Rectangle
-from pretrain.model.attention.nystrom import iterative_inverse, segment_means
+from pretrain.model.attention.nystrom import iterative_inverse, landmark_means
 from pretrain.model.attention.softmax import attend
 from pretrain.model.conv import skip_convolution
 
@@ -58,7 +58,7 @@ def _bidirectional(setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> list[Ca
 
     def means(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         m = config.num_landmarks
-        return segment_means(q, rectangle, m), segment_means(k, rectangle, m)
+        return landmark_means(q, rectangle, m), landmark_means(k, rectangle, m)
 
     def inverse(q_landmarks: Tensor, k_landmarks: Tensor) -> Tensor:
         core = (setting.head_dim**-0.5 * q_landmarks @ k_landmarks.transpose(-1, -2)).softmax(dim=-1)
@@ -88,8 +88,10 @@ def _causal(setting: Setting, q: Tensor, k: Tensor, v: Tensor, *, inverse: bool)
     q, k, v = (F.pad(x, (0, 0, 0, short)).flatten(0, 1) for x in (q, k, v))
 
     def means(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        queries = causal_nystrom.segment_queries(q.unsqueeze(0), size, None)[0]
-        far = causal_nystrom.summarize(queries, k, v, None, count=count, weighted=config.landmark_keys == "weighted")
+        queries = causal_nystrom.landmark_queries(q.unsqueeze(0), size, None)[0]
+        far = causal_nystrom.causal_landmarks(
+            queries, k, v, None, count=count, weighted=config.landmark_keys == "weighted"
+        )
         return far.keys, far.mass, far.values
 
     def gather(query: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ default every form has; ``keys-mean+query-mean+inverse`` are landmarks of plain 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from data_pipeline.configuration import faults
 from data_pipeline.errors import UserError
 from pretrain.model.attention import registry
 from pretrain.model.config import ModelConfig
@@ -108,17 +108,7 @@ def configure(values: Mapping[str, Any], where: str) -> ModelConfig:
     try:
         return ModelConfig.model_validate(dict(values))
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_fault(e) for e in error.errors())) from None
-
-
-def _fault(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, ModelConfig.model_fields, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(ModelConfig.model_fields)}"
-        return f"unknown key '{key}': {hint}"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{key}: {message}, got {error['input']!r}" if key else message
+        raise UserError(f"{where}: " + "; ".join(faults(error, ModelConfig))) from None
 
 
 def select(names: Sequence[str] | None, base: ModelConfig) -> list[Variant]:

@@ -8,11 +8,11 @@ from functools import partial
 from statistics import median
 
 import torch
-from eval.efficiency.measure import interleave
 
 from benchmarks.attention_ablation.tasks import Examples
 from benchmarks.attention_ablation.training import TrainStep
 from benchmarks.measuring import kept_bytes
+from eval.tasks.efficiency.measure import interleave
 
 KEPT = "tensors kept for the backward pass"
 PEAK = "largest allocation in forward and backward, weights and gradients included"

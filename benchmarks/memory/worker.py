@@ -16,7 +16,7 @@ from benchmarks.memory.cases import CASES, Case
 from data_pipeline.batches import IGNORE
 from pretrain.distributed.world import World, quiet_libraries, read_rank
 from pretrain.engine.training import TrainingEngine
-from pretrain.planning.documents import typical_documents
+from pretrain.planning.memory import typical_documents
 
 STEPS = 3
 """The optimizer's state is made in the first."""

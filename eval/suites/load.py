@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data_pipeline.configuration import faults
 from data_pipeline.errors import UserError
 from eval.task import Settings, Task, task_of, tasks
 
@@ -133,17 +134,7 @@ def parse(task: Task, values: dict[str, Any], where: str) -> Settings:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for fault in error.errors():
-            key = ".".join(map(str, fault["loc"]))
-            if fault["type"] == "extra_forbidden":
-                close = difflib.get_close_matches(key, cls.model_fields, n=1)
-                hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(cls.model_fields)}"
-                lines.append(f"unknown setting '{key}' of task {task.name}: {hint}")
-            elif key and fault["type"] != "value_error":
-                lines.append(f"{key}: {fault['msg']}, got {fault['input']!r}")
-            else:
-                lines.append((f"{key}: " if key else "") + fault["msg"].removeprefix("Value error, "))
+        lines = faults(error, cls, f"unknown setting '{{}}' of task {task.name}")
         raise UserError(f"{where}: " + "; ".join(lines)) from None
 
 
@@ -154,8 +145,7 @@ def _read(path: Path) -> _File:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"suite {path} cannot be read: {error}") from None
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"suite {path}: {faults}") from None
+        raise UserError(f"suite {path}: {'; '.join(faults(error, _File))}") from None
     if (file.task is None) == (not file.suites):
         raise UserError(f"suite {path} must have either a task (with settings) or a list of suites")
     if file.suites and file.settings:

@@ -1,12 +1,12 @@
 """What makes a folder of files a checkpoint: a manifest with checksums, written last.
 
 DeepSpeed's own ``save_checkpoint`` moves its pointer before all processes have written (0.19.8, stages 1 and 2), so
-that a kill in between leaves it on a torn checkpoint. Here the order is: all files, fsynced by the process that wrote
-them, and the folder; a barrier; ``manifest.json`` with every file's size and XXH3-128 and the training state, by rename
-and fsync of the folder; fsync of the folder above, so that the checkpoint has its name for good. Only then is an older
-one removed, its manifest first. A folder without a manifest that checks out is no checkpoint. ``latest`` names the last
-one for people and scripts; nothing here reads it. This module knows files only; ``pretrain.checkpoint.store`` uses it
-in step with the other processes.
+that a kill in between leaves it on a torn checkpoint. Here each process fsyncs the files that it wrote, and the folder.
+After a barrier ``manifest.json`` is written, by rename and fsync of the folder: every file's size and XXH3-128, and the
+training state. An fsync of the folder above makes the checkpoint's name durable. Only then is an older one removed, its
+manifest first. A folder without a manifest that checks out is no checkpoint. ``latest`` names the last one for people
+and scripts; nothing here reads it. This module knows files only; ``pretrain.checkpoint.store`` uses it in step with the
+other processes.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def commit(root: Path, manifest: Manifest) -> None:
     fsync_folder(root)
 
 
-def point_to(root: Path, tag: str) -> None:
+def write_latest(root: Path, tag: str) -> None:
     """Have ``latest`` name this checkpoint."""
     write_atomic(root / LATEST, tag.encode())
 

@@ -1,21 +1,25 @@
-"""May this configuration go on with that checkpoint? What is fixed for the life of a run, and what may change."""
+"""May this configuration resume from that checkpoint? What is fixed for the life of a run, and what may change."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+from data_pipeline.batches.mixture import PERIOD, quotas
 from data_pipeline.batches.order import Plan
 from data_pipeline.errors import UserError
 from pretrain.checkpoint.commit import Manifest
 from pretrain.config import RunConfig, parse_config
-from pretrain.curriculum.past import COMPARED_BY_STAGE, past_differs
 from pretrain.curriculum.plan import build_plan, slice_length
+from pretrain.curriculum.stages import stage_settings
 
 # Dotted keys that the weights, the optimizer's state or the order of the data depend on. What only decides where the
 # same numbers lie or are computed (processes, zero_stage, offload_optimizer, compile ...) may change.
 FIXED = ("model", "seed", "optimizer.kind", "data.masking", "data.packing")
 # Where something is, not what it is (the contents are compared by fingerprint), and what has a comparison of its own.
 _ELSEWHERE = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
+COMPARED_BY_STAGE = ("batch_tokens", "model.rope_theta", "model.rope_scaling", "model.rope_position_scale")
+"""Keys of the configuration outside ``curriculum`` that matter through the stages only."""
 
 
 def identity(config: RunConfig, data_fingerprint: str, world_size: int) -> dict[str, Any]:
@@ -29,9 +33,9 @@ def check_resume(
     """Compare a checkpoint with what is asked for now.
 
     Returns the changes that are allowed, {dotted key: [old, new]}: learning rate and its schedule, stages to come,
-    micro-batches, validation, checkpoints, telemetry, callbacks, the ZeRO stage, bf16 for fp32 and fp32 for bf16 and,
-    as ``processes``, their number. ``precision: auto`` is no change: it is the checkpoint's. Raises :class:`UserError`
-    that names every change that is not allowed.
+    micro-batches, validation, checkpoints, telemetry, callbacks, the ZeRO stage, bf16 for fp32 and back. The number of
+    processes is there as ``processes``. ``precision: auto`` is no change: it is the checkpoint's. Raises
+    :class:`UserError` that names every change that is not allowed.
     """
     old = manifest.identity
     old_config = parse_config(old["config"], where=f"checkpoint {manifest.tag}")
@@ -54,7 +58,7 @@ def check_resume(
             "would change (set data.block_length to a length for all stages to come at the start of a run)"
         )
     else:
-        past = past_differs(old_config, build_plan(old_config), config, plan, manifest.state.tokens)
+        past = trained_differences(old_config, build_plan(old_config), config, plan, manifest.state.tokens)
         refused += past
         if not past and old_config.curriculum != config.curriculum:
             changed["curriculum"] = [old["config"]["curriculum"], config.model_dump(mode="json")["curriculum"]]
@@ -70,7 +74,7 @@ def check_resume(
         changed["processes"] = [old["world_size"], world_size]
     if refused:
         raise UserError(
-            f"run {config.run_dir} stands at step {manifest.state.step} and cannot go on with these changes:\n  "
+            f"run {config.run_dir} stands at step {manifest.state.step} and cannot resume with these changes:\n  "
             + "\n  ".join(refused)
             + "\nGo back to the old values, or give the new run another `name`, or start over with --resume never (the "
             "old folder is moved aside)"
@@ -79,7 +83,7 @@ def check_resume(
 
 
 def _precision(old: RunConfig, new: RunConfig) -> list[str]:
-    """What is wrong with going on in the precision that is asked for; ``auto`` asks for the one there was."""
+    """What is wrong with resuming in the precision that is asked for; ``auto`` asks for the one there was."""
     if new.precision == "auto" and new.zero_stage == 0 and old.precision != "fp32":
         return [
             f"zero_stage is now 0, which has fp32 only, and the run is in {old.precision}"
@@ -113,3 +117,73 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
             out.update(_flatten(item, f"{prefix}.{key}" if prefix else str(key)))
         return out
     return {prefix: value}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedStage:
+    """A stage in which a step was made, with every default filled in.
+
+    Its settings shaped the order of the data, the noise or the weights, and are fixed. What counts is what a stage
+    really had, and not where in the configuration that was written: a default may move into the stages, and a rule may
+    change where it has not applied yet.
+    """
+
+    start_tokens: int
+    seq_len: int
+    settings: dict[str, float]
+    weights: dict[str, float]  # shares of the sources
+
+
+def trained_stages(config: RunConfig, plan: Plan, tokens: int) -> list[TrainedStage]:
+    """Every stage begun before ``tokens``, in order."""
+    out: list[TrainedStage] = []
+    for i, stage in enumerate(plan.stages):
+        if stage.start_tokens >= tokens:
+            break
+        weights = config.stage_weights(i)
+        counts = quotas(list(weights.values()), list(weights))
+        shares = {name: count / PERIOD for name, count in zip(weights, counts, strict=True)}
+        out.append(TrainedStage(stage.start_tokens, stage.seq_len, stage_settings(config, i), shares))
+    return out
+
+
+def trained_differences(old: RunConfig, old_plan: Plan, new: RunConfig, new_plan: Plan, tokens: int) -> list[str]:
+    """What of the past a new configuration would change: a line for each fault, naming the stage and its key.
+
+    ``tokens`` is where the run stands under the old configuration. What ``data.masking`` says is compared elsewhere.
+    """
+    if tokens > new_plan.total_tokens:
+        return [f"curriculum differs in its past: it is over after {new_plan.total_tokens} tokens, at {tokens} tokens"]
+    new = new.model_copy(update={"data": new.data.model_copy(update={"masking": old.data.masking})})
+    before, now = trained_stages(old, old_plan, tokens), trained_stages(new, new_plan, tokens)
+    were, are = ([(s.start_tokens, s.seq_len) for s in stages] for stages in (before, now))
+    if were != are:
+        return [
+            f"curriculum differs in its past: at {tokens} tokens, the stages were (from, seq_len) {were} and are now "
+            f"{are}; only stages to come may change"
+        ]
+    faults = []
+    for i, (was, is_now) in enumerate(zip(before, now, strict=True)):
+        here = f"stage {i} began at {was.start_tokens} tokens and the run stands at {tokens}"
+        for key, value in was.settings.items():
+            if is_now.settings.get(key, value) != value:  # without the key model.positions or objective has changed
+                faults.append(
+                    f"curriculum differs in its past: curriculum.{i}.{key} was {value} and is now "
+                    f"{is_now.settings[key]} ({here}; only stages to come may change)"
+                )
+    changes, wanted = _changes(before), _changes(now)
+    if changes != wanted:
+        faults.append(
+            f"the weights of the sources differ in the past: at {tokens} tokens, they were (from, weights) {changes}; "
+            "only those of stages to come may change"
+        )
+    return faults
+
+
+def _changes(stages: list[TrainedStage]) -> list[tuple[int, dict[str, float]]]:
+    """(start, shares) of every stage that changed the shares."""
+    out: list[tuple[int, dict[str, float]]] = []
+    for stage in stages:
+        if not out or out[-1][1] != stage.weights:
+            out.append((stage.start_tokens, stage.weights))
+    return out

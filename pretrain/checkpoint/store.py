@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -12,9 +13,9 @@ import torch
 from data_pipeline.errors import UserError
 from data_pipeline.files import FileEntry, fsync_folder, hash_file
 from data_pipeline.moved import moved
+from data_pipeline.units import format_bytes
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
-from pretrain.checkpoint.room import SaveFailed, free_bytes, with_margin
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.state.writing import Writes
@@ -26,6 +27,26 @@ __all__ = ["Checkpoints", "SaveFailed"]
 __getattr__ = moved(__name__, "pretrain.checkpoint.load", "LoadedModel", "load_model")
 
 T = TypeVar("T")
+
+MARGIN_BYTES = 1 << 20
+"""Beside a checkpoint: its manifest, the metrics and logs until the next one."""
+MARGIN_SHARE = 0.02
+"""Pickled names and padding, by which files are larger than their tensors (1.5% for 300,000 parameters)."""
+
+
+class SaveFailed(Exception):
+    """No checkpoint of this step, on any process; those before it are as they were.
+
+    The message says why, how many bytes a checkpoint needs, how many the folder has free, and what is left.
+    """
+
+    def __init__(self, reasons: Sequence[str], folder: Path, needed: int, free: int | None, newest: str | None) -> None:
+        self.needed, self.free, self.newest = needed, free, newest
+        space = "unknown" if free is None else format_bytes(free)
+        left = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        super().__init__(
+            f"{'; '.join(reasons)}. A checkpoint needs about {format_bytes(needed)}, {folder} has {space} free; {left}"
+        )
 
 
 class _NotAll(Exception):
@@ -47,7 +68,7 @@ class Checkpoints:
         """Write and commit a checkpoint; all processes call it, and none returns before the commit.
 
         Returns lines about what went wrong beside it (an old checkpoint that cannot be removed). Raises
-        :class:`SaveFailed`, on all processes alike, if there is no room or one of them cannot write: the checkpoints
+        :class:`SaveFailed`, on all processes alike, if there is no space or one of them cannot write: the checkpoints
         before are then as they were, and what was written of this one is removed.
         """
         world, tag = self._world, commit.tag_name(state.step)
@@ -55,7 +76,7 @@ class Checkpoints:
         try:
             needed = self._needed(engine)
             self._on_first(lambda: commit.remove(folder))  # a torn one of the same step
-            self._make_room(needed)
+            self._free_space(needed)
             self._on_first(lambda: commit.make_folder(folder))
             self._together(lambda: self._write(engine, folder))
             # Now that all have written; each process hashes its share.
@@ -75,13 +96,13 @@ class Checkpoints:
         last = self._on_first(size)
         return with_margin(int(self._world.sum([engine.checkpoint_bytes()])[0]) if last is None else last)
 
-    def _make_room(self, needed: int) -> None:
+    def _free_space(self, needed: int) -> None:
         """Refuse a save that cannot fit: a disk filled to the brim takes metrics and logs down too.
 
-        Checkpoints that this save would supersede go before it if that is what makes the room, unless the one to stay
-        is damaged; torn ones go in any case.
+        Checkpoints that this save would supersede are removed before it if that frees enough, unless the one to stay is
+        damaged. Torn ones are removed in any case.
         """
-        if self._has_room(needed):
+        if self._fits(needed):
             return
         found = self._on_first(lambda: list(commit.candidates(self.root)))
         whole = next(((folder, entry) for folder, entry in found if isinstance(entry, Manifest)), None)
@@ -91,11 +112,11 @@ class Checkpoints:
             spare += self._on_first(lambda: commit.removable(self.root, keep, self._keep_every_tokens))
         for folder in dict.fromkeys(spare):
             self._on_first(partial(commit.remove, folder))
-            if self._has_room(needed):
+            if self._fits(needed):
                 return
-        raise _NotAll(["not enough room, so nothing was written"])
+        raise _NotAll(["not enough free space, so nothing was written"])
 
-    def _has_room(self, needed: int) -> bool:
+    def _fits(self, needed: int) -> bool:
         """Whether every machine, asked once, sees so many bytes free."""
         free = self._together(lambda: free_bytes(self.root) if self._world.local_rank == 0 else None)
         return min((size for size in free if size is not None), default=needed) >= needed
@@ -114,7 +135,7 @@ class Checkpoints:
     def _tidy(self, tag: str) -> list[str]:
         """After the commit; a failure here costs nothing but order."""
         try:
-            commit.point_to(self.root, tag)
+            commit.write_latest(self.root, tag)
         except OSError as error:
             return [f"{self.root / commit.LATEST} could not be written: {error.strerror or error}"]
         return commit.prune(self.root, self._keep_last, self._keep_every_tokens)
@@ -142,7 +163,7 @@ class Checkpoints:
     def _together(self, action: Callable[[], T]) -> list[T]:
         """``action()`` on every process; everybody gets all results, by rank, or :class:`_NotAll` if one failed.
 
-        A barrier at the end, for nobody goes on before all are done.
+        It ends with a barrier: nobody continues before all are done.
         """
         value, failure = None, None
         try:
@@ -202,3 +223,15 @@ class Checkpoints:
 
 def _rng_file(rank: int) -> str:
     return f"rng_rank_{rank:05d}.pt"
+
+
+def with_margin(size: int) -> int:
+    """Free bytes to ask for before writing a checkpoint of ``size`` bytes."""
+    return int(size * (1 + MARGIN_SHARE)) + MARGIN_BYTES
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Bytes that this user may still write below ``folder``, which need not exist; None where the system cannot tell
+    (some network file systems report a size of 0)."""
+    usage = shutil.disk_usage(next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()))
+    return usage.free if usage.total else None

@@ -4,12 +4,11 @@ Everything that a run does follows from this object; it is written to the run fo
 from there. The DeepSpeed JSON is generated from it (``pretrain/engine/deepspeed_config.py``), never written by hand.
 """
 
-from pretrain.config.curriculum import StageConfig
 from pretrain.config.data import DataConfig, MaskingConfig, SourceConfig
 from pretrain.config.load import load_config, parse_config
 from pretrain.config.optimizer import OptimizerConfig, ScheduleConfig
-from pretrain.config.run import RunConfig
-from pretrain.config.watching import CallbackConfig, CheckpointConfig, TelemetryConfig, ValidationConfig
+from pretrain.config.outputs import CallbackConfig, CheckpointConfig, TelemetryConfig, ValidationConfig
+from pretrain.config.run import RunConfig, StageConfig
 
 __all__ = [
     "CallbackConfig",

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from data_pipeline.configuration import ITEM, blocks_in
 from data_pipeline.errors import UserError
 from pretrain.config.load import add_config_arguments, apply_override, parse_config, read_yaml
 from pretrain.config.reference import (
-    ITEM,
     all_keys,
     as_markdown,
     as_text,
-    blocks_in,
     find,
     left_out,
     pattern_of,

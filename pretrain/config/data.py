@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from data_pipeline.batches.masking import Masking
-from pretrain.config.strict import Strict
+from data_pipeline.configuration import Strict
 
 
 class MaskingConfig(Strict):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from data_pipeline.configuration import faults
 from data_pipeline.errors import UserError
-from pretrain.config.data import TRAIN_TAGS
-from pretrain.config.reference import all_keys, blocks_in, did_you_mean, suggestions
 from pretrain.config.run import RunConfig
 
 
@@ -67,7 +66,7 @@ def parse_config(raw: dict[str, Any], where: str = "configuration") -> RunConfig
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        lines = [_describe(e) for e in error.errors()]
+        lines = faults(error, RunConfig)
         raise UserError(f"{where}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))) from None
 
 
@@ -108,32 +107,3 @@ def yaml_scalar(text: str) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _describe(error: Any) -> str:
-    parts = tuple(error["loc"])
-    if parts[:2] == ("data", "train") and parts[2:3] and parts[2] in TRAIN_TAGS:  # which of two forms it was taken for
-        parts = (*parts[:2], *parts[3:])
-    loc = ".".join(str(part) for part in parts)
-    if error["type"] == "extra_forbidden":
-        known, last = _known_keys(parts[:-1]), str(parts[-1])
-        near = suggestions(last, known, all_keys())
-        hint = did_you_mean(near) if near else f"known keys: {', '.join(known)}"
-        return f"unknown key '{loc}': {hint}"
-    if error["type"] == "missing":
-        return f"key '{loc}' is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if not loc or error["type"] == "value_error":
-        return f"{loc}: {message}" if loc else message
-    return f"{loc}: {message}, got {error['input']!r}"
-
-
-def _known_keys(loc: Iterable[str | int]) -> list[str]:
-    model: Any = RunConfig
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        model = next(blocks_in(model.model_fields[part].annotation), None)
-        if model is None:
-            return []
-    return list(model.model_fields)

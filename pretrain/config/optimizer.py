@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pretrain.config.strict import Strict
+from data_pipeline.configuration import Strict
 from pretrain.optim.kind import KINDS
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]

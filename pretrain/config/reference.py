@@ -6,7 +6,6 @@ told by the field's ``json_schema_extra={"left_out": ...}``.
 
 from __future__ import annotations
 
-import difflib
 import textwrap
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,11 +16,9 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from data_pipeline.configuration import ITEM, blocks_in, did_you_mean, suggestions
 from data_pipeline.errors import UserError
 from pretrain.config.run import RunConfig
-
-ITEM = "N"
-"""Stands for the number of an item of a list."""
 
 REQUIRED = "required"
 
@@ -72,14 +69,6 @@ def _keys_of(model: type[BaseModel], block: str) -> Iterator[Key]:
         yield Key(dotted, block, kind, _default(field), meaning, opens, about, kind.startswith("map"))
     for nested, opens in inner:
         yield from _keys_of(nested, opens)
-
-
-def blocks_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The configuration blocks within a type such as ``tuple[StageConfig, ...] | None``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from blocks_in(part)
 
 
 def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -161,26 +150,9 @@ def find(name: str, keys: Sequence[Key]) -> tuple[Key, ...]:
     found = found or tuple(key for key in keys if key.is_map and wanted.startswith(f"{key.name}."))
     if found:
         return found
-    near = suggestions(wanted, [key.name for key in keys], keys)
+    names = [key.name for key in keys]
+    near = suggestions(wanted, names, names)
     raise UserError(f"unknown key '{name}': {did_you_mean(near) if near else '`nystrom config` lists all of them'}")
-
-
-def suggestions(name: str, known: Sequence[str], keys: Sequence[Key]) -> list[str]:
-    """Names that an unknown one may stand for: keys of other blocks that are called so (``objective`` ->
-    ``model.objective``), or that of ``known`` which is most like it, or else keys of other blocks that are."""
-    by_last: dict[str, list[str]] = {}
-    for key in keys:
-        by_last.setdefault(key.name.rpartition(".")[2], []).append(key.name)
-    last = name.rpartition(".")[2]
-    if last in by_last:
-        return by_last[last]
-    near = difflib.get_close_matches(name, known, n=1)
-    return near or [full for like in difflib.get_close_matches(last, by_last, n=1) for full in by_last[like]]
-
-
-def did_you_mean(names: Sequence[str]) -> str:
-    """The question that a message about an unknown name ends with."""
-    return f"did you mean {' or '.join(map(repr, names))}?"
 
 
 def in_blocks(keys: Iterable[Key]) -> dict[str, list[Key]]:

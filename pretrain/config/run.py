@@ -4,17 +4,63 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from pretrain.config.curriculum import StageConfig
+from data_pipeline.configuration import Strict
 from pretrain.config.data import DataConfig
 from pretrain.config.optimizer import OptimizerConfig, ScheduleConfig
-from pretrain.config.strict import Strict
-from pretrain.config.watching import CallbackConfig, CheckpointConfig, TelemetryConfig, ValidationConfig
+from pretrain.config.outputs import CallbackConfig, CheckpointConfig, TelemetryConfig, ValidationConfig
 from pretrain.model.config import ModelConfig
+
+
+class StageConfig(Strict):
+    """One stage of the curriculum: a length, and what else changes with it."""
+
+    until_tokens: int = Field(
+        gt=0,
+        description="Tokens of the run at which the stage ends, counted from the run's start. It must increase from "
+        "stage to stage. The last one is the length of the run. The end is rounded up so that no token is lost.",
+    )
+    seq_len: int = Field(
+        gt=1, description="Tokens of a row in this stage. It must divide `data.block_length`; powers of two do."
+    )
+    micro_batch: int = Field(
+        gt=0,
+        description="Rows that one process holds in memory at a time. It changes memory and speed, not the batch of an "
+        "optimizer step.",
+    )
+    weights: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] | None = Field(
+        None,
+        description="Shares of the tokens by name of the source, in any scale. Every source needs one; 0 leaves it "
+        "out.",
+        json_schema_extra={"left_out": "those of data.train"},
+    )
+    batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens of one optimizer step in this stage, over all processes. A multiple of "
+        "`data.block_length`.",
+        json_schema_extra={"left_out": "the run's batch_tokens"},
+    )
+    masking_rate: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="Share of ordinary tokens that become targets in this stage. Objective mlm only. Validation keeps "
+        "`data.masking.rate` in every stage, so that its losses compare.",
+        json_schema_extra={"left_out": "data.masking.rate"},
+    )
+    rope_theta: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Base of the rotary angles from this stage on. It wins over the rule `model.rope_scaling`, which "
+        "continues from it.",
+        json_schema_extra={"left_out": "as before, by model.rope_scaling"},
+    )
 
 
 class RunConfig(Strict):
@@ -22,7 +68,7 @@ class RunConfig(Strict):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run. The same name in the same `output_dir` goes on with that run.",
+        description="Name of the run. The same name in the same `output_dir` resumes that run.",
     )
     output_dir: str = Field(
         "runs",

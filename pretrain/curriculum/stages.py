@@ -1,19 +1,19 @@
 """What the stages of a curriculum change besides the length: the model's positions and the share of masked tokens.
 
-The function that the weights stand for depends on the stage, so it is a pure function of the configuration and of the
-tokens consumed: training, validation, a resume, an export and an evaluation all get it from here. It never depends on
-the length of the sequence at hand, for then the logits of a prefix would change with what follows it.
+The function that the weights stand for depends on the stage. It follows from the configuration and the tokens consumed
+alone, and training, validation, a resume, an export and an evaluation all get it from here. It never depends on the
+length of the sequence at hand, for then the logits of a prefix would change with what follows it.
 
 ``model.rope_scaling`` names what becomes of rotary angles where a stage is longer than every one before it. With d the
 width of a head and L / L0 the growth of the length:
 
 - ``none``: they stay.
-- ``ntk``: the base is multiplied by (L / L0)^(d / (d - 2)), which slows the slowest angle by L / L0 and leaves the
+- ``ntk``: the base is multiplied by (L / L0)^(d / (d - 2)). That slows the slowest angle by L / L0 and leaves the
   fastest as it is ("NTK-aware" interpolation: Peng et al. 2023, YaRN, arXiv 2309.00071, section 3.1).
 - ``linear``: positions are multiplied by L0 / L (position interpolation: Chen et al. 2023, arXiv 2306.15595, eq. 4).
 
-A stage's own ``rope_theta`` wins over the rule's base and is where the rule goes on from: later stages keep it, and
-under ``ntk`` it grows with the length from there.
+A stage's own ``rope_theta`` replaces the rule's base. Later stages keep it, and under ``ntk`` it grows with the length
+from there.
 
 Learned positions have a table that is long enough for every stage from the start. Rows that no stage has reached yet
 are never read: positions from ``trained_positions`` on repeat the rows of those before, and where a longer stage begins

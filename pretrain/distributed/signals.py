@@ -12,9 +12,9 @@ LAUNCHER_PID = "NYSTROM_LAUNCHER_PID"
 
 EXIT_DONE = 0
 EXIT_NOT_SAVED = 74
-"""EX_IOERR of sysexits.h: the last checkpoint, or the export, could not be written; make room, run the same command."""
+"""EX_IOERR of sysexits.h: the last checkpoint or the export could not be written: free space, run the same command."""
 EXIT_PREEMPTED = 75
-"""EX_TEMPFAIL of sysexits.h: a checkpoint was saved; run the same command again to go on."""
+"""EX_TEMPFAIL of sysexits.h: a checkpoint was saved; run the same command again to resume."""
 EXIT_BAD_STEPS = 76
 """Too many steps in a row with a loss or gradient that was not finite."""
 EXIT_STALLED = 77
@@ -28,14 +28,14 @@ class StopFlag:
     """True once this process was asked to stop, or its launcher is gone. The handler sets it and does nothing else.
 
     It must not print: a launcher that is gone leaves a broken pipe, and writing to it would kill the process before it
-    has saved. A second signal changes nothing; a save is a matter of seconds, SIGKILL is there for the impatient.
+    has saved. A second signal changes nothing; a save takes seconds, and SIGKILL ends a process at once.
 
     A launcher that is killed leaves its workers running with nobody to look after them. The parent process changes
     then, or the process named by NYSTROM_LAUNCHER_PID is gone; the workers save and end by themselves.
     """
 
     def __init__(self, launched: bool = False) -> None:
-        """``launched``: the parent process is a launcher, without which there is no going on."""
+        """``launched``: the parent process is a launcher, without which the run must end."""
         self._set = False
         self._parent = os.getppid() if launched else None
         self._launcher = _Process(int(os.environ[LAUNCHER_PID])) if launched and LAUNCHER_PID in os.environ else None

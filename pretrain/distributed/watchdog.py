@@ -1,14 +1,14 @@
 """A process that hangs ends the run, by name.
 
 A process that dies closes its connections, and the others raise at once. One that hangs (a file system that does not
-answer, a stopped process, a machine that lost its network) leaves the others in a collective operation for ever. So
-each process has two threads beside the main one: one publishes every few seconds where the main thread is, in the
-store through which the processes met; the other sees when the main thread stands still for ``stall_seconds``, finds
-out whom all wait for, and ends the process with :data:`EXIT_STALLED`.
+answer, a stopped process, a machine that lost its network) leaves the others in a collective operation without end. So
+each process has two threads beside the main one. The first publishes every few seconds where the main thread is, in the
+store of the rendezvous. The second notices when the main thread has made no progress for ``stall_seconds``, finds out
+which process the others wait for, and ends its own process with :data:`EXIT_STALLED`.
 
 The main thread says where it is with :func:`at`, which costs well under a microsecond. Collective operations count as
-movement too, and are what tells the process that is waited for from those that wait: PyTorch numbers them, and the one
-that hangs has entered fewer (the same idea as NCCL's desynchronisation report in PyTorch, but for any backend).
+progress too. They tell the process that hangs from those that wait for it: PyTorch numbers them, and the one that hangs
+has entered fewer. NCCL's desynchronisation report in PyTorch rests on the same idea; this one works with any backend.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from pretrain.distributed.blame import Seen, Verdict, judge
 from pretrain.distributed.signals import EXIT_STALLED, ORPHAN_SECONDS, StopFlag
+from pretrain.distributed.stall_diagnosis import Diagnosis, ProcessStatus, diagnose
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 BEATS_PER_STALL = 20
 LONGEST_BEAT = 5.0
 """Seconds between two signs of life: a twentieth of ``stall_seconds``, but no more than this."""
-LAST_WORDS_SECONDS = 10.0
+REPORT_SECONDS = 10.0
 """How long message, status and stack may take: the file system or the terminal may be what hangs."""
-_VERDICT = "stalled"
+_DIAGNOSIS = "stalled"
 _THREAD_PREFIX = "watchdog"
 
 
@@ -65,7 +65,7 @@ def process_key(rank: int) -> str:
     return f"process/{rank}"
 
 
-def store_is_torchrun_s() -> bool:
+def torchrun_holds_store() -> bool:
     """Whether torchrun holds the store, in a process of its own, and not process 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
@@ -73,8 +73,8 @@ def store_is_torchrun_s() -> bool:
 def group_timeout(stall_seconds: float) -> timedelta:
     """The time-out of collective operations: the last resort, for when the watchdog itself cannot run.
 
-    Above ``stall_seconds``, so that the watchdog speaks first, and twice that, because a wait for a process that moves
-    on (the first one exporting) is no stall.
+    Above ``stall_seconds``, so that the watchdog reports first. Twice that, because waiting for a process that makes
+    progress (the first one, exporting) is no stall.
     """
     return timedelta(seconds=2 * stall_seconds + 30)
 
@@ -87,17 +87,17 @@ class Watchdog:
         self.rank, self.world_size, self.stall_seconds = rank, world_size, stall_seconds
         self.interval = min(stall_seconds / BEATS_PER_STALL, LONGEST_BEAT)
         self.on_stall: Callable[[], None] = lambda: None
-        """Called by the process that speaks for all, before the end: to leave a status behind."""
+        """Called by the process that reports for all, before the end: to write the status."""
         self._ending = False
         self._orphaned = stop.is_orphan if stop is not None else lambda: False
         self._store: dist.Store | None = None
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         self._beat, self._age, self._orphan_age = 0, 0.0, 0.0
-        self._seen: dict[int, Seen] = {}
+        self._seen: dict[int, ProcessStatus] = {}
         self._answers, self._store_silence = 0, 0.0
-        self._proposed: Verdict | None = None
-        self._agreed: Verdict | None = None
+        self._proposed: Diagnosis | None = None
+        self._agreed: Diagnosis | None = None
 
     def record(self) -> str:
         """What this process says of itself now."""
@@ -129,7 +129,7 @@ class Watchdog:
         thread.start()
         self._threads.append(thread)
 
-    # --- the thread that talks to the store; it alone may hang there --------------------------------------------------
+    # --- the thread that uses the store; it alone may hang there ------------------------------------------------------
 
     def _report(self) -> None:
         assert self._store is not None
@@ -140,17 +140,17 @@ class Watchdog:
                 self._beat += 1
                 self._store.set(process_key(self.rank), self.record())
                 if self._proposed is not None and self._agreed is None:
-                    # The first to say so is the one that all agree with, and that speaks.
-                    agreed = self._store.compare_set(_VERDICT, "", self._proposed.to_json())
-                    self._agreed = Verdict.from_json(agreed)
+                    # All agree with the first one, which also reports.
+                    agreed = self._store.compare_set(_DIAGNOSIS, "", self._proposed.to_json())
+                    self._agreed = Diagnosis.from_json(agreed)
                 elif self._age >= self.stall_seconds / 2:
                     self._listen(self._store)
                 self._answers += 1
 
     def _listen(self, store: dist.Store, first: bool = False) -> None:
         """Read what the others say; once at the start, then only while this process stands still."""
-        if not first and self._agreed is None and store.check([_VERDICT]):
-            self._agreed = Verdict.from_json(store.get(_VERDICT))
+        if not first and self._agreed is None and store.check([_DIAGNOSIS]):
+            self._agreed = Diagnosis.from_json(store.get(_DIAGNOSIS))
         # At the start only the one that holds the store: it cannot be asked any more when it hangs.
         ranks = range(1 if first else self.world_size)
         for rank, text in zip(ranks, store.multi_get([process_key(rank) for rank in ranks]), strict=True):
@@ -158,7 +158,7 @@ class Watchdog:
             before = self._seen.get(rank)
             beat = values.pop("beat")
             silence = 0.0 if before is None or before.beat != beat else before.silence + self.interval
-            self._seen[rank] = Seen(rank=rank, beat=beat, silence=silence, **values)
+            self._seen[rank] = ProcessStatus(rank=rank, beat=beat, silence=silence, **values)
 
     # --- the thread that decides --------------------------------------------------------------------------------------
 
@@ -182,45 +182,45 @@ class Watchdog:
                 self._decide()
 
     def _decide(self) -> None:
-        """Propose a verdict; without a store to agree through, it holds at once."""
-        own = Seen(rank=self.rank, **json.loads(self.record()))
+        """Propose a diagnosis; without a store to agree through, it holds at once."""
+        own = ProcessStatus(rank=self.rank, **json.loads(self.record()))
         if self._store is None:
-            self._obey(judge([own], self.rank, self.stall_seconds))
+            self._obey(diagnose([own], self.rank, self.stall_seconds))
         elif self._store_silence >= self.stall_seconds / 4:
-            if self.rank == 0 or store_is_torchrun_s():
-                return  # no process of the run is to blame; the time-out of the groups remains
-            holder = self._seen.get(0) or Seen(rank=0)
-            self._obey(Verdict.of_silent_holder(holder, own, self.world_size))
+            if self.rank == 0 or torchrun_holds_store():
+                return  # no process of the run is the culprit; the time-out of the groups remains
+            holder = self._seen.get(0) or ProcessStatus(rank=0)
+            self._obey(Diagnosis.of_silent_holder(holder, own, self.world_size))
         elif self._proposed is None and len(self._seen) == self.world_size:
-            self._proposed = judge([*self._others(), own], self.rank, self.stall_seconds)
+            self._proposed = diagnose([*self._others(), own], self.rank, self.stall_seconds)
 
-    def _others(self) -> list[Seen]:
+    def _others(self) -> list[ProcessStatus]:
         return [seen for rank, seen in self._seen.items() if rank != self.rank]
 
-    def _obey(self, verdict: Verdict | None) -> None:
-        if verdict is None:
+    def _obey(self, diagnosis: Diagnosis | None) -> None:
+        if diagnosis is None:
             return
         self._ending = True
-        if verdict.speaker == self.rank:
-            self._end(verdict.message, True, self.on_stall)
-        guilty = not verdict.guilty or self.rank in verdict.guilty
-        self._end(None, guilty)
+        if diagnosis.reporter == self.rank:
+            self._end(diagnosis.message, True, self.on_stall)
+        is_culprit = not diagnosis.culprits or self.rank in diagnosis.culprits
+        self._end(None, is_culprit)
 
-    def _end(self, message: str | None, with_stack: bool, leave: Callable[[], None] = lambda: None) -> None:
-        """Say ``message``, show where it stands, and end this process."""
+    def _end(self, message: str | None, with_stack: bool, before_exit: Callable[[], None] = lambda: None) -> None:
+        """Print ``message`` and, with ``with_stack``, where the threads are; then end this process."""
 
-        def last_words() -> None:
+        def report() -> None:
             if message is not None:
                 print(message, file=sys.stderr, flush=True)
             if with_stack:
                 print(f"process {self.rank} stands here:\n{stacks()}", file=sys.stderr, flush=True)
-            leave()
+            before_exit()
 
         began = time.monotonic()
-        words = threading.Thread(target=last_words, name=f"{_THREAD_PREFIX} last words", daemon=True)
-        words.start()
-        words.join(LAST_WORDS_SECONDS)
-        # The others must have heard the verdict before they see this process go, or they would report its loss.
+        reporting = threading.Thread(target=report, name=f"{_THREAD_PREFIX} report", daemon=True)
+        reporting.start()
+        reporting.join(REPORT_SECONDS)
+        # The others must have heard the diagnosis before they see this process go, or they would report its loss.
         time.sleep(max(0.0, 4 * self.interval - (time.monotonic() - began)))
         os._exit(EXIT_STALLED)
 

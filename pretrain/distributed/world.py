@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from data_pipeline.errors import UserError
 from data_pipeline.processes import available_cores
-from pretrain.distributed.meeting import meet
+from pretrain.distributed.rendezvous import rendezvous
 from pretrain.distributed.signals import StopFlag
 from pretrain.distributed.watchdog import Watchdog, group_timeout
 
@@ -32,7 +32,7 @@ class Rank:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that speaks and writes for all."""
+        """Whether this is the process that prints and writes for all."""
         return self.rank == 0
 
 
@@ -80,12 +80,12 @@ class World:
         stall_seconds: float = 1800.0,
         stop: StopFlag | None = None,
         *,
-        meeting_seconds: float | None = None,
+        rendezvous_seconds: float | None = None,
     ) -> None:
         """Choose the device and threads and join the process group: NCCL on GPUs, gloo on CPUs.
 
         From here on a watchdog ends this process when the run stands still for ``stall_seconds``. The others are waited
-        for as long to come, or ``meeting_seconds``.
+        for as long to come, or ``rendezvous_seconds``.
 
         Threads: cores of this process's machine divided by the processes on it, unless OMP_NUM_THREADS says otherwise.
         PyTorch's default, all cores for every process, has them fight: two threads where one core was free took 2 to 5
@@ -126,8 +126,8 @@ class World:
             self.watchdog.start(None)
         else:
             hello = self.watchdog.record()
-            patience = stall_seconds if meeting_seconds is None else meeting_seconds
-            store = meet(rank.rank, rank.world_size, patience, self.timeout, hello, stop)
+            patience = stall_seconds if rendezvous_seconds is None else rendezvous_seconds
+            store = rendezvous(rank.rank, rank.world_size, patience, self.timeout, hello, stop)
             self.watchdog.start(store)
         dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=self.timeout)
         # Counts, flags and small objects do not belong on the GPU: there they would wait for its queue.
@@ -177,7 +177,7 @@ class World:
             dist.destroy_process_group()
 
 
-def first_decides(world: World, decide: Any) -> Any:
+def run_on_first(world: World, decide: Any) -> Any:
     """Run ``decide()`` on the first process only; everybody gets its result, or its :class:`UserError`."""
     result: Any = None
     error: str | None = None
@@ -192,7 +192,7 @@ def first_decides(world: World, decide: Any) -> Any:
     return result
 
 
-def memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this process in GiB: allocated by PyTorch on a GPU, resident on a CPU."""
     if device.type == "cuda":
         import torch

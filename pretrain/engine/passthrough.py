@@ -66,7 +66,7 @@ REFUSED = {
     "moves three quarters of the state",
     "zero_optimization.cpu_offload_param": "weights kept on the host were never tried here; use offload_optimizer",
     "zero_optimization.compute_grad_norm": "the norm is what tells a bad step and what optimizer.grad_clip clips",
-    "zero_optimization.load_from_fp32_weights": "a resumed run would go on from weights rounded to 16 bits, "
+    "zero_optimization.load_from_fp32_weights": "a resumed run would begin from weights rounded to 16 bits, "
     "not from those that it stopped with",
     "zero_optimization.elastic_checkpoint": _FILES,
     "zero_optimization.round_robin_gradients": _FILES,

@@ -45,4 +45,4 @@ def extend_positions(engine: Any, model: NystromformerLM, trained: int) -> None:
     for name in fragments.state_names(engine, weight):
         full = fragments.get_full(engine, weight, name)
         fragments.set_full(engine, weight, name, tile_rows(full, trained, until))
-    fragments.publish(engine)
+    fragments.sync_model_weights(engine)

@@ -1,6 +1,6 @@
 """Does the run fit into memory? Found out before its first step, at the shapes that need most.
 
-A curriculum starts with short rows; without a rehearsal its last stage runs out of memory days later.
+A curriculum starts with short rows; without this its last stage may run out of memory days later.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from data_pipeline.batches.order import Plan
 from data_pipeline.errors import UserError
 from pretrain.config import RunConfig
 from pretrain.distributed import randomness
-from pretrain.distributed.world import World, memory_gib
+from pretrain.distributed.world import World, peak_memory_gib
 from pretrain.engine.training import TrainingEngine
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the rehearsal took."""
+    """What the trial of the longest rows took."""
 
     shapes: tuple[tuple[int, int], ...]
-    """(rows, length) of the micro-batches that were rehearsed."""
+    """(rows, length) of the micro-batches that were tried."""
     memory_gib: float
-    """Peak of the process that needed most; see :func:`pretrain.distributed.world.memory_gib`."""
+    """Peak of the process that needed most; see :func:`pretrain.distributed.world.peak_memory_gib`."""
     seconds: float
 
     def sentence(self) -> str:
@@ -50,14 +50,14 @@ def run_probe(engine: TrainingEngine, config: RunConfig, plan: Plan, world: Worl
     engine.train()
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
-    # The optimizer's moments are made in the first step: their room must not be given to activations.
+    # The optimizer's moments are made in the first step: their memory must not be given to activations.
     reserved = torch.zeros(engine.missing_state_bytes(), dtype=torch.uint8, device=engine.state_device)
     reserved.fill_(1)  # a page that was never written to is no memory on a CPU
     with randomness.preserved():
         for stage, (rows, length) in stages.items():
-            _rehearse(engine, config, world, stage, rows, length)
+            _try_shape(engine, config, world, stage, rows, length)
     del reserved
-    peak = max(world.gather(memory_gib(world.device)))
+    peak = max(world.gather(peak_memory_gib(world.device)))
     return ProbeResult(tuple(stages.values()), peak, time.monotonic() - began)
 
 
@@ -73,7 +73,7 @@ def _demanding_stages(config: RunConfig, plan: Plan, world_size: int, tokens: in
     return {i: shapes[i] for i in dict.fromkeys((longest, largest))}
 
 
-def _rehearse(engine: TrainingEngine, config: RunConfig, world: World, stage: int, rows: int, length: int) -> None:
+def _try_shape(engine: TrainingEngine, config: RunConfig, world: World, stage: int, rows: int, length: int) -> None:
     # Any tokens do; these take nothing from a generator.
     assert config.model.vocab_size is not None
     position = torch.arange(rows * length, device=world.device)

@@ -45,8 +45,8 @@ def forget_gradients(optimizer: Any) -> None:
 def keep_scale_until_applied(optimizer: Any) -> None:
     """float16: let the loss scale grow after a step and not within it; the caller does so with :func:`grow_scale`.
 
-    ZeRO 1 to 3 update the scale before they divide the gradients by it: a step after which the scale doubles would be
-    taken with half the gradient (and at stage 3 report half its norm).
+    ZeRO 1 to 3 update the scale before they divide the gradients by it. A step after which the scale doubles would be
+    taken with half the gradient, and at stage 3 report half its norm.
 
     Nor is an overflow at the smallest scale an exception any more: it is a bad step like any other.
     """

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from data_pipeline.configuration import faults
 from data_pipeline.errors import UserError
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.curriculum.stages import stage_model
@@ -33,7 +34,7 @@ from pretrain.engine.repairs import (
     zero_optimizer_at_stage_1,
 )
 from pretrain.engine.state.fragments import full_shape, places
-from pretrain.engine.state.reshard import group_names, layout_of, restore
+from pretrain.engine.state.reshard import group_names, restore, zero_layout
 from pretrain.engine.state.saved import GROUPS, SavedStates
 from pretrain.engine.state.writing import Writes
 from pretrain.model.attention.layout import Layout
@@ -110,10 +111,8 @@ class TrainingEngine:
                     model=self.model, optimizer=optimizer, config=copy.deepcopy(self.deepspeed_config)
                 )
         except (DeepSpeedConfigError, ValidationError) as error:
-            faults = str(error)
-            if isinstance(error, ValidationError):
-                faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {faults}") from None
+            text = "; ".join(faults(error, None)) if isinstance(error, ValidationError) else str(error)
+            raise UserError(f"DeepSpeed refuses what the block deepspeed: passes to it: {text}") from None
         if config.precision == "fp16":
             keep_scale_until_applied(self._engine.optimizer)
         if isinstance(optimizer, CutByZero) and self.zero_stage:
@@ -136,9 +135,9 @@ class TrainingEngine:
         layout = None if document_ids is None else Layout.from_documents(document_ids)
         loss_sum = self._engine(input_ids, labels=labels, layout=layout).loss_sum
         # DeepSpeed averages gradients over processes; the product with their number makes that the sum we want. A loss
-        # that is not finite may have finite gradients (a target of probability 0 under fp16); the factor NaN makes
-        # certain that ZeRO's own check of the reduced gradient, the only one that all processes share for free, sees
-        # it.
+        # that is not finite may have finite gradients (a target of probability 0 under fp16). The factor NaN makes
+        # certain that ZeRO's own check of the reduced gradient sees it, the only check that all processes share for
+        # free.
         factor = torch.where(torch.isfinite(loss_sum.detach()), scale * self.world.world_size, math.nan)
         self._engine.backward(loss_sum * factor, scale_wrt_gas=False)
         return loss_sum.detach()
@@ -237,7 +236,7 @@ class TrainingEngine:
         anew. Where nothing has changed DeepSpeed's own load does it, to the bit.
         """
         saved = SavedStates(folder / tag)
-        anew = saved.layout != layout_of(self._engine)
+        anew = saved.layout != zero_layout(self._engine)
         if anew:
             restore(self._engine, saved)
         elif self._engine.load_checkpoint(str(folder), tag=tag)[0] is None:

@@ -26,9 +26,10 @@ def beam_search(
     Of every prompt the ``beams`` likeliest beginnings are kept at each step, those of all prompts in one batch; one of
     them is greedy decoding. A continuation ends before the first of ``stop_id``, if that stop is among the ``beams``
     likeliest next tokens of all its prompt's beams, or after ``max_new_tokens``. The best has the largest log
-    probability / length ** ``length_penalty``, the stop counted: with 1 a mean over tokens, with 0 the likeliest text,
-    which of most models is the empty one (Stahlberg and Byrne 2019, arXiv 1908.10090). A prompt is done when ``beams``
-    of its continuations have ended (``early_stopping=True`` in transformers) or nothing that goes on can still win.
+    probability / length ** ``length_penalty``, the stop counted. 1 compares means over tokens. 0 compares whole texts,
+    and the likeliest text of most models is the empty one (Stahlberg and Byrne 2019, arXiv 1908.10090). A prompt is
+    done when ``beams`` of its continuations have ended (``early_stopping=True`` in transformers) or no open one can
+    still win.
 
     Raises :class:`UserError` as :func:`generate` does, for fewer than one beam and a negative penalty.
     """

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from data_pipeline.configuration import Strict
 from pretrain.model.attention.registry import FORMS
 
 STAGE_FIELDS = ("rope_theta", "rope_position_scale", "trained_positions")
 """What the curriculum changes of a model while it trains; see :mod:`pretrain.curriculum.stages`."""
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Strict):
     """A Nyströmformer: a masked encoder (``objective: mlm``) or a causal decoder (``objective: clm``).
 
     It is saved beside every checkpoint, so whatever changes the function that the weights compute (landmarks, segment
     length, iterations of the inverse) belongs here and nowhere else.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     objective: Literal["mlm", "clm"] = Field(
         "mlm", description="mlm: masked encoder, guesses hidden tokens. clm: causal decoder, guesses the next token."

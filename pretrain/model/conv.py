@@ -14,10 +14,10 @@ def skip_convolution(v: Tensor, weight: Tensor, *, causal: bool, mask: Tensor | 
     others are zeros as if the sequence ended there. Equal to ``conv2d`` with groups = heads and padding k // 2, or k -
     1 on the left.
 
-    Computed as a banded Toeplitz matrix times blocks of s >= k - 1 tokens: a block of outputs needs its own block of
-    (padded) inputs and the next one, so two (s, s) by (s, blocks * d) products for each head. That doubles the
-    arithmetic and runs at the speed of a matrix product: forward and backward for 4 heads of 64, k = 65, n = 4096 on
-    one thread take 14 ms in float32 and 9 ms in bfloat16, where ``conv2d`` takes 40 and 60 (torch 2.13).
+    Computed as a banded Toeplitz matrix times blocks of s >= k - 1 tokens. A block of outputs needs its own block of
+    (padded) inputs and the next one: two (s, s) by (s, blocks * d) products for each head. That doubles the arithmetic
+    and runs at the speed of a matrix product. Forward and backward for 4 heads of 64, k = 65, n = 4096 on one thread
+    take 14 ms in float32 and 9 ms in bfloat16; ``conv2d`` takes 40 and 60 (torch 2.13).
     """
     if mask is not None:
         v = v.masked_fill(~mask.transpose(-1, -2), 0.0)

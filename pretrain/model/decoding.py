@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from pretrain.model.attention.cache import Step
+from pretrain.model.attention.cache import DecodingStep
 from pretrain.model.attention.layout import Layout
 from pretrain.model.attention.registry import form_of
-from pretrain.model.attention.softmax import at_least_float32
+from pretrain.model.compute import at_least_float32
 from pretrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -64,16 +64,16 @@ class DecodingCache:
             starts, lengths = layout.starts, layout.lengths
         if not (lengths.all() and np.array_equal(starts // max(length, 1), np.arange(rows))):
             raise UserError("each row of a batch of prompts must be one sequence of at least one token")
-        self._check_room(lengths)
+        self._check_lengths(lengths)
         self.plan = self.kept.prompts(starts, lengths, self.device)
         self._set_lengths(lengths)
         return starts + lengths - 1
 
-    def next_step(self) -> Step:
-        """Plan a forward pass over one more token for each row; raises :class:`UserError` if there is no room."""
+    def next_step(self) -> DecodingStep:
+        """Plan a forward pass over one more token for each row; raises :class:`UserError` if one gets too long."""
         if not self._lengths.all():
             raise RuntimeError("a cache gets prompts first, then single tokens")
-        self._check_room(self._lengths + 1)
+        self._check_lengths(self._lengths + 1)
         step = self.kept.step(self._lengths, self._position)
         self.plan = step
         return step
@@ -89,7 +89,7 @@ class DecodingCache:
             layer.keep(index.to(self.device))
         self._set_lengths(self._lengths[index.numpy()])
 
-    def _check_room(self, lengths: np.ndarray) -> None:
+    def _check_lengths(self, lengths: np.ndarray) -> None:
         if lengths.max() > self.max_length:
             raise UserError(
                 f"a text of {lengths.max()} tokens does not fit a decoding cache made for {self.max_length}: ask for "
@@ -150,7 +150,7 @@ def cache_bytes(config: ModelConfig, rows: int, length: int, dtype: torch.dtype)
     """Bytes of such a cache for a model of ``dtype``. What exact attention would need in its place:
     ``config.model_copy(update={"attention": "softmax"})``."""
     low, high = _elements_per_row(config, length)
-    return rows * (low * dtype.itemsize + high * at_least_float32(torch.empty(0, dtype=dtype)).itemsize)
+    return rows * (low * dtype.itemsize + high * at_least_float32(dtype).itemsize)
 
 
 def _elements_per_row(config: ModelConfig, length: int) -> tuple[int, int]:

@@ -64,9 +64,9 @@ def generate(
 
     temperature, top_k, top_p, repetition_penalty: see :class:`Sampling`. seed: row i draws from a generator of its own,
     seeded with ``seed + i``, or with its own of a sequence of seeds. So a row's text is the same alone and in any
-    batch, as far as its logits are: those are equal up to rounding, which can decide between two tokens that are as
-    good as equally likely. torch's random state is left alone. stop_id: a row ends before the first of these tokens and
-    leaves the batch.
+    batch, as far as its logits are. Those are equal up to rounding, which can decide between two tokens that are nearly
+    equally likely. The random state of torch is left alone. ``stop_id``: a row ends before the first of these tokens
+    and leaves the batch.
 
     A model with learned positions sees the last ``max_positions`` tokens of a text only; beyond them every step runs
     all of those through the model again, for their positions change.

@@ -44,7 +44,7 @@ def learned_rows(positions: Tensor, longest: int, trained: int | None) -> Tensor
     return positions + POSITION_OFFSET
 
 
-def segment_means(table: RotaryTable, segment_length: int) -> RotaryTable:
+def segment_rotary_table(table: RotaryTable, segment_length: int) -> RotaryTable:
     """Means over the positions of each segment: (1, S * c, 1, width / 2) -> (1, S, 1, width / 2)."""
     cos, sin = (x.unflatten(1, (-1, segment_length)).mean(dim=2) for x in table)
     return cos, sin

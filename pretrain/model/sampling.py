@@ -1,7 +1,7 @@
 """From logits to a token: penalty, temperature, top-k, top-p, and a draw, for all rows of a batch at once.
 
-Everything is on the CPU in float64: the same logits and noise give the same token on every machine (sums on a GPU have
-no fixed order), and a sum over a large vocabulary is exact enough for any ``top_p``.
+Everything is on the CPU in float64. The same logits and noise then give the same token on every machine (sums on a GPU
+have no fixed order), and a sum over a large vocabulary is exact enough for any ``top_p``.
 """
 
 from __future__ import annotations

@@ -17,29 +17,31 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What matrices are sent and orthogonalised in: bf16 as in PyTorch's Muon, since the iteration needs no more; on
-    CPUs float32, where bf16 products may be 50 times slower (30 ms a step for a matrix of 128 x 128) and the run's
-    other products need not be in bf16 either."""
+    """What matrices are sent and orthogonalised in: bf16 as in PyTorch's Muon, since the iteration needs no more.
+
+    On CPUs float32: bf16 products may be 50 times slower there (30 ms a step for a matrix of 128 x 128), and the run's
+    other products need not be in bf16 either.
+    """
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-    Groups that have a ``momentum`` hold matrices and are stepped by Muon, the others by PyTorch's fused AdamW. The
-    step of an (n, m) matrix is scaled by 0.2 * sqrt(max(n, m)), which gives it the root mean square of AdamW's (Liu et
-    al. 2025, arXiv 2502.16982, section 2.2), so that one learning rate and one weight decay serve both. On whole
-    matrices this is ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` to the bit, in the same type.
+    Groups that have a ``momentum`` hold matrices and are stepped by Muon, the others by PyTorch's fused AdamW. The step
+    of an (n, m) matrix is scaled by 0.2 * sqrt(max(n, m)), which gives it the root mean square of AdamW's (Liu et al.
+    2025, arXiv 2502.16982, section 2.2). One learning rate and one weight decay then serve both. On whole matrices this
+    is ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` to the bit, in the same type.
 
     PyTorch's own refuses flat partitions. The one in DeepSpeed 0.19.8 orthogonalises gradients before their norm is
-    taken, so that clipping acts on the orthogonal steps (5.6 long where the gradient was 0.44) and the norm reported is
-    theirs; keeps the momentum in bf16 under bf16; and is compiled at the first step, 5 to 70 s on a CPU.
+    taken. Clipping then acts on the orthogonal steps (5.6 long where the gradient was 0.44), and the norm reported is
+    theirs. It also keeps the momentum in bf16 under bf16, and is compiled at the first step, 5 to 70 s on a CPU.
 
     Here momentum and weights are the partition's own float32 values. Only the matrices that lie across processes are
-    put together, one at a time, in the iteration's type: at ZeRO 1 and 2 at most one for each edge between
-    partitions. At stage 3 every matrix is cut over all processes, so each is sent once, and every process repeats the
-    iteration: for each weight about 20 n + 10 n^2 / m operations a step, (n, m) the sides of its matrix and n the
-    smaller, where training takes 6 a token.
+    put together, one at a time, in the iteration's type: at ZeRO 1 and 2 at most one for each edge between partitions.
+    At stage 3 every matrix is cut over all processes, so each is sent once, and every process repeats the iteration.
+    With (n, m) the sides of a matrix and n the smaller, that takes about 20 n + 10 n^2 / m operations a step for each
+    weight, where training takes 6 a token.
     """
 
     def __init__(self, params: Any, lr: float) -> None:

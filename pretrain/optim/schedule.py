@@ -26,12 +26,11 @@ def learning_rate(tokens: int, *, total_tokens: int, peak: float, schedule: Sche
     - ``wsd``: ``peak`` until the last ``decay_tokens``, then ``1 - sqrt(x)`` down to ``floor``, the shape that Hägele
       et al. 2024 (section 4) found best, or ``1 - x``. A decay longer than what warm-up leaves starts right after
       warm-up.
-    - ``inverse_sqrt`` (Vaswani et al. 2017, eq. 3): ``peak * sqrt(warmup_tokens / tokens)``, never below ``floor``; the
-      only one besides ``constant`` that does not depend on the length of the run, and like it is above ``floor`` at
-      its end.
+    - ``inverse_sqrt`` (Vaswani et al. 2017, eq. 3): ``peak * sqrt(warmup_tokens / tokens)``, never below ``floor``.
+      Like ``constant`` it does not depend on the length of the run, and is above ``floor`` at its end.
 
-    ``tokens`` includes the step's own batch, so the first step of a run has a learning rate above 0 and the last one
-    of those that end at ``floor`` has exactly that; beyond ``total_tokens`` it stays there.
+    ``tokens`` includes the step's own batch. So the first step of a run has a learning rate above 0, and the last step
+    of a schedule that ends at ``floor`` has exactly that. Beyond ``total_tokens`` it stays there.
     """
     if tokens < schedule.warmup_tokens:
         return peak * tokens / schedule.warmup_tokens

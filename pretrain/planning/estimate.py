@@ -11,17 +11,19 @@ from pretrain.config import RunConfig
 from pretrain.curriculum.plan import build_plan
 from pretrain.curriculum.stages import stage_model
 from pretrain.model.config import ModelConfig
-from pretrain.planning.fit import Change, Room, changes_that_fit, largest_micro_batch, peak
-from pretrain.planning.memory import StageMemory, plan_memory
+from pretrain.model.flops import attention_flops_per_token, forward_flops_per_token
+from pretrain.planning.fit import Change, MemoryBudget, changes_that_fit, largest_micro_batch, peak
+from pretrain.planning.memory import StageMemory, plan_memory, target_share
 from pretrain.planning.state import Zero, parameter_sizes, state_bytes
-from pretrain.planning.time import TRAINING, StageTime, plan_time
-from pretrain.precision import settle_for_plan
+from pretrain.precision import resolve_for_plan
 from pretrain.sources import open_sources
 
 LIBRARIES = 600_000_000
 """Bytes of host memory of a process that has imported Python, PyTorch and DeepSpeed and built nothing. Measured without
 a GPU: CUDA's libraries add to it."""
 FLOAT32 = 4
+TRAINING = 3
+"""Arithmetic of forward and backward over that of the forward pass; recomputation does not count as useful."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,26 @@ class Question:
     on_gpu: bool = True
     search: bool = True
     """Also look for the largest micro-batches and for changes that fit."""
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """One stage of the curriculum."""
+
+    seq_len: int
+    steps: int
+    tokens: int
+    forward_flops: float
+    """For each token; training takes :data:`TRAINING` times that."""
+    attention_share: float
+    """Of the attention proper, without its projections, in it."""
+    tokens_per_second: float | None
+    """Of all GPUs together; None without a peak."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the stage; None without a peak."""
+        return None if self.tokens_per_second is None else self.tokens / self.tokens_per_second
 
 
 @dataclass(frozen=True)
@@ -106,7 +128,7 @@ def estimate(config: RunConfig, question: Question) -> Estimate:
     GPUs cannot share."""
     if config.model.vocab_size is None:
         raise UserError("the size of the vocabulary is not known")
-    precision = settle_for_plan(config, question.on_gpu)
+    precision = resolve_for_plan(config, question.on_gpu)
     config = precision.config
     memory = plan_memory(config, question.gpus, on_gpu=question.on_gpu)
     parameters = parameters_by_part(stage_model(config, 0))
@@ -116,10 +138,10 @@ def estimate(config: RunConfig, question: Question) -> Estimate:
     changes: list[Change] = []
     if question.gpu_memory is not None:
         limit = int(question.gpu_memory * 2**30 * (1 - question.margin))
-        room = Room(question.gpus, limit, question.on_gpu)
+        budget = MemoryBudget(question.gpus, limit, question.on_gpu)
         if question.search:
-            largest = [largest_micro_batch(config, stage, room) for stage in range(len(memory))]
-            changes = changes_that_fit(config, room) if peak(memory) > limit else []
+            largest = [largest_micro_batch(config, stage, budget) for stage in range(len(memory))]
+            changes = changes_that_fit(config, budget) if peak(memory) > limit else []
     state = memory[0].state
     other = config.model_copy(update={"activation_checkpointing": not config.activation_checkpointing})
     return Estimate(
@@ -137,6 +159,25 @@ def estimate(config: RunConfig, question: Question) -> Estimate:
         largest=largest,
         changes=changes,
     )
+
+
+def plan_time(config: RunConfig, processes: int, *, mfu: float, peak_flops: float | None) -> list[StageTime]:
+    """Each stage of the run at a share ``mfu`` of ``peak_flops`` (FLOP/s of one GPU).
+
+    With ``activation_checkpointing`` layers are computed once more in the backward pass, which takes time and is no
+    progress: a quarter of the speed is taken off.
+    """
+    out = []
+    plan = build_plan(config)
+    slowdown = (TRAINING + 1) / TRAINING if config.activation_checkpointing else 1.0
+    for stage, planned in zip(config.curriculum, plan.stages, strict=True):
+        share = target_share(config, stage) if config.model.objective == "mlm" else None
+        forward = forward_flops_per_token(config.model, stage.seq_len, share)
+        attention = config.model.num_layers * attention_flops_per_token(config.model, stage.seq_len)
+        speed = None if peak_flops is None else processes * mfu * peak_flops / (TRAINING * forward * slowdown)
+        tokens = planned.end_tokens - planned.start_tokens
+        out.append(StageTime(stage.seq_len, planned.num_batches, tokens, forward, attention / forward, speed))
+    return out
 
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:

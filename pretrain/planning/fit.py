@@ -11,7 +11,7 @@ from pretrain.planning.memory import StageMemory, plan_memory
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """What there is to fit into."""
 
     processes: int
@@ -45,32 +45,32 @@ def peak(stages: Sequence[StageMemory]) -> int:
     return max(stage.peak for stage in stages)
 
 
-LINES = 6
+LINE_GUESSES = 6
 """Guesses along a line before halving: enough unless memory jumps."""
 
 
-def largest_micro_batch(config: RunConfig, stage: int, room: Room) -> int:
+def largest_micro_batch(config: RunConfig, stage: int, budget: MemoryBudget) -> int:
     """The most rows at a time that fit in one stage of the curriculum; 0 if not even one does.
 
     Never more than a process has in a step. Memory grows with the rows nearly in a straight line, so the line through
     what has been tried is followed.
     """
-    most = build_plan(config).stages[stage].rows // room.processes
+    most = build_plan(config).stages[stage].rows // budget.processes
     tried: dict[int, int] = {}
 
     def need(rows: int) -> int:
         if rows not in tried:
-            tried[rows] = room.peaks(with_micro_batch(config, stage, rows))[stage].peak
+            tried[rows] = budget.peaks(with_micro_batch(config, stage, rows))[stage].peak
         return tried[rows]
 
     low, high = 0, most + 1  # low fits, high does not
     guess = min(config.curriculum[stage].micro_batch, most)
     while high - low > 1:
-        if need(guess) <= room.limit:
+        if need(guess) <= budget.limit:
             low = guess
         else:
             high = guess
-        guess = _on_the_line(tried, room.limit) if len(tried) < LINES else (low + high) // 2
+        guess = _on_the_line(tried, budget.limit) if len(tried) < LINE_GUESSES else (low + high) // 2
         guess = min(max(guess, low + 1), high - 1)
     return low
 
@@ -91,33 +91,33 @@ def with_micro_batch(config: RunConfig, stage: int, rows: int) -> RunConfig:
     return config.model_copy(update={"curriculum": tuple(stages)})
 
 
-def changes_that_fit(config: RunConfig, room: Room) -> list[Change]:
+def changes_that_fit(config: RunConfig, budget: MemoryBudget) -> list[Change]:
     """The smallest changes, each by itself, that make a run fit which does not; if none does, the first of their sums.
 
     Every one is computed as the run itself is. Empty if nothing helps.
     """
-    found = [change for change, changed in _single(config, room) if room.holds(changed)]
+    found = [change for change, changed in _single(config, budget) if budget.holds(changed)]
     if found:
         return found
     collected: list[str] = []
     costs: list[str] = []
-    for override, cost, changed in _together(config, room):
+    for override, cost, changed in _together(config, budget):
         collected.append(override)
         costs.append(cost)
-        smaller = _smaller_micro_batches(changed, room)
+        smaller = _smaller_micro_batches(changed, budget)
         if smaller is not None:
             overrides, fitting = smaller
-            return [Change((*collected, *overrides), peak(room.peaks(fitting)), ", ".join(costs))]
+            return [Change((*collected, *overrides), peak(budget.peaks(fitting)), ", ".join(costs))]
     return []
 
 
-def _single(config: RunConfig, room: Room) -> Iterator[tuple[Change, RunConfig]]:
-    smaller = _smaller_micro_batches(config, room)
+def _single(config: RunConfig, budget: MemoryBudget) -> Iterator[tuple[Change, RunConfig]]:
+    smaller = _smaller_micro_batches(config, budget)
     if smaller is not None:
         overrides, changed = smaller
-        yield Change(overrides, peak(room.peaks(changed)), "less work at a time"), changed
-    for override, cost, changed in _switches(config, room):
-        yield Change((override,), peak(room.peaks(changed)), cost), changed
+        yield Change(overrides, peak(budget.peaks(changed)), "less work at a time"), changed
+    for override, cost, changed in _switches(config, budget):
+        yield Change((override,), peak(budget.peaks(changed)), cost), changed
 
 
 RECOMPUTE = "about a third more arithmetic"
@@ -125,37 +125,37 @@ COMMUNICATE = "more communication"
 OFFLOAD = "a slower step, on the host's processors"
 
 
-def _switches(config: RunConfig, room: Room) -> Iterator[tuple[str, str, RunConfig]]:
+def _switches(config: RunConfig, budget: MemoryBudget) -> Iterator[tuple[str, str, RunConfig]]:
     if not config.activation_checkpointing:
         yield "activation_checkpointing=true", RECOMPUTE, config.model_copy(update={"activation_checkpointing": True})
-    for stage in range(config.zero_stage + 1, 4) if room.processes > 1 else ():
+    for stage in range(config.zero_stage + 1, 4) if budget.processes > 1 else ():
         changed = config.model_copy(update={"zero_stage": stage})
-        if stage == 3 or room.holds(changed):  # the lowest that is enough
+        if stage == 3 or budget.holds(changed):  # the lowest that is enough
             yield f"zero_stage={stage}", COMMUNICATE, changed
             break
     if config.zero_stage and not config.offload_optimizer:
         yield "offload_optimizer=true", OFFLOAD, config.model_copy(update={"offload_optimizer": True})
 
 
-def _together(config: RunConfig, room: Room) -> Iterator[tuple[str, str, RunConfig]]:
+def _together(config: RunConfig, budget: MemoryBudget) -> Iterator[tuple[str, str, RunConfig]]:
     """All switches one after the other, each on top of those before."""
     if not config.activation_checkpointing:
         config = config.model_copy(update={"activation_checkpointing": True})
         yield "activation_checkpointing=true", RECOMPUTE, config
-    if config.zero_stage < 3 and room.processes > 1:
+    if config.zero_stage < 3 and budget.processes > 1:
         config = config.model_copy(update={"zero_stage": 3})
         yield "zero_stage=3", COMMUNICATE, config
     if config.zero_stage and not config.offload_optimizer:
         yield "offload_optimizer=true", OFFLOAD, config.model_copy(update={"offload_optimizer": True})
 
 
-def _smaller_micro_batches(config: RunConfig, room: Room) -> tuple[tuple[str, ...], RunConfig] | None:
+def _smaller_micro_batches(config: RunConfig, budget: MemoryBudget) -> tuple[tuple[str, ...], RunConfig] | None:
     """The stages that do not fit with the largest micro-batch that does; None if one row does not."""
     overrides = []
-    for index, stage in enumerate(room.peaks(config)):
-        if stage.peak <= room.limit:
+    for index, stage in enumerate(budget.peaks(config)):
+        if stage.peak <= budget.limit:
             continue
-        rows = largest_micro_batch(config, index, room)
+        rows = largest_micro_batch(config, index, budget)
         if rows == 0:
             return None
         overrides.append(f"curriculum.{index}.micro_batch={rows}")

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pretrain.config import RunConfig, StageConfig
@@ -13,7 +14,6 @@ from pretrain.curriculum.plan import build_plan, check_world_size
 from pretrain.curriculum.stages import stage_model
 from pretrain.model.attention.layout import Layout
 from pretrain.model.config import ModelConfig
-from pretrain.planning.documents import typical_documents
 from pretrain.planning.state import MASTER, Group, StateBytes, Zero, parameter_sizes, state_bytes
 from pretrain.planning.trace import Trace, trace_micro_batch
 
@@ -25,6 +25,8 @@ STAGE_0_BUCKET = 500_000_000
 """Elements that DeepSpeed 0.19.8 reduces at a time at stage 0, whatever the configuration says."""
 STAGE_3_SUB_GROUP = 1_000_000_000
 """Elements that it updates at a time at stage 3."""
+SHORTEST_SHARE = 64
+"""Where documents are not known, the shortest one is a row's length divided by this."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -144,6 +146,21 @@ def _traced(
     return trace_micro_batch(
         model, layout, targets=targets, dtype=DTYPES[precision], on_gpu=on_gpu, checkpointing=checkpointing
     )
+
+
+def typical_documents(rows: int, length: int) -> Layout:
+    """Rows full of documents whose lengths are spread evenly over octaves, from 1/64 of the row to all of it; the same
+    on every call."""
+    generator = np.random.default_rng(0)
+    lowest = np.log(max(length / SHORTEST_SHARE, 1))
+    ids = np.empty((rows, length), dtype=np.int64)
+    for row in ids:
+        start = number = 0
+        while start < length:
+            size = max(1, int(np.exp(generator.uniform(lowest, np.log(length)))))
+            row[start : start + size] = number
+            start, number = start + size, number + 1
+    return Layout.from_documents(torch.from_numpy(ids))
 
 
 def _backward_peak(trace: Trace, groups: Sequence[Group], zero: Zero, accumulated: bool) -> int:

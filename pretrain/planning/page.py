@@ -7,9 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from data_pipeline.units import format_bytes
-from pretrain.planning.estimate import Estimate
+from pretrain.planning.estimate import TRAINING, Estimate
 from pretrain.planning.memory import StageMemory
-from pretrain.planning.time import TRAINING
 
 GIB = 2**30
 

@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pretrain.engine.layers import layer_runner
-from pretrain.model.attention.kernels import assume_device
 from pretrain.model.attention.layout import Layout
 from pretrain.model.attention.self_attention import SelfAttention
+from pretrain.model.compute import assume_device
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import Block, Embeddings, FeedForward, Head, NystromformerLM, build_model
 

@@ -19,12 +19,12 @@ STARTS = "starts.jsonl"
 README = """\
 This folder is a training run of nystrom. What is in it, as far as the run got and was asked to:
 
-config.yaml       the configuration with nothing left open; `nystrom train --config config.yaml` goes on with the run
+config.yaml       the configuration with nothing left open; `nystrom train --config config.yaml` resumes the run
 deepspeed.json    what DeepSpeed was given
 environment.json  machine, versions, code and command of the last start; starts.jsonl has those of every start
 metrics.jsonl     every number of the training, a JSON object a line: kind "train", "valid" or "event"
 status.json       how the last start ended, or that it is running
-checkpoints/      weights, optimizer and position, to go on from; only a folder with a manifest.json is whole
+checkpoints/      weights, optimizer and position, to resume from; only a folder with a manifest.json is whole
 export/           the weights alone, float32, when the run is done; `nystrom eval` takes this folder or the run's
 export-ema/       the same of their running average, if the run kept one
 tokenizer/        the tokenizer of the data
@@ -39,7 +39,7 @@ The report of a run, or of several side by side: nystrom report THIS_FOLDER --ou
 """
 
 
-def explain(run_dir: Path) -> None:
+def write_readme(run_dir: Path) -> None:
     """Write the run folder's README.txt."""
     write_atomic(run_dir / "README.txt", README.encode())
 

@@ -14,7 +14,7 @@ KEPT_BYTES = 16 << 20
 
 
 class LineFile:
-    """A log to which lines are appended. Those that do not fit on the disk are kept, and written when there is room."""
+    """A log to which lines are appended. Those that do not fit on the disk are kept, and written once they fit."""
 
     def __init__(self, path: Path) -> None:
         """Nothing is opened before the first line."""
@@ -65,16 +65,16 @@ class LineFile:
         return f"{self.path} is written again" + (f"; {lost} line(s) are lost" if lost else "; no line is lost")
 
 
-def tell(text: str) -> None:
-    """Print a line, if anybody reads."""
+def print_line(text: str) -> None:
+    """Print a line; a reader that is gone is no error."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 
 
-def write_or_tell(path: Path, data: bytes) -> None:
-    """Replace a file of the run folder that is nice to have; on a full disk say so and go on.
+def write_or_warn(path: Path, data: bytes) -> None:
+    """Replace a file of the run folder that is nice to have; on a full disk say so and continue.
 
-    A file that is there takes new contents of about its size in place, which needs no room; a reader could see half of
+    A file that is there takes new contents of about its size in place, which needs no space; a reader could see half of
     them then, but rather that than last week's status.
     """
     try:
@@ -87,10 +87,10 @@ def write_or_tell(path: Path, data: bytes) -> None:
                 file.truncate()
                 os.fsync(file.fileno())
         except OSError:
-            tell(f"{path} could not be written: {error.strerror or error}")
+            print_line(f"{path} could not be written: {error.strerror or error}")
 
 
-def let_go_of_output() -> None:
+def flush_output() -> None:
     """Flush what was printed; where that is impossible, drop it: it must not replace the exit status of the run."""
     for stream in (sys.stdout, sys.stderr):
         try:

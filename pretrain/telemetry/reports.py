@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -11,14 +12,12 @@ import torch
 
 from data_pipeline.batches.loader import Batch
 from pretrain.checkpoint.commit import TrainState
-from pretrain.distributed.world import World, memory_gib
+from pretrain.distributed.world import World, peak_memory_gib
 from pretrain.engine.training import StepResult, TrainingEngine
-from pretrain.inputs import Inputs
 from pretrain.machine import peak_flops
-from pretrain.measures import model_flops_utilization, perplexity
-from pretrain.telemetry.clock import StepClock
+from pretrain.sources import Inputs
+from pretrain.telemetry.bad_batches import BAD_STEPS, SPIKES, SavedBatch, save_batch
 from pretrain.telemetry.spikes import SpikeDetector
-from pretrain.telemetry.suspects import BAD_STEPS, SPIKES, Suspects, save_batch
 from pretrain.telemetry.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class Event(Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
+class StepRecord:
     """An optimizer step that was taken, or skipped, as one process knows it."""
 
     number: int
@@ -74,7 +73,7 @@ class StepReports:
         self._inputs, self._config, self._model = inputs, inputs.config, engine.model
         self._world, self._telemetry, self._event = world, telemetry, event
         self._detector = SpikeDetector(self._config.telemetry.spike_window, losses)
-        self._unsettled: Step | None = None
+        self._unsettled: StepRecord | None = None
         self.clock = StepClock(world.device)
         self.clock.watch(engine.on_forward)
         gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
@@ -105,7 +104,7 @@ class StepReports:
         """A stage of the curriculum begins: its losses are not to be compared with those before."""
         self._detector.clear()
 
-    def loss(self, step: Step, last: bool) -> Loss | None:
+    def loss(self, step: StepRecord, last: bool) -> Loss | None:
         """The loss of a step that is to be logged or went wrong, or None: then the next step will bring it."""
         if step.result.applied and not last and step.number % self._config.telemetry.log_every_steps:
             self._unsettled = step
@@ -116,7 +115,7 @@ class StepReports:
         loss_sum, *seconds = self._world.sum([float(step.loss_sum), *own])
         return Loss(loss_sum / max(step.targets, 1.0), seconds)
 
-    def log(self, step: Step, loss: Loss, state: TrainState) -> None:
+    def log(self, step: StepRecord, loss: Loss, state: TrainState) -> None:
         """Write the numbers of a step; under fp16 also of one skipped only to find the loss scale."""
         self._watch(step, loss.mean)
         rates, own = self.clock.take(), loss.own_seconds
@@ -137,7 +136,7 @@ class StepReports:
             "own_seconds_mean": sum(own) / len(own),
             "own_seconds_max": max(own),
             "slowest_rank": own.index(max(own)),
-            "memory_gib": memory_gib(self._world.device),
+            "memory_gib": peak_memory_gib(self._world.device),
             "stage": step.batch.stage,
             "seq_len": step.batch.seq_len,
             "bad_steps": state.bad_steps,
@@ -149,19 +148,19 @@ class StepReports:
         self._telemetry.write("train", **values)
         self._telemetry.progress(step.tokens, values)
 
-    def bad_step(self, step: Step, loss: Loss, state: TrainState) -> None:
+    def bad_step(self, step: StepRecord, loss: Loss, state: TrainState) -> None:
         """Save and name the rows of a step that was skipped because its loss or gradient is not finite.
 
         Suspect are the rows of the processes whose own loss went wrong; if it was the gradient alone, all.
         """
         what = "gradient" if math.isfinite(loss.mean) else "loss"
-        suspects = self._save(BAD_STEPS, step, what, loss.mean, not math.isfinite(float(step.loss_sum)))
-        samples, most = suspects.samples, self._config.max_bad_steps
-        self._event("bad_step", what=what, samples=samples, bad_in_row=state.bad_in_row, **_saved(suspects))
+        saved = self._save(BAD_STEPS, step, what, loss.mean, not math.isfinite(float(step.loss_sum)))
+        samples, most = saved.samples, self._config.max_bad_steps
+        self._event("bad_step", what=what, samples=samples, bad_in_row=state.bad_in_row, **_saved(saved))
         shown = ", ".join(map(str, samples[:SAMPLE_IDS_SHOWN])) + (", ..." if len(samples) > SAMPLE_IDS_SHOWN else "")
         self._telemetry.say(
             f"step {step.number}: the {what} is not finite; step skipped on all processes ({state.bad_in_row} "
-            f"of at most {most} in a row). Samples: {shown}. {_look(suspects)}"
+            f"of at most {most} in a row). Samples: {shown}. {_look(saved)}"
         )
         if state.bad_in_row >= most:
             self._telemetry.say(
@@ -169,19 +168,19 @@ class StepReports:
                 "the last checkpoint is from before if checkpoint.every_tokens is set."
             )
 
-    def _watch(self, step: Step, loss: float) -> None:
+    def _watch(self, step: StepRecord, loss: float) -> None:
         spike = self._detector.add(loss) if math.isfinite(loss) else None
         if spike is None:
             return
-        suspects = self._save(SPIKES, step, "spike", loss, False)
-        values = {"loss": loss, "expected": spike.expected, "limit": spike.limit, **_saved(suspects)}
+        saved = self._save(SPIKES, step, "spike", loss, False)
+        values = {"loss": loss, "expected": spike.expected, "limit": spike.limit, **_saved(saved)}
         self._event("spike", step=step.number, tokens=step.tokens, **values)
         self._telemetry.say(
             f"step {step.number}: the loss jumped to {loss:.4f}; {spike.expected:.4f} was usual, up to "
-            f"{spike.limit:.4f} would have been. {_look(suspects)}"
+            f"{spike.limit:.4f} would have been. {_look(saved)}"
         )
 
-    def _save(self, kind: str, step: Step, what: str, loss: float, suspect: bool) -> Suspects:
+    def _save(self, kind: str, step: StepRecord, what: str, loss: float, suspect: bool) -> SavedBatch:
         facts = {
             "step": step.number,
             "what": what,
@@ -203,12 +202,92 @@ class StepReports:
         return {"epoch" if len(epochs) == 1 else f"epoch/{name}": value for name, value in epochs.items()}
 
 
-def _saved(suspects: Suspects) -> dict[str, Any]:
-    folder: Path | None = suspects.folder
+def _saved(saved: SavedBatch) -> dict[str, Any]:
+    folder: Path | None = saved.folder
     return {"saved": None if folder is None else f"{folder.parent.name}/{folder.name}"}
 
 
-def _look(suspects: Suspects) -> str:
-    if suspects.folder is None:
-        return f"Its rows could not be saved: {suspects.problem}"
-    return f"Look at its rows: nystrom replay {suspects.folder}"
+def _look(saved: SavedBatch) -> str:
+    if saved.folder is None:
+        return f"Its rows could not be saved: {saved.problem}"
+    return f"Look at its rows: nystrom replay {saved.folder}"
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def model_flops_utilization(
+    tokens_per_second: float, forward_flops: float, devices: int, peak: float | None
+) -> float | None:
+    """MFU (Chowdhery et al. 2022, appendix B): tokens/s x 3 x forward FLOPs per token / (devices x peak).
+
+    The backward pass counts twice the forward; recomputation does not count. None without a known peak.
+    """
+    return None if peak is None else tokens_per_second * 3.0 * forward_flops / (devices * peak)
+
+
+class Rates(NamedTuple):
+    """Of the steps since the last logged one, on this process."""
+
+    tokens_per_second: float  # of all processes
+    data_wait: float  # share of the time
+    step_seconds: float  # mean of a step
+
+
+class StepClock:
+    """Adds up the steps since the last logged one; validation and saving do not count.
+
+    Every step ends with all processes, for they wait for each other's gradients: by the clock on the wall a slow
+    process cannot be told from those that wait for it. So each also adds up what it does before it meets the others:
+    waiting for data, and the forward passes (on a GPU between two events, which costs no waiting). That is
+    :meth:`own_seconds`. Under ZeRO-3 the layers of a forward pass gather their weights from all processes and so wait
+    for the slowest too: there only slow data is told apart.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[Any] = []
+        self._start()
+
+    def watch(self, on_forward: Callable[[Callable[[], None], Callable[[], None]], None]) -> None:
+        """Have the engine call when a forward pass begins and when it has ended."""
+        on_forward(self._mark, self._mark)
+
+    def add(self, tokens: int, began: float, waited: float) -> None:
+        """Count a step of the global batch that began at this ``time.monotonic()`` and waited so long for data."""
+        self._steps += 1
+        self._tokens += tokens
+        self._seconds += time.monotonic() - began
+        self._waited += waited
+
+    def own_seconds(self) -> float:
+        """Mean seconds a step that this process spent before it met the others."""
+        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+        if self._on_gpu:
+            if pairs:
+                pairs[-1][1].synchronize()
+            forward = sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
+        else:
+            forward = sum(end - begin for begin, end in pairs)
+        return (self._waited + forward) / max(1, self._steps)
+
+    def take(self) -> Rates:
+        """The rates of the steps counted, and start anew."""
+        seconds = max(self._seconds, 1e-9)
+        rates = Rates(self._tokens / seconds, self._waited / seconds, self._seconds / max(1, self._steps))
+        self._start()
+        return rates
+
+    def _start(self) -> None:
+        self._steps, self._tokens, self._seconds, self._waited = 0, 0, 0.0, 0.0
+        self._marks.clear()
+
+    def _mark(self) -> None:
+        if not self._on_gpu:
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)

@@ -1,15 +1,17 @@
 """When is a loss, or a row of a batch, out of line with its neighbours? Medians, so that outliers do not hide others.
 
-The rule: a value stands out if it is above ``median + max(8 x 1.4826 x MAD, 1% of the median)``, where MAD is the
-median absolute deviation from the median and 1.4826 makes it the standard deviation of normal noise (Hampel 1974). The
-1% keep a loss that hardly moves from being called a spike for a trifle.
+The rule: a value stands out if it is above ``median + max(8 x 1.4826 x MAD, 1% of the median)``. MAD is the median
+absolute deviation from the median, and 1.4826 makes it the standard deviation of normal noise (Hampel 1974). The 1%
+keep small changes of a loss that hardly moves from being called a spike.
 
-For the losses of consecutive steps (:func:`expectation`) the median is that of the newer half of the window, and the
-deviations are measured after a straight line through the medians of the two halves is taken off (the resistant line of
-Tukey 1977): early in a run a loss falls by more than its noise within a window, and a jump by 2 nats would pass for
-spread. Of 200,000 draws of normal noise none was beyond 8 deviations with 50 or 100 losses to compare with, 8.5 in
-100,000 with 20; of noise with the tails of Student's t with 5 degrees of freedom 16 in 100,000 with 100 (6 deviations
-would have been 85).
+For the losses of consecutive steps (:func:`expectation`) the median is that of the newer half of the window. The
+deviations are measured after subtracting a straight line through the medians of the two halves (the resistant line of
+Tukey 1977). Early in a run a loss falls by more than its noise within a window, and a jump by 2 nats would else pass
+for spread.
+
+False alarms: of 200,000 draws of normal noise none was beyond 8 deviations with 50 or 100 losses to compare with, and
+8.5 in 100,000 with 20. Of noise with the tails of Student's t with 5 degrees of freedom it was 16 in 100,000 with 100
+losses (6 deviations would have given 85).
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ class SpikeDetector:
     """
 
     def __init__(self, window: int, losses: Iterable[float] = ()) -> None:
-        """``losses``: what :attr:`losses` of an earlier detector was, to go on exactly where that stood."""
+        """``losses``: what :attr:`losses` of an earlier detector was, to continue exactly where that stood."""
         self._window = window
         self._losses: deque[float] = deque(maxlen=window + 1)
         self._within = False

@@ -44,7 +44,7 @@ def truncate_metrics(path: Path, step: int) -> int:
 
 
 class Telemetry:
-    """The first process's voice; on the others every method does nothing."""
+    """What the first process writes and prints; on the others every method does nothing."""
 
     def __init__(
         self, run_dir: Path, config: RunConfig, total_tokens: int, tokens: int, active: bool, step: int = 0
@@ -90,7 +90,7 @@ class Telemetry:
         """Print a line, if there is one to print, without tearing the progress bar."""
         if not self._active or text is None:
             return
-        # A log on a full disk, a reader that went away: the run goes on, and saves when it is asked to.
+        # A log on a full disk, a reader that went away: the run continues, and saves when it is asked to.
         with contextlib.suppress(OSError):
             if self._bar is not None:
                 self._bar.write(text, file=sys.stdout)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides metrics.jsonl: Weights & Biases, TensorBoard. Whatever they do, training goes on."""
+"""Where a run's numbers go besides metrics.jsonl: Weights & Biases, TensorBoard. No failure of theirs ends a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_trackers(config: TelemetryConfig) -> None:
 
 
 class Tracker(Protocol):
-    """Somebody who collects numbers by step. Any method may raise: :class:`Trackers` then goes on without it."""
+    """What collects numbers by step. Any method may raise: :class:`Trackers` then continues without it."""
 
     def numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Take numbers of a kind (``train``, ``valid``)."""
@@ -44,7 +44,7 @@ class Trackers:
     """All trackers of a run, each of which is left out as soon as it fails."""
 
     def __init__(self, run_dir: Path, config: RunConfig, step: int = 0) -> None:
-        """Open what ``config`` asks for; ``step`` is the one that the run goes on from."""
+        """Open what ``config`` asks for; ``step`` is the one that the run resumes from."""
         self._trackers: dict[str, Tracker] = {}
         telemetry = config.telemetry
         if telemetry.wandb == "online" and not self._open("wandb online", lambda: Wandb(run_dir, config, "online")):

@@ -11,7 +11,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.tokenization.training import train_tokenizer
-from eval.tasks.validity.checks import _different, _ordinary, _random_ids
+from eval.tasks.validity.probe import different, ordinary_ids, random_ids
 from pretrain.checkpoint.load import _loaded
 
 
@@ -24,20 +24,20 @@ def subject(vocab_size: int | None, special_ids: tuple[int, ...]) -> Any:
 
 def test_special_tokens_may_lie_anywhere() -> None:
     some = subject(12, (3, 7, 11))
-    assert _ordinary(some).tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
-    drawn = _random_ids(some, 500, seed=1)
-    assert set(drawn.tolist()) == set(_ordinary(some).tolist())
+    assert ordinary_ids(some).tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    drawn = random_ids(some, 500, seed=1)
+    assert set(drawn.tolist()) == set(ordinary_ids(some).tolist())
     tokens = torch.arange(12).repeat(100)
-    others = _different(tokens, some, seed=2)
-    assert set(others.tolist()) == set(_ordinary(some).tolist())
+    others = different(tokens, some, seed=2)
+    assert set(others.tolist()) == set(ordinary_ids(some).tolist())
     assert (others != tokens).all()
 
 
-def test_vocabulary_without_ordinary_tokens() -> None:
+def test_vocabulary_withoutordinary_ids_tokens() -> None:
     for vocab_size in (None, 4):
         with pytest.raises(UserError, match="has no two ordinary tokens"):
-            _ordinary(subject(vocab_size, (0, 1, 3)))
-    assert _ordinary(subject(4, (0, 3, 9))).tolist() == [1, 2]  # 9: beyond the model's vocabulary
+            ordinary_ids(subject(vocab_size, (0, 1, 3)))
+    assert ordinary_ids(subject(4, (0, 3, 9))).tolist() == [1, 2]  # 9: beyond the model's vocabulary
 
 
 def test_a_masked_model_without_a_mask_token_is_refused(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_options_come_from_the_settings() -> None:
         ({"a": "description: nothing"}, ["a"], "either a task (with settings) or a list of suites"),
         ({"a": "task: lm\nsuites: [lm]"}, ["a"], "either a task (with settings) or a list of suites"),
         ({"a": "task: [lm"}, ["a"], "cannot be read"),
-        ({"a": "task: lm\nsetting: {}"}, ["a"], "setting: Extra inputs are not permitted"),
+        ({"a": "task: lm\nsetting: {}"}, ["a"], "unknown key 'setting': did you mean 'settings'?"),
         ({"a": "suites: [b]", "b": "suites: [a]"}, ["a"], "contains itself: a -> b -> a"),
         ({"a": "suites: [a.yaml]"}, ["a.yaml"], "contains itself: a.yaml -> a.yaml"),
         ({"a": "suites: [./b.yaml]", "b": "suites: [a]"}, ["a"], "contains itself: a -> ./b.yaml -> a"),

@@ -57,7 +57,7 @@ def test_sigterm_saves_and_the_resumed_run_equals_plain_deepspeed_s(tmp_path: Pa
     process = start(config)
     output = process.communicate(timeout=180)[0]
     assert process.returncode == 0, output
-    assert "Goes on from" in output
+    assert "Resumes from" in output
 
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29731"]
     subprocess.run(

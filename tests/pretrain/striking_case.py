@@ -25,7 +25,7 @@ PLACES = {
     "sampling": "pretrain.model.generation:generate",
     "writing": "pretrain.engine.state.writing:Writes.save",  # inside DeepSpeed's own save, once for each file
     "hashing": "pretrain.checkpoint.store:Checkpoints._hash",  # between the files and the manifest
-    "pointing": "pretrain.checkpoint.commit:point_to",  # between the manifest and `latest`
+    "pointing": "pretrain.checkpoint.commit:write_latest",  # between the manifest and `latest`
     "pruning": "pretrain.checkpoint.commit:shutil.rmtree",  # an old checkpoint has lost its manifest, not its files
     "exporting": "safetensors.torch:save_file",
 }
@@ -66,7 +66,7 @@ def train_struck(
     """
     me, arrivals = int(os.environ["RANK"]), 0
     pids = [Path(f"{clock}.{rank}") for rank in range(int(os.environ["WORLD_SIZE"]))]
-    wrap("pretrain.run:LeaveAtOnce.__enter__", lambda: pids[me].write_text(str(os.getpid())))
+    wrap("pretrain.run:ImmediateExit.__enter__", lambda: pids[me].write_text(str(os.getpid())))
 
     def send() -> None:
         for rank in reversed(ranks):  # this process last: it may be gone at once

@@ -35,8 +35,8 @@ def speed(monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
 def world(*others: float) -> World:
     """The first of several processes, whose CPUs multiply bf16 at these ratios beside this one's."""
 
-    def gather(verdict: precision.Verdict) -> list[precision.Verdict]:
-        return [verdict, *(precision.Verdict(ratio, "{whose} CPU is another one") for ratio in others)]
+    def gather(verdict: precision.Bf16Support) -> list[precision.Bf16Support]:
+        return [verdict, *(precision.Bf16Support(ratio, "{whose} CPU is another one") for ratio in others)]
 
     return cast(World, SimpleNamespace(device=CPU, gather=gather))
 
@@ -51,11 +51,11 @@ def config(**changes: Any) -> Any:
 def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch, ratio: float, expected: str) -> None:
     speed(monkeypatch, ratio)
     assert precision.fast_precision(CPU) == expected
-    settled = precision.settle(config(), world())
+    settled = precision.resolve_precision(config(), world())
     assert (settled.config.precision, settled.note) == (expected, None)
     assert settled.text.startswith(f"{expected} (auto: this CPU multiplies bf16 matrices at {ratio:.2g} ")
-    assert precision.settle_for_plan(config(), on_gpu=False).config.precision == expected
-    assert precision.settle_for_plan(config(), on_gpu=True).text == "bf16 (auto: a GPU is taken to have it)"
+    assert precision.resolve_for_plan(config(), on_gpu=False).config.precision == expected
+    assert precision.resolve_for_plan(config(), on_gpu=True).text == "bf16 (auto: a GPU is taken to have it)"
 
 
 def test_a_gpu_that_only_emulates_bf16_gets_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,11 +73,11 @@ def test_a_gpu_that_only_emulates_bf16_gets_fp32(monkeypatch: pytest.MonkeyPatch
 
 def test_bf16_must_be_faster_for_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     speed(monkeypatch, FAST)
-    assert precision.settle(config(), world(FAST, FAST)).config.precision == "bf16"
-    settled = precision.settle(config(), world(FAST, SLOW))
+    assert precision.resolve_precision(config(), world(FAST, FAST)).config.precision == "bf16"
+    settled = precision.resolve_precision(config(), world(FAST, SLOW))
     assert (settled.config.precision, settled.text) == ("fp32", "fp32 (auto: process 2's CPU is another one)")
     speed(monkeypatch, 0.5)
-    assert "this CPU multiplies bf16 matrices at 0.5 of its" in precision.settle(config(), world(SLOW)).text
+    assert "this CPU multiplies bf16 matrices at 0.5 of its" in precision.resolve_precision(config(), world(SLOW)).text
 
 
 def test_what_is_named_is_not_measured_but_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,17 +86,17 @@ def test_what_is_named_is_not_measured_but_bf16(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(precision, "bf16_speed", fail)
     for named in ("fp32", "fp16"):
-        assert precision.settle(config(precision=named), world()).text == named
-    settled = precision.settle(config(zero_stage=0), world())
+        assert precision.resolve_precision(config(precision=named), world()).text == named
+    settled = precision.resolve_precision(config(zero_stage=0), world())
     assert (settled.config.precision, settled.text) == ("fp32", "fp32 (auto: zero_stage 0 has no other)")
     for on_gpu in (True, False):
-        assert precision.settle_for_plan(config(zero_stage=0), on_gpu).config.precision == "fp32"
-        assert precision.settle_for_plan(config(precision="bf16"), on_gpu).text == "bf16"
+        assert precision.resolve_for_plan(config(zero_stage=0), on_gpu).config.precision == "fp32"
+        assert precision.resolve_for_plan(config(precision="bf16"), on_gpu).text == "bf16"
     speed(monkeypatch, FAST)
-    named = precision.settle(config(precision="bf16"), world())
+    named = precision.resolve_precision(config(precision="bf16"), world())
     assert (named.config.precision, named.text, named.note) == ("bf16", "bf16", None)
     speed(monkeypatch, SLOW)
-    named = precision.settle(config(precision="bf16"), world())
+    named = precision.resolve_precision(config(precision="bf16"), world())
     assert (named.config.precision, named.text) == ("bf16", "bf16")
     assert named.note == (
         "precision bf16 was asked for, and this CPU multiplies bf16 matrices at 0.03 of its float32 speed: "
@@ -107,13 +107,13 @@ def test_what_is_named_is_not_measured_but_bf16(monkeypatch: pytest.MonkeyPatch)
 def test_a_run_keeps_what_it_began_in_and_says_what_that_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     for ratio, began, other in ((SLOW, "bf16", "fp32"), (FAST, "fp32", "bf16")):
         speed(monkeypatch, ratio)
-        kept = precision.settle(config(), world(), began)
+        kept = precision.resolve_precision(config(), world(), began)
         assert (kept.config.precision, kept.text) == (began, f"{began} (auto: the run began in it)")
         assert kept.note is not None
         assert f"auto keeps {began}, in which the run began; here {other} would be faster (this CPU mult" in kept.note
         assert kept.note.endswith(f"--set precision={other} changes it")
-        assert precision.settle(config(), world(), other).note is None
-    assert precision.settle(config(), world(), "fp16").config.precision == "fp16"
+        assert precision.resolve_precision(config(), world(), other).note is None
+    assert precision.resolve_precision(config(), world(), "fp16").config.precision == "fp16"
 
 
 def test_the_measurement_costs_little_and_leaves_no_trace() -> None:
@@ -131,7 +131,7 @@ def test_a_cpu_whose_instructions_are_capped_by_the_environment_gets_fp32() -> N
     env = {**os.environ, **capped, "PYTHONPATH": str(REPOSITORY)}
     out = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
     found, ratio = out.split()
-    assert (found, float(ratio) < precision.HOPELESS) == ("fp32", True)
+    assert (found, float(ratio) < precision.TOO_SLOW) == ("fp32", True)
 
 
 def test_the_deepspeed_block_must_fit_whatever_it_comes_to(corpus: Path) -> None:

@@ -67,7 +67,7 @@ def batch_of(config: str, tokens_before: int, rank: int) -> Any:
 def assert_saved(folder: Path, config: str, ranks: list[int]) -> None:
     import torch
 
-    from pretrain.telemetry.suspects import read_batch
+    from pretrain.telemetry.bad_batches import read_batch
 
     facts, parts = read_batch(folder)
     assert [rank for rank, _ in parts] == facts["processes"] == ranks
@@ -211,7 +211,7 @@ def test_the_newest_stay(tmp_path: Path) -> None:
 
     from data_pipeline.batches.loader import Batch
     from pretrain.distributed.world import Rank
-    from pretrain.telemetry import suspects
+    from pretrain.telemetry import bad_batches
 
     class Alone:
         rank, world_size, is_first = Rank().rank, 1, True
@@ -223,12 +223,12 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     batch = Batch(ids, ids, torch.arange(2), stage=0, seq_len=3, tokens=6, tokens_before=0)
     root = tmp_path / "bad_steps"
     for step in range(1, 26):
-        saved = suspects.save_batch(root, Alone(), batch, False, {"step": step})  # type: ignore[arg-type]
+        saved = bad_batches.save_batch(root, Alone(), batch, False, {"step": step})  # type: ignore[arg-type]
         assert saved.folder == root / f"step{step:09d}"
     assert [path.name for path in sorted(root.iterdir())] == [f"step{step:09d}" for step in range(6, 26)]
     with pytest.raises(UserError, match=r"is not a saved batch \(it has no step.json\)"):
-        suspects.read_batch(root)
+        bad_batches.read_batch(root)
     rows = root / "step000000025" / "rank_00000.safetensors"
     rows.write_bytes(rows.read_bytes()[:-20])
     with pytest.raises(UserError, match="cannot be read"):
-        suspects.read_batch(rows.parent)
+        bad_batches.read_batch(rows.parent)

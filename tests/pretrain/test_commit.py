@@ -24,7 +24,7 @@ def make(root: Path, step: int, contents: bytes = b"weights") -> Path:
     commit.fsync_files(folder, names)
     files = {name: hash_file(folder, name) for name in names}
     commit.commit(root, Manifest(folder.name, TrainState(step=step, tokens=10 * step), {"world_size": 1}, files))
-    commit.point_to(root, folder.name)
+    commit.write_latest(root, folder.name)
     return folder
 
 

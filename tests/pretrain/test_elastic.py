@@ -1,4 +1,4 @@
-"""A run that goes on with other processes and another ZeRO stage, against one that nobody interrupted."""
+"""A run that resumes with other processes and another ZeRO stage, against one that nobody interrupted."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_more_processes_and_another_stage(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_another_stage_on_the_same_processes_draws_on(corpus: Path, tmp_path: Path) -> None:
-    """With dropout: the generators go on where they were."""
+    """With dropout: the generators continue where they were."""
     outputs = go_on(corpus, tmp_path, [(2, 3), (2, 1)], "fp32", model={"dropout": 0.2})
     assert "cut anew" in outputs[1]
     assert "new stream" not in outputs[1]

@@ -51,7 +51,7 @@ def read_and_write(stage: int, precision: str, extra: dict[str, Any]) -> None:
     for name, states in wanted.items():
         for state, value in states.items():
             fragments.set_full(engine, named[name], state, value)
-    fragments.publish(engine)
+    fragments.sync_model_weights(engine)
     for name, states in wanted.items():
         for state, value in states.items():
             got = fragments.get_full(engine, named[name], state)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.telemetry import lines
-from pretrain.telemetry.lines import LineFile, tell, write_or_tell
+from pretrain.telemetry.lines import LineFile, print_line, write_or_warn
 
 FULL = Path("/dev/full")  # Linux; every write to it is refused: no space left on device
 
@@ -54,17 +54,17 @@ def test_a_file_without_room_beside_it_is_overwritten_in_place(
 
     monkeypatch.setattr(lines, "write_atomic", full)
     (tmp_path / "status.json").write_text("x" * 100)
-    write_or_tell(tmp_path / "status.json", b"done")
+    write_or_warn(tmp_path / "status.json", b"done")
     assert (tmp_path / "status.json").read_text() == "done"
     assert capsys.readouterr().out == ""
-    write_or_tell(tmp_path / "samples.txt", b"text")
+    write_or_warn(tmp_path / "samples.txt", b"text")
     assert "samples.txt could not be written: No space left on device" in capsys.readouterr().out
 
 
 def test_a_full_log_or_a_closed_pipe_does_not_end_the_run_or_change_its_status(tmp_path: Path) -> None:
     code = (
-        "from pretrain.telemetry.lines import let_go_of_output, tell\n"
-        "tell('a line')\ntell('another')\nlet_go_of_output()\nraise SystemExit(74)"
+        "from pretrain.telemetry.lines import flush_output, print_line\n"
+        "print_line('a line')\nprint_line('another')\nflush_output()\nraise SystemExit(74)"
     )
     with open(FULL, "w") as full:
         assert subprocess.run([sys.executable, "-c", code], stdout=full).returncode == 74
@@ -75,5 +75,5 @@ def test_a_full_log_or_a_closed_pipe_does_not_end_the_run_or_change_its_status(t
 
 
 def test_tell_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    tell("hello")
+    print_line("hello")
     assert capsys.readouterr().out == "hello\n"

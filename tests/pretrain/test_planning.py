@@ -17,12 +17,10 @@ from pretrain.engine.layers import layer_runner
 from pretrain.model import ModelConfig, build_model
 from pretrain.model.attention.layout import Layout
 from pretrain.planning import cli
-from pretrain.planning.documents import typical_documents
-from pretrain.planning.estimate import Question, estimate, parameters_by_part
-from pretrain.planning.fit import Room, changes_that_fit, largest_micro_batch, peak, with_micro_batch
-from pretrain.planning.memory import plan_memory
+from pretrain.planning.estimate import Question, estimate, parameters_by_part, plan_time
+from pretrain.planning.fit import MemoryBudget, changes_that_fit, largest_micro_batch, peak, with_micro_batch
+from pretrain.planning.memory import plan_memory, typical_documents
 from pretrain.planning.state import parameter_sizes, state_bytes
-from pretrain.planning.time import plan_time
 from pretrain.planning.trace import trace_micro_batch
 
 SMALL = {"vocab_size": 200, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_landmarks": 8, "conv_kernel": 5}
@@ -263,31 +261,31 @@ BIG = {
 def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     config = run_config(**BIG)
     limit = (peak(plan_memory(config, 2)) + peak(plan_memory(with_micro_batch(config, 0, 8), 2))) // 2
-    room = Room(2, limit)
-    rows = largest_micro_batch(config, 0, room)
+    budget = MemoryBudget(2, limit)
+    rows = largest_micro_batch(config, 0, budget)
     assert 8 < rows < 16
-    assert room.holds(with_micro_batch(config, 0, rows))
-    assert not room.holds(with_micro_batch(config, 0, rows + 1))
-    assert largest_micro_batch(config, 0, Room(2, 10**12)) == 32  # all rows of a process
-    assert largest_micro_batch(config, 0, Room(2, 10**6)) == 0
+    assert budget.holds(with_micro_batch(config, 0, rows))
+    assert not budget.holds(with_micro_batch(config, 0, rows + 1))
+    assert largest_micro_batch(config, 0, MemoryBudget(2, 10**12)) == 32  # all rows of a process
+    assert largest_micro_batch(config, 0, MemoryBudget(2, 10**6)) == 0
 
 
 @pytest.mark.slow
 def test_changes_that_make_it_fit_do() -> None:
     config = run_config(**BIG, zero_stage=1)
-    room = Room(2, peak(plan_memory(config, 2)) - 1)
-    changes = {change.overrides for change in changes_that_fit(config, room)}
+    budget = MemoryBudget(2, peak(plan_memory(config, 2)) - 1)
+    changes = {change.overrides for change in changes_that_fit(config, budget)}
     assert ("activation_checkpointing=true",) in changes
     assert ("zero_stage=2",) in changes
     assert ("offload_optimizer=true",) in changes
     assert any(overrides[0].startswith("curriculum.0.micro_batch=") for overrides in changes)
     # Too little for any one of them, enough for all together.
-    tight = Room(2, peak(plan_memory(with_micro_batch(config, 0, 1), 2)) - 1)
+    tight = MemoryBudget(2, peak(plan_memory(with_micro_batch(config, 0, 1), 2)) - 1)
     (together,) = changes_that_fit(config, tight)
     assert together.overrides[0] == "activation_checkpointing=true"
     assert len(together.overrides) > 1
     assert together.peak <= tight.limit
-    assert changes_that_fit(config, Room(2, 1000)) == []
+    assert changes_that_fit(config, MemoryBudget(2, 1000)) == []
 
 
 def write(tmp_path: Path, **changes: Any) -> str:

@@ -93,7 +93,7 @@ def test_spikes_are_the_same_through_interruptions(corpus: Path, tmp_path: Path)
     # Stopped right before the second: only who has not forgotten what was normal can see that.
     again = run_ranks(train_with_spikes, 2, config=parts, first=9, spikes=SPIKES, end_at=14)
     assert values(again) == [75, 75]
-    assert "Goes on from" in again[0].output
+    assert "Resumes from" in again[0].output
     assert [spike["step"] for spike in spikes_of(tmp_path / "parts")] == [8]
     assert values(run_ranks(train_with_spikes, 2, config=parts, first=15, spikes=SPIKES)) == [0, 0]
     assert spikes_of(tmp_path / "parts") == spikes_of(tmp_path / "whole")

@@ -59,7 +59,7 @@ def read(
     import torch
     import torch.distributed as dist
 
-    from pretrain.engine.state.reshard import layout_of, restore
+    from pretrain.engine.state.reshard import restore, zero_layout
     from pretrain.engine.state.saved import SavedStates
 
     join()
@@ -99,7 +99,7 @@ def read(
                 for name, states in ours.items():
                     for state, value in states.items():
                         torch.testing.assert_close(value, after[name][state], rtol=1e-5, atol=1e-7)
-            if saved.layout == layout_of(engine):
+            if saved.layout == zero_layout(engine):
                 assert stage == saved.layout.zero_stage
                 again = build_engine(stage, precision, extra)
                 again.load_checkpoint(folder, tag=path.name)
@@ -164,14 +164,14 @@ def other_groups(folder: str, stage: int, extra: dict[str, Any]) -> None:
     """Runs in the ranks: the same processes and stage, but a matrix that is not decayed any more."""
     import torch
 
-    from pretrain.engine.state.reshard import layout_of, restore
+    from pretrain.engine.state.reshard import restore, zero_layout
     from pretrain.engine.state.saved import SavedStates
 
     _, world_size = join()
     path = Path(folder, f"from-{world_size}-{stage}")
     saved = SavedStates(path)
     engine = build_engine(stage, "fp32", extra, not_decayed="first.weight")
-    assert saved.layout != layout_of(engine)
+    assert saved.layout != zero_layout(engine)
     restore(engine, saved)
     expected = torch.load(path.with_name(path.name + ".pt"))
     for name, states in all_states(engine).items():
@@ -238,7 +238,7 @@ def test_what_is_no_checkpoint_of_this_model_is_refused(tmp_path: Path) -> None:
 
 
 def fp16(folder: str, stage: int, reading: bool) -> tuple[float, float, int]:
-    """Runs in the ranks: overflows lower the loss scale; what reads it goes on with it. CPUs have float16 kernels."""
+    """Runs in the ranks: overflows lower the loss scale; what reads it continues with it. CPUs have float16 kernels."""
     import torch
     from deepspeed.accelerator import get_accelerator
 

@@ -27,7 +27,7 @@ def case(corpus: Path, weights: dict[str, float] | None = None, **data: Any) -> 
 
 
 def resume(before: dict[str, Any], now: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Start a run, stop at ``tokens``, go on with another configuration."""
+    """Start a run, stop at ``tokens``, resume with another configuration."""
     old, new = (check_inputs(parse_config(raw), 1) for raw in (before, now))
     kept = json.loads(json.dumps(identity(old.config, old.fingerprint, 1)))
     manifest = Manifest("step4", TrainState(step=tokens // 256, tokens=tokens), kept, {})

@@ -149,7 +149,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(corpus: Path, tmp_p
     ended = run_ranks(train, 2, config=config)
     assert values(ended) == [0, 0]
     assert f"{newest} is not used:" in ended[0].output
-    assert "step 6, 1,536 tokens" in ended[0].output  # where it goes on
+    assert "step 6, 1,536 tokens" in ended[0].output  # where it resumes
     assert (numbers(run), weights_hash(run)) == (before, digest)
 
 

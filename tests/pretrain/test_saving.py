@@ -54,8 +54,8 @@ def test_a_save_that_fails_on_one_process_costs_nothing_but_the_checkpoint(
     assert f"step 4: the checkpoint is NOT saved: process {rank}: " in output
     assert "File too large. A checkpoint needs about 1." in output
     assert "free; the newest checkpoint is step000000002.\n" in output
-    assert "Training goes on; the next checkpoint is tried when it is due." in output
-    assert "stopped at step 8 WITHOUT a checkpoint of it: the steps after 6 are lost. Make room in" in output
+    assert "Training continues; the next checkpoint is tried when it is due." in output
+    assert "stopped at step 8 WITHOUT a checkpoint of it: the steps after 6 are lost. Free space in" in output
     assert "Traceback" not in output + ended[1].output
     assert events(run).count("save_failed") == 2
     assert steps(run) == [2, 6]  # nothing torn, nothing pruned for what was not written
@@ -80,7 +80,7 @@ def test_an_export_that_fails_is_made_by_the_next_start(corpus: Path, tmp_path: 
     config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path))
     ended = run_ranks(export_cannot_be_written, 2, config=config, times=1)
     assert values(ended) == [74, 74]
-    assert "the export is NOT written: [Errno 28] No space left on device. Make room, then run" in ended[0].output
+    assert "the export is NOT written: [Errno 28] No space left on device. Free space, then run" in ended[0].output
     assert status(tmp_path / "run")["state"] == "not_saved"
     assert values(run_ranks(train, 2, config=config)) == [0, 0]
     assert_equal_runs(tmp_path / "run", whole)
@@ -105,7 +105,7 @@ def checkpoint_size(run: Path) -> int:
 
 def test_room_for_a_checkpoint_is_made_as_long_as_a_whole_one_stays(corpus: Path, tmp_path: Path, whole: Path) -> None:
     """Room for two checkpoints where keep_last is 2: the older one has to go before the new one, not after it."""
-    from pretrain.checkpoint.room import with_margin
+    from pretrain.checkpoint.store import with_margin
 
     room = checkpoint_size(whole) + with_margin(checkpoint_size(whole)) + 50_000  # manifests, and zero_to_fp32.py
     config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path, zero_stage=1))
@@ -123,7 +123,10 @@ def test_a_checkpoint_that_cannot_fit_is_not_begun(corpus: Path, tmp_path: Path)
     ended = run_ranks(crowded_disk, 2, config=config, room=1 << 20)
     assert values(ended) == [74, 74]
     output = ended[0].output
-    assert "step 2: the checkpoint is NOT saved: not enough room, so nothing was written. A checkpoint needs" in output
+    assert (
+        "step 2: the checkpoint is NOT saved: not enough free space, so nothing was written. A checkpoint needs"
+        in output
+    )
     assert "has 1.0 MiB free; there is no checkpoint yet." in output
     assert "all steps so far are lost" in output
     assert [row["needed"] > row["free"] > 0 for row in metrics(tmp_path / "run", "event") if "needed" in row] == [
@@ -214,7 +217,7 @@ def test_a_process_killed_in_a_save_costs_the_steps_since_the_last_one(
     assert found[1].state.step == left
     ended = run_ranks(train, 2, config=config)
     assert values(ended) == [0, 0]
-    assert f"Goes on from {found[0]}: step {left}" in ended[0].output
+    assert f"Resumes from {found[0]}: step {left}" in ended[0].output
     assert_equal_runs(tmp_path / "run", whole)
     assert steps(tmp_path / "run") == [6, 8]
 

@@ -42,7 +42,7 @@ def test_a_launcher_that_is_gone_sets_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_killed_launcher_that_nobody_has_reaped_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A parent that waits for the end of the workers' output before it reaps would keep them going for ever."""
+    """A parent that waits for the end of the workers' output before it reaps would wait without end."""
     launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     monkeypatch.setenv(LAUNCHER_PID, str(launcher.pid))
     stop = StopFlag(launched=True)

@@ -19,7 +19,7 @@ from data_pipeline.tokenization.training import train_tokenizer
 from pretrain.checks import check_inputs
 from pretrain.config import parse_config
 from pretrain.describe import describe
-from pretrain.inputs import Inputs
+from pretrain.sources import Inputs
 
 
 def add_shards(folder: Path, name: str, texts: list[str], tokenizer: Any) -> Path:

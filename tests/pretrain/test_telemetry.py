@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.config import RunConfig, TelemetryConfig
 from pretrain.machine import peak_flops
-from pretrain.measures import model_flops_utilization
+from pretrain.telemetry.reports import model_flops_utilization
 from pretrain.telemetry.telemetry import Telemetry, truncate_metrics
 
 

@@ -131,7 +131,7 @@ def wandb_records(file: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_wandb_offline_has_what_metrics_have_once_also_after_a_resume(tmp_path: Path) -> None:
-    """In processes of their own, as two starts of a run are: the second goes on from step 4 of 6."""
+    """In processes of their own, as two starts of a run are: the second resumes from step 4 of 6."""
     script = """
 import sys
 from pathlib import Path
@@ -188,7 +188,7 @@ telemetry.close()
 def test_event_files_have_what_metrics_have_once_also_after_a_resume(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for first, last, change in ((1, 6, 0.0), (5, 8, 0.5)):  # the second start goes on from step 4, with other numbers
+    for first, last, change in ((1, 6, 0.0), (5, 8, 0.5)):  # the second start resumes from step 4, with other numbers
         truncate_metrics(tmp_path / "metrics.jsonl", first - 1)
         telemetry = Telemetry(tmp_path, with_tensorboard(), 1000, 0, active=True, step=first - 1)
         for step in range(first, last + 1):

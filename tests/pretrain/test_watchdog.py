@@ -13,7 +13,7 @@ from ranks import Ended, run_ranks, values
 from training_case import metrics, settings, write_config
 
 from data_pipeline.errors import run_cli
-from pretrain.distributed.blame import Seen, Verdict, judge, ranks_in_words
+from pretrain.distributed.stall_diagnosis import Diagnosis, ProcessStatus, diagnose, format_ranks
 
 STALL_SECONDS = 3.0
 HANG_STEP = 3
@@ -276,37 +276,39 @@ def test_an_orphan_that_does_not_end_by_itself_is_ended() -> None:
     assert "process 0: its launcher is gone, and it could not save and end by itself" in end.output
 
 
-def seen(rank: int, age: float = 10.0, **values: Any) -> Seen:
-    return Seen(rank=rank, age=age, **{"place": "training", "step": 5, "collectives": 7, "host": "h", **values})
+def seen(rank: int, age: float = 10.0, **values: Any) -> ProcessStatus:
+    return ProcessStatus(
+        rank=rank, age=age, **{"place": "training", "step": 5, "collectives": 7, "host": "h", **values}
+    )
 
 
-def test_judge() -> None:
-    def verdict(*processes: Seen) -> Verdict | None:
-        return judge(processes, 0, 10.0)
+def test_diagnose() -> None:
+    def verdict(*processes: ProcessStatus) -> Diagnosis | None:
+        return diagnose(processes, 0, 10.0)
 
     assert verdict(seen(0), seen(1, age=3.0)) is None  # somebody moves on
     behind = verdict(seen(0), seen(1), seen(2, collectives=6, place="reading data"), seen(3))
     words = "process 2 (host h, pid 0) has been reading data at step 5 for 10 s; processes 0-1, 3 wait for it"
-    assert behind == Verdict(0, (2,), f"stalled: {words}")
+    assert behind == Diagnosis(0, (2,), f"stalled: {words}")
     two = verdict(seen(0), seen(1, collectives=5), seen(2, collectives=6))
     assert two is not None
-    assert two.guilty == (1, 2)
+    assert two.culprits == (1, 2)
     assert two.message.endswith("; process 0 waits for them")
     silent = verdict(seen(0), seen(1, silence=4.0), seen(2, age=1.0))  # even while another moves
     assert silent is not None
-    assert silent.guilty == (1,)
+    assert silent.culprits == (1,)
     assert "no sign of life for 4 s (last seen training at step 5)" in silent.message
     together = verdict(seen(0), seen(1))
     assert together is not None
-    assert together.guilty == ()
+    assert together.culprits == ()
     assert "none is behind the others" in together.message
     assert "processes 0-1 training at step 5" in together.message
-    assert Verdict.from_json(two.to_json()) == two
+    assert Diagnosis.from_json(two.to_json()) == two
 
 
 def test_ranks_in_words() -> None:
-    assert ranks_in_words([5, 0, 1, 3, 2]) == "0-3, 5"
-    assert ranks_in_words([4]) == "4"
+    assert format_ranks([5, 0, 1, 3, 2]) == "0-3, 5"
+    assert format_ranks([4]) == "4"
 
 
 def test_saying_where_one_is_costs_next_to_nothing() -> None:

@@ -20,8 +20,8 @@ from eval.tasks.language_modeling.contamination import Overlap, overlap
 from eval.tasks.language_modeling.passages import pieces, records_of
 from eval.tasks.language_modeling.text import Stream, open_stream
 from eval.tasks.language_modeling.windows import Windows, strided, strided_apart
-from pretrain.measures import perplexity
 from pretrain.model.attention.layout import Layout
+from pretrain.telemetry.reports import perplexity
 
 TABLE = "held-out loss"
 POSITION_SERIES = "loss by position"

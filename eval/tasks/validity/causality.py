@@ -169,7 +169,7 @@ def _decoded(probe: Probe, full: Tensor, side: str) -> Tensor:
         if len(left) < len(reached) or taken == step // 2:
             left = [*reversed(left), left[0]]  # rows leave, change places and are doubled, as beams are
             cache.keep(left)
-            reached = [at[row] for row in left]
+            reached = [reached[row] for row in left]
         logits = decode(model, text[torch.tensor(reached)].to(device), cache)
         reached = [t + 1 for t in reached]
     return torch.stack(gaps).max()

@@ -1,14 +1,14 @@
 """This process's flat piece of every state of a parameter, at every ZeRO stage.
 
-ZeRO keeps the float32 master weights and the optimizer's state of many parameters in a few flat tensors and gives each
-process a part of them (Rajbhandari et al. 2020, section 5): at stages 1 and 2 the group's parameters lie one after
-another and each process has an equal stretch of that, at stage 3 each process has an equal stretch of each parameter,
-the last one padded; at stage 0 everything is everywhere. Here that becomes one answer: where, in which tensor, this
+ZeRO keeps the float32 master weights and the optimizer's state of many parameters in a few flat tensors, and gives each
+process a part of them (Rajbhandari et al. 2020, section 5). At stages 1 and 2 the group's parameters lie one after
+another, and each process has an equal stretch of that. At stage 3 each process has an equal stretch of each parameter,
+the last one padded. At stage 0 everything is everywhere. Here that becomes one answer: where, in which tensor, this
 process holds which elements of the flattened parameter.
 
-DeepSpeed 0.19.8's own ``safe_get_full_*`` and ``safe_set_full_*`` are not used: they know nothing of stage 0; setting
-fails at stage 3 when the processes do not divide the parameter; ``_hp_mapping``, on which they rest at stages 1 and 2,
-forgets the order of ``round_robin_gradients`` and, after a load, the optimizer's state.
+DeepSpeed 0.19.8's own ``safe_get_full_*`` and ``safe_set_full_*`` are not used. They know nothing of stage 0, and
+setting fails at stage 3 when the processes do not divide the parameter. At stages 1 and 2 they rest on ``_hp_mapping``,
+which forgets the order of ``round_robin_gradients`` and, after a load, the optimizer's state.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def get_full(engine: Any, parameter: nn.Parameter, name: str) -> torch.Tensor:
 def set_full(engine: Any, parameter: nn.Parameter, name: str, value: torch.Tensor) -> None:
     """Write this process's piece of ``value`` (the parameter's shape, any device); each process writes its own.
 
-    After ``fp32`` was written, call :func:`publish`.
+    After ``fp32`` was written, call :func:`sync_model_weights`.
     """
     if value.shape != full_shape(parameter):
         raise ValueError(f"the value has the shape {tuple(value.shape)}, not {tuple(full_shape(parameter))}")
@@ -111,7 +111,7 @@ def set_full(engine: Any, parameter: nn.Parameter, name: str, value: torch.Tenso
 
 
 @torch.no_grad()
-def publish(engine: Any) -> None:
+def sync_model_weights(engine: Any) -> None:
     """Let the weights that the model computes with follow the master weights, on all processes together."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):

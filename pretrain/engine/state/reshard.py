@@ -1,9 +1,9 @@
-"""A run goes on with other processes, another ZeRO stage or precision: each process takes its piece of every state.
+"""Resume with other processes, another ZeRO stage or precision: each process takes its piece of every state.
 
-DeepSpeed's load (0.19.8) works by position: on the processes, stage and groups that wrote the files it is exact, on
-others it fails or, worse, does not (stage 1 into 2 loads; a parameter that moved to another group shifts all after it).
-Its universal checkpoints are no way out: no stage 0, none between 1 and 3, AdamW's states only, and at stage 3 every
-group gets the first one's hyper-parameters and all share one step count, which AdamW then counts up once for each.
+DeepSpeed's load (0.19.8) works by position. On the processes, stage and groups that wrote the files it is exact; on
+others it fails or, worse, does not. (Stage 1 loads into 2; a parameter that moved to another group shifts all after
+it.) Its universal checkpoints are no way out: no stage 0, none between 1 and 3, AdamW's states only. At stage 3 every
+group gets the first one's hyper-parameters, and all share one step count, which AdamW then counts up once for each.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 
 from data_pipeline.errors import UserError
 from pretrain.engine.state import fragments
-from pretrain.engine.state.saved import Layout, SavedStates
+from pretrain.engine.state.saved import SavedStates, ZeroLayout
 
 
-def layout_of(engine: Any) -> Layout:
+def zero_layout(engine: Any) -> ZeroLayout:
     """Where DeepSpeed's ``engine`` would expect what in the files of its own ``load_checkpoint``."""
     import torch.distributed as dist
 
@@ -26,7 +26,7 @@ def layout_of(engine: Any) -> Layout:
     paddings = getattr(optimizer, "round_robin_bit16_padding", None) or [[0] * len(group) for group in names]
     bf16_optimizer = stage == 1 and not hasattr(optimizer, "round_robin_bit16_groups")
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-    return Layout(dist.get_world_size(), stage, names, tuple(map(tuple, paddings)), bf16_optimizer, precision)
+    return ZeroLayout(dist.get_world_size(), stage, names, tuple(map(tuple, paddings)), bf16_optimizer, precision)
 
 
 def group_names(engine: Any) -> list[list[str]]:
@@ -62,12 +62,12 @@ def restore(engine: Any, saved: SavedStates) -> None:
             own = value.clone() if isinstance(value, torch.Tensor) else value
             state[name] = max(state[name], own) if name in state else own
     _set_optimizer_state(engine, states, {group["name"]: group for group in saved.groups})
-    fragments.publish(engine)
+    fragments.sync_model_weights(engine)
     for name, buffer in engine.module.named_buffers():
         if name in saved.buffers:
             buffer.copy_(saved.buffers[name])
     # Only fp16's scales anything: another precision's would take its place, and the other way round.
-    if saved.loss_scaler is not None and saved.layout.precision == layout_of(engine).precision:
+    if saved.loss_scaler is not None and saved.layout.precision == zero_layout(engine).precision:
         engine.optimizer.loss_scaler = saved.loss_scaler
     for key, value in saved.counters.items():
         setattr(engine, key, value)

@@ -5,8 +5,9 @@ equal stretch of them laid end to end, in the order of ``param_shapes``. Stage 3
 each parameter, the last one padded, and those laid end to end. Stage 0: one file with everything. They are mapped into
 memory, so that only what is asked for is read.
 
-DeepSpeed's own readers are not used: ``ds_to_universal`` knows no stage 0, no other state than AdamW's two, and writes
-everything a second time; ``zero_to_fp32`` knows the weights only, and not those of stage 1 with float32 accumulation.
+DeepSpeed's own readers are not used. ``ds_to_universal`` knows no stage 0 and no other state than AdamW's two, and
+writes everything a second time. ``zero_to_fp32`` knows the weights only, and not those of stage 1 with float32
+accumulation.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ GROUPS = "parameter_groups"
 
 
 @dataclass(frozen=True)
-class Layout:
+class ZeroLayout:
     """What must be equal for DeepSpeed's own load to read a checkpoint, which it does by position alone."""
 
     world_size: int
@@ -123,7 +124,7 @@ class SavedStates:
         shapes = [dict(group) for group in model["param_shapes"]]
         paddings = first.get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
         names = tuple(tuple(group) for group in shapes)
-        self.layout = Layout(
+        self.layout = ZeroLayout(
             self.world_size,
             stage,
             names,
@@ -175,7 +176,7 @@ class SavedStates:
         if [len(group) for group in names] != [len(group["params"]) for group in self.groups]:
             raise UserError(f"checkpoint {self.folder}: the optimizer's groups are not those of its weights")
         none = tuple((0,) * len(group) for group in names)
-        self.layout = Layout(self.world_size, 0, tuple(map(tuple, names)), none)
+        self.layout = ZeroLayout(self.world_size, 0, tuple(map(tuple, names)), none)
         for group, entry in zip(names, self.groups, strict=True):
             for name, key in zip(group, entry["params"], strict=True):
                 weights, state = model["module"][name], optimizer["state"].get(key, {})

@@ -2,7 +2,7 @@
 
 DeepSpeed's ``save_checkpoint`` has collectives between its files. A process that raises in the middle of it never
 reaches them, and the others wait until their time-out (30 minutes). So here a failed write is remembered and the rest
-of that save goes on without writing; the failure comes out when the collectives are over.
+of that save runs without writing; the failure comes out when the collectives are over.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class Writes:
     def save(self, value: Any, path: Path, **options: Any) -> None:
         """``torch.save(value, path, **options)``, durable when it returns.
 
-        Through a stream of our own: PyTorch's own writer loses the reason (a full disk is "unexpected pos 704 vs 662"),
-        ours costs no time (1.0 s for 400 MB, both). fsync is on the descriptor that wrote, where the system reports
-        what went wrong after the write was accepted: a full quota of a network file system comes only there.
+        Through a stream of our own: PyTorch's own writer loses the reason (a full disk is "unexpected pos 704 vs 662").
+        Ours costs no time: both take 1.0 s for 400 MB. The descriptor that wrote is also the one that is synced. There
+        the system reports what went wrong after the write was accepted, such as the full quota of a network file
+        system.
         """
         import torch
 

@@ -1,8 +1,8 @@
 """One softmax over landmarks and a sliding window of tokens, in tiles of segments, linear in memory.
 
 A tile is some segments of some heads. For each of its segments the keys of its window and of the landmarks before it
-are laid side by side, so that logits, softmax and output are one batched product, one softmax and one more product,
-all contiguous; the backward pass computes a tile's weights again, so nothing of that size is kept. For speed on a CPU
+are laid side by side. Logits, softmax and output are then one batched product, one softmax and one more product, all
+contiguous. The backward pass computes a tile's weights again, and nothing of that size is kept. For speed on a CPU
 (``python -m benchmarks.attention`` measures the whole):
 
 * every large intermediate lives in a workspace that all tiles of a call share: fresh memory has to be mapped page by
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.model.attention.kernels import kernels_for
+from pretrain.model.compute import device_type
 
 
 class Window(NamedTuple):
@@ -70,7 +70,7 @@ def _tiles(q: Tensor, landmarks: int, window: Window) -> Iterator[_Tile]:
     """q: (B, S, c, d). Later segments come later for every head: the backward pass relies on it."""
     heads, segments, size, _ = q.shape
     columns = landmarks + window.segments * size
-    limit = _TILE_BYTES.get(kernels_for(q), _TILE_BYTES_GPU) // q.element_size()
+    limit = _TILE_BYTES.get(device_type(q), _TILE_BYTES_GPU) // q.element_size()
     most = max(1, limit // (size * columns))  # segments of one head that fill a tile
     step = min(segments, most, max(-(-segments // _PARTS), most // heads))
     group = max(1, most // step)

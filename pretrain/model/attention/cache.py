@@ -1,8 +1,8 @@
 """What a decoding cache is made of, whatever the form of attention: a plan for each forward pass, and state by layer.
 
 A form says by :meth:`Form.cache` what it keeps of texts of up to L tokens. That object plans passes, once for all
-layers, and makes the state of one layer: filled by a forward pass over B prompts, then read and extended by one token
-for each row at a time.
+layers, and makes the state of one layer. A forward pass over B prompts fills the state; each later pass reads it and
+extends it by one token for each row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pretrain.model.attention.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Step(Layout):
+class DecodingStep(Layout):
     """A forward pass over one new token for each of B rows, a (B, 1) batch. Forms add what they need."""
 
     end: int
@@ -71,7 +71,7 @@ class Cache(ABC):
         """A forward pass over one prompt for each row: ``starts`` and ``lengths`` (B,) int64 in the flattened batch."""
 
     @abstractmethod
-    def step(self, lengths: np.ndarray, position: Tensor) -> Step:
+    def step(self, lengths: np.ndarray, position: Tensor) -> DecodingStep:
         """A pass over one token more behind texts of ``lengths`` (B,) tokens; ``position`` (B,) is the same on the
         device."""
 

@@ -13,10 +13,10 @@ with p the softmax of s q~_j.k_t over the segment,
 
     L_j(q) >= s q.k~_j + M_j,    k~_j = sum_t p_t k_t,    M_j = -sum_t p_t log p_t
 
-so the key is the mean weighted by p, and the segment's mass M_j is the entropy of p: log c if the landmark stands for
-c tokens that are alike, 0 if it stands for one. The tangent is exact at q~_j and never more than the truth: a
-landmark gets no more attention than its tokens would. ``weighted=False`` takes the plain mean for k~_j, and for M_j
-what makes the logit exact at q~_j: no tangent, and no bound.
+so the key is the mean weighted by p, and the segment's mass M_j is the entropy of p. M_j is log c if the landmark
+stands for c tokens that are alike, and 0 if it stands for one. The tangent is exact at q~_j and never more than the
+truth: a landmark gets no more attention than its tokens would. ``weighted=False`` takes the plain mean for k~_j, and
+for M_j what makes the logit exact at q~_j: no tangent, and no bound.
 
 Values. Without ``gamma``, W_j = P_j = sum_t p_t v_t. With it, W comes from the Nystrom core at landmark level, where
 causality is triangular:
@@ -25,10 +25,10 @@ causality is triangular:
     (B V)[i] = softmax over the tokens of segments <= i of (s q~_i.k) V
     W = (g I + (1 - g) A)^-1 (g P + (1 - g) B V)
 
-The inverse of a lower triangular matrix is lower triangular: W_j depends on segments <= j only. g = 0 is plain Nystrom
-and explodes (relative error 377 on smooth inputs in a prototype, against 0.12 at 0.75); for g > 1/2 the inverse is
-bounded by 1 / (2 g - 1) in the maximum norm, whatever the data. It costs m n more logits and, in decoding, all keys and
-values.
+The inverse of a lower triangular matrix is lower triangular: W_j depends on segments <= j only. Plain Nystrom, g = 0,
+explodes: its relative error on smooth inputs was 377 in a prototype, against 0.12 at g = 0.75. For g > 1/2 the inverse
+is bounded by 1 / (2 g - 1) in the maximum norm, whatever the data. It costs m n more logits and, in decoding, all keys
+and values.
 
 The segment length is a number of the model and never derived from the row, so a prefix's outputs are the whole's.
 Padding on the right is in every real token's future and needs no mask. docs/attention.md has the derivation and the
@@ -44,7 +44,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.model.attention.blockwise import Window, blockwise_attention
-from pretrain.model.attention.softmax import at_least_float32, attend, segment_mean
+from pretrain.model.attention.softmax import attend, segment_means
+from pretrain.model.compute import at_least_float32
 
 _SLAB = 128
 """Landmarks that gather at a time: enough to keep a fused kernel busy."""
@@ -73,9 +74,11 @@ def causal_nystrom_attention(
 ) -> Tensor:
     """Attention of every token to those before it. q, k, v: (R, H, n, d) for any n; returns (R, H, n, d).
 
-    offset: (H, S, d) or (H, 1, d), added to the mean query of each segment, S at least n / c. gamma: (H,) in (1/2, 1),
-    or None for pooled values. weighted: landmark keys weighted as the values are, or plain means. A sequence of up to
-    ``window.segments`` segments gets exact causal attention.
+    ``offset``: (H, S, d) or (H, 1, d), added to the mean query of each segment, S at least n / c. ``gamma``: (H,) in
+    (1/2, 1), or None for pooled values. ``weighted``: landmark keys are weighted as the values are, or else plain
+    means.
+
+    A sequence of up to ``window.segments`` segments gets exact causal attention.
     """
     rows, heads, length, _ = q.shape
     size = window.segment_length
@@ -86,9 +89,9 @@ def causal_nystrom_attention(
     if segments * size > length:  # zeros in the last segment: no landmark, and in the future of all
         q, k, v = (F.pad(x, (0, 0, 0, segments * size - length)) for x in (q, k, v))
     count = segments - window.segments
-    queries = segment_queries(q, size, offset).flatten(0, 1)
+    queries = landmark_queries(q, size, offset).flatten(0, 1)
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    far = summarize(queries, k, v, None if gamma is None else gamma.repeat(rows), count=count, weighted=weighted)
+    far = causal_landmarks(queries, k, v, None if gamma is None else gamma.repeat(rows), count=count, weighted=weighted)
     out = blockwise_attention(q, k, v, far.keys.to(q.dtype), far.values.to(v.dtype), far.mass, window)
     return out.unflatten(0, (rows, heads))[:, :, :length]
 
@@ -102,19 +105,19 @@ def causal_window_attention(q: Tensor, k: Tensor, v: Tensor, window: Window) -> 
     q, k, v = (F.pad(x, (0, 0, 0, missing)).flatten(0, 1) for x in (q, k, v))
     # Two tensors: torch.compile refuses a function that is given the same one twice.
     no_keys, no_values = (k.new_empty(rows * heads, 0, width) for _ in range(2))
-    bias = k.new_empty(rows * heads, 0, dtype=at_least_float32(q))
+    bias = k.new_empty(rows * heads, 0, dtype=at_least_float32(q.dtype))
     out = blockwise_attention(q, k, v, no_keys, no_values, bias, window)
     return out.unflatten(0, (rows, heads))[:, :, :length]
 
 
-def segment_queries(q: Tensor, segment_length: int, offset: Tensor | None) -> Tensor:
+def landmark_queries(q: Tensor, segment_length: int, offset: Tensor | None) -> Tensor:
     """q~: (R, H, S * c, d) -> (R, H, S, d), means and offset (H, S or more or 1, d), in at least float32."""
     with torch.autocast(q.device.type, enabled=False):
-        means = segment_mean(q, segment_length)
+        means = segment_means(q, segment_length)
     return means if offset is None else means + offset[:, : means.shape[2]]
 
 
-def pool(query: Tensor, k: Tensor, v: Tensor, *, weighted: bool) -> Landmarks:
+def pool_segments(query: Tensor, k: Tensor, v: Tensor, *, weighted: bool) -> Landmarks:
     """k~, M and P of segments, each from its own tokens alone. query: (B, m, d); k, v: (B, m, c, d)."""
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     own = scale * (k @ query.to(k.dtype).unsqueeze(-1)).squeeze(-1).to(dtype)  # (B, m, c)
@@ -128,7 +131,7 @@ def pool(query: Tensor, k: Tensor, v: Tensor, *, weighted: bool) -> Landmarks:
     return Landmarks(keys, own.logsumexp(dim=-1) - scale * (query * keys).sum(dim=-1), values)
 
 
-def summarize(
+def causal_landmarks(
     queries: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, *, count: int, weighted: bool = True
 ) -> Landmarks:
     """Landmarks of the first m = ``count`` of S segments. queries: (B, S, d), q~; k, v: (B, S * c, d); gamma: (B,).
@@ -139,7 +142,7 @@ def summarize(
     size, scale = k.shape[1] // queries.shape[1], k.shape[2] ** -0.5
     with torch.autocast(k.device.type, enabled=False):
         # All segments and then the first m: slices of k and v would cost a zero-filled gradient each.
-        pooled = pool(queries, k.unflatten(1, (-1, size)), v.unflatten(1, (-1, size)), weighted=weighted)
+        pooled = pool_segments(queries, k.unflatten(1, (-1, size)), v.unflatten(1, (-1, size)), weighted=weighted)
         landmarks = Landmarks(*(x[:, :count] for x in pooled))
         if gamma is None:
             return landmarks
@@ -155,8 +158,10 @@ def summarize(
 
 
 def _gather(query: Tensor, k: Tensor, v: Tensor, segment_length: int) -> Tensor:
-    """B V: landmark queries (B, m, d) over the tokens of all segments up to their own, in slabs of landmarks, so that
-    what lies beyond a slab is neither computed nor masked and no mask is larger than a slab."""
+    """B V: landmark queries (B, m, d) over the tokens of all segments up to their own.
+
+    In slabs of landmarks: what lies beyond a slab is neither computed nor masked, and no mask is larger than a slab.
+    """
     count = query.shape[1]
     parts = []
     for first in range(0, count, _SLAB):

@@ -46,6 +46,8 @@ class OwnParameter:
     shape: tuple[int, ...]
     reset: Callable[[Tensor], object]
     """Writes the initial values into the tensor it is given, under ``no_grad`` as those of ``torch.nn.init`` are."""
+    decay: bool = True
+    """Whether the optimizer may decay it; vectors are never decayed."""
 
 
 class Rotary(NamedTuple):
@@ -80,9 +82,9 @@ class Form:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, given: Given) -> Tensor:
         """Attention without the skip convolution. q, k, v: (R, H, L, d), positions applied; returns the same.
 
-        A sequence's result depends on that sequence alone: not on its batch mates, not on the padding on its right
-        (which ``rectangle.mask`` marks for a bidirectional form, and which a causal one does not see), and for a causal
-        form not on the sequence's length. given: of :meth:`given`.
+        A sequence's result depends on that sequence alone: not on its batch mates, and not on the padding on its right.
+        ``rectangle.mask`` marks the padding for a bidirectional form; a causal one does not see it. What a causal form
+        returns does not depend on the sequence's length either. ``given``: of :meth:`given`.
         """
         raise NotImplementedError
 

@@ -2,14 +2,14 @@
 
 A :class:`Layout` describes the batch; a :class:`Partition` of it, built once and shared by all layers, is what
 attention runs on. Nothing is ever masked across sequences. Instead the sequences of a batch (padded rows, or documents
-packed in one row) are *taken apart* into rectangles of similar length, attention runs on each rectangle as if nothing
+packed in one row) are *taken apart* into rectangles of similar length. Attention runs on each rectangle as if nothing
 had been packed, and the results are put back. This
 
 * makes "packed equals separate" and "padding changes nothing" true by construction: a sequence's landmarks, inverse,
   softmax and convolution are computed from that sequence alone;
-* costs what the sequences cost. A mask over packed rows costs (tokens of the row) x (landmarks of all its documents);
-  rectangles of one octave of lengths waste at most half their slots, whatever the mix (but for the shortest, those of
-  at most m tokens, which share one);
+* costs what the sequences cost. A mask over packed rows costs (tokens of the row) x (landmarks of all its documents); a
+  rectangle of one octave of lengths wastes at most half its slots, whatever the mix. (The shortest sequences, of at
+  most m tokens, share one.)
 * needs no mask at all for causal attention, where padding lies in every real token's future.
 
 Rows that are full and hold one sequence each take the fast path: no index, no mask, only Python integers, so that the

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.model.attention.layout import Rectangle
-from pretrain.model.attention.softmax import at_least_float32, attend, segment_mean, softmax_attention
+from pretrain.model.attention.softmax import attend, segment_means, softmax_attention
+from pretrain.model.compute import at_least_float32
 
 
 def nystrom_attention(
@@ -40,8 +41,8 @@ def nystrom_attention(
         return softmax_attention(q, k, v, rectangle, causal=False)
 
     scale = q.shape[-1] ** -0.5
-    q_landmarks = segment_means(q, rectangle, num_landmarks)
-    k_landmarks = segment_means(k, rectangle, num_landmarks)
+    q_landmarks = landmark_means(q, rectangle, num_landmarks)
+    k_landmarks = landmark_means(k, rectangle, num_landmarks)
     present = None  # (R, 1, 1, m), which landmarks a sequence has
     if rectangle.landmark_sizes is not None:
         present = rectangle.landmark_sizes.transpose(-1, -2) > 0
@@ -72,7 +73,7 @@ def pooled_attention(q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, *, n
     """
     if rectangle.longest <= num_landmarks:
         return softmax_attention(q, k, v, rectangle, causal=False)
-    keys, values = (segment_means(x, rectangle, num_landmarks).to(q.dtype) for x in (k, v))
+    keys, values = (landmark_means(x, rectangle, num_landmarks).to(q.dtype) for x in (k, v))
     if rectangle.landmark_sizes is not None:
         sizes = rectangle.landmark_sizes.transpose(-1, -2)  # (R, 1, 1, m), 0 for absent landmarks
     else:
@@ -82,28 +83,28 @@ def pooled_attention(q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, *, n
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=sizes.log().to(q.dtype))
 
 
-def segment_means(x: Tensor, rectangle: Rectangle, num_landmarks: int) -> Tensor:
+def landmark_means(x: Tensor, rectangle: Rectangle, num_landmarks: int) -> Tensor:
     """(R, H, L, d) -> (R, H, m, d) means over each sequence's segments, in at least float32."""
     with torch.autocast(x.device.type, enabled=False):
         if rectangle.pooling is not None and rectangle.landmark_sizes is not None:
-            sums = (rectangle.pooling.to(x.dtype) @ x).to(at_least_float32(x))
+            sums = (rectangle.pooling.to(x.dtype) @ x).to(at_least_float32(x.dtype))
             return sums / rectangle.landmark_sizes.to(sums.dtype).clamp(min=1)
 
         length = x.shape[2]
         segment = -(-length // num_landmarks)
         whole = length // segment * segment
-        means = segment_mean(x[:, :, :whole], segment)
+        means = segment_means(x[:, :, :whole], segment)
         if whole == length:
             return means
-        return torch.cat([means, segment_mean(x[:, :, whole:], length - whole)], dim=2)
+        return torch.cat([means, segment_means(x[:, :, whole:], length - whole)], dim=2)
 
 
 def iterative_inverse(matrix: Tensor, iterations: int, init: Literal["block", "original"] = "block") -> Tensor:
     """Approximate Moore-Penrose inverse of row-stochastic matrices (paper, equation 14; Razavi et al. 2014).
 
-    matrix: (R, H, m, m). init: ``block`` starts from A^T / (largest column sum of that matrix); ``original``, the
-    published code's choice, takes the largest column sum of the whole batch, so that a sequence's result depends on its
-    batch mates. (The largest row sum, the other factor of the starting scale, is 1 for a softmax.)
+    ``matrix``: (R, H, m, m). ``init``: ``block`` starts from A^T / (largest column sum of that matrix). ``original``,
+    the published code's choice, takes the largest column sum of the whole batch; a sequence's result then depends on
+    its batch mates. (The largest row sum, the other factor of the starting scale, is 1 for a softmax.)
 
     Six steps are a regulariser, not an approximation to be improved: at 6, 12 and 20 the gradient's norm is 1e3, 5e5
     and 8e7. A trained network is adapted to its own count.

@@ -1,26 +1,31 @@
-"""A ring of near tokens, and landmarks: what a causal layer keeps of a text, so that one more token costs O(w c + m)
-and not another forward pass.
+"""Decoding cache of a causal layer: a ring buffer of near tokens, and landmarks.
+
+One more token costs O(w c + m) and not another forward pass.
 
 For each row, with H heads of width d, segments of c tokens, a window of w segments and texts of up to L tokens:
 
-* a ring of the keys and values of the last r = w c tokens (more if the skip convolution is wider than the window: it
-  reads the same values). Exact attention keeps all tokens, r = L;
-* behind the ring, in the same tensors, so that a step reads both with one product: the keys k~ and values W of
-  m = ceil(L / c) - w landmarks, as many as the last token can see; and their masses M;
+* a ring buffer with the keys and values of the last r = w c tokens (more if the skip convolution, which reads the same
+  values, is wider than the window). Exact attention keeps all tokens, r = L;
+* behind the ring, in the same tensors: the keys k~ and values W of m = ceil(L / c) - w landmarks, as many as the last
+  token can see, and their masses M. A step reads ring and landmarks with one product;
 * the sum of the queries of the segment that is not complete yet, from which its landmark's query will come;
 * for values through the triangular inverse, the keys and values of those m segments: B V of a new landmark looks at all
   of them. Such a cache is a little larger than that of exact attention.
 
 Keys and values have the dtype of the model, for that is what the forward pass reads with. M and the sums have at least
-float32: a sum over a segment in bfloat16 would lose its last queries. The triangular solve goes on from landmarks in
+float32: a sum over a segment in bfloat16 would lose its last queries. The triangular solve continues from landmarks in
 the model's dtype; what their rounding does to later ones is bounded as the inverse is, by 1 / (2 g - 1).
 
 The landmark of a segment is made in the step that completes it, for the rows that do, and is seen w segments later. It
 costs O(c), and with the inverse O(n) once in c tokens, which is O(m) for each.
+
+Which token goes where in the ring, and what a new token sees, is planned once for each pass and shared by all layers:
+:class:`Prompts` and :class:`RingStep`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,22 +34,149 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.model.attention.blockwise import Window
-from pretrain.model.attention.cache import Cache, LayerCache
-from pretrain.model.attention.causal_nystrom import Landmarks, pool, segment_queries, summarize
+from pretrain.model.attention.cache import Cache, DecodingStep, LayerCache
+from pretrain.model.attention.causal_nystrom import Landmarks, causal_landmarks, landmark_queries, pool_segments
 from pretrain.model.attention.form import Given
-from pretrain.model.attention.ring_plan import Completed, Prompts, RingSize, RingStep
-from pretrain.model.attention.softmax import at_least_float32, attend
+from pretrain.model.attention.softmax import attend
+from pretrain.model.compute import at_least_float32
 
 if TYPE_CHECKING:
     from pretrain.model.config import ModelConfig
 
 
+@dataclass(frozen=True)
+class RingSize:
+    """What a ring for texts of up to L tokens holds for each row and layer, and who reads it."""
+
+    slots: int
+    """r, tokens whose keys and values are in the ring: position t is in slot t mod r."""
+    window: Window | None = None
+    """What a token sees of it; None: all."""
+    landmarks: int = 0
+    """m, as many as the last token can see; with ``window``."""
+    history: int = 0
+    """Tokens whose keys and values are kept for B V: m c, or 0 for pooled values."""
+    conv_kernel: int = 0
+    """Taps of the skip convolution, which reads the same values."""
+
+    @property
+    def segment_length(self) -> int:
+        """c; 1 without a window."""
+        return self.window.segment_length if self.window else 1
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """A forward pass over prompts. Indices are into the batch flattened to (B * N)."""
+
+    slots: Tensor
+    """(B, r or fewer): the token for each slot of the ring; any token of its row where there is none."""
+    tail: Tensor
+    """(B, c): the tokens of the last segment where that is not complete, then any."""
+    in_tail: Tensor
+    """(B, 1, c, 1) bool: which of those count."""
+    segments: Tensor
+    """(B, S * c): the tokens of complete segments; any where a row has fewer of them."""
+
+    @classmethod
+    def plan(cls, starts: np.ndarray, lengths: np.ndarray, size: RingSize, device: torch.device) -> Prompts:
+        """One prompt for each row: ``starts`` and ``lengths`` (B,) int64 in the flattened batch."""
+        first, total = (torch.from_numpy(x).to(device)[:, None] for x in (starts, lengths))
+        longest, segment = int(lengths.max()), size.segment_length
+
+        def among(positions: Tensor) -> Tensor:
+            return first + torch.where((positions >= 0) & (positions < total), positions, 0)
+
+        used = torch.arange(min(size.slots, longest), device=device)
+        tail = total // segment * segment + torch.arange(segment, device=device)
+        complete = min(longest // segment, size.landmarks) * segment
+        return cls(
+            slots=among(total - 1 - (total - 1 - used) % size.slots),
+            tail=among(tail),
+            in_tail=(tail < total)[:, None, :, None],
+            segments=among(torch.arange(complete, device=device).expand(len(lengths), -1)),
+        )
+
+    @staticmethod
+    def take(x: Tensor, index: Tensor) -> Tensor:
+        """(B, N, H, d) -> (B, H, n, d) by an index (B, n)."""
+        return x.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *x.shape[2:]).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Completed:
+    """The R rows whose segment a step completes."""
+
+    rows: Tensor
+    """(R,) int64."""
+    segment: Tensor
+    """(R,) int64: the number of the segment, and of its landmark."""
+    positions: Tensor
+    """(R, c) int64: where its tokens stand in their text."""
+    slots: Tensor
+    """(R, c) int64: and in the ring."""
+    count: int = field(kw_only=True)
+    """One more than the largest number in ``segment``."""
+
+    @classmethod
+    def plan(cls, lengths: np.ndarray, size: RingSize, device: torch.device) -> Completed | None:
+        """For one more token behind texts of ``lengths`` tokens; None if no segment gets complete that needs a
+        landmark."""
+        every = size.segment_length
+        rows = np.flatnonzero(((lengths + 1) % every == 0) & (lengths // every < size.landmarks))
+        if not len(rows):
+            return None
+        segment = lengths[rows] // every
+        positions = segment[:, None] * every + np.arange(every)
+        places = [torch.from_numpy(x).to(device) for x in (rows, segment, positions, positions % size.slots)]
+        return cls(*places, count=int(segment.max()) + 1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RingStep(DecodingStep):
+    """A forward pass over one new token for each row, with the places where it goes."""
+
+    rows: Tensor
+    """(B,) int64: 0 to B - 1."""
+    slot: Tensor
+    """(B,) int64, of the new token in the ring."""
+    hidden: Tensor
+    """(B, 1, slots read and then landmarks read) bool: what the new token does not see."""
+    taps: Tensor
+    """(B, slots read) int64: the tap of the skip convolution that falls on each slot; conv_kernel for none."""
+    completed: Completed | None
+
+    @classmethod
+    def plan(cls, lengths: np.ndarray, position: Tensor, size: RingSize) -> RingStep:
+        """Behind texts of ``lengths`` (B,) tokens; ``position`` (B,) is the same on the device."""
+        kernel, device = size.conv_kernel, position.device
+        segment, window = size.window or (1, 1)
+        end = int(lengths.max()) + 1
+        landmarks = min(max((end - 1) // segment - window + 1, 0), size.landmarks)
+        near = size.slots if landmarks else min(size.slots, end)
+        t = position[:, None]
+        age = (t - torch.arange(near, device=device)) % size.slots  # how many tokens ago each slot was written
+        seen = t if size.window is None else torch.minimum(t, (window - 1) * segment + t % segment)
+        far = torch.arange(landmarks, device=device) > t // segment - window
+        return cls(
+            len(lengths),
+            1,
+            end=end,
+            position=position,
+            rows=torch.arange(len(lengths), device=device),
+            slot=position % size.slots,
+            hidden=torch.cat([age > seen, far], dim=1)[:, None],
+            taps=torch.where((age <= t) & (age < kernel), kernel - 1 - age, kernel),
+            completed=Completed.plan(lengths, size, device),
+        )
+
+
 class Ring(Cache):
     """A ring for near tokens, or all, with or without landmarks behind it.
 
-    For each row and layer, with hidden size h, H heads and r, m as in :class:`RingSize`: 2 h (r + m) for keys and
-    values, m H + h for the masses and the sum if there are landmarks, 2 h m c for the history. Beyond the window, c
-    more tokens add 2 h + H; to that of exact attention they add 2 h c.
+    Numbers for each row and layer, with hidden size h, H heads and r, m as in :class:`RingSize`: 2 h (r + m) for keys
+    and values. Landmarks add m H + h for the masses and the sum; the history adds 2 h m c. Beyond the window, c more
+    tokens add 2 h + H; to that of exact attention they add 2 h c.
     """
 
     def __init__(self, config: ModelConfig, size: RingSize, *, weighted: bool = True) -> None:
@@ -113,7 +245,7 @@ class RingLayer(LayerCache):
         # Zeros: what is not there yet gets a weight of 0, and 0 times what lies in fresh memory may be NaN.
         self.keys = torch.zeros(rows, heads, size.slots + size.landmarks, width, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        high = at_least_float32(self.keys)
+        high = at_least_float32(self.keys.dtype)
         if size.landmarks:
             self.mass = torch.zeros(rows, heads, size.landmarks, dtype=high, device=device)
             self.query_sum = torch.zeros(rows, heads, width, dtype=high, device=device)
@@ -144,8 +276,8 @@ class RingLayer(LayerCache):
         first, count = self.size.slots, length // self.segment_length
         if self.past_keys is not None and self.past_values is not None:
             self.past_keys[:, :, :length], self.past_values[:, :, :length] = k, v
-        far = summarize(
-            segment_queries(q, self.segment_length, offset).flatten(0, 1),
+        far = causal_landmarks(
+            landmark_queries(q, self.segment_length, offset).flatten(0, 1),
             k.flatten(0, 1),
             v.flatten(0, 1),
             None if gamma is None else gamma.repeat(rows),
@@ -178,7 +310,7 @@ class RingLayer(LayerCache):
         columns, near = step.hidden.shape[-1], step.taps.shape[1]
         keys, values = self.keys[:, :, :columns], self.values[:, :, :columns]
         logits = (query * query.shape[-1] ** -0.5).unsqueeze(-2) @ keys.transpose(-1, -2)
-        logits = logits.squeeze(-2).to(at_least_float32(query))
+        logits = logits.squeeze(-2).to(at_least_float32(query.dtype))
         if self.mass is not None and columns > near:
             logits[:, :, near:] += self.mass[:, :, : columns - near]
         weights = logits.masked_fill(step.hidden, -torch.inf).softmax(dim=-1)
@@ -196,7 +328,7 @@ class RingLayer(LayerCache):
         own = (done.rows[:, None], slice(None), done.slots)
         k, v = self.keys[own], self.values[own]  # (R, c, H, d)
         one = (x.transpose(1, 2).flatten(0, 1).unsqueeze(1) for x in (k, v))
-        far = pool(query.flatten(0, 1).unsqueeze(1), *one, weighted=self.weighted)
+        far = pool_segments(query.flatten(0, 1).unsqueeze(1), *one, weighted=self.weighted)
         keys, mass, pooled = (x.squeeze(1).unflatten(0, query.shape[:2]) for x in far)
 
         place = (done.rows, slice(None), self.size.slots + done.segment)
@@ -221,8 +353,9 @@ def next_value(
 ) -> Tensor:
     """W of one landmark more for each of R rows, by forward substitution: (R, H, d).
 
-    query, pooled: (R, H, d), q~ and P, in at least float32. known: (R, H, n, ...), of which landmarks up to the new
-    one, ``number`` (R,), have keys and mass, and those before it values. k, v: (R, H, n * c, d). gamma: (H,).
+    ``query``, ``pooled``: (R, H, d), q~ and P, in at least float32. ``known``: (R, H, n, ...). Its landmarks up to the
+    new one, ``number`` (R,), have keys and mass; those before it have values too. ``k``, ``v``: (R, H, n * c, d).
+    ``gamma``: (H,).
     """
     count, gamma, number = known.keys.shape[2], gamma.to(query.dtype)[:, None], number[:, None, None]
     core = query.shape[-1] ** -0.5 * (known.keys.to(query.dtype) @ query.unsqueeze(-1)).squeeze(-1) + known.mass

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.model.attention.cache import LayerCache, Step
+from pretrain.model.attention.cache import DecodingStep, LayerCache
 from pretrain.model.attention.form import Form, Given, Rotary
 from pretrain.model.attention.layout import Layout, Partition, Rectangle
 from pretrain.model.attention.registry import form_of
+from pretrain.model.compute import at_least_float32
 from pretrain.model.conv import skip_convolution
 from pretrain.model.positions import RotaryTable, apply_rotary, rotary_table
 
@@ -30,7 +31,7 @@ def _say_exact(name: str, longest: int, limit: int | None) -> None:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all layers share for one batch: who attends to whom, and the rotary tables."""
+    """What all layers share for one batch: which tokens attend to which, and the rotary tables."""
 
     partition: Partition
     rotary: RotaryTable | None
@@ -56,7 +57,7 @@ class AttentionContext:
             rotary = Rotary(angles(layout.positions(device)), angles)
         shared = form.prepare(layout, rotary, device, plan)
         table = None if rotary is None else rotary.table
-        if isinstance(plan, Step):  # nothing is taken apart: the cache itself attends
+        if isinstance(plan, DecodingStep):  # nothing is taken apart: the cache itself attends
             return cls(Partition((), None), table, shared, plan)
         limit = form.exact_up_to
         within = form.far == "approximate" and limit is not None and layout.longest <= limit
@@ -66,14 +67,15 @@ class AttentionContext:
 
 
 def _table(config: ModelConfig, positions: Tensor, *, dtype: torch.dtype) -> RotaryTable:
-    table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    return rotary_table(positions, config.head_dim, config.rope_theta, table_dtype, scale=config.rope_position_scale)
+    return rotary_table(
+        positions, config.head_dim, config.rope_theta, at_least_float32(dtype), scale=config.rope_position_scale
+    )
 
 
 class SelfAttention(nn.Module):
     """(B, N, hidden) -> (B, N, hidden), by the form that the configuration names.
 
-    The convolution's weight and what the form itself learns are parameters of this module, not of submodules: how often
+    The convolution's weight and what the form itself learns are parameters of this module, not of submodules. How often
     the attention function runs depends on the batch's layout, and ZeRO-3 must gather weights equally often on every
     rank.
     """
@@ -112,6 +114,10 @@ class SelfAttention(nn.Module):
         """The parameters that the form itself has, by name."""
         return {name: getattr(self, name) for name in self.own_names}
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters of this module that the optimizer must not decay, whatever their shape."""
+        return {name for name, parameter in self.form.parameters().items() if not parameter.decay}
+
     def change_form(self, config: ModelConfig) -> None:
         """Compute by another configuration from now on, with the parameters that are there. Those that only the present
         form learns are left out; raises ValueError for what only the other one learns."""
@@ -128,7 +134,7 @@ class SelfAttention(nn.Module):
         """With a cache (causal models, no gradients): keep the batch in it, or read and extend it by a token."""
         q, k, v = self.project(x, context)
         given = self.form.given(self.own(), context.shared, x.device)
-        if cache is not None and isinstance(context.plan, Step):
+        if cache is not None and isinstance(context.plan, DecodingStep):
             out = cache.extend(q, k, v, context.plan, given, self.conv_weight)
             return self.output(out.flatten(2))
         if cache is not None:
@@ -154,7 +160,7 @@ class SelfAttention(nn.Module):
         outputs = [self._attend(r.take(q), r.take(k), r.take(v), given, r) for r in partition.rectangles]
         merged = partition.merge(outputs, v) if outputs else 0 * (q + k + v)
         exact = self.form.exact_up_to
-        # Every parameter gets a gradient, if zero, whatever the batch holds: ranks whose batches differ must reduce the
+        # Every parameter gets a gradient, if zero, whatever the batch holds. Ranks whose batches differ must reduce the
         # same parameters, and ZeRO-3 adds a step's later gradients to what an earlier step left of a missing first one.
         unused = [] if outputs else [self.conv_weight]
         if exact is None or all(r.length <= exact for r in partition.rectangles):

@@ -1,8 +1,8 @@
 """A decoding cache that is right for every causal form: all queries, keys and values, and the form run over all of them
 for each new token.
 
-It costs a whole attention a token, O(n) of them for a form that is linear in the length, and 3 h numbers a token: for
-a form under trial, whose own cache is not written yet, and as what that one can be tested against.
+It costs a whole attention for each token, O(n) operations for a form that is linear in the length, and keeps 3 h
+numbers a token. It is for a form under trial, whose own cache is not written yet, and for testing that cache later.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.model.attention.cache import Cache, LayerCache, Step
+from pretrain.model.attention.cache import Cache, DecodingStep, LayerCache
 from pretrain.model.attention.form import Form, Given
 from pretrain.model.attention.layout import Rectangle
 from pretrain.model.conv import skip_convolution
@@ -46,7 +46,7 @@ class WholeText(Cache):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class WholeStep(Step):
+class WholeStep(DecodingStep):
     """Where the new tokens go."""
 
     rows: Tensor

@@ -13,10 +13,10 @@ from torch import Tensor
 from pretrain.model.attention import blockwise, causal_nystrom
 from pretrain.model.attention.blockwise import Window
 from pretrain.model.attention.causal_nystrom import (
+    causal_landmarks,
     causal_nystrom_attention,
     causal_window_attention,
-    segment_queries,
-    summarize,
+    landmark_queries,
 )
 
 LENGTHS = [1, 2, 3, 4, 5, 8, 9, 12, 13, 37, 100]
@@ -167,15 +167,15 @@ def test_equal_keys_make_landmarks_weigh_what_their_tokens_weigh(weighted: bool)
     k = torch.zeros_like(q) + torch.randn(8, dtype=torch.float64)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(attend(q, k, v, form=Form(None, weighted)), expected, rtol=0, atol=1e-12)
-    landmarks = summarize(segment_queries(q, 4, None)[0], k[0], v[0], None, count=3, weighted=weighted)
+    landmarks = causal_landmarks(landmark_queries(q, 4, None)[0], k[0], v[0], None, count=3, weighted=weighted)
     torch.testing.assert_close(landmarks.mass, torch.full((2, 3), math.log(4), dtype=torch.float64))
 
 
 def test_a_landmark_is_the_tangent_of_its_segment_and_never_weighs_more() -> None:
     """s q.k~ + M <= logsumexp(s q.k) for every query, equal at the landmark's own; M is an entropy, in [0, log c]."""
     q, k, v = (8 * x for x in inputs(3, 40, 8))
-    queries = segment_queries(q[None], 4, None)[0]
-    keys, mass, _ = summarize(queries, k, v, None, count=10)
+    queries = landmark_queries(q[None], 4, None)[0]
+    keys, mass, _ = causal_landmarks(queries, k, v, None, count=10)
     scale = 8**-0.5
     truth = (scale * torch.einsum("bqd,bjcd->bqjc", q, k.unflatten(1, (10, 4)))).logsumexp(3)
     assert (scale * q @ keys.transpose(1, 2) + mass.unsqueeze(1) <= truth + 1e-9).all()
@@ -208,10 +208,10 @@ def test_the_inverse_is_bounded_for_gamma_above_a_half(gamma: float) -> None:
     q, k = (8 * torch.randn(4, 400, 8, dtype=torch.float64) for _ in range(2))  # peaky: the hard case
     v = torch.randn(4, 400, 8, dtype=torch.float64).sign()
     weights = torch.full((4,), gamma, dtype=torch.float64)
-    queries = segment_queries(q[None], 4, None)[0]
-    values = summarize(queries, k, v, weights, count=100).values
+    queries = landmark_queries(q[None], 4, None)[0]
+    values = causal_landmarks(queries, k, v, weights, count=100).values
     assert values.abs().max() <= 1 / (2 * gamma - 1)
-    constant = summarize(queries, k, torch.ones_like(v), weights, count=100).values
+    constant = causal_landmarks(queries, k, torch.ones_like(v), weights, count=100).values
     torch.testing.assert_close(constant, torch.ones_like(constant), rtol=0, atol=1e-9)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain.model import Layout
 from pretrain.model.attention.layout import Rectangle
-from pretrain.model.attention.nystrom import iterative_inverse, nystrom_attention, segment_means
+from pretrain.model.attention.nystrom import iterative_inverse, landmark_means, nystrom_attention
 
 CPU = torch.device("cpu")
 
@@ -115,7 +115,7 @@ def test_inverse_is_an_inverse_and_scales_each_matrix_by_itself() -> None:
 
 def test_landmarks_are_means_over_segments_with_a_short_last_one() -> None:
     x = torch.arange(10.0).view(1, 1, 10, 1)
-    assert segment_means(x, Rectangle(10, 10), 4).flatten().tolist() == [1.0, 4.0, 7.0, 9.0]
+    assert landmark_means(x, Rectangle(10, 10), 4).flatten().tolist() == [1.0, 4.0, 7.0, 9.0]
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -19,10 +19,9 @@ from pretrain.model.attention.forms.window import segment_sizes, tokens_seen
 from pretrain.model.attention.layout import Layout, Rectangle
 from pretrain.model.attention.nystrom import nystrom_attention, pooled_attention
 from pretrain.model.attention.registry import FORMS
-from pretrain.model.attention.ring import Ring
-from pretrain.model.attention.ring_plan import RingStep
-from pretrain.model.attention.softmax import at_least_float32
-from pretrain.model.positions import RotaryTable, apply_rotary, segment_means
+from pretrain.model.attention.ring import Ring, RingStep
+from pretrain.model.compute import at_least_float32
+from pretrain.model.positions import RotaryTable, apply_rotary, segment_rotary_table
 
 
 @FORMS.register
@@ -70,13 +69,13 @@ class Nystrom(Form):
         )
 
     def flops(self, seq_len: int) -> float:
-        """Bidirectional, with m landmarks and T steps of the inverse: 8 m h for the two rectangular products, and (4
-        m^2 h + 8 T m^3 h / d) / n for the landmark matrix, its inverse, and the inverse times the values. Pooled,
+        """Bidirectional, with m landmarks and T steps of the inverse: 8 m h for the two rectangular products. The
+        landmark matrix, its inverse, and the inverse times the values add (4 m^2 h + 8 T m^3 h / d) / n. Pooled,
         without the inverse: 4 m h.
 
-        Causal, m landmarks of c tokens: 4 h for every token seen in the window and every landmark seen, on average; and
-        the landmarks' own work over n: 6 h m c for their keys, masses and values, and with the inverse 4 h c m (m + 1)
-        / 2 for B V, and h m^2 each for A and the triangular solve.
+        Causal, m landmarks of c tokens: 4 h for every token seen in the window and every landmark seen, on average. The
+        landmarks' own work is divided by n: 6 h m c for their keys, masses and values. With the inverse come 4 h c m (m
+        + 1) / 2 for B V, and h m^2 each for A and the triangular solve.
         """
         if seq_len <= self.exact_up_to:
             return self.exact_flops(seq_len)
@@ -101,12 +100,15 @@ class Nystrom(Form):
         return self._window.segments * self._window.segment_length if self.causal else self.config.num_landmarks
 
     def parameters(self) -> dict[str, OwnParameter]:
-        """Of causal models: ``landmark_query`` (H, d), the learned offset to the landmarks' queries, which starts at 0,
-        and ``gamma_logit`` (H,), from which comes the weight of the identity in the triangular inverse; it starts at
-        ``gamma_init``."""
+        """Of causal models, as far as the configuration asks for them.
+
+        ``landmark_query`` (H, d) is the learned offset to the landmarks' queries, which starts at 0. ``gamma_logit``
+        (H,) gives the weight of the identity in the triangular inverse, which starts at ``gamma_init``.
+        """
         config, found = self.config, {}
         if self.has_landmark_query:
-            found["landmark_query"] = OwnParameter((config.num_heads, config.head_dim), nn.init.zeros_)
+            shape = (config.num_heads, config.head_dim)
+            found["landmark_query"] = OwnParameter(shape, nn.init.zeros_, decay=False)  # a bias for each head
         if self.has_gamma and config.learn_gamma:
             share = 2 * config.gamma_init - 1
             reset = partial(nn.init.constant_, val=math.log(share / (1 - share)))
@@ -153,7 +155,7 @@ class Nystrom(Form):
         if isinstance(plan, RingStep):
             if plan.completed is None:
                 return None
-            return segment_means(rotary.of(plan.completed.positions.flatten().unsqueeze(0)), size)
+            return segment_rotary_table(rotary.of(plan.completed.positions.flatten().unsqueeze(0)), size)
         segments = -(-layout.length // size)
         if segments <= self.config.window_segments and plan is None:
             return None
@@ -161,7 +163,7 @@ class Nystrom(Form):
         if not (layout.is_full and layout.length == segments * size):
             # Every sequence starts at position 0, so one table serves all.
             table = rotary.of(torch.arange(segments * size, device=device).unsqueeze(0))
-        return segment_means(table, size)
+        return segment_rotary_table(table, size)
 
     def given(self, own: Given, shared: RotaryTable | None, device: torch.device) -> dict[str, Tensor]:
         """``gamma`` and ``offset``, as far as there are; see :meth:`attend`."""
@@ -178,17 +180,17 @@ class Nystrom(Form):
             return None
         if "gamma_logit" in own:
             logit = own["gamma_logit"]
-            return 0.5 + 0.5 * torch.sigmoid(logit.to(at_least_float32(logit)))
+            return 0.5 + 0.5 * torch.sigmoid(logit.to(at_least_float32(logit.dtype)))
         return torch.full((self.config.num_heads,), self.config.gamma_init, device=device)
 
 
 def _offset(landmark_query: Tensor, rotary: RotaryTable | None) -> Tensor:
     """(H, d) -> (H, S, d) or (H, 1, d): what is added to the mean query of each segment.
 
-    With rotary positions it is turned as the queries are: it is the mean over the segment of one vector added to each
-    query before the rotation, so that what a landmark gets depends on relative positions only.
+    With rotary positions it is turned as the queries are: the mean over the segment of one vector that is added to each
+    query before the rotation. What a landmark gets then depends on relative positions only.
     """
-    offset = landmark_query.to(at_least_float32(landmark_query))[None, None]
+    offset = landmark_query.to(at_least_float32(landmark_query.dtype))[None, None]
     if rotary is not None:
         offset = apply_rotary(offset, rotary)
     return offset[0].transpose(0, 1)

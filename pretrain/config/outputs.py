@@ -1,4 +1,4 @@
-"""What a run keeps and tells while it trains: checkpoints, held-out loss, metrics, and whom it calls."""
+"""What a run writes while it trains: checkpoints, held-out loss, metrics, and the callbacks that it runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.config.strict import Strict
+from data_pipeline.configuration import Strict
 
 
 class CheckpointConfig(Strict):

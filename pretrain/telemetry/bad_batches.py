@@ -1,11 +1,13 @@
 """The batch of a step that went wrong, kept so that it can be looked at again: ``nystrom replay`` reads it.
 
-``bad_steps/step000000012/`` (loss or gradient not finite) and ``spikes/step000000012/`` (a loss out of line) hold, for
-each process whose rows are suspect, ``rank_00001.safetensors`` with ``input_ids``, ``labels`` (rows, seq_len) int32,
-``sample_ids`` (rows,) int64 and, for packed documents, ``document_ids`` (rows, seq_len) int32; and ``step.json``,
-written last, without which a folder is not whole. Of either kind the ``MOST_SAVED`` newest stay: for those a checkpoint
-from before is most likely to be there still. A batch takes 8 bytes a token (12 if packed), so that a million tokens and
-both kinds of trouble cost at most 320 MB (480 MB).
+``bad_steps/step000000012/`` holds a batch whose loss or gradient was not finite, ``spikes/step000000012/`` one whose
+loss was out of line. Each process whose rows are suspect has a file ``rank_00001.safetensors``: ``input_ids`` and
+``labels`` (rows, seq_len) int32, ``sample_ids`` (rows,) int64 and, for packed documents, ``document_ids`` (rows,
+seq_len) int32. ``step.json`` is written last; without it a folder is not whole.
+
+Of either kind the ``MOST_SAVED`` newest stay: for those a checkpoint from before is most likely to be there still. A
+batch takes 8 bytes a token (12 if packed), so that a million tokens and both kinds of trouble cost at most 320 MB (480
+MB).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ MOST_SAVED = 20
 
 
 @dataclass(frozen=True)
-class Suspects:
+class SavedBatch:
     """Whose rows are suspect, and where they were saved."""
 
     processes: list[int]
@@ -42,15 +44,15 @@ class Suspects:
     problem: str | None
 
 
-def save_batch(root: Path, world: World, batch: Batch, suspect: bool, facts: dict[str, Any]) -> Suspects:
+def save_batch(root: Path, world: World, batch: Batch, suspect: bool, facts: dict[str, Any]) -> SavedBatch:
     """Save this step's rows of the processes that are ``suspect``, or of all if none is, below ``root``.
 
     All processes must call it; ``facts`` (with ``step``) go into ``step.json``. A disk that is full or gone does not
     end the run: it is reported.
     """
     folder = root / tag_name(facts["step"])
-    problem = _attempt(lambda: _make_room(root, folder)) if world.is_first else None
-    # Nobody writes before the first process has made room.
+    problem = _attempt(lambda: _remove_old(root, folder)) if world.is_first else None
+    # Nobody writes before the first process has removed old batches.
     everyone = world.gather((suspect, batch.sample_ids.tolist(), problem))
     flagged = [rank for rank, (own, _, _) in enumerate(everyone) if own]
     processes = flagged or list(range(len(everyone)))
@@ -64,7 +66,7 @@ def save_batch(root: Path, world: World, batch: Batch, suspect: bool, facts: dic
         checkpoint = checkpoint_at(root.parent / "checkpoints", facts["step"] - 1)
         facts["checkpoint"] = None if checkpoint is None else checkpoint[0].name
         problem = _attempt(lambda: write_atomic(folder / STEP, (json.dumps(facts, indent=2) + "\n").encode()))
-    return Suspects(processes, samples, folder if problem is None else None, problem)
+    return SavedBatch(processes, samples, folder if problem is None else None, problem)
 
 
 def checkpoint_at(root: Path, step: int) -> tuple[Path, Manifest] | None:
@@ -96,7 +98,7 @@ def read_batch(folder: Path) -> tuple[dict[str, Any], list[tuple[int, dict[str, 
     return facts, [(rank, {k: v.to(torch.int64) for k, v in tensors.items()}) for rank, tensors in parts]
 
 
-def _make_room(root: Path, folder: Path) -> None:
+def _remove_old(root: Path, folder: Path) -> None:
     root.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)  # of the same step, before a resume
     for old in sorted(root.glob("step*"), reverse=True)[MOST_SAVED - 1 :]:

@@ -13,7 +13,7 @@ from pretrain.checkpoint.commit import Manifest, TrainState
 from pretrain.checkpoint.export import export
 from pretrain.checkpoint.load import read_info
 from pretrain.distributed import watchdog
-from pretrain.distributed.leaving import LeaveAtOnce
+from pretrain.distributed.immediate_exit import ImmediateExit
 from pretrain.distributed.signals import (
     EXIT_BAD_STEPS,
     EXIT_DONE,
@@ -22,7 +22,7 @@ from pretrain.distributed.signals import (
     EXIT_STALLED,
     StopFlag,
 )
-from pretrain.telemetry.lines import tell, write_or_tell
+from pretrain.telemetry.lines import print_line, write_or_warn
 
 STATUS = "status.json"
 LAUNCH_ID = "NYSTROM_LAUNCH_ID"
@@ -47,7 +47,7 @@ def write_status(run_dir: Path, code: int | None, state: TrainState) -> None:
         "pid": os.getpid(),
         "time": time.time(),
     }
-    write_or_tell(run_dir / STATUS, (json.dumps(body, indent=2) + "\n").encode())
+    write_or_warn(run_dir / STATUS, (json.dumps(body, indent=2) + "\n").encode())
 
 
 def is_finished(run_dir: Path, manifest: Manifest, total_tokens: int) -> bool:
@@ -65,9 +65,9 @@ def _exports(manifest: Manifest) -> dict[str, str]:
     return {"export": "fp32", "export-ema": "ema"} if averaged else {"export": "fp32"}
 
 
-def leave_preempted(run_dir: Path, state: TrainState, when: str) -> None:
+def report_preempted(run_dir: Path, state: TrainState, when: str) -> None:
     """The last words of a process that was asked to stop where there is nothing to save."""
-    tell(f"stopped while {when}; the same command goes on from there")
+    print_line(f"stopped while {when}; the same command resumes")
     write_status(run_dir, EXIT_PREEMPTED, state)
 
 
@@ -83,10 +83,10 @@ def export_weights(
     code = EXIT_DONE
     if world.sum([float(stop())])[0]:
         code = EXIT_PREEMPTED
-        telemetry.say("stopped before the export; the same command goes on from there")
+        telemetry.say("stopped before the export; the same command resumes")
     elif world.is_first:
         try:
-            with LeaveAtOnce(stop, lambda: leave_preempted(run_dir, state, "exporting the weights")):
+            with ImmediateExit(stop, lambda: report_preempted(run_dir, state, "exporting the weights")):
                 found = commit.newest(checkpoints)
                 assert found is not None  # the trainer saved it
                 for name, kind in _exports(found[1]).items():
@@ -96,7 +96,7 @@ def export_weights(
         except OSError as error:
             code = EXIT_NOT_SAVED
             telemetry.say(
-                f"the run is finished and its last checkpoint saved, but the export is NOT written: {error}. Make "
-                "room, then run the same command: it only exports."
+                f"the run is finished and its last checkpoint saved, but the export is NOT written: {error}. Free "
+                "space, then run the same command: it only exports."
             )
     return world.broadcast(code)

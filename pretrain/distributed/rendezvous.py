@@ -9,9 +9,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from data_pipeline.errors import UserError
-from pretrain.distributed.blame import processes
 from pretrain.distributed.signals import StopFlag
-from pretrain.distributed.watchdog import process_key, store_is_torchrun_s
+from pretrain.distributed.stall_diagnosis import format_processes
+from pretrain.distributed.watchdog import process_key, torchrun_holds_store
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -22,7 +22,7 @@ FIRST_POLL_SECONDS = 0.01
 _ARRIVED, _EVERYBODY, _GIVEN_UP = "arrived", "everybody", "given up"
 
 
-class NotAllCame(Exception):
+class ProcessesMissing(Exception):
     """Some process of the run did not come in time. The message is empty where another process says it."""
 
 
@@ -30,19 +30,19 @@ class StoppedWhileWaiting(Exception):
     """This process was asked to stop before all had come; nothing was begun."""
 
 
-def meet(
+def rendezvous(
     rank: int, world_size: int, patience: float, timeout: timedelta, arrival: str, stop: StopFlag | None = None
 ) -> dist.TCPStore:
     """Wait at MASTER_ADDR:MASTER_PORT until all processes are there; returns the store they share.
 
     ``arrival`` is what this process leaves there under :func:`process_key`. ``patience`` is how many seconds it waits
-    for the others, ``timeout`` that of later calls on the store. Raises :class:`NotAllCame` with the names of those
-    missing, :class:`StoppedWhileWaiting`.
+    for the others, ``timeout`` that of later calls on the store. Raises :class:`ProcessesMissing`, which names those
+    that are, and :class:`StoppedWhileWaiting`.
     """
     import torch.distributed as dist
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    holds = rank == 0 and not store_is_torchrun_s()
+    holds = rank == 0 and not torchrun_holds_store()
     deadline = time.monotonic() + patience
     if not holds:
         _wait_for_port(address, port, deadline, patience, rank, stop)
@@ -63,7 +63,7 @@ def meet(
         if stop is not None and stop():
             raise StoppedWhileWaiting
         if store.check([_GIVEN_UP]):
-            raise NotAllCame("")
+            raise ProcessesMissing("")
         if time.monotonic() > deadline:
             _give_up(store, rank, world_size, patience, holds)
         time.sleep(pause)
@@ -75,14 +75,14 @@ def _give_up(store: dist.Store, rank: int, world_size: int, patience: float, hol
     present = [other for other in range(world_size) if store.check([process_key(other)])]
     missing = sorted(set(range(world_size)) - set(present))
     message = (
-        f"{processes(missing)} of {world_size} did not come within {patience:g} s; "
-        f"{processes(present)} {'are' if len(present) > 1 else 'is'} there. Look at the logs of the missing and at "
-        "their network"
+        f"{format_processes(missing)} of {world_size} did not come within {patience:g} s; "
+        f"{format_processes(present)} {'are' if len(present) > 1 else 'is'} there. Look at the logs of the missing and "
+        "at their network"
     )
     first = store.compare_set(_GIVEN_UP, "", str(rank)) == str(rank).encode()
     if holds:
         time.sleep(5 * POLL_SECONDS)  # so that the others read it before the store is gone
-    raise NotAllCame(message if first else "")
+    raise ProcessesMissing(message if first else "")
 
 
 def _wait_for_port(address: str, port: int, deadline: float, patience: float, rank: int, stop: StopFlag | None) -> None:
@@ -96,7 +96,7 @@ def _wait_for_port(address: str, port: int, deadline: float, patience: float, ra
         if stop is not None and stop():
             raise StoppedWhileWaiting
         if time.monotonic() > deadline:
-            raise NotAllCame(
+            raise ProcessesMissing(
                 f"process 0 did not come: process {rank} (host {socket.gethostname()}) found nobody at "
                 f"{address}:{port} for {patience:g} s ({problem}). Look at the log of process 0, at MASTER_ADDR and "
                 "MASTER_PORT, and at the network"

@@ -1,4 +1,4 @@
-"""From what the processes last said of themselves to whom a run that stands still is waiting for. Pure functions."""
+"""Which process holds up a run that makes no progress, from what each last reported. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ SILENT_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What is known of one process."""
+class ProcessStatus:
+    """What one process last reported of itself."""
 
     rank: int
     beat: int = 0
@@ -31,11 +31,11 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Who is to blame (nobody: all stand in the same operation), in whose words."""
+class Diagnosis:
+    """Which processes hold up the others (none: all are in the same operation), and which one reports it."""
 
-    speaker: int
-    guilty: tuple[int, ...]
+    reporter: int
+    culprits: tuple[int, ...]
     message: str
 
     def to_json(self) -> str:
@@ -43,14 +43,14 @@ class Verdict:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: bytes | str) -> Verdict:
+    def from_json(cls, text: bytes | str) -> Diagnosis:
         """From the store."""
         body = json.loads(text)
-        return cls(body["speaker"], tuple(body["guilty"]), body["message"])
+        return cls(body["reporter"], tuple(body["culprits"]), body["message"])
 
     @classmethod
-    def of_silent_holder(cls, holder: Seen, own: Seen, world_size: int) -> Verdict:
-        """The verdict of a process that cannot ask any more: process 0, which holds the store, does not answer."""
+    def of_silent_holder(cls, holder: ProcessStatus, own: ProcessStatus, world_size: int) -> Diagnosis:
+        """The diagnosis of a process that cannot ask any more: process 0, which holds the store, does not answer."""
         waiting = [rank for rank in range(world_size) if rank != holder.rank]
         message = (
             f"stalled: {holder.name} does not answer: it is stopped, frozen, or its machine or network is gone; "
@@ -59,39 +59,40 @@ class Verdict:
         return cls(waiting[0], (holder.rank,), message)
 
 
-def judge(seen: Sequence[Seen], speaker: int, stall_seconds: float) -> Verdict | None:
-    """Whom all wait for, or None if the run moves on somewhere.
+def diagnose(seen: Sequence[ProcessStatus], reporter: int, stall_seconds: float) -> Diagnosis | None:
+    """Which processes the others wait for, or None if some process still makes progress.
 
-    Called by a process that has stood still for ``stall_seconds``. To blame is a process without a sign of life; else,
-    once nobody has moved for ``stall_seconds``, whoever has entered fewer collective operations than the others.
+    Called by a process that has made no progress for ``stall_seconds``. A culprit is a process without a sign of life.
+    If there is none, and no process has moved for ``stall_seconds``, it is each one that has entered fewer collective
+    operations than the others.
     """
     everyone = {s.rank: s for s in seen}
     silent = [s for s in seen if s.silence >= SILENT_SHARE * stall_seconds]
     if not silent and any(s.age < stall_seconds for s in seen):
         return None
     most = max(s.collectives for s in seen)
-    guilty = silent or [s for s in seen if s.collectives < most] or (list(seen) if len(seen) == 1 else [])
-    guilty = sorted(guilty, key=lambda s: s.rank)
-    waiting = sorted(set(everyone) - {s.rank for s in guilty})
+    culprits = silent or [s for s in seen if s.collectives < most] or (list(seen) if len(seen) == 1 else [])
+    culprits = sorted(culprits, key=lambda s: s.rank)
+    waiting = sorted(set(everyone) - {s.rank for s in culprits})
     if silent:
         parts = [
             f"{s.name} has given no sign of life for {s.silence:.0f} s (last seen {s.place} at step {s.step}): it is "
             "stopped, frozen, or its machine or network is gone"
-            for s in guilty
+            for s in culprits
         ]
-    elif guilty:
-        parts = [f"{s.name} has been {s.place} at step {s.step} for {s.age:.0f} s" for s in guilty]
+    elif culprits:
+        parts = [f"{s.name} has been {s.place} at step {s.step} for {s.age:.0f} s" for s in culprits]
     else:
         parts = [
             f"no process has moved for {min(s.age for s in seen):.0f} s, and none is behind the others: they stand in "
             f"the same collective operation ({'; '.join(_places(seen))}). Look at the network between the machines, "
             "and at the GPUs"
         ]
-    wait = f"; {_wait(waiting)} for {'it' if len(guilty) == 1 else 'them'}" if guilty and waiting else ""
-    return Verdict(speaker, tuple(s.rank for s in guilty), f"stalled: {'; '.join(parts)}{wait}")
+    wait = f"; {_wait(waiting)} for {'it' if len(culprits) == 1 else 'them'}" if culprits and waiting else ""
+    return Diagnosis(reporter, tuple(s.rank for s in culprits), f"stalled: {'; '.join(parts)}{wait}")
 
 
-def ranks_in_words(ranks: Iterable[int]) -> str:
+def format_ranks(ranks: Iterable[int]) -> str:
     """``0-3, 5`` for 0, 1, 2, 3, 5."""
     ordered, parts, start = sorted(ranks), [], 0
     for i, rank in enumerate(ordered):
@@ -101,22 +102,22 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
     return ", ".join(parts)
 
 
-def processes(ranks: Sequence[int]) -> str:
+def format_processes(ranks: Sequence[int]) -> str:
     """``process 1``, or ``processes 0-3, 5``."""
-    return f"process{'es' if len(ranks) > 1 else ''} {ranks_in_words(ranks)}"
+    return f"process{'es' if len(ranks) > 1 else ''} {format_ranks(ranks)}"
 
 
 def _wait(ranks: Sequence[int]) -> str:
-    return f"{processes(ranks)} {'wait' if len(ranks) > 1 else 'waits'}"
+    return f"{format_processes(ranks)} {'wait' if len(ranks) > 1 else 'waits'}"
 
 
-def _stands(seen: Seen) -> str:
+def _stands(seen: ProcessStatus) -> str:
     return f"process {seen.rank} has been {seen.place} at step {seen.step} for {seen.age:.0f} s"
 
 
-def _places(seen: Sequence[Seen]) -> list[str]:
+def _places(seen: Sequence[ProcessStatus]) -> list[str]:
     """Where the processes are, those at the same place together."""
     where: dict[tuple[str, int], list[int]] = {}
     for s in sorted(seen, key=lambda s: s.rank):
         where.setdefault((s.place, s.step), []).append(s.rank)
-    return [f"{processes(ranks)} {place} at step {step}" for (place, step), ranks in where.items()]
+    return [f"{format_processes(ranks)} {place} at step {step}" for (place, step), ranks in where.items()]

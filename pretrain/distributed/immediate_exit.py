@@ -13,34 +13,34 @@ from types import TracebackType
 
 from pretrain.distributed.signals import EXIT_PREEMPTED, StopFlag
 
-LAST_WORDS_SECONDS = 5.0
+REPORT_SECONDS = 5.0
 """How long message and status may take: the file system may be what the main thread hangs in."""
 
 
-class LeaveAtOnce:
+class ImmediateExit:
     """A block in which SIGTERM and SIGINT end this process, with :data:`EXIT_PREEMPTED`, whatever it is doing.
 
-    A flag would be read too late: joining the process group waits for the slowest machine, DeepSpeed compiles for
-    minutes at a first start, a large checkpoint is read for minutes; Python runs no signal handler meanwhile. The
+    A flag would be read too late. Joining the process group waits for the slowest machine, DeepSpeed compiles for
+    minutes at a first start, and a large checkpoint is read for minutes. Python runs no signal handler meanwhile. The
     system's own handler writes the signal's number to a socket, and a thread that reads it ends the process. After the
     block the flag counts again; a signal at its very end is in the flag.
     """
 
-    def __init__(self, stop: StopFlag, last_words: Callable[[], None] = lambda: None) -> None:
-        """``last_words`` leave a status behind; they may be replaced within the block. It needs the main thread."""
-        self.last_words = last_words
+    def __init__(self, stop: StopFlag, before_exit: Callable[[], None] = lambda: None) -> None:
+        """``before_exit`` is called before the exit; it may be replaced within the block. It needs the main thread."""
+        self.before_exit = before_exit
         self._stop = stop
         self._lock = threading.Lock()
         self._over = False
 
-    def __enter__(self) -> LeaveAtOnce:
+    def __enter__(self) -> ImmediateExit:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._wait, name="leave-at-once", daemon=True)
+        self._thread = threading.Thread(target=self._wait, name="immediate-exit", daemon=True)
         self._thread.start()
         if self._stop():  # asked before
-            self._leave()
+            self._exit()
         return self
 
     def end(self) -> None:
@@ -62,26 +62,26 @@ class LeaveAtOnce:
     def _wait(self) -> None:
         while received := self._reader.recv(1):
             if received[0] in (signal.SIGTERM, signal.SIGINT):
-                self._leave()
+                self._exit()
 
-    def _leave(self) -> None:
+    def _exit(self) -> None:
         with self._lock:
             if self._over:
                 return
-            words = threading.Thread(target=self._say_and_leave_status, daemon=True)
-            words.start()
-            words.join(LAST_WORDS_SECONDS)
+            report = threading.Thread(target=self._report, daemon=True)
+            report.start()
+            report.join(REPORT_SECONDS)
             os._exit(EXIT_PREEMPTED)
 
-    def _say_and_leave_status(self) -> None:
-        self.last_words()
+    def _report(self) -> None:
+        self.before_exit()
         # Whoever started this may be gone, and the terminal with it.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
 
 
-def leave_on_signals() -> Callable[[], None]:
-    """As :class:`LeaveAtOnce`, for the imports before it: only Python's own code runs. Returns what undoes it."""
+def exit_on_signals() -> Callable[[], None]:
+    """As :class:`ImmediateExit`, for the imports before it: only Python's own code runs. Returns what undoes it."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED)) for number in numbers}
 
