@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,12 +29,16 @@ _SAMPLES = 100  # of what was left out, kept for each reason
 
 
 def complete(
-    preparation: Preparation, folder: Path, results: Sequence[tuple[Unit, UnitResult]], max_bad_fraction: float
+    preparation: Preparation,
+    folder: Path,
+    results: Sequence[tuple[Unit, UnitResult]],
+    divided: Mapping[int, str],
+    max_bad_fraction: float,
 ) -> None:
     """Write the tokenizer, the reports and the manifest; from then on the folder is complete.
 
-    ``results`` in the order of the units. Raises :class:`UserError` if there is no document in them, or too many
-    records were broken.
+    ``results`` in the order of the units; ``divided``: the digest of the piece of each unit that was divided. Raises
+    :class:`UserError` if there is no document in them, or too many records were broken.
     """
     _check_broken(results, max_bad_fraction)
     documents = sum(result.documents for _, result in results)
@@ -70,13 +74,20 @@ def complete(
         tokenizer=tuple(hash_file(folder, name, BLOCK_BYTES) for name in TOKENIZER_FILES),
         reports=tuple(report for report in reports if report is not None),
         shards=shards,
-        inputs=_inputs(preparation, results),
+        inputs=_inputs(preparation, results, divided),
     ).write(folder)
 
 
-def _inputs(preparation: Preparation, results: Sequence[tuple[Unit, UnitResult]]) -> tuple[InputEntry, ...]:
+def _inputs(
+    preparation: Preparation, results: Sequence[tuple[Unit, UnitResult]], divided: Mapping[int, str]
+) -> tuple[InputEntry, ...]:
     pieces = [
-        (piece, found) for unit, result in results for piece, found in zip(unit.pieces, result.digests, strict=True)
+        (piece, found)
+        for unit, result in results
+        if not unit.part  # of a divided unit the first part stands for all
+        for piece, found in zip(
+            unit.pieces, result.digests if unit.part is None else [divided[unit.number]], strict=True
+        )
     ]
     return input_entries(preparation, pieces)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from data_pipeline.errors import UserError
 from data_pipeline.prepare.plan import Unit
-from data_pipeline.prepare.worker import Context, UnitResult, Worker
+from data_pipeline.prepare.worker import Context, Signed, UnitResult, Worker
 from data_pipeline.processes import available_cores, die_with_parent
 
 Method = Literal["sign", "tokenize"]
@@ -185,10 +185,10 @@ def _check_reachable(address: str) -> None:
             raise UserError(f"no Ray cluster at {address}: {error}") from None
 
 
-def new_text_bytes(result: int | UnitResult) -> int:
+def new_text_bytes(result: Signed | UnitResult) -> int:
     """Bytes of text that were read for a result of :class:`Worker`, none if it was found finished."""
-    if isinstance(result, int):
-        return result
+    if isinstance(result, Signed):
+        return result.text_bytes
     return 0 if result.reused else result.text_bytes
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import TMP_SUFFIX, fsync_folder, write_atomic
 from data_pipeline.moved import renamed
+from data_pipeline.prepare.plan import Unit
 from data_pipeline.prepare.worker import WORK
 from data_pipeline.shards.manifest import MANIFEST_FILE
-from data_pipeline.shards.writer import remove_files, unit_of
+from data_pipeline.shards.writer import place_of, remove_files, unit_of
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILES
 
 __getattr__ = renamed(__name__, Part="JobPart")
@@ -27,8 +29,7 @@ _FIXED = (MANIFEST_FILE, *TOKENIZER_FILES, BAD_FILE, DROPPED_FILE, WORK)
 
 @dataclass(frozen=True)
 class JobPart:
-    """One of several jobs that share a folder: it does the units whose number leaves ``index`` when divided by
-    ``count``."""
+    """One of several jobs that share a folder; which units it does :class:`Deal` says."""
 
     index: int
     count: int
@@ -39,9 +40,52 @@ class JobPart:
                 f"shard index {self.index} of {self.count} shards: the index runs from 0 to one less than the number"
             )
 
-    def has(self, unit: int) -> bool:
-        """Whether a unit is this part's to do."""
-        return unit % self.count == self.index
+
+@dataclass(frozen=True)
+class Deal:
+    """Which job of an array does what.
+
+    Units go round the jobs. A divided unit that is larger than a job's fair share goes to as many jobs as it has
+    shares, its parts in turn. Each of these jobs then reads all of it, so that more jobs would only read more.
+    """
+
+    count: int
+    first: tuple[int, ...]  # for each unit the first of its jobs
+    jobs: tuple[int, ...]  # and their number
+
+    @classmethod
+    def of(cls, units: Sequence[Unit], count: int) -> Deal:
+        """Deal the units of a plan to ``count`` jobs."""
+        sizes = [sum(piece.size for piece in unit.pieces) for unit in units]
+        total = max(1, sum(sizes))
+        jobs = [
+            max(1, min(size * count // total, unit.about_parts)) if unit.divide else 1
+            for unit, size in zip(units, sizes, strict=True)
+        ]
+        return cls(count, tuple(accumulate(jobs, initial=0))[:-1], tuple(jobs))
+
+    def job(self, place: tuple[int, int]) -> int:
+        """The job that does a unit's part."""
+        unit, part = place
+        if unit >= len(self.first):
+            return unit % self.count
+        return (self.first[unit] + part % self.jobs[unit]) % self.count
+
+    def has(self, job: JobPart | None, unit: Unit) -> bool:
+        """Whether a job does a unit, or a part of it; no job does all."""
+        if job is None or not unit.divide:
+            return job is None or self.job(unit.place) == job.index
+        return any(self.job((unit.number, part)) == job.index for part in range(self.jobs[unit.number]))
+
+    def idle(self) -> list[int]:
+        """The jobs without anything to do."""
+        busy = {self.job((unit, part)) for unit, jobs in enumerate(self.jobs) for part in range(jobs)}
+        return sorted(set(range(self.count)) - busy)
+
+
+def copy_prefix(part: JobPart | None) -> str:
+    """How the names of the copies begin that a run makes of parts of divided units."""
+    return "copy" if part is None else f"copy-{part.index}-of-{part.count}"
 
 
 def occupied_error(folder: Path, by: str) -> UserError:
@@ -100,7 +144,7 @@ def _acquire(lock: int, kind: int, refusal: str) -> None:
         raise UserError(f"{refusal} right now") from None
 
 
-def start_run(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: JobPart | None) -> None:
+def start_run(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: JobPart | None, deal: Deal) -> None:
     """Clear what does not belong to this run and leave its purpose in the work folder.
 
     Raises :class:`UserError` for a folder in which another run is unfinished, unless ``overwrite``.
@@ -119,7 +163,9 @@ def start_run(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: 
         if not same:
             write_atomic(plan, _json({"purpose": purpose}), shared=True)
         stale = [p.name for p in folder.iterdir() if p.name.endswith(TMP_SUFFIX)]
-        remove_files(folder, [name for name in stale if part.has(unit_of(name) or 0)])
+        remove_files(folder, [name for name in stale if deal.job(place_of(name) or (0, 0)) == part.index])
+        copies = f"{copy_prefix(part)}-"
+        remove_files(work, [p.name for p in work.iterdir() if p.name.startswith(copies)])
         return
     if not same or (folder / MANIFEST_FILE).exists():
         remove_files(folder, [MANIFEST_FILE])  # first: without it nothing here counts as complete

@@ -17,7 +17,7 @@ from data_pipeline.quality.duplicates import Dedup
 from data_pipeline.quality.filters import Filters
 from data_pipeline.shards.manifest import FORMAT_VERSION
 from data_pipeline.sources.corpus import Corpus, open_corpus
-from data_pipeline.sources.format import by_name, stream_formats, text_is_hidden
+from data_pipeline.sources.format import by_name, can_divide, stream_formats, text_is_hidden
 from data_pipeline.sources.inputs import CorpusFile
 from data_pipeline.sources.pieces import Piece
 from data_pipeline.sources.reading import Reading
@@ -65,6 +65,25 @@ class Unit:
     of its files; for standard input its contents."""
     lines_before: int = 0
     """Lines of standard input before this unit's."""
+    divide: int = 0
+    """Bytes of text in a part, of a unit that is divided while it is read (:mod:`data_pipeline.prepare.divide`)."""
+    part: int | None = None
+    """Number of this part of a divided unit."""
+
+    @property
+    def label(self) -> str:
+        """Unit and part as the names of files have them."""
+        return f"{self.number:05d}" if self.part is None else f"{self.number:05d}-{self.part:05d}"
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """By which units and parts are in the order of the inputs."""
+        return self.number, self.part or 0
+
+    @property
+    def about_parts(self) -> int:
+        """How many parts there will be, as far as sizes tell."""
+        return max(1, -(-self.pieces[0].size // self.divide)) if self.divide else 1
 
 
 @dataclass(frozen=True)
@@ -157,7 +176,8 @@ def stdin_units(stream: BinaryIO, kind: str, work: Path) -> Iterator[Unit]:
 
 
 def unit_bytes(size: int) -> int:
-    """Text in a unit of work, for inputs of ``size`` bytes: what a crash costs each process at most.
+    """Text in a unit of work, or in a part of one that is divided, for inputs of ``size`` bytes: what a crash costs
+    each process at most.
 
     Small corpora are cut finely so that all processes have something to do, huge ones so that there are not many more
     than 4,096 shards.
@@ -166,22 +186,24 @@ def unit_bytes(size: int) -> int:
 
 
 def group_pieces(pieces: Iterable[Piece], target: int, times: dict[str, int]) -> Iterator[Unit]:
-    """Neighbouring pieces, together at most ``target`` bytes unless a single one is larger."""
+    """Neighbouring pieces, together at most ``target`` bytes unless a single one is larger, which is then divided
+    while it is read if its format can do that."""
     held: list[Piece] = []
     number = size = 0
     for piece in pieces:
         if held and size + piece.size > target:
-            yield _unit(number, held, times)
+            yield _unit(number, held, target, times)
             number, held, size = number + 1, [], 0
         held.append(piece)
         size += piece.size
     if held:
-        yield _unit(number, held, times)
+        yield _unit(number, held, target, times)
 
 
-def _unit(number: int, pieces: Sequence[Piece], times: dict[str, int]) -> Unit:
+def _unit(number: int, pieces: Sequence[Piece], target: int, times: dict[str, int]) -> Unit:
     places = [[p.name, p.kind, p.begin, p.end, p.rows, times.get(p.name)] for p in pieces]
-    return Unit(number, tuple(pieces), json_sha256(number, places))
+    divide = target if len(pieces) == 1 and pieces[0].size > target and can_divide(pieces[0]) else 0
+    return Unit(number, tuple(pieces), json_sha256(number, places), divide=divide)
 
 
 def json_sha256(*facts: object) -> str:

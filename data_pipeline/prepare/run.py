@@ -24,8 +24,9 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 from data_pipeline.moved import renamed
 from data_pipeline.prepare.complete import check_complete, complete
+from data_pipeline.prepare.divide import Divider, remove_copy
 from data_pipeline.prepare.executors import Executor, InProcess, OnRay, Processes
-from data_pipeline.prepare.folder import JobPart, check_folder, lock_folder, start_run
+from data_pipeline.prepare.folder import Deal, JobPart, check_folder, copy_prefix, lock_folder, start_run
 from data_pipeline.prepare.plan import STDIN, Preparation, Unit, json_sha256, stdin_units
 from data_pipeline.prepare.worker import WORK, Context, Encoders, UnitResult, Worker, writing
 from data_pipeline.quality.duplicates import find_duplicates
@@ -99,7 +100,8 @@ def prepare(
         return PrepareResult(shards, already_complete=True)
     check_folder(folder)
     with lock_folder(folder, how.part) as work, writing(folder):
-        start_run(folder, work, preparation.purpose, overwrite=how.overwrite, part=how.part)
+        deal = Deal.of(preparation.units, how.part.count if how.part else 1)
+        start_run(folder, work, preparation.purpose, overwrite=how.overwrite, part=how.part, deal=deal)
         return _Run(preparation, folder, work, how, stream, on_text, on_phase).run()
 
 
@@ -118,7 +120,9 @@ class _Run:
     ) -> None:
         self.preparation, self.folder, self.work, self.how = preparation, folder, work, how
         self.on_text, self.on_phase = on_text, on_phase
-        self.mine: Iterable[Unit] = [u for u in preparation.units if how.part is None or how.part.has(u.number)]
+        self.deal = Deal.of(preparation.units, how.part.count if how.part else 1)
+        self.mine: Iterable[Unit] = [u for u in preparation.units if self.deal.has(how.part, u)]
+        self.divider = Divider(work, preparation.settings.reading.wanted, copy_prefix(how.part))
         sampled: Sequence[Unit] = preparation.units
         if stream is not None:
             assert preparation.stdin is not None
@@ -135,6 +139,8 @@ class _Run:
             preparation.settings,
             how.max_bad_fraction,
         )
+        self.handed: list[_Remembered] = []
+        self.signed = 0  # units
         self.encoders: Encoders = {}
         self.worker = Worker(self.context, on_text, preparation.tokenizer, self.encoders)
 
@@ -145,23 +151,23 @@ class _Run:
             encoder, reason = self._choose_encoder()  # while the executor starts
             self.encoders[encoder.name] = encoder
             if self.preparation.settings.dedup is not None and not self._find_duplicates(executor):
-                return PrepareResult(
-                    None, units=len(list(self.mine)), encoder=f"{encoder.name}, {reason}", signed_only=True
-                )
+                return PrepareResult(None, units=self.signed, encoder=f"{encoder.name}, {reason}", signed_only=True)
             self.on_phase("tokenizing")
             results: list[tuple[Unit, UnitResult]] = []
-            units = _Remembered(self.mine)
+            units = self._handed_out(lambda unit: self.worker.finished(unit) is not None)
             for result in executor.run("tokenize", units, encoder.name):
                 if result.reused:
                     self.on_text(result.text_bytes)
-                results.append((units.by_number[result.number], result))
-                units.done(result.number)
+                results.append((units.by_place[result.place], result))
+                units.done(result.place)
         finally:
             executor.close()
-        results.sort(key=lambda pair: pair[0].number)
+            for handed in self.handed:  # after an error: nobody reads the copies any more
+                handed.clear()
+        results.sort(key=lambda pair: pair[0].place)
         shards = None
         if self.how.part is None:
-            complete(self.preparation, self.folder, results, self.how.max_bad_fraction)
+            complete(self.preparation, self.folder, results, self._digests(), self.how.max_bad_fraction)
             shutil.rmtree(self.work)
             shards = ShardSet.open(self.folder)
         fresh = [result for _, result in results if not result.reused]
@@ -175,6 +181,26 @@ class _Run:
             fell_back=tuple(result.fell_back for result in fresh if result.fell_back),
         )
 
+    def _handed_out(self, finished: Callable[[Unit], bool]) -> _Remembered:
+        """This call's units, divided ones in parts. ``finished``: those of which no copy is needed."""
+        part = self.how.part
+
+        def units() -> Iterator[Unit]:
+            for unit in self.mine:
+                if unit.divide:
+                    yield from self.divider.parts(unit, lambda each: self.deal.has(part, each), finished)
+                else:
+                    yield unit
+
+        self.handed.append(_Remembered(units()))
+        return self.handed[-1]
+
+    def _digests(self) -> dict[int, str]:
+        """Of the pieces of divided units, by the number of the unit."""
+        divided = [unit for unit in self.preparation.units if unit.divide]
+        found = {unit.number: self.divider.known(unit) for unit in divided}
+        return {number: division.digest for number, division in found.items() if division is not None}
+
     def _choose_encoder(self) -> EncoderChoice:
         tokenizer, reading = self.preparation.tokenizer, self.preparation.settings.reading
         sample = _sample(self.sampled, reading) if self.how.backend != "tokenizers" else []
@@ -185,7 +211,7 @@ class _Run:
             return OnRay(self.context, self.how.ray, self.on_text)
         workers = self.how.workers
         if isinstance(self.mine, Sequence):
-            workers = min(workers, len(self.mine))
+            workers = min(workers, sum(unit.about_parts for unit in self.mine))
         if workers > 1:
             return Processes(self.worker, workers, self.on_text)
         return InProcess(self.worker)
@@ -195,10 +221,14 @@ class _Run:
         dedup = self.preparation.settings.dedup
         assert dedup is not None
         self.on_phase("signing")
-        for _ in executor.run("sign", self.mine):
-            pass
-        files = [self.worker.signatures(unit) for unit in self.preparation.units]
-        if not all(file.exists() for file in files):
+        handed = self._handed_out(self.worker.is_signed)
+        for signed in executor.run("sign", handed):
+            self.signed += 1
+            handed.done(signed.place)
+        divided = [self.divider.all_parts(unit) for unit in self.preparation.units]
+        units = [part for parts in divided for part in parts or ()]
+        files = [self.worker.signatures(unit) for unit in units]
+        if None in divided or not all(file.exists() for file in files):
             return False
         self.on_phase("comparing")
         key = json_sha256(dedup.spec, [file.name for file in files])
@@ -208,7 +238,7 @@ class _Run:
                 return True
         except (FileNotFoundError, ValueError):
             pass
-        for unit, drop in zip(self.preparation.units, find_duplicates(files, dedup), strict=True):
+        for unit, drop in zip(units, find_duplicates(files, dedup), strict=True):
             buffer = io.BytesIO()
             np.save(buffer, drop)
             write_atomic(self.worker.drops_file(unit), buffer.getvalue(), shared=True)
@@ -236,15 +266,22 @@ class _Remembered:
 
     def __init__(self, units: Iterable[Unit]) -> None:
         self._units = units
-        self.by_number: dict[int, Unit] = {}
+        self.by_place: dict[tuple[int, int], Unit] = {}
 
     def __iter__(self) -> Iterator[Unit]:
         for unit in self._units:
-            self.by_number[unit.number] = unit
+            self.by_place[unit.place] = unit
             yield unit
 
-    def done(self, number: int) -> None:
+    def done(self, place: tuple[int, int]) -> None:
         """A unit's spooled text, if there is any, goes."""
-        for piece in self.by_number[number].pieces:
+        unit = self.by_place[place]
+        remove_copy(unit)
+        for piece in unit.pieces:
             if piece.name == STDIN:
                 Path(piece.location).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """All copies of parts go."""
+        for unit in self.by_place.values():
+            remove_copy(unit)

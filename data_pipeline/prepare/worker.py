@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,10 +52,11 @@ class Context:
 
 @dataclass
 class UnitResult:
-    """What a finished unit wrote and saw; also its record in the work folder."""
+    """What a finished unit, or part of one, wrote and saw; also its record in the work folder."""
 
     number: int
     key: str
+    part: int | None = None
     shards: tuple[ShardEntry, ...] = ()
     documents: int = 0
     text_bytes: int = 0
@@ -68,6 +69,18 @@ class UnitResult:
     digests: list[str] = field(default_factory=list)  # of the unit's pieces
     fell_back: str | None = None  # why the faster encoder was left
     reused: bool = False  # found finished; not part of the record
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """That of the unit."""
+        return self.number, self.part or 0
+
+
+class Signed(NamedTuple):
+    """A unit, or part of one, whose documents are signed."""
+
+    place: tuple[int, int]
+    text_bytes: int  # that were read
 
 
 Encoders = dict[str, Encoder]
@@ -121,10 +134,14 @@ class Worker:
 
     def signatures(self, unit: Unit) -> Path:
         """Where the signatures of the unit's documents lie once they are whole."""
-        return self.work / f"signatures-{unit.number:05d}-{self.key(unit)[:16]}.npy"
+        return self.work / f"signatures-{unit.label}-{self.key(unit)[:16]}.npy"
 
-    def sign(self, unit: Unit) -> int:
-        """Read the unit and leave a signature of each document that passes the filters; the bytes of text read."""
+    def is_signed(self, unit: Unit) -> bool:
+        """Whether the unit's signatures are there."""
+        return self.signatures(unit).exists()
+
+    def sign(self, unit: Unit) -> Signed:
+        """Read the unit and leave a signature of each document that passes the filters."""
         dedup = self.settings.dedup
         assert dedup is not None
         file, read = self.signatures(unit), 0
@@ -139,13 +156,13 @@ class Worker:
             signatures = np.concatenate(parts) if parts else dedup.sign([])
             with writing(self.context.folder):
                 write_atomic(file, _npy(signatures), shared=True)
-        return read
+        return Signed(unit.place, read)
 
     # ---- the second pass
 
     def record(self, unit: Unit) -> Path:
         """Where the unit's result lies once its shards are whole."""
-        return self.work / f"unit-{unit.number:05d}.json"
+        return self.work / f"unit-{unit.label}.json"
 
     def drops(self, unit: Unit) -> np.ndarray | None:
         """Which of the unit's filtered documents are duplicates (documents,) bool; None if nobody looked."""
@@ -155,7 +172,7 @@ class Worker:
 
     def drops_file(self, unit: Unit) -> Path:
         """Where :meth:`drops` lies."""
-        return self.work / f"drops-{unit.number:05d}.npy"
+        return self.work / f"drops-{unit.label}.npy"
 
     def finished(self, unit: Unit) -> UnitResult | None:
         """The result of a unit whose record and files are there, else None."""
@@ -195,7 +212,7 @@ class Worker:
         dtype = token_dtype(tokenizer.vocab_size)
         encoder = self._encoder(backend)
         drops = self.drops(unit)
-        result = UnitResult(unit.number, self.key(unit, drops))
+        result = UnitResult(unit.number, self.key(unit, drops), unit.part)
         tally = self._tally()
         with writing(self.context.folder):
             writer = UnitWriter(
@@ -204,6 +221,7 @@ class Worker:
                 dtype=dtype,
                 shard_tokens=self.settings.shard_tokens,
                 eos_id=tokenizer.eos_id,
+                part=unit.part,
             )
             try:
                 for batch in _batches(self._unique(self._kept(unit, tally, result), drops, result)):

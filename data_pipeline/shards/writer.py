@@ -22,14 +22,18 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class UnitWriter:
-    """Writes documents to shards ``tokens-UUUUU-SSSSS.bin`` and ``index-UUUUU-SSSSS.arrow`` of unit U.
+    """Writes documents to shards ``tokens-UUUUU-SSSSS.bin`` and ``index-UUUUU-SSSSS.arrow`` of unit U, or to
+    ``tokens-UUUUU-PPPPP-SSSSS.bin`` and its index of part P of unit U.
 
     A shard ends with the first document that brings it to ``shard_tokens``, so that documents are never divided. Files
     appear under their names only when whole. Not for reuse after :meth:`finish`.
     """
 
-    def __init__(self, folder: Path, unit: int, *, dtype: str, shard_tokens: int, eos_id: int) -> None:
+    def __init__(
+        self, folder: Path, unit: int, *, dtype: str, shard_tokens: int, eos_id: int, part: int | None = None
+    ) -> None:
         self._folder, self._unit = folder, unit
+        self._label = f"{unit:05d}" if part is None else f"{unit:05d}-{part:05d}"
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._shard_tokens = shard_tokens
         self._eos = np.array([eos_id], dtype=self._dtype)
@@ -39,7 +43,7 @@ class UnitWriter:
     def add(self, ids: np.ndarray, source: str) -> None:
         """Append a document, ids (n,) in any integer dtype (its ``</s>`` is added here), that came from ``source``."""
         if self._open is None:
-            name = f"{self._unit:05d}-{len(self._done):05d}"
+            name = f"{self._label}-{len(self._done):05d}"
             self._open = _OpenShard(self._folder, name)
         shard = self._open
         shard.write(np.ascontiguousarray(ids, dtype=self._dtype))
@@ -131,13 +135,22 @@ class _OpenShard:
         return entry
 
 
-_SHARD_FILE = re.compile(r"(?:tokens-(\d{5,})-\d{5,}\.bin|index-(\d{5,})-\d{5,}\.arrow)(?:\.[0-9a-f]{8}\.tmp)?")
+_SHARD_FILE = re.compile(
+    r"(?=tokens-[-\d]+\.bin|index-[-\d]+\.arrow)"
+    r"(?:tokens|index)-(?P<unit>\d{5,})(?:-(?P<part>\d{5,}))?-\d{5,}\.(?:bin|arrow)(?:\.[0-9a-f]{8}\.tmp)?"
+)
 
 
 def unit_of(name: str) -> int | None:
     """The unit whose shard file has this name (finished or not); None for other names."""
+    place = place_of(name)
+    return place[0] if place else None
+
+
+def place_of(name: str) -> tuple[int, int] | None:
+    """Unit and part, 0 where it is not divided, as :func:`unit_of`."""
     found = _SHARD_FILE.fullmatch(name)
-    return int(found[1] or found[2]) if found else None
+    return (int(found["unit"]), int(found["part"] or 0)) if found else None
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:

@@ -22,6 +22,18 @@ Opens = Literal["stream", "path"]
 Unit = Literal["line", "row"]
 
 
+class Chunk(NamedTuple):
+    """Whole records of a piece, copied out of it.
+
+    ``data``: bytes that the format reads in place of the file, decompressed. ``before``: lines or rows of the file
+    before its own. ``header``: lines at the beginning of ``data`` that repeat those of the file's beginning.
+    """
+
+    data: bytes
+    before: int
+    header: int = 0
+
+
 class Found(NamedTuple):
     """What a reader found in a record, and where.
 
@@ -48,11 +60,29 @@ class Source:
         """The path of the file, for messages and for formats that open it themselves."""
         return self.piece.location
 
+    @property
+    def entered(self) -> bool:
+        """Whether offsets in the stream are places in the file on disk."""
+        return not self.piece.codec and self.piece.excerpt is None
+
+    def line_number(self, number: int) -> int:
+        """The number in the file of the piece's line ``number``, both from 1."""
+        excerpt = self.piece.excerpt
+        if excerpt is None or number <= excerpt.header:
+            return number
+        return number + excerpt.before - excerpt.header
+
     def blocks(self) -> Iterator[bytes]:
         """The decompressed bytes of a file that is read as a whole, a mebibyte at a time."""
         assert self.stream is not None
         assert self.hasher is not None
         return streams.plain_blocks(self.stream, self.piece, self.hasher)
+
+    def raw_lines(self) -> Iterator[tuple[int, bytes]]:
+        """Offset and bytes of each line as :meth:`lines` gives them, but with the byte order mark."""
+        assert self.stream is not None
+        assert self.hasher is not None
+        return streams.piece_lines(self.stream, self.piece, self.hasher)
 
     def lines(self) -> Iterator[tuple[int | None, int, bytes]]:
         """Number (from 1; None in the middle of a file), offset and bytes of each line that begins in the piece.
@@ -60,11 +90,15 @@ class Source:
         A line is without its ``\\n``, the first of a file without a byte order mark. The offset is that in the
         decompressed file. Raises :class:`UserError` for a line above 1 GiB and for damaged compression.
         """
-        assert self.stream is not None
-        assert self.hasher is not None
         middle = self.piece.begin > 0
-        for number, (offset, line) in enumerate(streams.piece_lines(self.stream, self.piece, self.hasher), 1):
-            yield None if middle else number, offset, line.removeprefix(streams.BOM) if offset == 0 else line
+        excerpt = self.piece.excerpt
+        headless = excerpt is not None and excerpt.before > 0 and not excerpt.header
+        for number, (offset, line) in enumerate(self.raw_lines(), 1):
+            yield (
+                None if middle else self.line_number(number),
+                offset,
+                line.removeprefix(streams.BOM) if offset == 0 and not headless else line,
+            )
 
 
 class Format:
@@ -95,6 +129,24 @@ class Format:
         Raises :class:`UserError` naming the file for what is more than a broken record, as a missing column.
         """
         raise NotImplementedError
+
+    def chunks(self, source: Source, wanted: Wanted, target_bytes: int) -> Iterator[Chunk]:
+        """A piece that cannot be entered in the middle, as runs of whole records with about ``target_bytes`` of text.
+
+        One process reads the piece and several tokenize the chunks. Their edges depend on the piece and
+        ``target_bytes`` alone. :meth:`read` gives the records of the whole piece from all chunks in order. For formats
+        that are cut at lines this is done; another one overrides it, see :attr:`divides`.
+        """
+        assert self.divides
+        before = 0
+        for data in streams.line_chunks(source.blocks(), target_bytes, source.location):
+            yield Chunk(data, before)
+            before += data.count(b"\n")
+
+    @property
+    def divides(self) -> bool:
+        """Whether the format has :meth:`chunks`."""
+        return self.cut == "lines" or type(self).chunks is not Format.chunks
 
     def pieces(self, file: CorpusFile, codec: str, target_bytes: int, wanted: Wanted) -> list[Piece]:
         """The file cut into pieces of about ``target_bytes`` of text, which tile its bytes.
@@ -183,6 +235,14 @@ def of_path(path: Path, text_unit: TextUnit = "file") -> tuple[Format, str] | No
 def stream_formats() -> list[str]:
     """Names of the formats in which standard input may come: it is cut at lines."""
     return sorted(found.name for found in formats().values() if found.cut == "lines")
+
+
+def can_divide(piece: Piece) -> bool:
+    """Whether a piece that cannot be entered in the middle can be divided into runs of records while it is read."""
+    if piece.format == "hub":
+        return False
+    form = by_name(piece.format, piece.location)
+    return form.divides and (bool(piece.codec) or form.cut != "lines")
 
 
 def text_is_hidden(piece: Piece) -> bool:

@@ -15,6 +15,19 @@ TEXT_PER_COMPRESSED_BYTE = 3
 
 
 @dataclass(frozen=True)
+class Excerpt:
+    """A run of whole records, copied out of a piece that cannot be entered in the middle while that was read.
+
+    ``path``: the copy, decompressed; "" where nobody will read it. ``before``: lines or rows of the file before its
+    own. ``header``: lines at the beginning of the copy that are those of the file's beginning.
+    """
+
+    path: str
+    before: int
+    header: int = 0
+
+
+@dataclass(frozen=True)
 class Piece:
     """A part of an input that is read independently of the others; the pieces of a file tile it.
 
@@ -31,6 +44,12 @@ class Piece:
     rows: tuple[int, int] | None  # row groups [a, b) of a Parquet file
     size: int  # about how many bytes of text, for grouping pieces into units of work
     total: int = -1  # bytes (hub: shards) of the whole input when it was planned; -1: not known, nothing to check
+    excerpt: Excerpt | None = None  # what is read in place of the file; ``begin`` and ``end`` are then bytes of it
+
+    @property
+    def path(self) -> str:
+        """The file that is opened; ``location`` is the one that messages name."""
+        return self.excerpt.path if self.excerpt else self.location
 
     @property
     def format(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from data_pipeline.errors import UserError
-from data_pipeline.sources.format import Found, Source, by_name, of_path, supported
+from data_pipeline.sources.format import Chunk, Found, Source, by_name, of_path, supported
 from data_pipeline.sources.inputs import find_files
 from data_pipeline.sources.pieces import Piece, require_zstandard
 from data_pipeline.sources.reading import MISSING, Bad, Quotes, TextUnit, Wanted, find_field
@@ -41,6 +41,25 @@ def read_found(piece: Piece, wanted: Wanted, on_digest: Callable[[str | None], N
     hasher = xxhash.xxh3_128()
     with opened(piece) as stream:
         yield from form.read(Source(piece, stream, hasher), wanted)
+    on_digest(hasher.hexdigest())
+
+
+def read_chunks(
+    piece: Piece, wanted: Wanted, target_bytes: int, on_digest: Callable[[str | None], None]
+) -> Iterator[Chunk]:
+    """A piece as runs of whole records of about ``target_bytes``; see :meth:`Format.chunks`.
+
+    ``on_digest`` and errors as in :func:`read_found`, but for what is wrong with single records.
+    """
+    form = by_name(piece.format, piece.location)
+    if form.opens == "path":
+        digest = piece_digest(piece)
+        yield from form.chunks(Source(piece), wanted, target_bytes)
+        on_digest(digest)
+        return
+    hasher = xxhash.xxh3_128()
+    with opened(piece) as stream:
+        yield from form.chunks(Source(piece, stream, hasher), wanted, target_bytes)
     on_digest(hasher.hexdigest())
 
 

@@ -37,7 +37,7 @@ def opened(piece: Piece) -> Iterator[BinaryIO]:
     Errors of the operating system inside the ``with`` become :class:`UserError` naming the file.
     """
     try:
-        with open(piece.location, "rb") as stream:
+        with open(piece.path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             if size < piece.end or piece.total not in (size, -1):
                 planned = piece.end if piece.total == -1 else piece.total
@@ -99,6 +99,32 @@ def piece_lines(stream: BinaryIO, piece: Piece, hasher: Hasher) -> Iterator[tupl
     if cut_off and piece.begin < piece.end:
         next(lines)  # begins in an earlier piece
     return lines
+
+
+def line_chunks(data: Iterator[bytes], target_bytes: int, location: str) -> Iterator[bytes]:
+    """Blocks of bytes as runs of whole lines: ``target_bytes`` and the rest of the line, the last may have fewer.
+
+    Raises :class:`UserError` for a line above 1 GiB.
+    """
+    parts: list[bytes] = []
+    size = 0
+    for block in data:
+        begin = 0
+        while begin < len(block):
+            end = min(len(block), begin + max(0, target_bytes - size))
+            if size + end - begin >= target_bytes and (end == 0 or block[end - 1 : end] != b"\n"):
+                # Full, but in the middle of a line.
+                end = block.find(b"\n", end) + 1 or len(block)
+            parts.append(block[begin:end])
+            size += end - begin
+            begin = end
+            if size >= target_bytes and parts[-1].endswith(b"\n"):
+                yield b"".join(parts)
+                parts, size = [], 0
+            elif size > target_bytes + MAX_LINE:
+                raise _too_long(location)
+    if parts:
+        yield b"".join(parts)
 
 
 def stdin_chunks(stream: BinaryIO, target_bytes: int) -> Iterator[bytes]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 from data_pipeline.errors import UserError
-from data_pipeline.sources.format import Format, Found, Source, register
+from data_pipeline.sources import streams
+from data_pipeline.sources.format import Chunk, Format, Found, Source, register
 from data_pipeline.sources.reading import Bad, Wanted, printable
 
 _MAX_FIELD = 1 << 28  # characters; a quote that is never closed would otherwise take in the rest of the file
@@ -35,7 +36,7 @@ class _Delimited(Format):
     def read(self, source: Source, wanted: Wanted) -> Iterator[Found]:
         """See :class:`Format`. Raises :class:`UserError` for a header without a column that is wanted or with two of
         them, and for a quote that is open at the end of the file."""
-        quoted = self.quoted if wanted.quotes == "auto" else wanted.quotes == "csv"
+        quoted = self._quoted(wanted)
         rows = _quoted_rows(source, self.delimiter) if quoted else _plain_rows(source, self.delimiter)
         header = next(rows, None)
         if header is None:
@@ -53,6 +54,30 @@ class _Delimited(Format):
                 yield from _broken(row, Bad("wrong width", detail, printable(self.delimiter.join(row.fields))))
             else:
                 yield Found(_record(row.fields, places), row.first)
+
+    def chunks(self, source: Source, wanted: Wanted, target_bytes: int) -> Iterator[Chunk]:
+        """See :class:`Format`. Each chunk begins with the header. Raises :class:`UserError` for a quote that is open
+        at the end of the file."""
+        quoted = self._quoted(wanted)
+        header: list[bytes] | None = None
+        lines: list[bytes] = []
+        size = taken = before = 0
+        for record in _raw_records(source, self.delimiter) if quoted else ([raw] for _, raw in source.raw_lines()):
+            lines += record
+            taken += len(record)
+            if header is None:
+                if len(record) > 1 or not _is_empty(record[0].removeprefix(streams.BOM), quoted):
+                    header, lines, before = lines, [], taken
+                continue
+            size += sum(map(len, record)) + len(record)
+            if size >= target_bytes:
+                yield Chunk(_joined(header + lines), before, len(header))
+                lines, size, before = [], 0, taken
+        if lines or header is None or before == len(header):
+            yield Chunk(_joined((header or []) + lines), before, len(header or []))
+
+    def _quoted(self, wanted: Wanted) -> bool:
+        return self.quoted if wanted.quotes == "auto" else wanted.quotes == "csv"
 
 
 @register
@@ -88,27 +113,33 @@ def _quoted_rows(source: Source, delimiter: str) -> Iterator[_Row]:
 
     rows = csv.reader(lines(), delimiter=delimiter, strict=True)
     while True:
-        first = rows.line_num + 1
+        first = source.line_number(rows.line_num + 1)
         try:
             row = next(rows, None)
         except csv.Error as error:
+            last = source.line_number(rows.line_num)
             if ended:
-                raise UserError(
-                    f"{source.location}, line {first}: a quote opens in this record and never closes, so the rest of "
-                    f"the file ({rows.line_num - first + 1:,} lines) would be one field; close it, or say "
-                    "--quotes none if quotes are text in this file"
-                ) from None
-            yield _Row([], str(error), first, rows.line_num)
+                raise _unclosed(source, first, last) from None
+            yield _Row([], str(error), first, last)
             continue
         if row is None:
             return
         if row:
-            yield _Row(row, None, first, rows.line_num)
+            yield _Row(row, None, first, source.line_number(rows.line_num))
+
+
+def _unclosed(source: Source, first: int, last: int) -> UserError:
+    return UserError(
+        f"{source.location}, line {first}: a quote opens in this record and never closes, so the rest of the file "
+        f"({last - first + 1:,} lines) would be one field; close it, or say --quotes none if quotes are text in this "
+        "file"
+    )
 
 
 def _plain_rows(source: Source, delimiter: str) -> Iterator[_Row]:
-    for number, line in enumerate(_lines(source), 1):
+    for count, line in enumerate(_lines(source), 1):
         if row := line.removesuffix("\r"):
+            number = source.line_number(count)
             yield _Row(row.split(delimiter), None, number, number)
 
 
@@ -116,6 +147,48 @@ def _lines(source: Source) -> Iterator[str]:
     # Bytes that are not UTF-8 become surrogates, which UTF-8 itself never gives, and are looked for in the fields that
     # are read.
     return (line.decode(errors="surrogateescape") for _, _, line in source.lines())
+
+
+def _raw_records(source: Source, delimiter: str) -> Iterator[list[bytes]]:
+    """The lines, without ``\\n``, of each record with quotes, and each line without anything on its own.
+
+    A line without a quote that begins no quoted field is a record as it stands. The others go through the parser that
+    reads the rows, so that both agree also about what is broken.
+    """
+    csv.field_size_limit(_MAX_FIELD)
+    lines = source.raw_lines()
+    done = 0
+    for offset, raw in lines:
+        record = [raw]
+        if b'"' in raw:
+            ended: list[bool] = []
+            text = raw.removeprefix(streams.BOM) if offset == 0 else raw
+            try:
+                next(csv.reader(_continued(text, lines, record, ended), delimiter=delimiter, strict=True))
+            except csv.Error:
+                if ended:
+                    raise _unclosed(source, done + 1, done + len(record)) from None
+        done += len(record)
+        yield record
+
+
+def _continued(
+    text: bytes, lines: Iterator[tuple[int, bytes]], record: list[bytes], ended: list[bool]
+) -> Iterator[str]:
+    """A line for the parser, and those after it as far as it wants them, which are added to ``record``."""
+    yield text.decode(errors="surrogateescape") + "\n"
+    for _, raw in lines:
+        record.append(raw)
+        yield raw.decode(errors="surrogateescape") + "\n"
+    ended.append(True)
+
+
+def _is_empty(line: bytes, quoted: bool) -> bool:
+    return not (line.strip(b"\r") if quoted else line.removesuffix(b"\r"))
+
+
+def _joined(lines: list[bytes]) -> bytes:
+    return b"".join(line + b"\n" for line in lines)
 
 
 def _places(header: list[str], wanted: Wanted, location: str, quoted: bool) -> dict[str, int]:

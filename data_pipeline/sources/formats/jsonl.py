@@ -21,10 +21,9 @@ class Jsonl(Format):
 
     def read(self, source: Source, wanted: Wanted) -> Iterator[Found]:
         """See :class:`Format`."""
-        packed = bool(source.piece.codec)
         for number, offset, line in source.lines():
             if line and not line.isspace():
-                yield Found(_parsed(line), number, None if packed else offset, line)
+                yield Found(_parsed(line), number, offset if source.entered else None, line)
 
 
 def _parsed(line: bytes) -> Mapping[str, Any] | Bad:

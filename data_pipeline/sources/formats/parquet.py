@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.sources.format import Format, Found, Source, register
+from data_pipeline.sources.format import Chunk, Format, Found, Source, register
 from data_pipeline.sources.pieces import Piece
 from data_pipeline.sources.reading import Bad, Wanted, excerpt_of
 
@@ -69,36 +69,95 @@ class Parquet(Format):
         Raises :class:`UserError` if the file lacks a column or a column is of another type than is wanted, and for a
         file that is no Parquet, damaged or changed.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        excerpt = source.piece.excerpt
+        if excerpt:
+            with _named(source.location):
+                yield from _numbered(_copied(excerpt.path), excerpt.before, wanted)
+            return
+        with _row_run(source, wanted) as (before, _, batches):
+            yield from _numbered(batches, before, wanted)
 
-        piece, path = source.piece, source.location
-        with _named(path):
-            if piece.total not in (-1, os.stat(path).st_size):
-                raise UserError(f"{path} has changed since it was planned: it had {piece.total:,} bytes")
-            with (
-                pa.OSFile(path) as stream,
-                pq.ParquetFile(stream, buffer_size=_BUFFER, page_checksum_verification=True) as file,
-            ):
-                columns = columns_of(file.schema_arrow, wanted, path)
-                metadata = file.metadata
-                first, last = piece.rows if piece.rows is not None else (0, metadata.num_row_groups)
-                if last > metadata.num_row_groups:
-                    raise UserError(f"{path} has changed since it was planned: it has fewer row groups")
-                row = sum(metadata.row_group(i).num_rows for i in range(first))
-                rows = sum(metadata.row_group(i).num_rows for i in range(first, last))
-                if not rows:
-                    return
-                batches = file.iter_batches(
+    def chunks(self, source: Source, wanted: Wanted, target_bytes: int) -> Iterator[Chunk]:
+        """See :class:`Format`. Arrow IPC streams, all of one number of rows, with the columns that are wanted."""
+
+        with _row_run(source, wanted) as (before, rows, batches):
+            each = max(1, rows * target_bytes // max(source.piece.size, 1))
+            held: list[pa.RecordBatch] = []
+            count = 0
+            for batch in batches:
+                begin = 0
+                while begin < batch.num_rows:
+                    held.append(batch.slice(begin, each - count))
+                    begin += held[-1].num_rows
+                    count += held[-1].num_rows
+                    if count == each:
+                        yield Chunk(_copy(held), before)
+                        before += count
+                        held, count = [], 0
+            if held:
+                yield Chunk(_copy(held), before)
+
+
+def _numbered(batches: Iterable[pa.RecordBatch], before: int, wanted: Wanted) -> Iterator[Found]:
+    """The records of batches with ``before`` rows of the file in front."""
+    row = before
+    for batch in batches:
+        for value in _values(batch, wanted):
+            row += 1
+            yield Found(value, row)
+
+
+@contextmanager
+def _row_run(source: Source, wanted: Wanted) -> Iterator[tuple[int, int, Iterable[pa.RecordBatch]]]:
+    """Rows before those of a piece, their number, and the rows themselves."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    piece, path = source.piece, source.location
+    with _named(path):
+        if piece.total not in (-1, os.stat(path).st_size):
+            raise UserError(f"{path} has changed since it was planned: it had {piece.total:,} bytes")
+        with (
+            pa.OSFile(path) as stream,
+            pq.ParquetFile(stream, buffer_size=_BUFFER, page_checksum_verification=True) as file,
+        ):
+            columns = columns_of(file.schema_arrow, wanted, path)
+            metadata = file.metadata
+            first, last = piece.rows if piece.rows is not None else (0, metadata.num_row_groups)
+            if last > metadata.num_row_groups:
+                raise UserError(f"{path} has changed since it was planned: it has fewer row groups")
+            before = sum(metadata.row_group(i).num_rows for i in range(first))
+            rows = sum(metadata.row_group(i).num_rows for i in range(first, last))
+            if not rows:
+                yield before, 0, ()
+                return
+            yield (
+                before,
+                rows,
+                file.iter_batches(
                     batch_size=max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(piece.size, 1))),
                     row_groups=list(range(first, last)),
                     columns=columns,
                     use_threads=False,  # a process is given one core
-                )
-                for batch in batches:
-                    for value in _values(batch, wanted):
-                        row += 1
-                        yield Found(value, row)
+                ),
+            )
+
+
+def _copy(batches: list[pa.RecordBatch]) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def _copied(path: str) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    with pa.OSFile(path) as stream, pa.ipc.open_stream(stream) as reader:
+        yield from reader
 
 
 def columns_of(schema: pa.Schema, wanted: Wanted, where: str) -> list[str] | None:

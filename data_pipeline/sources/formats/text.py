@@ -58,9 +58,8 @@ class Lines(Format):
 
     def read(self, source: Source, wanted: Wanted) -> Iterator[Found]:
         """See :class:`Format`."""
-        packed = bool(source.piece.codec)
         for number, offset, line in source.lines():
-            yield Found(_decoded(line), number, None if packed else offset)
+            yield Found(_decoded(line), number, offset if source.entered else None)
 
 
 def _decoded(line: bytes) -> str | Bad:
