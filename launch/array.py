@@ -1,9 +1,9 @@
 """``nystrom launch array``: `nystrom data prepare` as a Slurm job array.
 
-The jobs share the shard folder on a common file system: task i does the units of work u with u % num_shards == i. When
-the array has ended, well or not, one more job runs the plain command, which does what is missing and writes the
-manifest. Dropping duplicates takes two passes over the text, so the array runs twice: all documents are signed before
-the first is dropped. The bytes are those of a single machine.
+The jobs share the shard folder on a common file system: the units of work go round its tasks. When the array has
+ended, well or not, one more job runs the plain command, which does what is missing and writes the manifest. Dropping
+duplicates takes two passes over the text, so the array runs twice: all documents are signed before the first is
+dropped. The bytes are those of a single machine.
 """
 
 from __future__ import annotations
@@ -117,6 +117,28 @@ def check_command(words: Sequence[str], cpus: int | None) -> tuple[list[str], bo
     return arguments, getattr(args, "dedup", None) is not None
 
 
+def idle_tasks(words: Sequence[str], num_shards: int, directory: Path) -> list[int] | None:
+    """The tasks of an array that will have nothing to do; None where that cannot be told from here.
+
+    ``words`` is a command that :func:`check_command` took. Files are looked at as planning does, by their sizes; those
+    that this machine does not see, and datasets of the hub, are left to the jobs.
+    """
+    from data_pipeline.cli import build_parser
+    from data_pipeline.cli.common import reading_of
+    from data_pipeline.prepare.folder import Deal
+    from data_pipeline.prepare.plan import plan_units
+    from data_pipeline.sources.corpus import open_corpus
+
+    args = build_parser().parse_args(list(words)[2 if words[0] == "nystrom" else 1 :])
+    if args.dataset or not args.input:
+        return None
+    try:
+        units = plan_units(open_corpus([directory / each for each in args.input]), reading_of(args))
+    except UserError:
+        return None
+    return Deal.of(units, num_shards).idle()
+
+
 def _options(resources: Resources) -> list[str]:
     named = {
         "--time": resources.time,
@@ -173,6 +195,11 @@ def _submit(logs: Path, twice: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _listed(tasks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, tasks[:8]))
+    return shown + (", ..." if len(tasks) > 8 else "")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``nystrom launch array``."""
     parser.add_argument("--num-shards", type=int, required=True, metavar="N", help="tasks of the array")
@@ -212,5 +239,12 @@ def run(args: argparse.Namespace) -> int:
         max_running=args.max_running,
     )
     print(f"{args.out}: {ARRAY} ({args.num_shards} tasks) and {FINISH}, which completes the shard folder")
+    idle = idle_tasks(args.command, args.num_shards, Path.cwd())
+    if idle:
+        enough = args.num_shards - len(idle)
+        print(
+            f"{len(idle)} of the {args.num_shards} tasks will have nothing to do ({_listed(idle)}): the inputs are "
+            f"work for {enough}, so --num-shards {enough} is enough"
+        )
     print(f"submit both with: bash {shlex.quote(str(submit))}")
     return 0

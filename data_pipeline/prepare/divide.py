@@ -4,9 +4,9 @@ The reader copies runs of whole records into files of the work folder and hands 
 with shards and a record of its own. The edges depend on the input and the plan alone, so the bytes do not depend on
 processes or restarts. A part is copied only if it is not finished, and its copy goes when it is.
 
-Why copies and not places to enter: reading costs little beside tokenizing. On two shared cores gzip and zstd gave
-200 to 500 MB of JSONL a second, the quotes of CSV 40 to 150 MB, an encoder takes 2 to 15. Letting each process
-decompress up to its own part would be quadratic in the size of the file.
+Why copies and not places to enter: reading costs little beside tokenizing. Of 120 MB of Python source the reader took
+317 MB from .jsonl.gz in a second of processor time, 231 from Parquet and 55 from CSV, all of whose records have quotes.
+An encoder takes 2 to 15. Letting each process decompress up to its own part would be quadratic in the size of the file.
 """
 
 from __future__ import annotations

@@ -143,10 +143,15 @@ def plan_preparation(
     settings = settings or Settings()
     if isinstance(corpus, Sequence):
         corpus = open_corpus(corpus)
+    units = plan_units(corpus, settings.reading)
+    return Preparation(units, corpus.files, corpus.describe(), tokenizer, settings)
+
+
+def plan_units(corpus: Corpus, reading: Reading) -> tuple[Unit, ...]:
+    """The units of :func:`plan_preparation`, for which no tokenizer is needed."""
     target = unit_bytes(sum(file.bytes for file in corpus.files))
     times = {file.name: file.mtime_ns for file in corpus.files}
-    units = tuple(group_pieces(corpus.pieces(target, settings.reading), target, times))
-    return Preparation(units, corpus.files, corpus.describe(), tokenizer, settings)
+    return tuple(group_pieces(corpus.pieces(target, reading), target, times))
 
 
 def plan_stdin(form: str, tokenizer: Tokenizer, settings: Settings | None = None) -> Preparation:

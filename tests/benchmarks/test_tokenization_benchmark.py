@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tokenization import divided
 from benchmarks.tokenization.__main__ import main, write_corpus
 from benchmarks.tokenization.measure import run_method
 from data_pipeline.errors import UserError
@@ -50,3 +51,15 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
 def test_a_method_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ours failed with status 1"):
         run_method("ours", tmp_path / "none", tmp_path / "none", 1, tmp_path)
+
+
+@pytest.mark.slow
+def test_one_file_is_divided_among_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    words = ["--megabytes", "10", "--vocab-size", "400", "--kinds", "csv", "--out", str(out)]
+    assert divided.main(words) == 0
+    [row] = json.loads(out.read_text())["rows"]
+    assert json.loads(capsys.readouterr().out.splitlines()[0]) == row
+    assert row["same_bytes"]
+    assert row["one"]["parts"] == row["several"]["parts"] == 3  # of 4 MiB
+    assert 0 < row["several"]["cores"] < 64

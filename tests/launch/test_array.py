@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shlex
@@ -208,3 +209,15 @@ def test_a_folder_that_cannot_be_made_is_told(cluster: Path) -> None:
     (cluster / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_array(cluster / "file" / "jobs", PREPARE, 2, resources=Resources(), log_dir=cluster.parent / "logs")
+
+
+def test_tasks_without_work_are_named_at_once(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cluster / "text.jsonl").write_text('{"text": "one unit"}\n')
+    words = ["data", "prepare", "--tokenizer", "tokenizer", "--out", "nystrom", "--input"]
+    write(cluster, words=[*words, "text.jsonl"])
+    said = capsys.readouterr().out
+    assert "2 of the 3 tasks will have nothing to do (1, 2): the inputs are work for 1, so --num-shards 1" in said
+    with gzip.open(cluster / "text.jsonl.gz", "wb", compresslevel=0) as f:
+        f.write(b"\n" * 6_000_000)  # taken for 18 MB: shared by all tasks
+    write(cluster, words=["nystrom", *words, "text.jsonl.gz"])
+    assert "nothing to do" not in capsys.readouterr().out
