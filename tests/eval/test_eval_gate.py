@@ -11,8 +11,14 @@ import torch
 import torch.nn.functional as F
 from suites_case import no_mask, subject_of
 
+from benchmarks.validity.plants import Plant, planted
+from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
+from eval.results.schema import read_result
+from eval.runner import Runner
 from eval.subject import Subject
+from eval.suites.load import load_suites
+from eval.tasks.generation import GenerateSettings
 from eval.tasks.validity import ValiditySettings
 from eval.tasks.validity import checks as validity
 from eval.tasks.validity.probe import check_positions, structure_length
@@ -115,3 +121,43 @@ def test_positions_reach_both_sides_of_segment_edges(causal: Path) -> None:
     assert {7, 8, 15, 16, 0, length - 2} <= set(positions)
     assert max(positions) == length - 2
     assert length > 8 * 2 + 8  # landmarks take part only beyond the window
+
+
+def runner_of(export_folder: Path, shards: ShardSet, folder: Path) -> Runner:
+    return Runner(subject_of(export_folder, shards), folder)
+
+
+def gate_length(folder: Path) -> int:
+    return read_result(folder / "validity.json").settings["length"]
+
+
+def test_it_looks_as_far_as_is_scored(causal: Path, shards: ShardSet, tmp_path: Path) -> None:
+    def lm(length: int) -> Any:
+        return load_suites(["lm"], overrides=[("lm", "length", length), ("lm", "max_tokens", 64)])[0]
+
+    runner = runner_of(causal, shards, tmp_path)
+    runner.run(lm(64))
+    shortest = gate_length(tmp_path)
+    assert shortest == max(structure_length(runner.subject), 64)  # type: ignore[arg-type]
+    runner.run(lm(160))
+    assert gate_length(tmp_path) == max(160, shortest)
+    # A longer verdict speaks for shorter texts, in this process and in the next.
+    before = (tmp_path / "validity.json").read_bytes()
+    again = runner_of(causal, shards, tmp_path)
+    again.expect([lm(64), lm(160)])
+    again.run(lm(64))
+    again.run(load_suites(["validity"])[0])
+    assert (tmp_path / "validity.json").read_bytes() == before
+    assert load_suites(["generate"])[0].task.longest(GenerateSettings(prompt_tokens=100, max_new_tokens=300)) == 400
+
+
+def test_a_failure_at_the_scored_length_blocks_the_suite(causal: Path, shards: ShardSet, tmp_path: Path) -> None:
+    """Sound up to the length of the structure: only the longer suite is refused."""
+    runner = runner_of(causal, shards, tmp_path)
+    late = Plant("late", "", lambda c: c.ahead() if c.length > 150 else None)
+    suites = [load_suites(["lm"], overrides=[("lm", "length", n), ("lm", "max_tokens", 64)])[0] for n in (64, 200)]
+    assert structure_length(runner.subject) < 150  # type: ignore[arg-type]
+    with planted(runner.subject.model, late):  # type: ignore[union-attr]
+        runner.run(suites[0])
+        with pytest.raises(UserError, match="the validity gate failed"):
+            runner.run(suites[1])

@@ -14,7 +14,14 @@ from eval.subject import Subject
 from eval.tasks.validity import ValiditySettings, checks
 
 LENGTH = 640
-CASES = [(plant, objective) for plant in PLANTS for objective in plant.objectives]
+# One fault of each sort in the fast tests: a case takes 3 seconds of processor time.
+FAST = {"far token", "bf16", "loss path", "cache: made for long texts", "packed: far", "padding: much"}
+CASES = [
+    pytest.param(plant, objective, id=f"{plant.name}-{objective}", marks=[] if fast else pytest.mark.slow)
+    for plant in PLANTS
+    for number, objective in enumerate(plant.objectives)
+    for fast in [plant.name in FAST and number == 0]
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +50,7 @@ def test_nothing_is_found_in_a_sound_model(subjects: dict[str, Subject], objecti
     assert found(subjects[objective]) == []
 
 
-@pytest.mark.parametrize(("plant", "objective"), CASES, ids=[f"{plant.name}-{o}" for plant, o in CASES])
+@pytest.mark.parametrize(("plant", "objective"), CASES)
 def test_a_planted_fault_is_found(subjects: dict[str, Subject], plant: Plant, objective: str) -> None:
     with planted(subjects[objective].model, plant):
         assert found(subjects[objective])
