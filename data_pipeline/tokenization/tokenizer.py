@@ -81,6 +81,10 @@ class Tokenizer:
         """
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
 
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """:meth:`decode` for each of several documents, on all cores."""
+        return list(self._backend.decode_batch([list(ids) for ids in batch], skip_special_tokens=True))
+
     def to_json(self) -> str:
         """The canonical ``tokenizer.json``."""
         return self._json
