@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -118,6 +119,10 @@ class Progress:
         self.text_bytes = 0
         self._bar.reset()
         self._bar.set_description(name)
+
+    def note(self, text: str) -> None:
+        """A line on standard error, above the bar."""
+        self._bar.write(text, file=sys.stderr)
 
     def close(self, whole: bool = True) -> None:
         """Take the bar down; after a whole pass it stands at its end (JSON's own characters are no text)."""

@@ -125,6 +125,7 @@ def run(args: argparse.Namespace) -> None:
             stream=sys.stdin.buffer if corpus is None else None,
             on_text=progress.text,
             on_phase=progress.phase,
+            on_loss=lambda found: progress.note(f"note: {found}"),
         )
         whole = not outcome.already_complete
     finally:
