@@ -110,6 +110,11 @@ def run(args: argparse.Namespace) -> None:
         shard_tokens=args.shard_tokens,
     )
     corpus = corpus_of(args)
+    if args.overwrite and _folder_of(args.tokenizer) == args.out.resolve():
+        raise UserError(
+            f"--overwrite would remove the tokenizer {args.tokenizer} with the shards: choose another --out, or copy "
+            "the tokenizer first"
+        )
     tokenizer = Tokenizer.load(args.tokenizer)
     if corpus is None:
         preparation = plan_stdin(args.stdin_format, tokenizer, settings)
@@ -131,6 +136,11 @@ def run(args: argparse.Namespace) -> None:
     finally:
         progress.close(whole)
     _tell(args.out, outcome, how, progress)
+
+
+def _folder_of(tokenizer: Path) -> Path:
+    path = tokenizer.resolve()
+    return path if path.is_dir() else path.parent
 
 
 def _how(args: argparse.Namespace) -> How:

@@ -24,7 +24,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 from data_pipeline.prepare.complete import check_complete, complete
 from data_pipeline.prepare.executors import Executor, InProcess, Processes
-from data_pipeline.prepare.folder import Part, begin, check_folder, locked
+from data_pipeline.prepare.folder import TOKENIZER, Part, begin, check_folder, locked
 from data_pipeline.prepare.plan import STDIN, Preparation, Unit, digest
 from data_pipeline.prepare.spool import spooled
 from data_pipeline.prepare.worker import WORK, Context, Encoders, UnitResult, Worker, writing
@@ -129,7 +129,7 @@ class _Run:
             sampled = list(islice(units, 1))
             self.mine = chain(sampled, units)
         self.sampled = sampled
-        saved = work / "tokenizer"
+        saved = work / TOKENIZER
         preparation.tokenizer.save(saved)
         self.context = Context(
             folder,

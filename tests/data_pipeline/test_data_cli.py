@@ -76,6 +76,15 @@ def test_a_trained_tokenizer_is_not_trained_again(corpus: Path, capsys: pytest.C
     assert "290 tokens" in capsys.readouterr().out
 
 
+def test_overwriting_the_folder_that_the_tokenizer_comes_from_is_refused(corpus: Path) -> None:
+    out = corpus.parent / "out"
+    nystrom("prepare", "--input", corpus, "--tokenizer", make_tokenizer(corpus), "--out", out)
+    for tokenizer in (out, out / "tokenizer.json"):
+        with pytest.raises(UserError, match="--overwrite would remove the tokenizer"):
+            nystrom("prepare", "--input", corpus, "--tokenizer", tokenizer, "--out", out, "--overwrite")
+    nystrom("prepare", "--input", corpus, "--tokenizer", out, "--out", out)  # complete already
+
+
 def test_a_vocabulary_that_could_not_be_filled_is_said(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_tokenizer(corpus, 5000)
     said = capsys.readouterr().out
