@@ -152,7 +152,7 @@ class ShardSet:
         position = ramps(starts, lengths)
         out = np.empty(len(position), dtype=np.int64)
         edges = np.append(0, np.cumsum(lengths))[np.searchsorted(starts, self._offsets)]
-        for number in np.flatnonzero(np.diff(edges)):
+        for number in np.flatnonzero(np.diff(edges)).tolist():
             part = slice(edges[number], edges[number + 1])
             self._present(number)
             out[part] = self._tokens[number][position[part] - self._offsets[number]]
