@@ -109,7 +109,9 @@ def run(args: argparse.Namespace) -> None:
         dedup=Dedup.parse(args.dedup) if args.dedup else None,
         shard_tokens=args.shard_tokens,
     )
-    corpus = corpus_of(args)
+    corpus = corpus_of(args, args.out)
+    if corpus is None and sys.stdin is None:
+        raise UserError("--input - reads standard input, which is closed: give it the text (< FILE, or a pipe)")
     if args.overwrite and _folder_of(args.tokenizer) == args.out.resolve():
         raise UserError(
             f"--overwrite would remove the tokenizer {args.tokenizer} with the shards: choose another --out, or copy "
