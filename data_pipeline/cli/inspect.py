@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"{args.page} cannot be written: {error}") from None
     if args.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        # Characters that the output's encoding lacks as JSON writes them.
+        print(json.dumps(found, indent=1, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")))
         return
     print(args.shards)
     print("\n".join(_lines(found)))

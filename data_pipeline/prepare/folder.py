@@ -122,9 +122,10 @@ def locked(folder: Path, part: Part | None) -> Iterator[Path]:
                 held.append(_open(work / f"lock-{part.index}-of-{part.count}"))
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-        _acquire(held[0], fcntl.LOCK_EX if part is None else fcntl.LOCK_SH, f"another process is preparing {folder}")
+        kind = fcntl.LOCK_EX if part is None else fcntl.LOCK_SH
+        _acquire(folder, held[0], kind, f"another process is preparing {folder}")
         if part is not None:
-            _acquire(held[1], fcntl.LOCK_EX, f"another process is preparing part {part.index} of {folder}")
+            _acquire(folder, held[1], fcntl.LOCK_EX, f"another process is preparing part {part.index} of {folder}")
         yield work
     finally:
         for lock in held:
@@ -135,11 +136,16 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
 
-def _acquire(lock: int, kind: int, refusal: str) -> None:
+def _acquire(folder: Path, lock: int, kind: int, refusal: str) -> None:
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{refusal} right now") from None
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be locked ({error.strerror}): its file system has no flock; mount it with locks (Lustre: "
+            "-o flock), or prepare on another one and copy the finished folder"
+        ) from None
 
 
 def begin(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: Part | None) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipeline.cli import main
 from data_pipeline.errors import UserError, run_cli
+from data_pipeline.shards.verify import verify_shards
 
 TEXTS = [f"the document number {i} is about {'many words ' * (i % 9)}" for i in range(200)]
 
@@ -205,3 +211,87 @@ def test_settings_that_differ_are_named(corpus: Path) -> None:
     nystrom(*words)
     with pytest.raises(UserError, match=r"shards made with another normalize: None, now nfc: choose another folder"):
         nystrom(*words, "--normalize", "nfc")
+
+
+def run_data(*words: object, stdin: str = "", env: dict[str, str] | None = None, **redirections: Any) -> Any:
+    """The command in a process of its own, through a shell that closes what ``stdin`` (``<&-``) says."""
+    command = " ".join(shlex.quote(str(word)) for word in (sys.executable, "-m", "data_pipeline", *words))
+    repository = Path(__file__).parents[2]
+    return subprocess.run(
+        ["bash", "-c", f"{command} {stdin}"],
+        capture_output=True,
+        encoding="latin-1",
+        env={**os.environ, "PYTHONPATH": str(repository), **(env or {})},
+        timeout=300,
+        **redirections,
+    )
+
+
+def test_characters_that_the_output_lacks_are_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "日本.jsonl"
+    path.write_text(json.dumps({"text": "日本 ☃ 😀 été " * 30}) + "\n")
+    tokenizer = make_tokenizer(path)
+    nystrom("prepare", "--input", path, "--tokenizer", tokenizer, "--out", tmp_path / "out")
+    for env in ({"PYTHONIOENCODING": "latin1"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}):
+        done = run_data("inspect", tmp_path / "out", env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "\\u65e5\\u672c.jsonl (1 documents)" in done.stdout
+        done = run_data("inspect", tmp_path / "out", "--json", env=env)
+        assert json.loads(done.stdout)["samples"][0]["text"].startswith("日本 ☃ 😀 été")
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams(corpus: Path, closed: str) -> None:
+    words = ["prepare", "--tokenizer", make_tokenizer(corpus), "--out", corpus.parent / "out", "--workers", 2]
+    done = run_data(*words, "--input", "-", stdin=closed)
+    assert done.returncode == 2
+    if closed == "<&-":
+        assert "error: --input - reads standard input, which is closed" in done.stderr
+        assert "Traceback" not in done.stderr
+    done = run_data(*words, "--input", corpus, stdin=closed)
+    assert done.returncode == 0, done.stderr
+    assert verify_shards(corpus.parent / "out") == []
+
+
+@pytest.mark.parametrize("command", ["prepare", "tokenizer", "contamination"])
+def test_a_pipe_as_input_is_refused_with_the_remedy(corpus: Path, command: str) -> None:
+    tokenizer = make_tokenizer(corpus)
+    nystrom("prepare", "--input", corpus, "--tokenizer", tokenizer, "--out", corpus.parent / "out")
+    pipe = corpus.parent / "pipe.jsonl"
+    os.mkfifo(pipe)
+    words: list[object] = {
+        "prepare": ["--input", pipe, "--tokenizer", tokenizer, "--out", corpus.parent / "other"],
+        "tokenizer": ["--input", pipe, "--out", corpus.parent / "other"],
+        "contamination": ["--shards", corpus.parent / "out", "--eval", pipe],
+    }[command]
+    with pytest.raises(UserError, match=r"pipe\.jsonl is a pipe or a device.*save it to a file; .*--input - --stdin"):
+        nystrom(command, *words)
+
+
+def test_an_output_folder_inside_the_inputs_is_not_an_input(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its bad_records.jsonl made the same command say, the second time, that the shards are of other inputs."""
+    tokenizer = make_tokenizer(corpus)
+    folder = corpus.parent / "text"
+    folder.mkdir()
+    shutil.copy(corpus, folder)
+    with open(folder / "a.jsonl", "a") as f:
+        f.write("broken\n")
+    for given in (folder, folder / "**" / "*.jsonl"):
+        out = folder / "shards" / given.name.strip("*")
+        words = ["prepare", "--input", given, "--tokenizer", tokenizer, "--out", out, "--max-bad-fraction", "0.1"]
+        nystrom(*words)
+        assert (out / "bad_records.jsonl").exists()
+        capsys.readouterr()
+        nystrom(*words)
+        assert "already complete" in capsys.readouterr().out
+        shutil.rmtree(out)
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(lock: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    words = ["prepare", "--input", corpus, "--tokenizer", make_tokenizer(corpus), "--out", corpus.parent / "out"]
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(UserError, match=r"out cannot be locked \(Function not implemented\).*-o flock"):
+        nystrom(*words)
