@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
+
+from data_pipeline.errors import UserError
 
 TMP_SUFFIX = ".tmp"
 
@@ -25,6 +28,18 @@ def write_atomic(path: Path, data: bytes, *, shared: bool = False) -> None:
         tmp.unlink(missing_ok=True)
         raise
     publish(tmp, path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise :class:`UserError` unless a file ``path`` could be written, its folders made: before hours of work."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {folder}: {error.strerror}") from None
 
 
 def publish(tmp: Path, path: Path) -> None:

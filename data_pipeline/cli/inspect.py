@@ -32,16 +32,18 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--page {args.page} is a folder: name the page, for example {args.page / 'shards.html'}")
     from tqdm import tqdm
 
+    from data_pipeline.files import check_writable, write_atomic
     from data_pipeline.report.contents import contents
     from data_pipeline.shards.shardset import ShardSet
     from data_pipeline.shards.summary import sample_documents, summarise
 
+    if args.page is not None:
+        check_writable(args.page)
     shards = ShardSet.open(args.shards)
     with tqdm(desc="counting", total=shards.num_tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
         summary = summarise(shards, bar.update)
     found = contents(shards, summary, sample_documents(shards, args.samples))
     if args.page is not None:
-        from data_pipeline.files import write_atomic
         from data_pipeline.report.page import render
 
         page = render(found, summary.lengths)

@@ -60,7 +60,7 @@ class Manifest:
     num_tokens: int
     num_documents: int
     text_bytes: int  # UTF-8, of the documents that were tokenized
-    empty_documents: int  # null or white space only, skipped
+    empty_documents: int  # null, white space only or without a token, skipped
     bad_records: dict[str, int]  # what was wrong -> how many, skipped
     dropped_documents: dict[str, int]  # filter, or "duplicate" -> how many
     dtype: str

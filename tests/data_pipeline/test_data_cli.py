@@ -16,6 +16,7 @@ import pytest
 
 from data_pipeline.cli import main
 from data_pipeline.errors import UserError, run_cli
+from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.shards.verify import verify_shards
 
 TEXTS = [f"the document number {i} is about {'many words ' * (i % 9)}" for i in range(200)]
@@ -213,17 +214,16 @@ def test_settings_that_differ_are_named(corpus: Path) -> None:
         nystrom(*words, "--normalize", "nfc")
 
 
-def run_data(*words: object, stdin: str = "", env: dict[str, str] | None = None, **redirections: Any) -> Any:
-    """The command in a process of its own, through a shell that closes what ``stdin`` (``<&-``) says."""
+def run_data(*words: object, before: str = "", stdin: str = "", env: dict[str, str] | None = None) -> Any:
+    """The command in a process of its own, through a shell with other words before and behind it."""
     command = " ".join(shlex.quote(str(word)) for word in (sys.executable, "-m", "data_pipeline", *words))
     repository = Path(__file__).parents[2]
     return subprocess.run(
-        ["bash", "-c", f"{command} {stdin}"],
+        ["bash", "-c", f"{before} {command} {stdin}"],
         capture_output=True,
         encoding="latin-1",
         env={**os.environ, "PYTHONPATH": str(repository), **(env or {})},
         timeout=300,
-        **redirections,
     )
 
 
@@ -295,3 +295,63 @@ def test_a_folder_that_cannot_be_locked_is_refused(corpus: Path, monkeypatch: py
     monkeypatch.setattr("fcntl.flock", unsupported)
     with pytest.raises(UserError, match=r"out cannot be locked \(Function not implemented\).*-o flock"):
         nystrom(*words)
+
+
+def test_a_full_disk_leaves_no_temporary_files(corpus: Path) -> None:
+    tokenizer, text, out = make_tokenizer(corpus), corpus.parent / "long.jsonl", corpus.parent / "out"
+    text.write_text("".join(json.dumps({"text": "a document " * 500}) + "\n" for _ in range(100)))
+    words = ["prepare", "--input", text, "--tokenizer", tokenizer, "--out", out, "--workers", "1"]
+    done = run_data(*words, before="ulimit -f 100;")  # KiB a file; the shard has 195
+    assert done.returncode == 2
+    assert "writing to" in done.stderr
+    assert "File too large" in done.stderr
+    assert [path.name for path in out.rglob("*.tmp")] == []
+    assert run_data(*words).returncode == 0
+
+
+def test_contamination_writes_its_file_also_if_nobody_reads_what_it_says(corpus: Path) -> None:
+    out = corpus.parent / "out"
+    nystrom("prepare", "--input", corpus, "--tokenizer", make_tokenizer(corpus), "--out", out)
+    result = corpus.parent / "result" / "c.json"
+    words = ["contamination", "--shards", out, "--eval", corpus, "--workers", "1", "--out", result]
+    run_data(*words, stdin="| true", env={"PYTHONUNBUFFERED": "1"})
+    assert json.loads(result.read_text())["files"][0]["texts"] == 200
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, blocked = corpus.parent / "out", corpus / "below a file" / "x"
+    nystrom("prepare", "--input", corpus, "--tokenizer", make_tokenizer(corpus), "--out", out)
+    for name in (
+        "tokenization.training.train_tokenizer",
+        "quality.contamination.contamination",
+        "shards.summary.summarise",
+    ):
+        monkeypatch.setattr(f"data_pipeline.{name}", lambda *_, **__: pytest.fail("the work began"))
+    for words in (
+        ["tokenizer", "--input", corpus, "--out", blocked],
+        ["contamination", "--shards", out, "--eval", corpus, "--out", blocked],
+        ["inspect", out, "--page", blocked],
+    ):
+        with pytest.raises(UserError, match=r"below a file/x.* cannot be written: .*a\.jsonl: Not a directory"):
+            nystrom(*words)
+
+
+def test_documents_without_a_token_are_empty(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They became a lone end token."""
+    tokenizer, text = corpus.parent / "lower", corpus.parent / "text.jsonl"
+    nystrom(
+        "tokenizer", "--input", corpus, "--model", "wordpiece", "--lowercase", "--vocab-size", 200, "--out", tokenizer
+    )
+    words = ["prepare", "--input", text, "--tokenizer", tokenizer, "--out", corpus.parent / "out"]
+    text.write_text('{"text": "\\u200b"}\n')  # a character that BERT's normalisation takes out
+    with pytest.raises(UserError, match=r"no documents: .*1 without text"):
+        nystrom(*words)
+    text.write_text('{"text": "the words"}\n{"text": "\\u200b\\u200b"}\n{"text": "the"}\n')
+    capsys.readouterr()
+    nystrom(*words)
+    assert "2 documents (1 without text skipped)" in capsys.readouterr().out
+    shards = ShardSet.open(corpus.parent / "out")
+    assert [len(ids) > 0 for ids in shards.documents()] == [True, True]
+    assert (shards.num_documents, shards.manifest.empty_documents, shards.manifest.text_bytes) == (2, 1, 12)
