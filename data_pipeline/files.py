@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import xxhash
+
+from data_pipeline.errors import UserError
 
 TMP_SUFFIX = ".tmp"
 _CHUNK = 4 << 20
@@ -30,6 +33,18 @@ def write_atomic(path: Path, data: bytes, *, shared: bool = False) -> None:
         tmp.unlink(missing_ok=True)
         raise
     publish(tmp, path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise :class:`UserError` unless a file ``path`` could be written, its folders made: before hours of work."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {folder}: {error.strerror}") from None
 
 
 def publish(tmp: Path, path: Path) -> None:

@@ -137,6 +137,8 @@ def _alone(venv: Path) -> Iterator[IO[str]]:
         except BlockingIOError:
             print(f"Another make is installing into {venv}: waiting until it is done.", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
         yield lock
 
 

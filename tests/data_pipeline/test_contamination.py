@@ -7,15 +7,22 @@ import random
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from processes_case import family, start_python, survivors, wait_until
 
 from data_pipeline.cli import main
 from data_pipeline.errors import UserError
+from data_pipeline.prepare.plan import Settings, plan_preparation
+from data_pipeline.prepare.run import prepare
 from data_pipeline.quality.contamination import EvaluationGrams, _hash, contamination, words_of
 from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.sources.reading import Reading
+from data_pipeline.tokenization.tokenizer import Tokenizer
+from data_pipeline.tokenization.training import train_tokenizer
 
 WORDS = ["River", "stone", "été", "Straße", "42", "moon", "ΣΊΣΥΦΟΣ", "cloud", "tree", "iron", "x9", "wind"]
 
@@ -124,6 +131,67 @@ def test_case_punctuation_and_composition_make_no_difference(tmp_path: Path) -> 
     found = contamination(shards, same + other)
     assert found.share.tolist() == [1, 1, 0]
     assert found.longest.tolist() == [18, 18, 0]
+
+
+LOSSY = (
+    "The Café on Große Straße, naïve ÉLAN: 漢字 and かな between 日本語, the €uro ☃ snow; "
+    "it was the best of times, it was the WORST of Times, ﬁne ½ x² end."
+)
+
+
+def lossy_tokenizer(kind: str) -> Tokenizer:
+    plain = ["the cafe on grosse strasse naive elan and between euro snow it was best of times worst fine x end"] * 9
+    if kind != "metaspace":  # no Han, no €, no accents
+        return train_tokenizer(plain, 150, "wordpiece", lowercase=kind == "lowercase wordpiece")
+    # A BPE without bytes and without a token for the unknown drops characters in silence.
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=80, special_tokens=["</s>"], show_progress=False)
+    backend.train_from_iterator(plain, trainer)
+    return Tokenizer(backend)
+
+
+def prepared(folder: Path, tokenizer: Tokenizer, texts: list[str], **reading: Any) -> ShardSet:
+    folder.mkdir()
+    path = folder / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    outcome = prepare(plan_preparation([path], tokenizer, Settings(Reading(**reading))), folder / "shards")
+    assert outcome.shards is not None
+    return outcome.shards
+
+
+@pytest.mark.parametrize("kind", ["lowercase wordpiece", "wordpiece", "metaspace"])
+def test_identical_text_is_found_whatever_the_tokenizer_loses(kind: str, tmp_path: Path) -> None:
+    tokenizer = lossy_tokenizer(kind)
+    assert words_of(tokenizer.decode(tokenizer.encode(LOSSY))) != words_of(LOSSY)
+    others = ["nothing of the kind " * 5, f"The beginning. {LOSSY} The end."]
+    shards = prepared(tmp_path / "a", tokenizer, others)
+    unlike = "it was the best of times on grosse strasse and it was the end of the cafe between x"
+    cased = LOSSY.replace("best of", "BEST of") if kind == "lowercase wordpiece" else LOSSY
+    found = contamination(shards, [LOSSY, unlike, cased])
+    assert found.grams.min() > 3
+    assert found.share.tolist() == [1, 0, 1]
+    assert found.examples[0].document == 1
+
+
+def test_a_normal_form_that_was_asked_for_makes_no_difference(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    shards = prepared(tmp_path / "a", small_tokenizer, ["other", LOSSY], normalize="nfkd")
+    assert contamination(shards, [LOSSY]).share.tolist() == [1]
+
+
+def test_folders_whose_tokenizers_lose_different_things_are_judged_each_by_its_own(
+    tmp_path: Path, small_tokenizer: Tokenizer
+) -> None:
+    whole = prepared(tmp_path / "whole", small_tokenizer, ["other words", "filler"])
+    lossy = prepared(tmp_path / "lossy", lossy_tokenizer("lowercase wordpiece"), ["other words", "filler", LOSSY])
+    exact = prepared(tmp_path / "exact", small_tokenizer, [LOSSY])
+    for sets, folder, document in (([whole, lossy], lossy, 2), ([lossy, whole], lossy, 2), ([whole, exact], exact, 0)):
+        tokens: list[int] = []
+        found = contamination(sets, [LOSSY, "none of it " * 9], on_tokens=tokens.append)
+        assert found.share.tolist() == [1, 0]
+        assert (found.examples[0].shards, found.examples[0].document) == (folder.path, document)
+        assert sum(tokens) == sum(shards.num_tokens for shards in sets)  # each folder is read once
 
 
 def test_text_with_the_same_words_in_another_order_is_disjoint(tmp_path: Path) -> None:
@@ -243,7 +311,7 @@ from data_pipeline.quality.contamination import EvaluationGrams, _search
 from data_pipeline.shards.shardset import ShardSet
 grams = EvaluationGrams(json.load(open("texts.json")), 13)
 if __name__ == "__main__":
-    search = _search([ShardSet.open({str(shards.path)!r})], grams, 2, lambda tokens: None)
+    search = _search([(ShardSet.open({str(shards.path)!r}), 0)], grams, 2, lambda tokens: None)
     next(search)  # its processes are there, and soon wait for more
     open("ready", "w").close()
     time.sleep(600)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipeline.cli import main
 from data_pipeline.errors import UserError, run_cli
+from data_pipeline.shards.shardset import ShardSet, verify_shards
 
 TEXTS = [f"the document number {i} is about {'many words ' * (i % 9)}" for i in range(200)]
 
@@ -75,6 +81,15 @@ def test_a_trained_tokenizer_is_not_trained_again(corpus: Path, capsys: pytest.C
         make_tokenizer(corpus)
     nystrom("tokenizer", "--input", corpus, "--vocab-size", 290, "--out", tokenizer, "--overwrite")
     assert "290 tokens" in capsys.readouterr().out
+
+
+def test_overwriting_the_folder_that_the_tokenizer_comes_from_is_refused(corpus: Path) -> None:
+    out = corpus.parent / "out"
+    nystrom("prepare", "--input", corpus, "--tokenizer", make_tokenizer(corpus), "--out", out)
+    for tokenizer in (out, out / "tokenizer.json"):
+        with pytest.raises(UserError, match="--overwrite would remove the tokenizer"):
+            nystrom("prepare", "--input", corpus, "--tokenizer", tokenizer, "--out", out, "--overwrite")
+    nystrom("prepare", "--input", corpus, "--tokenizer", out, "--out", out)  # complete already
 
 
 def test_a_vocabulary_that_could_not_be_filled_is_said(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,3 +212,146 @@ def test_settings_that_differ_are_named(corpus: Path) -> None:
     nystrom(*words)
     with pytest.raises(UserError, match=r"shards made with another normalize: None, now nfc: choose another folder"):
         nystrom(*words, "--normalize", "nfc")
+
+
+def run_data(*words: object, before: str = "", stdin: str = "", env: dict[str, str] | None = None) -> Any:
+    """The command in a process of its own, through a shell with other words before and behind it."""
+    command = " ".join(shlex.quote(str(word)) for word in (sys.executable, "-m", "data_pipeline", *words))
+    repository = Path(__file__).parents[2]
+    return subprocess.run(
+        ["bash", "-c", f"{before} {command} {stdin}"],
+        capture_output=True,
+        encoding="latin-1",
+        env={**os.environ, "PYTHONPATH": str(repository), **(env or {})},
+        timeout=300,
+    )
+
+
+def test_characters_that_the_output_lacks_are_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "日本.jsonl"
+    path.write_text(json.dumps({"text": "日本 ☃ 😀 été " * 30}) + "\n")
+    tokenizer = make_tokenizer(path)
+    nystrom("prepare", "--input", path, "--tokenizer", tokenizer, "--out", tmp_path / "out")
+    for env in ({"PYTHONIOENCODING": "latin1"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}):
+        done = run_data("inspect", tmp_path / "out", env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "\\u65e5\\u672c.jsonl (1 documents)" in done.stdout
+        done = run_data("inspect", tmp_path / "out", "--json", env=env)
+        assert json.loads(done.stdout)["samples"][0]["text"].startswith("日本 ☃ 😀 été")
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams(corpus: Path, closed: str) -> None:
+    words = ["prepare", "--tokenizer", make_tokenizer(corpus), "--out", corpus.parent / "out", "--workers", 2]
+    done = run_data(*words, "--input", "-", stdin=closed)
+    assert done.returncode == 2
+    if closed == "<&-":
+        assert "error: --input - reads standard input, which is closed" in done.stderr
+        assert "Traceback" not in done.stderr
+    done = run_data(*words, "--input", corpus, stdin=closed)
+    assert done.returncode == 0, done.stderr
+    assert verify_shards(corpus.parent / "out") == []
+
+
+@pytest.mark.parametrize("command", ["prepare", "tokenizer", "contamination"])
+def test_a_pipe_as_input_is_refused_with_the_remedy(corpus: Path, command: str) -> None:
+    tokenizer = make_tokenizer(corpus)
+    nystrom("prepare", "--input", corpus, "--tokenizer", tokenizer, "--out", corpus.parent / "out")
+    pipe = corpus.parent / "pipe.jsonl"
+    os.mkfifo(pipe)
+    words: list[object] = {
+        "prepare": ["--input", pipe, "--tokenizer", tokenizer, "--out", corpus.parent / "other"],
+        "tokenizer": ["--input", pipe, "--out", corpus.parent / "other"],
+        "contamination": ["--shards", corpus.parent / "out", "--eval", pipe],
+    }[command]
+    with pytest.raises(UserError, match=r"pipe\.jsonl is a pipe or a device.*save it to a file; .*--input - --stdin"):
+        nystrom(command, *words)
+
+
+def test_an_output_folder_inside_the_inputs_is_not_an_input(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its bad_records.jsonl made the same command say, the second time, that the shards are of other inputs."""
+    tokenizer = make_tokenizer(corpus)
+    folder = corpus.parent / "text"
+    folder.mkdir()
+    shutil.copy(corpus, folder)
+    with open(folder / "a.jsonl", "a") as f:
+        f.write("broken\n")
+    for given in (folder, folder / "**" / "*.jsonl"):
+        out = folder / "shards" / given.name.strip("*")
+        words = ["prepare", "--input", given, "--tokenizer", tokenizer, "--out", out, "--max-bad-fraction", "0.1"]
+        nystrom(*words)
+        assert (out / "bad_records.jsonl").exists()
+        capsys.readouterr()
+        nystrom(*words)
+        assert "already complete" in capsys.readouterr().out
+        shutil.rmtree(out)
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(lock: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    words = ["prepare", "--input", corpus, "--tokenizer", make_tokenizer(corpus), "--out", corpus.parent / "out"]
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(UserError, match=r"out cannot be locked \(Function not implemented\).*-o flock"):
+        nystrom(*words)
+
+
+def test_a_full_disk_leaves_no_temporary_files(corpus: Path) -> None:
+    tokenizer, text, out = make_tokenizer(corpus), corpus.parent / "long.jsonl", corpus.parent / "out"
+    text.write_text("".join(json.dumps({"text": "a document " * 500}) + "\n" for _ in range(100)))
+    words = ["prepare", "--input", text, "--tokenizer", tokenizer, "--out", out, "--workers", "1"]
+    done = run_data(*words, before="ulimit -f 100;")  # KiB a file; the shard has 195
+    assert done.returncode == 2
+    assert "writing to" in done.stderr
+    assert "File too large" in done.stderr
+    assert [path.name for path in out.rglob("*.tmp")] == []
+    assert run_data(*words).returncode == 0
+
+
+def test_contamination_writes_its_file_also_if_nobody_reads_what_it_says(corpus: Path) -> None:
+    out = corpus.parent / "out"
+    nystrom("prepare", "--input", corpus, "--tokenizer", make_tokenizer(corpus), "--out", out)
+    result = corpus.parent / "result" / "c.json"
+    words = ["contamination", "--shards", out, "--eval", corpus, "--workers", "1", "--out", result]
+    run_data(*words, stdin="| true", env={"PYTHONUNBUFFERED": "1"})
+    assert json.loads(result.read_text())["files"][0]["texts"] == 200
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, blocked = corpus.parent / "out", corpus / "below a file" / "x"
+    nystrom("prepare", "--input", corpus, "--tokenizer", make_tokenizer(corpus), "--out", out)
+    for name in (
+        "tokenization.training.train_tokenizer",
+        "quality.contamination.contamination",
+        "shards.summary.summarise",
+    ):
+        monkeypatch.setattr(f"data_pipeline.{name}", lambda *_, **__: pytest.fail("the work began"))
+    for words in (
+        ["tokenizer", "--input", corpus, "--out", blocked],
+        ["contamination", "--shards", out, "--eval", corpus, "--out", blocked],
+        ["inspect", out, "--page", blocked],
+    ):
+        with pytest.raises(UserError, match=r"below a file/x.* cannot be written: .*a\.jsonl: Not a directory"):
+            nystrom(*words)
+
+
+def test_documents_without_a_token_are_empty(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They became a lone end token."""
+    tokenizer, text = corpus.parent / "lower", corpus.parent / "text.jsonl"
+    nystrom(
+        "tokenizer", "--input", corpus, "--model", "wordpiece", "--lowercase", "--vocab-size", 200, "--out", tokenizer
+    )
+    words = ["prepare", "--input", text, "--tokenizer", tokenizer, "--out", corpus.parent / "out"]
+    text.write_text('{"text": "\\u200b"}\n')  # a character that BERT's normalisation takes out
+    with pytest.raises(UserError, match=r"no documents: .*1 without text"):
+        nystrom(*words)
+    text.write_text('{"text": "the words"}\n{"text": "\\u200b\\u200b"}\n{"text": "the"}\n')
+    capsys.readouterr()
+    nystrom(*words)
+    assert "2 documents (1 without text skipped)" in capsys.readouterr().out
+    shards = ShardSet.open(corpus.parent / "out")
+    assert [len(ids) > 0 for ids in shards.documents()] == [True, True]
+    assert (shards.num_documents, shards.manifest.empty_documents, shards.manifest.text_bytes) == (2, 1, 12)

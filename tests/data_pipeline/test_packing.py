@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -344,8 +345,12 @@ def test_damage_is_named(tmp_path: Path) -> None:
     shards = write(tmp_path / "ends", lengths, shard_tokens=100)
     first, other = shards.manifest.shards[0], write(tmp_path / "other", [9, 11, 50], 100).manifest.shards[0]
     shutil.copy(tmp_path / "other" / other.index.name, shards.path / first.index.name)
-    with pytest.raises(UserError, match=rf"{first.index.name} is damaged: its document ends do not divide the 100"):
+    with pytest.raises(UserError, match=rf"{first.index.name} is damaged: its contents do not match the manifest"):
         PackedBlocks(shards, 16)
+    manifest = replace(shards.manifest, shards=(replace(first, index=other.index), *shards.manifest.shards[1:]))
+    manifest.write(shards.path)  # each file as the manifest says, and together wrong
+    with pytest.raises(UserError, match=rf"{first.index.name} is damaged: its document ends do not divide the 100"):
+        PackedBlocks(ShardSet.open(shards.path), 16)
 
 
 def test_mistakes_are_refused(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,67 @@ def test_a_folder_with_other_things_is_not_touched(inputs: Path, small_tokenizer
     assert contents(out) == {"thesis.txt": b"irreplaceable"}
     with pytest.raises(UserError, match="is a file, not a folder"):
         prepare(plan(inputs, small_tokenizer), out / "thesis.txt")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "manifest.json", "bad_records.jsonl"])
+def test_a_file_of_the_users_with_one_of_our_names_is_not_touched(
+    name: str, inputs: Path, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """A tokenizer's own folder as --out lost the tokenizer, and --overwrite any manifest.json."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    small_tokenizer.save(out)
+    for path in out.iterdir():
+        if path.name != name:
+            path.unlink()
+    (out / name).write_bytes((out / name).read_bytes() if (out / name).exists() else b'{"name": "my extension"}')
+    crash_after(3, plan(inputs, small_tokenizer), other)  # a run's own leavings do not make it ours
+    shutil.copy(out / name, other / f"{name}.mine.tmp")
+    for folder in (out, other):
+        before = contents(folder)
+        for overwrite in (False, True):
+            refusal = "is not a manifest|is damaged" if name == "manifest.json" and not overwrite else "that are not sh"
+            with pytest.raises(UserError, match=refusal if folder == out else "that are not shards"):
+                prepare(plan(inputs, small_tokenizer), folder, PrepareOptions(overwrite=overwrite))
+        assert contents(folder) == before
+    assert not (out / ".work").exists()
+
+
+def test_a_tokenizer_that_came_into_a_folder_of_shards_is_kept(
+    inputs: Path, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    crash_after(3, plan(inputs, small_tokenizer), tmp_path / "out")
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds shards without a manifest, and files .*\(tokenizer\.json\).*move them"):
+        prepare(plan(inputs, small_tokenizer), tmp_path / "out", PrepareOptions(overwrite=True))
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+def test_an_overwrite_that_dies_while_it_clears_goes_on(
+    inputs: Path, small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = plan_preparation([inputs / "0.jsonl"], small_tokenizer, Settings(shard_tokens=300))
+    prepare(other, tmp_path / "fresh")
+    left = [0]
+
+    def dying(folder: Path, names: Iterable[str]) -> None:
+        for name in names:
+            if (folder / name).exists():
+                left[0] -= 1
+                if not left[0]:
+                    raise Crash
+                (folder / name).unlink()
+
+    shards = 2 * len(opened(prepare(plan(inputs, small_tokenizer), tmp_path / "out").shards).manifest.shards)
+    for last in (1, 2, shards + 2, shards + 3):  # the manifest, a shard, the two files of the tokenizer
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        prepare(plan(inputs, small_tokenizer), tmp_path / "out")
+        left[0] = last
+        with monkeypatch.context() as patch:
+            patch.setattr("data_pipeline.prepare.folder.remove_files", dying)
+            with pytest.raises(Crash):
+                prepare(other, tmp_path / "out", PrepareOptions(overwrite=True))
+        prepare(other, tmp_path / "out", PrepareOptions(overwrite=True))
+        assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_shards_that_lost_their_manifest_are_not_overwritten_unasked(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -246,6 +249,67 @@ def test_a_damaged_index_is_named(copy: Path) -> None:
     (copy / entry.index.name).write_bytes(bytes(entry.index.bytes))
     with pytest.raises(UserError, match=f"{entry.index.name} is damaged"):
         list(ShardSet.open(copy).documents())
+
+
+def everything(folder: Path) -> list[object]:
+    """All that readers see of a shard folder besides the tokens' own file."""
+    shards = ShardSet.open(folder)
+    entries = [shard.index for shard in shards.manifest.shards]
+    return [
+        shards.manifest,
+        shards.tokenizer().hash,
+        [ids.tolist() for ids in shards.documents()],
+        [shards.document_ends(entry).tolist() for entry in entries],
+        [(names, places.tolist()) for names, places in map(shards.document_sources, entries)],
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["index-*", "manifest.json", "tokenizer*.json"])
+def test_a_flipped_bit_is_an_error_or_changes_nothing(copy: Path, pattern: str) -> None:
+    """Without `verify`. Of 500 flips in indexes 107 gave other exceptions, 48 other documents and 3 a SIGBUS."""
+    rng = random.Random(7)
+    files = sorted(copy.glob(pattern))
+    expected, errors = everything(copy), list[str]()
+    for _ in range(60 if pattern == "index-*" else 20):
+        file = rng.choice(files)
+        original = file.read_bytes()
+        damaged = bytearray(original)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            assert everything(copy) == expected
+        except UserError as error:
+            errors.append(str(error))
+        file.write_bytes(original)
+    assert len(errors) == 60 if pattern == "index-*" else len(errors) > 10
+    assert all(str(copy) in error for error in errors)
+    assert everything(copy) == expected
+
+
+def test_a_token_file_that_is_cut_short_while_it_is_read_ends_in_an_error(copy: Path) -> None:
+    """Reading behind the end of a mapped file is SIGBUS, which ends the process without a word."""
+    shards = ShardSet.open(copy)
+    first = shards.manifest.shards[0]
+    os.truncate(copy / first.tokens.name, 4)
+    match = f"{first.tokens.name} was cut short while it was read: it has 4 bytes, the manifest says"
+    for read in (
+        lambda: shards.read(np.array([0]), 8),
+        lambda: shards.read(np.array([first.num_tokens - 4]), 8),  # on into the next shard
+        lambda: shards.gather(np.array([20]), np.array([8])),
+        lambda: list(shards.documents()),
+        lambda: list(shards.chunks()),
+    ):
+        with pytest.raises(UserError, match=match):
+            read()
+    assert shards.read(np.array([shards.num_tokens - 8]), 8).shape == (1, 8)
+    with pytest.raises(UserError, match="it was cut short or changed"):
+        ShardSet.open(copy)
+
+
+def test_another_process_opens_the_folder_itself(copy: Path) -> None:
+    shards = ShardSet.open(copy)
+    again = pickle.loads(pickle.dumps(shards))
+    np.testing.assert_array_equal(again.read(np.array([3]), 20), shards.read(np.array([3]), 20))
 
 
 def test_what_is_no_shard_folder(tmp_path: Path) -> None:

@@ -153,6 +153,8 @@ def test_a_parquet_file_of_another_schema_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             skipping(path, reading)
+        with pytest.raises(UserError, match=message):  # by the plan: nothing has been read when it is told
+            open_corpus([path]).pieces(1, reading)
 
 
 def test_a_damaged_parquet_file_is_refused_also_by_the_plan(tmp_path: Path) -> None:

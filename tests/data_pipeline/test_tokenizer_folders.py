@@ -299,6 +299,37 @@ def test_transformers_is_not_needed(bpe: Tokenizer, tmp_path: Path) -> None:
     assert done.stdout == f"{bpe.vocab_size}\n", done.stderr
 
 
+@pytest.mark.parametrize("told_by", ["class", "merges", "alphabet"])
+def test_vocabulary_files_of_another_kind_are_refused(bpe: Tokenizer, tmp_path: Path, told_by: str) -> None:
+    """CLIP's files have the names of GPT-2's; read as those they lost most of the text, without a word."""
+    folder = plain_bpe_folder(bpe, tmp_path / "plain")
+    Tokenizer.load(folder)
+    if told_by == "class":
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+        match = "says that it belongs to CLIPTokenizer"
+    else:
+        left, right = ("q", "z</w>") if told_by == "merges" else ("\N{LOWER ONE EIGHTH BLOCK}", "q")
+        vocabulary = json.loads((folder / "vocab.json").read_text())
+        for text in (left, right, left + right):
+            vocabulary.setdefault(text, len(vocabulary))
+        (folder / "vocab.json").write_text(json.dumps(vocabulary))
+        with open(folder / "merges.txt", "a", encoding="utf-8") as f:
+            f.write(f"{left} {right}\n")
+        match = f"'{left}' and '{right}' are no bytes as it writes them"
+    with pytest.raises(UserError, match=rf"like GPT-2's, .*{match}; .*save_pretrained"):
+        Tokenizer.load(folder)
+
+
+def test_bert_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(BERT_VOCABULARY) + "\n", encoding="utf-8")
+    for name in ("BertTokenizer", "ElectraTokenizerFast"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertJapaneseTokenizer"}))
+    with pytest.raises(UserError, match=r"vocab.txt is not .* like BERT's, .* belongs to BertJapaneseTokenizer"):
+        Tokenizer.load(tmp_path)
+
+
 def test_refusals(bpe: Tokenizer, tmp_path: Path) -> None:
     def refused(match: str, data: dict[str, Any] | None = None, **files: dict[str, Any]) -> None:
         with pytest.raises(UserError, match=match):
