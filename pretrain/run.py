@@ -12,7 +12,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
-from pretrain.checkpoint.resume import check_resume, identity
+from pretrain.checkpoint.resume import check_resume, identity, trains_otherwise
 from pretrain.checks import check_inputs
 from pretrain.config import RunConfig
 from pretrain.distributed import watchdog
@@ -99,6 +99,13 @@ def _train_together(
     changed: dict[str, Any] = {}
     if found is not None:
         changed, state = _check(found[1], inputs, world.world_size), found[1].state
+        if state.suspect_in_row and trains_otherwise(changed):
+            back = checkpoints.go_back(state)
+            if back is not None:
+                found, passed_over = back[0], passed_over + back[1]
+                changed, state = _check(found[1], inputs, world.world_size), found[1].state
+            # What came of the steps before says nothing about those to come.
+            state = dataclasses.replace(state, bad_in_row=0)
     began = None if found is None else found[1].identity["config"]["precision"]
     precision = settle(inputs.config, world, began)
     # From here on, in the folder's config.yaml and in every checkpoint, the precision is the one that it came to.

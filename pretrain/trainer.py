@@ -57,8 +57,9 @@ class Trainer:
         self.identity, self.state, self.callbacks = identity, state, callbacks
         self.stop = lambda: callbacks.stop_asked or stop()
         self._saved_step = state.step if state.step else -1
+        self._sound_step = state.sound_step
         self._started = time.monotonic() - state.seconds
-        self._reports = StepReports(inputs, engine, world, telemetry, self._event, state.losses)
+        self._reports = StepReports(inputs, engine, world, telemetry, self._event, state.losses, state.suspect_in_row)
         self._profiler = StepProfiler(self.config.run_dir, self.config.telemetry, world.is_first)
 
     def run(self) -> int:
@@ -97,12 +98,13 @@ class Trainer:
                 self._train_step(batch, targets, began, waited)
                 self.telemetry.say(self._profiler.end(self.state.step))
                 if self.state.bad_in_row >= self.config.max_bad_steps:
-                    return EXIT_BAD_STEPS
+                    return self._stop_for_bad_steps()
+                self._confirm()
                 if self._validation_due() and not self._validate():
                     return self._preempt()
                 if self._checkpoint_due(batch) and not self.save():
                     self.telemetry.say("Training goes on; the next checkpoint is tried when it is due.")
-            if not self.save():
+            if not self.save(last=True):
                 return self._not_saved()
             self._event("done")
             return EXIT_DONE
@@ -249,16 +251,33 @@ class Trainer:
         """Whether anything was trained since the last checkpoint, or since the start."""
         return self.state.step not in (0, self._saved_step)
 
-    def save(self) -> bool:
-        """Commit a checkpoint of this step, unless there is one; False, on all processes, if that did not work."""
+    def _confirm(self) -> None:
+        """Take note of a step that went well after the last checkpoint: that one is sound."""
+        if 0 < self._saved_step < self._reports.good_step and self._sound_step != self._saved_step:
+            self._sound_step = self._saved_step
+            for line in self.checkpoints.confirm(self._saved_step):
+                self.telemetry.say(line)
+
+    def save(self, *, last: bool = False) -> bool:
+        """Commit a checkpoint of this step, unless there is one; False, on all processes, if that did not work.
+
+        ``last``: no step follows.
+        """
         if self._saved_step == self.state.step:
             return True
         began = time.monotonic()
         watchdog.at("saving a checkpoint", self.state.step)
         self._reports.settle_now()
-        self.state = dataclasses.replace(self.state, seconds=began - self._started, losses=self._reports.losses)
+        self._confirm()
+        self.state = dataclasses.replace(
+            self.state,
+            seconds=began - self._started,
+            losses=self._reports.losses,
+            suspect_in_row=self._reports.suspect_in_row,
+            sound_step=self._sound_step,
+        )
         try:
-            lines = self.checkpoints.save(self.engine, self.state, self.identity)
+            lines = self.checkpoints.save(self.engine, self.state, self.identity, last)
         except SaveFailed as error:
             self._event("save_failed", reason=str(error), needed=error.needed, free=error.free)
             self.telemetry.say(f"step {self.state.step}: the checkpoint is NOT saved: {error}.")
@@ -271,6 +290,24 @@ class Trainer:
         folder = self.checkpoints.root / tag_name(self.state.step)
         self.callbacks.call("on_checkpoint", lambda: Saved(self.state.step, self.state.tokens, folder, took))
         return True
+
+    def _stop_for_bad_steps(self) -> int:
+        """The end of a run whose numbers are not finite: the next start must not begin with weights from the streak."""
+        self._confirm()
+        back = self.checkpoints.go_back(dataclasses.replace(self.state, sound_step=self._sound_step))
+        if back is not None:
+            (folder, _), lines = back
+            for line in lines:
+                self.telemetry.say(line)
+            self.telemetry.say(
+                f"The same command, with the cause mended, resumes from {folder}, from before these steps."
+            )
+        else:
+            self.telemetry.say(
+                "No checkpoint is known to be from before these steps: with the cause mended, start over "
+                "(--resume never moves this folder aside)."
+            )
+        return EXIT_BAD_STEPS
 
     def _preempt(self) -> int:
         if not self.save():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from data_pipeline.batches.order import Plan
@@ -16,6 +17,15 @@ from pretrain.curriculum.plan import build_plan, slice_length
 FIXED = ("model", "seed", "optimizer.kind", "data.masking", "data.packing")
 # Where something is, not what it is (the contents are compared by fingerprint), and what has a comparison of its own.
 _ELSEWHERE = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
+# What may change without the steps to come being other ones.
+_BESIDE = ("checkpoint", "validation", "telemetry", "callbacks", "stall_seconds", "max_bad_steps", "data.valid")
+
+
+def trains_otherwise(changed: Iterable[str]) -> bool:
+    """Whether a resume with these changes (:func:`check_resume`) takes other steps than the run would have taken."""
+    return any(
+        not any(key == part or key.startswith(part + ".") for part in (*_BESIDE, "processes")) for key in changed
+    )
 
 
 def identity(config: RunConfig, data_fingerprint: str, world_size: int) -> dict[str, Any]:

@@ -69,12 +69,17 @@ class StepReports:
         telemetry: Telemetry,
         event: Event,
         losses: Iterable[float],
+        suspect_in_row: int = 0,
     ) -> None:
-        """``losses``: those that the state of a checkpoint remembers; see :attr:`losses`."""
+        """``losses``, ``suspect_in_row``: what the state of a checkpoint remembers; see :attr:`losses`."""
         self._inputs, self._config, self._model = inputs, inputs.config, engine.model
         self._world, self._telemetry, self._event = world, telemetry, event
         self._detector = SpikeDetector(self._config.telemetry.spike_window, losses)
         self._unsettled: Step | None = None
+        self.suspect_in_row = suspect_in_row
+        """Last steps that were skipped because a number was not finite, or whose loss was out of its band."""
+        self.good_step = 0
+        """The last step of this start that went well: what came before it is sound."""
         self.clock = StepClock(world.device)
         self.clock.watch(engine.on_forward)
         gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
@@ -155,6 +160,7 @@ class StepReports:
         Suspect are the rows of the processes whose own loss went wrong; if it was the gradient alone, all.
         """
         what = "gradient" if math.isfinite(loss.mean) else "loss"
+        self.suspect_in_row += 1
         suspects = self._save(BAD_STEPS, step, what, loss.mean, not math.isfinite(float(step.loss_sum)))
         samples, most = suspects.samples, self._config.max_bad_steps
         self._event("bad_step", what=what, samples=samples, bad_in_row=state.bad_in_row, **_saved(suspects))
@@ -165,12 +171,15 @@ class StepReports:
         )
         if state.bad_in_row >= most:
             self._telemetry.say(
-                f"stopped: {state.bad_in_row} such steps in a row. Lower optimizer.lr, or look at those samples; "
-                "the last checkpoint is from before if checkpoint.every_tokens is set."
+                f"stopped: {state.bad_in_row} such steps in a row. Lower optimizer.lr, or look at those samples."
             )
 
     def _watch(self, step: Step, loss: float) -> None:
         spike = self._detector.add(loss) if math.isfinite(loss) else None
+        if not math.isfinite(loss) or self._detector.stands_out:
+            self.suspect_in_row += 1
+        else:
+            self.suspect_in_row, self.good_step = 0, step.number
         if spike is None:
             return
         suspects = self._save(SPIKES, step, "spike", loss, False)
