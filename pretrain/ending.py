@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +73,32 @@ def leave_preempted(run_dir: Path, state: TrainState, when: str) -> None:
 
 
 def export_weights(
-    checkpoints: Path, run_dir: Path, world: Any, telemetry: Any, stop: StopFlag, state: TrainState
+    checkpoints: Path,
+    run_dir: Path,
+    world: Any,
+    telemetry: Any,
+    stop: StopFlag,
+    state: TrainState,
+    on_leave: Callable[[], None] = lambda: None,
 ) -> int:
     """Write ``export/`` (and ``export-ema/``) from the last checkpoint; the first process does, the others wait.
 
-    Returns an exit status. The checkpoint is there whatever happens, so a request to stop ends the export at once: the
-    same command makes it.
+    Returns an exit status. The checkpoint is there whatever happens, so a request to stop ends the export at once,
+    after ``on_leave()``: the same command makes it.
     """
     watchdog.at("exporting the weights")
+
+    def leave() -> None:
+        leave_preempted(run_dir, state, "exporting the weights")
+        on_leave()
+
     code = EXIT_DONE
     if world.sum([float(stop())])[0]:
         code = EXIT_PREEMPTED
         telemetry.say("stopped before the export; the same command goes on from there")
     elif world.is_first:
         try:
-            with LeaveAtOnce(stop, lambda: leave_preempted(run_dir, state, "exporting the weights")):
+            with LeaveAtOnce(stop, leave):
                 found = commit.newest(checkpoints)
                 assert found is not None  # the trainer saved it
                 for name, kind in _exports(found[1]).items():

@@ -12,6 +12,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
+from pretrain.checkpoint.lock import RunLock
 from pretrain.checkpoint.resume import check_resume, identity, trains_otherwise
 from pretrain.checks import check_inputs
 from pretrain.config import RunConfig
@@ -58,6 +59,7 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
     from pretrain.distributed.meeting import NotAllCame, StoppedWhileWaiting
     from pretrain.distributed.world import World
 
+    lock = RunLock(config.run_dir)
     with LeaveAtOnce(stop) as leaving:
         try:
             world = World(rank, config.stall_seconds, stop)
@@ -68,13 +70,14 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
                 print(error, file=sys.stderr, flush=True)
             return EXIT_STALLED
         try:
-            return _train_together(inputs, world, stop, leaving, resume, verbose)
+            return _train_together(inputs, world, stop, leaving, lock, resume, verbose)
         finally:
+            lock.release()
             world.close()
 
 
 def _train_together(
-    inputs: Inputs, world: Any, stop: StopFlag, leaving: LeaveAtOnce, resume: str, verbose: bool
+    inputs: Inputs, world: Any, stop: StopFlag, leaving: LeaveAtOnce, lock: RunLock, resume: str, verbose: bool
 ) -> int:
     from pretrain.callbacks import Callbacks, Ended, Started
     from pretrain.checkpoint.store import Checkpoints
@@ -89,9 +92,19 @@ def _train_together(
 
     run_dir = inputs.config.run_dir
     callbacks = Callbacks(inputs.config, world)
-    first_decides(world, lambda: _prepare_folder(inputs, resume))
+    leaving.last_words = lock.release
+    first_decides(world, lambda: _prepare_folder(inputs, resume, lock))
     state = TrainState()
-    world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, state)
+
+    def leave_stalled(state: TrainState) -> None:
+        write_status(run_dir, EXIT_STALLED, state)
+        lock.release()
+
+    def leave_starting(state: TrainState) -> None:
+        leave_preempted(run_dir, state, "starting; nothing was trained")
+        lock.release()
+
+    world.watchdog.on_stall = lambda: leave_stalled(state)
     watchdog.at("reading checkpoints")
     keep = inputs.config.checkpoint
     checkpoints = Checkpoints(run_dir / "checkpoints", world, keep.keep_last, keep.keep_every_tokens)
@@ -112,7 +125,7 @@ def _train_together(
     config = precision.config
     inputs = dataclasses.replace(inputs, config=config)
     if world.is_first:
-        leaving.last_words = lambda: leave_preempted(run_dir, state, "starting; nothing was trained")
+        leaving.last_words = lambda: leave_starting(state)
 
     watchdog.at("building the model", state.step)
     engine = TrainingEngine(config, world, verbose)
@@ -146,7 +159,7 @@ def _train_together(
         stop,
         callbacks,
     )
-    world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, trainer.state)
+    world.watchdog.on_stall = lambda: leave_stalled(trainer.state)
     callbacks.say = telemetry.say
     try:
         for line in passed_over:
@@ -173,7 +186,7 @@ def _train_together(
         try:
             code = trainer.run()
             if code == EXIT_DONE:
-                code = export_weights(checkpoints.root, run_dir, world, telemetry, stop, trainer.state)
+                code = export_weights(checkpoints.root, run_dir, world, telemetry, stop, trainer.state, lock.release)
         except RuntimeError:
             # All were asked to stop while there was nothing to save, and another process has left already.
             if trainer.has_unsaved_steps or not stop():
@@ -194,16 +207,21 @@ def _check(manifest: Manifest, inputs: Inputs, world_size: int) -> dict[str, Any
     return check_resume(manifest, inputs.config, inputs.plan, inputs.fingerprint, world_size)
 
 
-def _prepare_folder(inputs: Inputs, resume: str) -> None:
+def _prepare_folder(inputs: Inputs, resume: str, lock: RunLock) -> None:
+    """Take the run folder, before anything in it is written, and move one aside that is not to be resumed."""
     run_dir = inputs.config.run_dir
     try:
-        if resume == "never" and run_dir.is_dir() and any(run_dir.iterdir()):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        if resume == "never" and run_dir.is_dir() and any(path != lock.path for path in run_dir.iterdir()):
             number = 1
             while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
                 number += 1
+            lock.release()  # with the folder it would be moved
             run_dir.rename(aside)
+            run_dir.mkdir(exist_ok=True)
+            lock.take()
             print(f"--resume never: the run that was there is now {aside}", flush=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
         tokenizer = run_dir / "tokenizer"
         tokenizer.mkdir(exist_ok=True)
         inputs.train.shards.tokenizer().save(tokenizer)
