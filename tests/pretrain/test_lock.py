@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -182,3 +183,35 @@ def test_a_second_start_writes_nothing_and_names_the_first(corpus: Path, tmp_pat
     if not words:
         assert values(run_ranks(start, 1, config=config, words=[])) == [0]
         assert not (run / lock.LOCK).exists()
+
+
+def load_while_rotating(run: str, path: str) -> str:
+    """Runs in a rank: the run removes the first checkpoint as soon as its weights are to be read."""
+    from pretrain.checkpoint import commit, load
+
+    consolidate, victims = load.consolidate, []
+
+    def rotated(folder: Path, state: str = "fp32") -> dict[str, object]:
+        if not victims:
+            victims.append(folder)
+            commit.remove(folder)
+        return consolidate(folder, state)
+
+    load.consolidate = rotated  # type: ignore[assignment]
+    (Path(run) / "export" / "export.json").unlink(missing_ok=True)
+    try:
+        return load.load_model(path).path.name
+    except UserError as error:
+        return str(error)
+
+
+def test_a_reader_takes_the_next_checkpoint_if_rotation_takes_its_own(
+    corpus: Path, tmp_path: Path, whole: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (said,) = values(run_ranks(load_while_rotating, 1, run=str(run), path=str(run)))
+    assert said == "step000000006"
+    folder = run / "checkpoints" / "step000000006"
+    (said,) = values(run_ranks(load_while_rotating, 1, run=str(run), path=str(folder)))
+    assert said.startswith(f"checkpoint {folder} has no manifest: its save did not finish, or the run has removed it")
