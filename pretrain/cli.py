@@ -25,9 +25,10 @@ def build_parser() -> argparse.ArgumentParser:
         "This is one process; for several: nystrom launch local --nproc 2 --config ..., or\n"
         "deepspeed --num_accelerators 2 --module pretrain --config ...\n\n"
         "exit status: 0 done; 2 a mistake in configuration or data; 74 the last checkpoint or the export could not be\n"
-        "written (make room, run the same command); 75 stopped by SIGTERM or Ctrl-C, with a checkpoint saved if there\n"
-        "was anything to save (run the same command to go on); 76 too many steps in a row with numbers that are not\n"
-        "finite; 77 a process hung or never came (the message names it; stall_seconds in the configuration).",
+        "written (make room, run the same command); 75 stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, with a\n"
+        "checkpoint saved if there was anything to save (run the same command to go on); 76 too many steps in a row\n"
+        "with numbers that are not finite; 77 a process hung or never came (the message names it; stall_seconds in\n"
+        "the configuration).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run_arguments(parser)
