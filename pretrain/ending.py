@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import commit
-from pretrain.checkpoint.commit import Manifest, TrainState
+from pretrain.checkpoint.commit import Manifest, TrainState, tag_name
 from pretrain.checkpoint.export import export
 from pretrain.checkpoint.load import read_info
 from pretrain.distributed import watchdog
@@ -66,6 +66,19 @@ def _exports(manifest: Manifest) -> dict[str, str]:
     return {"export": "fp32", "export-ema": "ema"} if averaged else {"export": "fp32"}
 
 
+def _put_away_the_average(run_dir: Path, exports: Iterable[str]) -> str | None:
+    """Rename an ``export-ema/`` that is of an earlier step, for the run keeps no average any more; returns a line."""
+    stale = run_dir / "export-ema"
+    info = read_info(stale)
+    if stale.name in exports or info is None:
+        return None
+    aside = run_dir / f"{stale.name}.{tag_name(info['step'])}"
+    if aside.exists():
+        return f"{stale} is of step {info['step']}: the run keeps no average of its weights any more."
+    stale.rename(aside)
+    return f"The run keeps no average of its weights any more: the one of step {info['step']} is now {aside}."
+
+
 def leave_preempted(run_dir: Path, state: TrainState, when: str) -> None:
     """The last words of a process that was asked to stop where there is nothing to save."""
     tell(f"stopped while {when}; the same command goes on from there")
@@ -105,6 +118,7 @@ def export_weights(
                     digest = export(found[0], run_dir / name, kind)
                     what = "Weights for use" if kind == "fp32" else "Their running average"
                     telemetry.say(f"Done. {what}: {run_dir / name} (hash {digest[:12]}).")
+                telemetry.say(_put_away_the_average(run_dir, _exports(found[1])))
         except OSError as error:
             code = EXIT_NOT_SAVED
             telemetry.say(

@@ -13,7 +13,7 @@ from data_pipeline.files import write_atomic
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
 from pretrain.checkpoint.lock import RunLock
-from pretrain.checkpoint.resume import check_resume, identity, trains_otherwise
+from pretrain.checkpoint.resume import check_resume, identity, rate_jump, trains_otherwise
 from pretrain.checks import check_inputs
 from pretrain.config import RunConfig
 from pretrain.distributed import watchdog
@@ -172,8 +172,8 @@ def _train_together(
             telemetry.say(f"Goes on from {found[0]}: step {state.step}, {state.tokens:,} tokens.")
             for key, (old, new) in changed.items():
                 telemetry.say(f"  changed since: {key} from {old} to {new}")
-            for line in loaded:
-                telemetry.say(f"  {line}")
+            for line in [rate_jump(found[1], config, inputs.plan), *loaded]:
+                telemetry.say(None if line is None else f"  {line}")
         telemetry.write(
             "event", step=state.step, tokens=state.tokens, seconds=state.seconds, world_size=world.world_size, **event
         )

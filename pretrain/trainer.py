@@ -154,7 +154,7 @@ class Trainer:
                 lr=lr,
                 grad_norm=result.grad_norm,
                 applied=result.applied,
-                loss=None if loss is None else loss.mean,
+                loss=loss.mean if loss is not None and targets else None,
                 seconds=self.state.seconds,
             ),
         )

@@ -11,10 +11,13 @@ from pretrain.checkpoint.commit import Manifest
 from pretrain.config import RunConfig, parse_config
 from pretrain.curriculum.past import COMPARED_BY_STAGE, past_differs
 from pretrain.curriculum.plan import build_plan, slice_length
+from pretrain.optim.schedule import learning_rate
 
 # Dotted keys that the weights, the optimizer's state or the order of the data depend on. What only decides where the
 # same numbers lie or are computed (processes, zero_stage, offload_optimizer, compile ...) may change.
 FIXED = ("model", "seed", "optimizer.kind", "data.masking", "data.packing")
+MOST_RISE = 1.1
+"""A learning rate that is higher after a resume than before it by more than this factor is told."""
 # Where something is, not what it is (the contents are compared by fingerprint), and what has a comparison of its own.
 _ELSEWHERE = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
 # What may change without the steps to come being other ones.
@@ -86,6 +89,23 @@ def check_resume(
             "old folder is moved aside)"
         )
     return changed
+
+
+def rate_jump(manifest: Manifest, config: RunConfig, plan: Plan) -> str | None:
+    """What to say if the changes raise the learning rate at once, as a longer run does after a decay; else None."""
+    old = parse_config(manifest.identity["config"], where=f"checkpoint {manifest.tag}")
+    tokens, lengths = manifest.state.tokens, (build_plan(old).total_tokens, plan.total_tokens)
+    before, now = (
+        learning_rate(tokens, total_tokens=total, peak=run.optimizer.lr, schedule=run.schedule)
+        for run, total in zip((old, config), lengths, strict=True)
+    )
+    if tokens >= plan.total_tokens or now <= MOST_RISE * before:
+        return None
+    return (
+        f"the learning rate rises from {before:.3g} to {now:.3g} in one step: that is where {config.schedule.kind} "
+        f"over {lengths[1]:,} tokens stands, and where {old.schedule.kind} over {lengths[0]:,} stood. A run that is to "
+        "be extended is better resumed from a checkpoint before its decay"
+    )
 
 
 def _precision(old: RunConfig, new: RunConfig) -> list[str]:

@@ -99,7 +99,7 @@ class StepReports:
         """Take the sum of :attr:`unsummed` over all processes."""
         step, self._unsettled = self._unsettled, None
         if step is not None:
-            self._watch(step, loss_sum / max(step.targets, 1.0))
+            self._watch(step, _mean(step, loss_sum))
 
     def settle_now(self) -> None:
         """Sum what is left, where no step follows: before a checkpoint. All processes must call it."""
@@ -119,7 +119,7 @@ class StepReports:
         own = [0.0] * self._world.world_size
         own[self._world.rank] = self.clock.own_seconds()
         loss_sum, *seconds = self._world.sum([float(step.loss_sum), *own])
-        return Loss(loss_sum / max(step.targets, 1.0), seconds)
+        return Loss(_mean(step, loss_sum), seconds)
 
     def log(self, step: Step, loss: Loss, state: TrainState) -> None:
         """Write the numbers of a step; under fp16 also of one skipped only to find the loss scale."""
@@ -175,6 +175,13 @@ class StepReports:
             )
 
     def _watch(self, step: Step, loss: float) -> None:
+        if not step.targets:
+            self._event("no_targets", step=step.number, tokens=step.tokens)
+            self._telemetry.say(
+                f"step {step.number}: no token of its batch is a target, so it has no loss; only weight decay and "
+                "momentum moved the weights. Larger batches or a higher masking rate avoid that."
+            )
+            return
         spike = self._detector.add(loss) if math.isfinite(loss) else None
         if not math.isfinite(loss) or self._detector.stands_out:
             self.suspect_in_row += 1
@@ -210,6 +217,11 @@ class StepReports:
         """How often each source was gone through so far: ``epoch``, or ``epoch/NAME`` for several."""
         epochs = self._inputs.train.epochs(tokens // self._inputs.plan.block_length)
         return {"epoch" if len(epochs) == 1 else f"epoch/{name}": value for name, value in epochs.items()}
+
+
+def _mean(step: Step, loss_sum: float) -> float:
+    """The loss over the step's targets; NaN, which is null in JSON, if it has none: 0 would look like a perfect one."""
+    return loss_sum / step.targets if step.targets else math.nan
 
 
 def _saved(suspects: Suspects) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,11 @@ def test_run_folder_explains_itself_and_a_finished_run_says_so(corpus: Path, tmp
         "README.txt", "config.yaml", "deepspeed.json", "environment.json", "starts.jsonl", "metrics.jsonl",
         "status.json", "checkpoints", "samples", "export", "tokenizer",
     }  # fmt: skip
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert {
+        path for path in run.rglob("*") if path.is_file() and path.stat().st_mode & 0o777 != 0o666 & ~umask
+    } == set()
     assert load_config(run / "config.yaml").model.vocab_size == 300
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
     assert (run / "checkpoints" / "latest").read_text() == "step000000008"
@@ -196,7 +202,11 @@ def test_a_finished_run_goes_on_when_its_last_stage_grows(corpus: Path, tmp_path
     write_config(
         tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=2, curriculum=longer, optimizer={"lr": 0.005})
     )
-    assert values(run_ranks(train, 1, config=config)) == [0]
+    (ended,) = run_ranks(train, 1, config=config)
+    assert ended.value == 0
+    assert (
+        "the learning rate rises from 0.001 to 0.005 in one step: that is where wsd over 2,560 tokens" in ended.output
+    )
     assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 11))
     (resume,) = [row for row in metrics(tmp_path / "run", "event") if row["event"] == "resume"]
     assert resume["changed"]["optimizer.lr"] == [0.01, 0.005]
