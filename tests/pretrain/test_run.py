@@ -180,9 +180,8 @@ def test_run_folder_explains_itself_and_a_finished_run_says_so(corpus: Path, tmp
     }  # fmt: skip
     umask = os.umask(0o022)
     os.umask(umask)
-    assert {
-        path for path in run.rglob("*") if path.is_file() and path.stat().st_mode & 0o777 != 0o666 & ~umask
-    } == set()
+    files = [path for path in run.rglob("*") if path.is_file() and path.suffix != ".py"]  # DeepSpeed's can be run
+    assert [path for path in files if path.stat().st_mode & 0o777 != 0o666 & ~umask] == []
     assert load_config(run / "config.yaml").model.vocab_size == 300
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
     assert (run / "checkpoints" / "latest").read_text() == "step000000008"
