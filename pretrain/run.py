@@ -28,6 +28,7 @@ from pretrain.distributed.signals import (
 from pretrain.distributed.world import Rank
 from pretrain.ending import STATES, export_weights, is_finished, leave_preempted, write_status
 from pretrain.inputs import Inputs
+from pretrain.machine import software
 
 
 def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool = False) -> int:
@@ -56,13 +57,17 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
         raise UserError(f"--resume {resume}: choose auto or never")
 
     stop = StopFlag(launched=rank.world_size > 1 or LAUNCHER_PID in os.environ)
+    from pretrain.distributed.agreement import flat
     from pretrain.distributed.meeting import NotAllCame, StoppedWhileWaiting
     from pretrain.distributed.world import World
 
+    facts = flat(
+        {**config.model_dump(mode="json"), "training text": inputs.fingerprint, "--resume": resume, **software()}
+    )
     lock = RunLock(config.run_dir)
     with LeaveAtOnce(stop) as leaving:
         try:
-            world = World(rank, config.stall_seconds, stop)
+            world = World(rank, config.stall_seconds, stop, facts=facts)
         except StoppedWhileWaiting:
             return EXIT_PREEMPTED
         except NotAllCame as error:
