@@ -171,6 +171,7 @@ def _train_together(
             telemetry.say(line)
         telemetry.say(describe(config, inputs.plan, inputs.train, engine.num_parameters, world, precision.text))
         telemetry.say(precision.note)
+        telemetry.say(config.checkpoint.describe())
         event: dict[str, Any] = {"event": "start"}
         if found is not None:
             event = {"event": "resume", "changed": changed, "passed_over": passed_over}

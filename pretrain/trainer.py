@@ -58,7 +58,8 @@ class Trainer:
         self.stop = lambda: callbacks.stop_asked or stop()
         self._saved_step = state.step if state.step else -1
         self._sound_step = state.sound_step
-        self._started = time.monotonic() - state.seconds
+        self._tried_at = time.monotonic()
+        self._started = self._tried_at - state.seconds
         self._reports = StepReports(inputs, engine, world, telemetry, self._event, state.losses, state.suspect_in_row)
         self._profiler = StepProfiler(self.config.run_dir, self.config.telemetry, world.is_first)
 
@@ -88,13 +89,21 @@ class Trainer:
                 waited = time.monotonic() - began
                 watchdog.at("training")
                 # The one collective of the control plane in a step: targets to divide by, whether anybody must stop,
-                # and the loss of the step before.
-                targets, stopping, loss_sum = self.world.sum(
-                    [float((batch.labels != IGNORE).sum()), float(self.stop()), self._reports.unsummed]
+                # the loss of the step before, and whether a checkpoint is due by the first process's clock.
+                targets, stopping, loss_sum, is_time = self.world.sum(
+                    [
+                        float((batch.labels != IGNORE).sum()),
+                        float(self.stop()),
+                        self._reports.unsummed,
+                        float(self.world.is_first and self._is_time_to_save()),
+                    ]
                 )
                 self._reports.settle(loss_sum)
                 if stopping:
                     return self._preempt()
+                if is_time:
+                    self._save_or_train_on()
+                    began = time.monotonic() - waited  # a save is not part of the step's time
                 self._train_step(batch, targets, began, waited)
                 self.telemetry.say(self._profiler.end(self.state.step))
                 if self.state.bad_in_row >= self.config.max_bad_steps:
@@ -102,8 +111,8 @@ class Trainer:
                 self._confirm()
                 if self._validation_due() and not self._validate():
                     return self._preempt()
-                if self._checkpoint_due(batch) and not self.save():
-                    self.telemetry.say("Training goes on; the next checkpoint is tried when it is due.")
+                if self._checkpoint_due(batch):
+                    self._save_or_train_on()
             if not self.save(last=True):
                 return self._not_saved()
             self._event("done")
@@ -246,6 +255,15 @@ class Trainer:
             return False
         return self.state.tokens // every > batch.tokens_before // every
 
+    def _is_time_to_save(self) -> bool:
+        """Whether ``checkpoint.every_minutes`` have passed since the last attempt. Only the first process is asked."""
+        minutes = self.config.checkpoint.minutes
+        return minutes is not None and self.state.step > 0 and time.monotonic() - self._tried_at >= 60 * minutes
+
+    def _save_or_train_on(self) -> None:
+        if not self.save():
+            self.telemetry.say("Training goes on; the next checkpoint is tried when it is due.")
+
     @property
     def has_unsaved_steps(self) -> bool:
         """Whether anything was trained since the last checkpoint, or since the start."""
@@ -263,9 +281,9 @@ class Trainer:
 
         ``last``: no step follows.
         """
+        began = self._tried_at = time.monotonic()
         if self._saved_step == self.state.step:
             return True
-        began = time.monotonic()
         watchdog.at("saving a checkpoint", self.state.step)
         self._reports.settle_now()
         self._confirm()
