@@ -10,7 +10,7 @@ from pretrain.config import RunConfig
 from pretrain.curriculum.plan import build_plan, check_world_size
 from pretrain.engine.deepspeed_config import build_deepspeed_config
 from pretrain.inputs import Inputs
-from pretrain.sources import fingerprint, open_sources
+from pretrain.sources import check_sample, fingerprint, open_sources
 from pretrain.telemetry.trackers import check_trackers
 
 
@@ -27,6 +27,8 @@ def check_inputs(config: RunConfig, world_size: int) -> Inputs:
 
         expected = Tokenizer.load(config.data.tokenizer).hash
     train = open_sources(config, plan, expected)
+    for blocks in train.blocks:
+        check_sample(blocks.shards)
     shards = train.shards
     check_objective(shards.manifest.special_ids, config.model.objective, f"the shards in {shards.path}")
     vocab_size = config.model.vocab_size or shards.vocab_size
@@ -39,6 +41,7 @@ def check_inputs(config: RunConfig, world_size: int) -> Inputs:
     valid = None
     if config.data.valid is not None:
         valid = ShardSet.open(config.data.valid)
+        check_sample(valid)
         if valid.tokenizer_hash != shards.tokenizer_hash:
             raise UserError(
                 f"the shards in {valid.path} were made with another tokenizer than those in {shards.path}: "

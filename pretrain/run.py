@@ -159,7 +159,7 @@ def _train_together(
         world,
         checkpoints,
         telemetry,
-        identity(config, inputs.fingerprint, world.world_size),
+        identity(config, inputs.fingerprint, world.world_size, _valid_fingerprint(inputs)),
         state,
         stop,
         callbacks,
@@ -210,7 +210,13 @@ def _train_together(
 
 
 def _check(manifest: Manifest, inputs: Inputs, world_size: int) -> dict[str, Any]:
-    return check_resume(manifest, inputs.config, inputs.plan, inputs.fingerprint, world_size)
+    return check_resume(
+        manifest, inputs.config, inputs.plan, inputs.fingerprint, world_size, _valid_fingerprint(inputs)
+    )
+
+
+def _valid_fingerprint(inputs: Inputs) -> str | None:
+    return None if inputs.valid is None else inputs.valid.fingerprint
 
 
 def _prepare_folder(inputs: Inputs, resume: str, lock: RunLock) -> None:

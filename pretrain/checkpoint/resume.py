@@ -31,20 +31,32 @@ def trains_otherwise(changed: Iterable[str]) -> bool:
     )
 
 
-def identity(config: RunConfig, data_fingerprint: str, world_size: int) -> dict[str, Any]:
+def identity(
+    config: RunConfig, data_fingerprint: str, world_size: int, valid_fingerprint: str | None = None
+) -> dict[str, Any]:
     """What a checkpoint keeps of its run, to be compared at a resume. Plain JSON values."""
-    return {"config": config.model_dump(mode="json"), "data_fingerprint": data_fingerprint, "world_size": world_size}
+    return {
+        "config": config.model_dump(mode="json"),
+        "data_fingerprint": data_fingerprint,
+        "valid_fingerprint": valid_fingerprint,
+        "world_size": world_size,
+    }
 
 
 def check_resume(
-    manifest: Manifest, config: RunConfig, plan: Plan, data_fingerprint: str, world_size: int
+    manifest: Manifest,
+    config: RunConfig,
+    plan: Plan,
+    data_fingerprint: str,
+    world_size: int,
+    valid_fingerprint: str | None = None,
 ) -> dict[str, Any]:
     """Compare a checkpoint with what is asked for now.
 
     Returns the changes that are allowed, {dotted key: [old, new]}: learning rate and its schedule, stages to come,
-    micro-batches, validation, checkpoints, telemetry, callbacks, the ZeRO stage, bf16 for fp32 and fp32 for bf16 and,
-    as ``processes``, their number. ``precision: auto`` is no change: it is the checkpoint's. Raises :class:`UserError`
-    that names every change that is not allowed.
+    micro-batches, validation and the held-out text, checkpoints, telemetry, callbacks, the ZeRO stage, bf16 for fp32
+    and fp32 for bf16 and, as ``processes``, their number. ``precision: auto`` is no change: it is the checkpoint's.
+    Raises :class:`UserError` that names every change that is not allowed.
     """
     old = manifest.identity
     old_config = parse_config(old["config"], where=f"checkpoint {manifest.tag}")
@@ -79,6 +91,7 @@ def check_resume(
         names = ", ".join(source.name for source in old_config.data.sources)
         were = f" (its sources were {names})" if len(old_config.data.sources) > 1 else ""
         refused.append(f"the shards in {paths} are not those that the run was started with{were}")
+    changed |= _other_held_out_text(old_config, config, old.get("valid_fingerprint"), valid_fingerprint)
     if old["world_size"] != world_size:
         changed["processes"] = [old["world_size"], world_size]
     if refused:
@@ -106,6 +119,19 @@ def rate_jump(manifest: Manifest, config: RunConfig, plan: Plan) -> str | None:
         f"over {lengths[1]:,} tokens stands, and where {old.schedule.kind} over {lengths[0]:,} stood. A run that is to "
         "be extended is better resumed from a checkpoint before its decay"
     )
+
+
+def _other_held_out_text(
+    old: RunConfig, new: RunConfig, fingerprint: str | None, now: str | None
+) -> dict[str, list[str | None]]:
+    """Losses before and after are of different texts then. A checkpoint of an older version tells the path only."""
+    paths = [old.data.valid, new.data.valid]
+    if fingerprint is None or now is None:
+        return {"data.valid": paths} if paths[0] != paths[1] else {}
+    if fingerprint == now:
+        return {}  # the same text, wherever it is
+    marks = (fingerprint, now)
+    return {"data.valid": [f"{path} (hash {mark[:8]})" for path, mark in zip(paths, marks, strict=True)]}
 
 
 def _precision(old: RunConfig, new: RunConfig) -> list[str]:
