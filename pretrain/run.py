@@ -178,8 +178,9 @@ def _train_together(
             telemetry.say(f"Goes on from {found[0]}: step {state.step}, {state.tokens:,} tokens.")
             for key, (old, new) in changed.items():
                 telemetry.say(f"  changed since: {key} from {old} to {new}")
-            for line in [rate_jump(found[1], config, inputs.plan), *loaded]:
-                telemetry.say(None if line is None else f"  {line}")
+            jump = rate_jump(found[1], config, inputs.plan)
+            for line in loaded if jump is None else [jump, *loaded]:
+                telemetry.say(f"  {line}")
         telemetry.write(
             "event", step=state.step, tokens=state.tokens, seconds=state.seconds, world_size=world.world_size, **event
         )

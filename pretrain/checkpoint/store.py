@@ -198,10 +198,13 @@ class Checkpoints:
         world = self._world
         found, had_any = world.broadcast((list(commit.candidates(self.root)), commit.had_any(self.root)))
         damaged: list[tuple[Path, str]] = []
+        problem: Manifest | str | None
         for folder, manifest in found:
-            problem = self.problem(folder, manifest) if isinstance(manifest, Manifest) else manifest
-            if problem is None:
-                return (folder, manifest), self._set_aside(damaged, commit.DAMAGED)
+            problem = manifest
+            if isinstance(manifest, Manifest):
+                problem = self.problem(folder, manifest)
+                if problem is None:
+                    return (folder, manifest), self._set_aside(damaged, commit.DAMAGED)
             damaged.append((folder, f"checkpoint {folder} is not used: {problem}"))
         lines = [line for _, line in damaged]
         if had_any:
