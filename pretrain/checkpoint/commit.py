@@ -292,7 +292,8 @@ def removable(
     if not isinstance(known, Manifest):
         return []
     sound_step = known.state.sound_step if sound_step is None else sound_step
-    suspect = known.state.suspect_in_row > 0 if suspect is None else suspect
+    if suspect is None:
+        suspect = known.state.suspect_in_row > 0 and sound_step != known.state.step
     whole = {folder: manifest.state for folder, manifest in found if isinstance(manifest, Manifest)}
     stay = {root / verified, root / tag_name(sound_step)}
     if suspect:
