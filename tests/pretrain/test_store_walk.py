@@ -140,11 +140,9 @@ class Walk:
             return
         was_whole, tag = set(self.whole()), tag_name(self.step)
         state = TrainState(step=self.step, tokens=10 * self.step, suspect_in_row=self.suspect, sound_step=self.sound)
-        if self.suspect:  # a streak: what is not of it stays
-            self.must_stay |= {t for t in was_whole if not Manifest.read(self.root / t).state.suspect_in_row}
-        else:
-            self.must_stay = {tag_name(self.sound)}
-        self.must_stay.add(tag_name(self.saved))  # until the new one is whole
+        good = {t for t in was_whole if not Manifest.read(self.root / t).state.suspect_in_row}
+        stay = {tag_name(self.sound)} & was_whole | (good if self.suspect else set())  # a streak takes no good one
+        self.must_stay = stay | {tag_name(self.saved)}  # until the new one is whole
         try:
             assert self.store.save(Engine(self), state, {"world_size": 1}) == []  # type: ignore[arg-type]
         except SaveFailed:
@@ -155,8 +153,7 @@ class Walk:
         self.committed[tag] = contents(self.root / tag)
         self.damaged.discard(tag)
         self.saved = self.step
-        good = {t for t in was_whole if self.is_whole(t) and not Manifest.read(self.root / t).state.suspect_in_row}
-        self.must_stay = {tag, *({tag_name(self.sound)} & was_whole), *(self.must_stay & good if self.suspect else ())}
+        self.must_stay = stay | {tag}
         streaks = any(Manifest.read(self.root / t).state.suspect_in_row for t in self.whole())
         if not streaks and not self.damaged and self.keep[1] is None and self.free:
             there = {t for t in was_whole if t < tag} | {tag}
