@@ -99,7 +99,8 @@ def read_batch(folder: Path) -> tuple[dict[str, Any], list[tuple[int, dict[str, 
 def _make_room(root: Path, folder: Path) -> None:
     root.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)  # of the same step, before a resume
-    for old in sorted(root.glob("step*"), reverse=True)[MOST_SAVED - 1 :]:
+    ours = [path for path in root.glob("step*") if commit.step_of(path.name) is not None]  # a copy is the user's
+    for old in sorted(ours, reverse=True)[MOST_SAVED - 1 :]:
         shutil.rmtree(old)
     folder.mkdir()
 
