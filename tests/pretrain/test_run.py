@@ -154,16 +154,25 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(corpus: Path, tmp_p
     assert (numbers(run), weights_hash(run)) == (before, digest)
 
 
-def test_when_no_checkpoint_is_whole_it_says_so(corpus: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path))
+@pytest.mark.parametrize("how", ["flipped", "truncated"])
+def test_when_no_checkpoint_is_whole_it_says_so_and_changes_nothing(corpus: Path, tmp_path: Path, how: str) -> None:
+    """Files cut short were taken for saves that had not finished: it trained from step 1 and cut the metrics."""
+    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, checkpoint={"every_tokens": 1024}))
     assert values(run_ranks(train, 1, config=config)) == [0]
-    (folder,) = (tmp_path / "run" / "checkpoints").glob("step*")
-    (folder / "rng_rank_00000.pt").write_bytes(b"\0" * (folder / "rng_rank_00000.pt").stat().st_size)
-    (tmp_path / "run" / "export" / "export.json").unlink()
+    run = tmp_path / "run"
+    for folder in (run / "checkpoints").glob("step*"):
+        file = folder / "rng_rank_00000.pt"
+        size = file.stat().st_size
+        file.write_bytes(b"\0" * size if how == "flipped" else file.read_bytes()[:-1])
+    (run / "export" / "export.json").unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     (end,) = run_ranks(train, 1, config=config)
     assert end.value == 2
     assert "no whole checkpoint is left" in end.output
-    assert "rng_rank_00000.pt does not match its checksum" in end.output
+    what = "does not match its checksum" if how == "flipped" else "bytes, the manifest says"
+    assert end.output.count(what) == 2
+    assert "start over with --resume never" in end.output
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_run_folder_explains_itself_and_a_finished_run_says_so(corpus: Path, tmp_path: Path) -> None:
