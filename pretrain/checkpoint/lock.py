@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 
 from data_pipeline.errors import UserError
+from pretrain.distributed import watchdog
 from pretrain.distributed.signals import EXIT_STALLED
 
 LOCK = "run.lock"
@@ -141,8 +142,12 @@ class RunLock:
 
     def _shows_life(self, text: str) -> bool:
         """Watch the lock: True as soon as its time moves or its contents change, False if nothing does for so long."""
+        with contextlib.suppress(OSError):
+            who = _parse(text) or "a process without a name"
+            print(f"{self.path} is of {who}: waiting {STALE_SECONDS:g} s for a sign of life", flush=True)
         before, deadline = _time(self.path), time.monotonic() + STALE_SECONDS
         while time.monotonic() < deadline:
+            watchdog.at("waiting for the lock of the run folder")
             time.sleep(POLL_SECONDS)
             now = _time(self.path)
             if now is None:
