@@ -222,10 +222,12 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     ids = torch.arange(6).reshape(2, 3)
     batch = Batch(ids, ids, torch.arange(2), stage=0, seq_len=3, tokens=6, tokens_before=0)
     root = tmp_path / "bad_steps"
+    (root / "step000000001-mine").mkdir(parents=True)
     for step in range(1, 26):
         saved = bad_batches.save_batch(root, Alone(), batch, False, {"step": step})  # type: ignore[arg-type]
         assert saved.folder == root / f"step{step:09d}"
-    assert [path.name for path in sorted(root.iterdir())] == [f"step{step:09d}" for step in range(6, 26)]
+    names = [path.name for path in sorted(root.iterdir())]
+    assert names == ["step000000001-mine", *(f"step{step:09d}" for step in range(6, 26))]
     with pytest.raises(UserError, match=r"is not a saved batch \(it has no step.json\)"):
         bad_batches.read_batch(root)
     rows = root / "step000000025" / "rank_00000.safetensors"

@@ -153,3 +153,53 @@ def test_a_folder_is_created_with_those_above_it(tmp_path: Path, monkeypatch: py
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError):
         commit.make_folder(tmp_path / "file")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_damaged_newest_one_costs_no_good_one(tmp_path: Path) -> None:
+    """It was counted as the newest: with keep_last 1 each new checkpoint went as soon as it was committed."""
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    flip(tmp_path / commit.tag_name(3) / "model.pt")
+    assert commit.prune(tmp_path, 1, verified=commit.tag_name(2)) == []
+    assert left(tmp_path) == [2, 3]
+    make(tmp_path, 1)
+    assert commit.prune(tmp_path, 1) == []  # asked for none, it looks for one that is whole
+    assert left(tmp_path) == [2, 3]
+
+
+def test_a_copy_of_the_users_is_no_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    for name in ("step000000001-best", "step000000009", "step1", "step0000000001"):
+        (tmp_path / commit.tag_name(1)).rename(tmp_path / name)
+        make(tmp_path, 1)
+    assert commit.prune(tmp_path, 1) == []
+    names = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert names == {"step000000001-best", "step000000009", "step1", "step0000000001", "step000000003"}
+    assert [folder.name for folder, _ in commit.candidates(tmp_path)] == ["step000000003"]
+    commit.vacate(tmp_path / "step000000009")  # in the way of a save
+    assert (tmp_path / "replaced-step000000009" / "model.pt").exists()
+
+
+def test_a_streak_of_suspect_steps_takes_no_good_one(tmp_path: Path) -> None:
+    def state(step: int, suspect: int, sound: int) -> None:
+        folder = make(tmp_path, step)
+        manifest = Manifest.read(folder)
+        changed = TrainState(step=step, tokens=10 * step, suspect_in_row=suspect, sound_step=sound)
+        commit.commit(tmp_path, Manifest(folder.name, changed, {}, manifest.files))
+        assert commit.prune(tmp_path, 1, verified=folder.name) == []
+
+    state(1, 0, 0)
+    state(2, 0, 1)
+    assert left(tmp_path) == [1, 2]  # 2 is whole, but nothing tells yet that its weights are any good
+    for step in (3, 4, 5):
+        state(step, step - 2, 1)
+        assert left(tmp_path) == [1, 2, step]
+    state(6, 0, 5)
+    assert left(tmp_path) == [5, 6]

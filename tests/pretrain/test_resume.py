@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,48 @@ def test_a_checkpoint_from_before_there_were_mixtures_goes_on(corpus: Path) -> N
         del stage["weights"]
     manifest = Manifest("step2", TrainState(step=2, tokens=512), kept, {})
     assert check_resume(manifest, inputs.config, inputs.plan, inputs.fingerprint, 1) == {}
+
+
+def test_other_held_out_text_is_told(corpus: Path, tmp_path: Path) -> None:
+    """Losses before and after are of different texts, in one file."""
+
+    def held_out(path: Path | None) -> dict[str, Any]:
+        return settings(corpus, corpus, data={"valid": None if path is None else str(path)})
+
+    def change(before: Path | None, now: Path | None, version: bool = True) -> Any:
+        old, new = (check_inputs(parse_config(held_out(path)), 1) for path in (before, now))
+        prints = [None if inputs.valid is None else inputs.valid.fingerprint for inputs in (old, new)]
+        kept = json.loads(json.dumps(identity(old.config, old.fingerprint, 1, prints[0])))
+        if not version:  # as it was written before this was compared
+            del kept["valid_fingerprint"]
+        manifest = Manifest("step4", TrainState(step=4, tokens=512), kept, {})
+        return check_resume(manifest, new.config, new.plan, new.fingerprint, 1, prints[1])
+
+    train, valid, moved = corpus / "train", corpus / "valid", tmp_path / "moved"
+    moved.symlink_to(valid)
+    assert change(valid, valid) == change(valid, moved) == change(None, None) == {}
+    (told,) = change(valid, train).values()
+    assert [text.partition(" (hash ")[0] for text in told] == [str(valid), str(train)]
+    assert told[0] != told[1]
+    assert change(valid, None) == {"data.valid": [str(valid), None]}
+    assert change(None, valid) == {"data.valid": [None, str(valid)]}
+    assert change(valid, moved, version=False) == {"data.valid": [str(valid), str(moved)]}
+
+
+@pytest.mark.parametrize("name", ["train", "valid"])
+def test_shards_overwritten_in_place_are_refused(corpus: Path, tmp_path: Path, name: str) -> None:
+    """Same size, same manifest: nothing but the contents tells."""
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus, copy)
+    raw = settings(copy, tmp_path, data={"valid": str(copy / "valid")})
+    inputs = check_inputs(parse_config(raw), 1)
+    assert inputs.valid is not None
+    shards = inputs.train.shards if name == "train" else inputs.valid
+    path = shards.path / shards.manifest.shards[-1].tokens.name
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + data[:2])
+    assert data[-2:] != data[:2]
+    with pytest.raises(
+        UserError, match=f"{path} is not what its manifest says: block 0 of .* bytes has other contents"
+    ):
+        check_inputs(parse_config(raw), 1)

@@ -292,3 +292,39 @@ def test_latest_is_for_people_only(corpus: Path, tmp_path: Path, whole: Path, co
     found = commit.newest(root)
     assert found is not None
     assert found[1].state.step == 8
+
+
+# --- by the clock -----------------------------------------------------------------------------------------------------
+
+
+def train_killed(config: str) -> int:
+    """Runs in the ranks: the last one is killed in the fifth step."""
+    from test_run import train_until
+
+    return train_until(config, 5, "kill")
+
+
+def test_without_a_word_about_it_a_checkpoint_is_saved_by_the_clock() -> None:
+    from pretrain.config.outputs import CheckpointConfig
+
+    assert CheckpointConfig().minutes == 30
+    assert CheckpointConfig(every_tokens=100).minutes is None
+    assert CheckpointConfig(every_tokens=100, every_minutes=5).minutes == 5
+    assert CheckpointConfig(every_minutes=0).minutes is None
+    said = "Checkpoints: every 30 minutes (checkpoint.every_minutes) and at the end; the last 2 stay."
+    assert CheckpointConfig().describe() == said
+    both = CheckpointConfig(every_tokens=1000, every_minutes=5, keep_last=3).describe()
+    assert both == "Checkpoints: every 1,000 tokens and every 5 minutes and at the end; the last 3 stay."
+
+
+def test_one_that_the_clock_asked_for_resumes_to_the_bit(corpus: Path, tmp_path: Path, whole: Path) -> None:
+    """The first process's clock decides for all; here one is due at each step."""
+    changes: dict[str, Any] = {"checkpoint": {"every_tokens": None, "every_minutes": 1e-6}}
+    config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path, **changes))
+    ended = run_ranks(train_killed, 2, config=config, timeout=60)
+    assert ended[1].code == -9
+    assert "Checkpoints: every 1e-06 minutes and at the end; the last 2 stay." in ended[0].output
+    assert steps(tmp_path / "run") == [3, 4]
+    assert values(run_ranks(train, 2, config=config)) == [0, 0]
+    assert_equal_runs(tmp_path / "run", whole)
+    assert [row["step"] for row in metrics(tmp_path / "run", "event") if row["event"] == "checkpoint"][-3:] == [6, 7, 8]

@@ -8,27 +8,62 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from pretrain.distributed.signals import LAUNCHER_PID, StopFlag
+from pretrain.distributed.signals import LAUNCHER_PID, STOP_SIGNALS, StopFlag
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_sets_it_and_says_nothing(number: int, capfd: pytest.CaptureFixture[str]) -> None:
     stop = StopFlag()
     assert not stop()
     os.kill(os.getpid(), number)
     assert stop()
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopFlag()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop()
+
+
+def test_the_end_of_deepspeed_s_first_process_sets_it(tmp_path: Path) -> None:
+    """SIGTERM ends it, and the second one, the parent of the workers, trains on."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys, time\nfrom pretrain.distributed.signals import StopFlag\nstop = StopFlag(launched=True)\n"
+        "print(stop(), flush=True)\n"
+        "while not stop():\n    time.sleep(0.02)\nprint('it is gone', flush=True)\n"
+    )
+    launch = tmp_path / "deepspeed" / "launcher" / "launch.py"
+    launch.parent.mkdir(parents=True)
+    for folder in (launch.parent, launch.parent.parent):
+        (folder / "__init__.py").touch()
+    wait = "import subprocess, sys\nsubprocess.run(["
+    launch.write_text(f"{wait}sys.executable, {str(worker)!r}])\n")
+    runner = tmp_path / "bin" / "deepspeed"
+    runner.parent.mkdir()
+    runner.write_text(f"{wait}sys.executable, '-u', '-m', 'deepspeed.launcher.launch'])\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    with subprocess.Popen(
+        [sys.executable, str(runner)], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "False\n"
+        process.terminate()
+        assert process.stdout.readline() == "it is gone\n"
 
 
 def test_a_launcher_that_is_gone_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
