@@ -53,7 +53,7 @@ def publish(tmp: Path, path: Path) -> None:
     fsync_folder(path.parent)
 
 
-def share_as_umask_says(path: Path) -> None:
+def apply_umask(path: Path) -> None:
     """Give a new file the rights that ``open`` would have given it: safetensors makes files that only we can read."""
     try:
         status = Path("/proc/self/status").read_text()

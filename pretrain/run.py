@@ -13,7 +13,7 @@ from data_pipeline.files import write_atomic
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
 from pretrain.checkpoint.lock import RunLock
-from pretrain.checkpoint.resume import check_resume, identity, rate_jump, trains_otherwise
+from pretrain.checkpoint.resume import changes_training, check_resume, identity, rate_jump
 from pretrain.checks import check_inputs
 from pretrain.config import RunConfig
 from pretrain.distributed import watchdog
@@ -117,7 +117,7 @@ def _train_together(
     changed: dict[str, Any] = {}
     if found is not None:
         changed, state = _check(found[1], inputs, world.world_size), found[1].state
-        if state.suspect_in_row and trains_otherwise(changed):
+        if state.suspect_in_row and changes_training(changed):
             back = checkpoints.go_back(state)
             if back is not None:
                 found, passed_over = back[0], passed_over + back[1]

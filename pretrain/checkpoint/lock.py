@@ -81,7 +81,7 @@ class RunLock:
                 continue  # released since
             holder = _parse(text)
             ended = holder.has_ended() if holder else None
-            if ended is False or (ended is None and self._shows_life(text)):
+            if ended is False or (ended is None and self._is_alive(text)):
                 who = str(holder) if holder else f"a process that {self.path} does not name yet"
                 raise UserError(
                     f"run folder {self.path.parent} is in use by {who}: two runs would overwrite each other's files. "
@@ -140,7 +140,7 @@ class RunLock:
         finally:
             aside.unlink(missing_ok=True)
 
-    def _shows_life(self, text: str) -> bool:
+    def _is_alive(self, text: str) -> bool:
         """Watch the lock: True as soon as its time moves or its contents change, False if nothing does for so long."""
         with contextlib.suppress(OSError):
             who = _parse(text) or "a process without a name"
@@ -165,9 +165,9 @@ class RunLock:
                 elif _parse(text) == own:
                     os.utime(self.path)
                 elif not over.is_set():
-                    self._lose()
+                    self._exit_without_lock()
 
-    def _lose(self) -> None:
+    def _exit_without_lock(self) -> None:
         with contextlib.suppress(OSError):
             print(
                 f"{self.path} is no longer this run's: another start has taken the folder over while this process was "

@@ -23,15 +23,15 @@ MOST_RISE = 1.1
 # Where something is, not what it is (the contents are compared by fingerprint), and what has a comparison of its own.
 _ELSEWHERE = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
 # What may change without the steps to come being other ones.
-_BESIDE = ("checkpoint", "validation", "telemetry", "callbacks", "stall_seconds", "max_bad_steps", "data.valid")
+_IMMATERIAL = ("checkpoint", "validation", "telemetry", "callbacks", "stall_seconds", "max_bad_steps", "data.valid")
 COMPARED_BY_STAGE = ("batch_tokens", "model.rope_theta", "model.rope_scaling", "model.rope_position_scale")
 """Keys of the configuration outside ``curriculum`` that matter through the stages only."""
 
 
-def trains_otherwise(changed: Iterable[str]) -> bool:
+def changes_training(changed: Iterable[str]) -> bool:
     """Whether a resume with these changes (:func:`check_resume`) takes other steps than the run would have taken."""
     return any(
-        not any(key == part or key.startswith(part + ".") for part in (*_BESIDE, "processes")) for key in changed
+        not any(key == part or key.startswith(part + ".") for part in (*_IMMATERIAL, "processes")) for key in changed
     )
 
 

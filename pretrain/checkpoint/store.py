@@ -240,7 +240,7 @@ class Checkpoints:
     def go_back(self, state: TrainState) -> tuple[tuple[Path, Manifest], list[str]] | None:
         """Set aside what is newer than the newest sound checkpoint that ``state`` knows of; None if there is none.
 
-        If that one has made room for a newer one since, it is the newest that is not from a streak of suspect steps.
+        If rotation has removed that one, it is the newest that is not from a streak of suspect steps.
         Returns the checkpoint, and lines as :meth:`find`. All processes must call it.
         """
         found = self._world.broadcast(list(commit.candidates(self.root)) if state.sound_step else [])

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import share_as_umask_says, write_atomic
+from data_pipeline.files import apply_umask, write_atomic
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, tag_name
 
@@ -120,7 +120,7 @@ def _write_rows(folder: Path, rank: int, batch: Batch) -> None:
     if batch.document_ids is not None:
         rows["document_ids"] = batch.document_ids.to(torch.int32, copy=True)
     save_file({name: tensor.contiguous() for name, tensor in rows.items()}, _rows_file(folder, rank))
-    share_as_umask_says(_rows_file(folder, rank))
+    apply_umask(_rows_file(folder, rank))
 
 
 def _rows_file(folder: Path, rank: int) -> Path:

@@ -27,7 +27,7 @@ NORMAL = 1.4826
 LEAST_SHARE = 0.01
 LEAST_VALUES = 20
 """With fewer values to compare with (or fewer than the window, if that is shorter) nothing is called a spike."""
-FEW_TIMES = 2.0
+FEW_FACTOR = 2.0
 """With so few, a loss above the highest so far by this factor is still suspect: runs diverge in their first steps."""
 
 
@@ -102,7 +102,7 @@ class SpikeDetector:
         self._losses.append(loss)
         expected = expectation(before) if len(before) >= min(LEAST_VALUES, self._window) else None
         was_within, self._within = self._within, expected is not None and loss > expected.limit
-        self.stands_out = self._within or bool(expected is None and before and loss > FEW_TIMES * max(before))
+        self.stands_out = self._within or bool(expected is None and before and loss > FEW_FACTOR * max(before))
         if expected is None or not self._within or was_within:
             return None
         return Spike(loss, expected.median, expected.limit)

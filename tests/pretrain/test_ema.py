@@ -185,14 +185,14 @@ def test_an_average_may_begin_and_end_at_a_resume(corpus: Path, tmp_path: Path) 
 
 
 def test_an_average_that_is_kept_no_more_does_not_lie_beside_the_export(tmp_path: Path) -> None:
-    from pretrain.finish import _put_away_the_average
+    from pretrain.finish import _set_stale_average_aside
 
     info = {"weights_hash": "a", "tokens": 10, "step": 7}
     (tmp_path / "export-ema").mkdir()
     (tmp_path / "export-ema" / "export.json").write_text(json.dumps(info))
-    assert _put_away_the_average(tmp_path, ["export", "export-ema"]) is None
-    said = _put_away_the_average(tmp_path, ["export"])
+    assert _set_stale_average_aside(tmp_path, ["export", "export-ema"]) is None
+    said = _set_stale_average_aside(tmp_path, ["export"])
     assert said is not None
     assert said.endswith(f"the one of step 7 is now {tmp_path / 'export-ema.step000000007'}.")
     assert [path.name for path in tmp_path.iterdir()] == ["export-ema.step000000007"]
-    assert _put_away_the_average(tmp_path, ["export"]) is None
+    assert _set_stale_average_aside(tmp_path, ["export"]) is None

@@ -113,7 +113,7 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_it_shows_life_and_comes_back_if_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
     held, lost = RunLock(tmp_path), threading.Event()
-    monkeypatch.setattr(held, "_lose", lost.set)
+    monkeypatch.setattr(held, "_exit_without_lock", lost.set)
     held.take()
     path = tmp_path / lock.LOCK
     os.utime(path, (0, 0))
