@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from data_pipeline.tokenization.training import check_training, train_tokenizer
 
     check_training(args.vocab_size, args.model, args.lowercase)
-    corpus, reading = corpus_of(args), reading_of(args)
+    corpus, reading = corpus_of(args, args.out), reading_of(args)
     if corpus is None:
         raise UserError("a tokenizer may read its text more than once: save standard input to a file first")
     pieces = corpus.pieces(sys.maxsize, reading)  # one for each file

@@ -29,7 +29,7 @@ class Loss:
         more = f", and {len(self.lost) - _SHOWN:,} others" if len(self.lost) > _SHOWN else ""
         what = f" ({named}{more})" if count else ""
         return (
-            f"the tokenizer does not give text back as it was: of the first {self.characters:,} characters {count:,} "
+            f"the tokenizer does not give text back as it was: of a sample of {self.characters:,} characters {count:,} "
             f"({count / max(self.characters, 1):.2%}) are lost{what} and {self.added:,} are new; "
             f"{self.before!r} comes back as {self.after!r}"
         )

@@ -285,6 +285,11 @@ def test_an_output_folder_inside_the_inputs_is_not_an_input(corpus: Path, capsys
         nystrom(*words)
         assert "already complete" in capsys.readouterr().out
         shutil.rmtree(out)
+    words = ["tokenizer", "--input", folder, "--vocab-size", 300, "--out", folder / "tokenizer"]
+    (folder / "a.jsonl").write_bytes(corpus.read_bytes())
+    nystrom(*words)
+    nystrom(*words)
+    assert "already trained on this text" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_locked_is_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

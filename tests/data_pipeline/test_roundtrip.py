@@ -34,7 +34,7 @@ def test_lost_characters_are_counted_and_shown(metaspace: Tokenizer) -> None:
     assert found.lost == {"\n": 2, "日": 1, "本": 1, "€": 1, " ": 1, "É": 1, "a": 1}
     assert found.characters == sum(map(len, TEXTS))
     assert (found.before, found.after) == ("hello 日本 world €", "hello  world ")
-    assert f"of the first {found.characters} characters 8 (" in str(found)
+    assert f"of a sample of {found.characters} characters 8 (" in str(found)
     assert "are lost ('\\n' 2, '日' 1, '本' 1, '€' 1, ' ' 1, and 2 others) and 0 are new" in str(found)
 
 
