@@ -30,7 +30,7 @@ class CheckpointRemoved(UserError):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
-            f"checkpoint {folder} has no manifest: its save did not finish, or rotation has removed it since "
+            f"checkpoint {folder} has no manifest: its save did not finish, or the run has removed it since "
             "(checkpoint.keep_last). Give the run folder, which means its newest one, or a copy"
         )
 
