@@ -122,7 +122,7 @@ class Checkpoints:
         """Refuse a save that cannot fit: a disk filled to the brim takes metrics and logs down too.
 
         Checkpoints that this save would supersede are removed before it if that frees enough, unless the one to stay is
-        damaged. Torn ones, and those that were set aside, are removed in any case.
+        damaged. Those that were set aside are removed in any case, torn ones only beside a whole one.
         """
         if self._fits(needed):
             return
