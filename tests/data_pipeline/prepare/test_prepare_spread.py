@@ -205,7 +205,7 @@ def test_a_ray_cluster_that_loses_a_node_gives_the_same_bytes(
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     )
     for _ in range(3):  # 18 copies: enough units for the node to die among them
         for path in list(inputs.iterdir()):

@@ -14,7 +14,7 @@ from prepare_case import contents
 
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/data_pipeline'}"}
 
 # Runs in a process of its own: one import, then for each point a forked child that kills itself there with SIGKILL.

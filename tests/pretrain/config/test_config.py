@@ -13,7 +13,7 @@ from data_pipeline.batches.masking import Masking
 from data_pipeline.errors import UserError
 from pretrain.config import load_config, parse_config
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def minimal(**changes: Any) -> dict[str, Any]:

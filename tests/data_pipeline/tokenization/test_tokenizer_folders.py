@@ -294,7 +294,7 @@ def test_transformers_is_not_needed(bpe: Tokenizer, tmp_path: Path) -> None:
         "print(Tokenizer.load(sys.argv[1]).vocab_size)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, cwd=Path(__file__).parents[3]
     )
     assert done.stdout == f"{bpe.vocab_size}\n", done.stderr
 

@@ -242,7 +242,7 @@ def test_signatures_are_equal_in_another_process() -> None:
         f"print(Dedup('near').sign([{text!r}, 'b']).tolist(), Dedup('exact').sign([{text!r}]).tolist())"
     )
     environment = {"PYTHONHASHSEED": "7", "PATH": ""}
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=True
     )

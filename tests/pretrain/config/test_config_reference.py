@@ -19,7 +19,7 @@ from pretrain.config.cli import DEFAULT, FILE, SET, main, values_of
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.reference import Key, all_keys, as_markdown, find, type_text, value_text
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KEYS = all_keys()
 LONGEST_SENTENCE = 20
 """Words."""

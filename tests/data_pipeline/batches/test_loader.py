@@ -287,7 +287,7 @@ data = TrainingData.stream(ShardSet.open({str(shards.path)!r}), 32)
 iterator = iter(TrainLoader(data, plan, objective="clm", seed=1))
 print(tuple(next(iterator).input_ids.shape))
 """
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60, check=False
     )

@@ -140,7 +140,7 @@ def test_training_does_not_depend_on_the_process_or_its_threads(trained: dict[st
     for threads in ("1", "4"):
         done = subprocess.run(
             [sys.executable, "-c", code, str(Path(__file__).parent)],
-            env={"RAYON_NUM_THREADS": threads, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={"RAYON_NUM_THREADS": threads, "PYTHONPATH": str(Path(__file__).parents[3])},
             capture_output=True,
             text=True,
             check=True,

@@ -154,7 +154,7 @@ def test_zero_documents_for_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_help_is_instant_and_has_an_example() -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     script = "import sys; from data_pipeline.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n" + (
         "heavy = {'torch', 'datasets', 'pyarrow', 'tokenizers', 'numpy'} & set(sys.modules); assert not heavy, heavy"
     )
@@ -170,7 +170,7 @@ def test_help_is_instant_and_has_an_example() -> None:
 def test_it_runs_as_a_module(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "data_pipeline", "verify", str(tmp_path)],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         check=False,
@@ -186,7 +186,7 @@ def test_a_reader_that_goes_away_is_no_traceback(corpus: Path) -> None:
     command = f"{sys.executable} -m data_pipeline inspect {out} --samples 200 | head -n 1"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         check=False,
@@ -217,7 +217,7 @@ def test_settings_that_differ_are_named(corpus: Path) -> None:
 def run_data(*words: object, before: str = "", stdin: str = "", env: dict[str, str] | None = None) -> Any:
     """The command in a process of its own, through a shell with other words before and behind it."""
     command = " ".join(shlex.quote(str(word)) for word in (sys.executable, "-m", "data_pipeline", *words))
-    repository = Path(__file__).parents[2]
+    repository = Path(__file__).parents[3]
     return subprocess.run(
         ["bash", "-c", f"{before} {command} {stdin}"],
         capture_output=True,

@@ -24,7 +24,7 @@ from eval.results.schema import Outcome, read_result
 from eval.suites.load import load_suites
 from eval.task import TASKS, ModuleTask, Settings, Task, described, register, task_of, tasks
 
-TOY = Path(__file__).with_name("toy_task.py")
+TOY = Path(__file__).parents[1] / "toy_task.py"
 SMALL = ["--windows", "6", "--length", "32"]
 
 

@@ -139,4 +139,4 @@ def test_the_configuration_knows_the_kinds_without_torch() -> None:
         "for kind in ('adamw', 'lion', 'muon'): OptimizerConfig(kind=kind)\n"
         "sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False).returncode == 0

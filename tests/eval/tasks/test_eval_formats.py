@@ -25,7 +25,7 @@ from eval.tasks.generation.prompts import own_prompts
 from eval.tasks.language_modeling import LMSettings
 from eval.tasks.language_modeling.text import _texts
 
-DOCS = Path(__file__).parents[2] / "docs" / "data.md"
+DOCS = Path(__file__).parents[3] / "docs" / "data.md"
 TEXTS = [f"the {word} number {i}" for i in range(150) for word in ("first", "other")]
 
 

@@ -22,8 +22,8 @@ from eval.results import parts
 from eval.results.parts import Parts, part_path, read_part
 from eval.results.schema import read_result
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-PROGRAM = Path(__file__).with_name("interrupted_case.py")
+REPOSITORY = Path(__file__).resolve().parents[3]
+PROGRAM = Path(__file__).parents[1] / "interrupted_case.py"
 
 
 def start(folder: Path, log: Path, hang: int) -> subprocess.Popen[str]:

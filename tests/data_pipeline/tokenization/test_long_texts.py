@@ -169,7 +169,7 @@ print(json.dumps([len(text), len(ids), resource.getrusage(resource.RUSAGE_SELF).
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), backend],
-        env={"PYTHONPATH": str(Path(__file__).parents[2]), "TOKENIZERS_PARALLELISM": "false"},
+        env={"PYTHONPATH": str(Path(__file__).parents[3]), "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
         check=True,
