@@ -27,8 +27,12 @@ ORPHAN_SECONDS = 300.0
 
 
 def stop_signals() -> list[signal.Signals]:
-    """:data:`STOP_SIGNALS` but those that this process was told to ignore, as ``nohup`` does with SIGHUP."""
-    return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    """:data:`STOP_SIGNALS`, but not SIGHUP or SIGUSR1 if this process was told to ignore it, as ``nohup`` does.
+
+    A shell has its background jobs ignore SIGINT. One that is sent to a run by name counts all the same.
+    """
+    always = (signal.SIGTERM, signal.SIGINT)
+    return [number for number in STOP_SIGNALS if number in always or signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class StopFlag:

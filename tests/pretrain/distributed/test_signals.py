@@ -18,6 +18,8 @@ from pretrain.distributed.signals import LAUNCHER_PID, STOP_SIGNALS, StopFlag
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)  # whatever the tests themselves were told to ignore
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -37,6 +39,14 @@ def test_what_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> No
     stop = StopFlag()
     os.kill(os.getpid(), signal.SIGHUP)
     assert not stop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_a_shell_has_its_background_jobs_ignore_counts(number: int) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    stop = StopFlag()
+    os.kill(os.getpid(), number)
+    assert stop()
 
 
 def test_the_end_of_deepspeed_s_first_process_sets_it(tmp_path: Path) -> None:
