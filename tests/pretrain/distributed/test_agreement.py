@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from ranks import run_ranks, values
 from training_case import settings, write_config
 
@@ -37,6 +38,7 @@ def test_another_setting_on_one_process_is_named(corpus: Path, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_package_on_one_process_is_named(corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path))
     ended = run_ranks(start, 2, config=config, overrides=[], code="1.0", timeout=60)
