@@ -125,9 +125,10 @@ class ModelInfo:
 class Outcome:
     """What a task computes, before it is dressed as a :class:`Result`.
 
-    ``samples``: a few, to be looked at in the report. ``records``: one for every item that was scored, with a unique
-    ``id`` that is a hash of the item (so that the records of two models can be paired) and plain numbers or text;
-    they go to ``NAME.samples.jsonl``. ``estimators``: of the metrics that can be computed from the records.
+    ``samples``: a few, to be looked at in the report. ``records``: one for every item that was scored, with plain
+    numbers or text and an ``id`` that is a hash of the item: so the records of two models can be paired, and copies of
+    an item are drawn together. They go to ``NAME.samples.jsonl``. ``estimators``: of the metrics that can be computed
+    from the records.
     """
 
     metrics: dict[str, Metric]
