@@ -61,7 +61,7 @@ def environment(world: World) -> dict[str, Any]:
         "world_size": world.world_size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "cuda": torch.version.cuda,
-        "code": _code(),
+        "code": code_version(),
     }
 
 
@@ -74,7 +74,7 @@ def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
     return platform.processor() or platform.machine()
 
 
-def _code() -> dict[str, Any] | None:
+def code_version() -> dict[str, Any] | None:
     """The commit that the code is at, and whether files of it were changed since; None outside a git checkout."""
     folder = Path(__file__).resolve().parent.parent
     if not (folder / ".git").exists():  # else a run folder's or an environment's own repository would be taken for it

@@ -24,7 +24,7 @@ from eval.results.schema import (
 from eval.results.store import obtain, result_key
 
 MODEL = ModelInfo("abc", "run", "clm", "nystrom", 10, 20)
-PINNED = "53712d657bb2f69afe2ae083b10010a616776ffcc7db4b73b8cf6d64d17a897e"
+PINNED = "a2119c6c4d2d40566db420a08e5cbc844a66868a7b2080486c5c11f625b8a48e"
 OUTCOME = Outcome(
     {"accuracy": Metric(0.5, True, 0.1, 3), "loss": Metric(1.25, False)},
     [Table("t", ["a", "b"], [["x", 1.5], ["ü", None], ["z", True]])],
@@ -81,8 +81,10 @@ def test_finished_key_is_not_run_again(tmp_path: Path) -> None:
 
 
 def test_key_does_not_depend_on_order_and_is_pinned() -> None:
-    a = result_key("lm", 1, ModelInfo("w"), {"a": 1, "b": None}, "d")
-    assert a == result_key("lm", 1, ModelInfo("w", run="another name"), {"b": None, "a": 1}, "d")
+    by = {"code": "c", "torch": "2.6", "device": "cpu"}
+    a = result_key("lm", 1, ModelInfo("w"), {"a": 1, "b": None}, "d", by)
+    assert a == result_key("lm", 1, ModelInfo("w", run="another name"), {"b": None, "a": 1}, "d", by)
+    assert all(a != result_key("lm", 1, ModelInfo("w"), {"a": 1, "b": None}, "d", by | {part: "other"}) for part in by)
     # Pinned: if this changes, every stored result is computed anew. Raise SCHEMA when that is meant.
     assert a == PINNED
 

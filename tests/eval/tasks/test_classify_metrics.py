@@ -109,3 +109,18 @@ def test_intervals_are_those_of_drawing_items() -> None:
     interval = bootstrap(records, Estimator("correct"))
     assert found["accuracy"] == pytest.approx((interval.low, interval.high), abs=0.015)
     assert intervals(truth, predicted, 3, metrics.statistics(), resamples=4000) == found
+
+
+def test_intervals_of_copies_are_those_of_the_items() -> None:
+    """Twenty texts ten times each say what twenty texts say."""
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 2, 20)
+    predicted = np.stack([np.where(rng.random(20) < 0.7, truth, 1 - truth)])
+    ids = [str(i) for i in range(20)]
+    once = intervals(truth, predicted, 2, metrics.statistics(), ids=ids)
+    assert intervals(truth, predicted, 2, metrics.statistics()) == once
+    tenfold = intervals(np.tile(truth, 10), np.tile(predicted, 10), 2, metrics.statistics(), ids=ids * 10)
+    for name, bounds in once.items():
+        assert tenfold[name] == pytest.approx(bounds)
+    as_if_all_were_items = intervals(np.tile(truth, 10), np.tile(predicted, 10), 2, metrics.statistics())
+    assert np.diff(as_if_all_were_items["accuracy"]) < 0.5 * np.diff(once["accuracy"])

@@ -174,6 +174,27 @@ def test_a_continuation_is_greedy_where_all_of_its_tokens_are(subject: Subject) 
     assert found[2][0] == pytest.approx(-nats(subject, prompt[:1], new[:1]), rel=1e-5)
 
 
+def test_pairs_without_a_context_or_that_merge_are_scored(subject: Subject) -> None:
+    """White space alone was a ValueError; a choice that merges into its context had log p = 0, and always won."""
+    from eval.tasks.harness.model import SubjectLM
+
+    model = SubjectLM(subject, 64, Parts())
+    encode = model.tok_encode
+    assert model._encode_pair("river ", "stone") == (encode("river"), encode("river stone")[len(encode("river")) :])
+    assert model._encode_pair("  ", "stone") == ([model.eot_token_id], encode("  stone"))
+    merged = next(
+        (word[:cut], word[cut:])
+        for word in WORDS
+        for cut in range(1, len(word))
+        if len(encode(word)) <= len(encode(word[:cut]))
+    )
+    context, continuation = model._encode_pair(*merged)
+    assert (context, continuation) == (encode(merged[0]), encode(merged[1]))
+    [(log_p, _)] = model._loglikelihood_tokens([(merged, context, continuation)])
+    assert log_p == pytest.approx(-nats(subject, context, continuation), rel=1e-5)
+    assert log_p < 0
+
+
 def test_data_is_the_content_of_the_tasks(
     subject: Subject, folder: Path, tmp_path: Path, documents: list[dict[str, object]]
 ) -> None:

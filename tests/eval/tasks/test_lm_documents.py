@@ -287,3 +287,20 @@ def test_nothing_to_predict_is_said(
     subject = subject_of(packed("mlm"), shards)
     with pytest.raises(UserError, match="spaces holds no ordinary token"):
         pseudo.run(subject, pseudo.resolve(subject, PseudoSettings()), Parts())
+
+
+def test_copies_of_a_text_are_one_item(
+    packed: Callable[[str], Path], shards: ShardSet, texts: list[str], tmp_path: Path
+) -> None:
+    """Twenty texts ten times each give the interval of twenty."""
+    found = []
+    for times in (1, 10):
+        path = tmp_path / f"{times}.txt"
+        path.write_text("".join(text.split("\n")[0] + "\n" for text in texts[:20]) * times, encoding="utf-8")
+        settings = LMSettings(length=16, text=(str(path),), text_unit="line", documents="apart", record_chars=0)
+        found.append(lm(subject_of(packed("clm"), shards), settings))
+    once, tenfold = (outcome.metrics["loss"] for outcome in found)
+    assert len(found[1].records) == 200
+    assert len({record["id"] for record in found[1].records}) == 20
+    assert tenfold.value == pytest.approx(once.value, rel=1e-5)
+    assert (tenfold.low, tenfold.high) == (pytest.approx(once.low, rel=1e-5), pytest.approx(once.high, rel=1e-5))
