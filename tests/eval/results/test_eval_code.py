@@ -18,7 +18,7 @@ from eval.results.schema import Metric, ModelInfo, Outcome, read_result
 from eval.results.store import obtain
 from eval.task import TASKS, tasks
 
-TOY = Path(__file__).with_name("toy_task.py")
+TOY = Path(__file__).parents[1] / "toy_task.py"
 FORM = "pretrain/model/attention/causal_nystrom.py"
 
 
