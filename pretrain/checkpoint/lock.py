@@ -10,6 +10,7 @@ do not matter. The time is read through an open file, for which NFS asks the ser
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -127,18 +128,34 @@ class RunLock:
         return True
 
     def _clear(self, text: str) -> None:
-        """Remove a stale lock with these contents, and no other: somebody else may have taken it over meanwhile."""
-        aside = self.path.with_name(f"{LOCK}.stale-{secrets.token_hex(4)}")
+        """Remove a stale lock with these contents, and no other.
+
+        Several starts may find the same one stale. One of them can make the file ``run.lock.clear-...``, which is named
+        after the contents. While it is there nobody else removes this lock, and nobody can make another: what is
+        compared is what is removed. Contents never come back, because each lock has a key of its own.
+        """
+        claim = self.path.with_name(f"{LOCK}.clear-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
         try:
-            self.path.rename(aside)
-        except FileNotFoundError:
+            os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            self._wait_for(claim)
             return
         try:
-            if _read(aside) != text:
-                with contextlib.suppress(OSError):
-                    os.link(aside, self.path)  # put it back
+            if _read(self.path) == text:
+                self.path.unlink()
         finally:
-            aside.unlink(missing_ok=True)
+            claim.unlink(missing_ok=True)
+
+    def _wait_for(self, claim: Path) -> None:
+        """Until another start has removed the stale lock; raises :class:`UserError` if that one was killed over it."""
+        deadline = time.monotonic() + STALE_SECONDS
+        while claim.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"another start was ended while it took over a run folder: remove {claim} and try again"
+                )
+            watchdog.at("waiting for another start to take over the run folder")
+            time.sleep(POLL_SECONDS)
 
     def _is_alive(self, text: str) -> bool:
         """Watch the lock: True as soon as its time moves or its contents change, False if nothing does for so long."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -155,6 +156,42 @@ def test_of_many_who_find_a_stale_one_exactly_one_takes_it(tmp_path: Path) -> No
         assert len(taken) == 1, attempt
         taken[0].release()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_late_start_never_takes_a_new_lock_away(tmp_path: Path) -> None:
+    """It read the stale lock before another start took that over: a moment without a lock would let a third one in."""
+    leave_lock(tmp_path, began=1.0)
+    stale = (tmp_path / lock.LOCK).read_text()
+    held, over, missing = RunLock(tmp_path), threading.Event(), []
+    held.take()
+
+    def watch() -> None:
+        while not over.is_set():
+            if not held.path.exists():
+                missing.append(time.monotonic())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(300):
+        RunLock(tmp_path)._clear(stale)
+    over.set()
+    watcher.join()
+    assert not missing
+    held.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_start_that_was_killed_while_taking_over_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.3)
+    leave_lock(tmp_path, began=1.0)
+    name = hashlib.sha256((tmp_path / lock.LOCK).read_bytes()).hexdigest()[:16]
+    (tmp_path / f"{lock.LOCK}.clear-{name}").touch()
+    with pytest.raises(UserError, match=r"remove .*run\.lock\.clear-.* and try again"):
+        RunLock(tmp_path).take()
+    (tmp_path / f"{lock.LOCK}.clear-{name}").unlink()
+    mine = RunLock(tmp_path)
+    mine.take()
+    mine.release()
 
 
 def start(config: str, words: list[str]) -> int:
