@@ -5,9 +5,11 @@ It lives in ``data_pipeline`` because that is the bottom layer: everything may i
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -24,6 +26,9 @@ def run_cli(main: Callable[[Sequence[str] | None], int | None], prog: str, argv:
     Returns 0 on success, 2 for a :class:`UserError`, 130 for Ctrl-C, 141 if whoever read the output went away (as
     ``head`` does), or whatever integer ``main`` returns.
     """
+    _open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        _never_refuse_characters(stream)
     try:
         status = int(main(argv) or 0)
         sys.stdout.flush()
@@ -38,3 +43,28 @@ def run_cli(main: Callable[[Sequence[str] | None], int | None], prog: str, argv:
         # Nobody reads any more: what is still in the buffer must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _open_closed_streams() -> None:
+    """Where standard output or error was closed (``>&-``), what is printed goes nowhere.
+
+    The numbers 0 to 2 are taken too: a file of data that got one of them would receive what libraries print.
+    """
+    for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)):
+        if stream is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _never_refuse_characters(stream: TextIO) -> None:
+    """A character that the stream's encoding lacks (Latin-1, ASCII) is written as an escape, ``\\u65e5``."""
+    utf8 = (stream.encoding or "").lower().replace("-", "").startswith("utf")
+    lenient = ("strict",) if utf8 else ("strict", "surrogateescape")
+    if isinstance(stream, io.TextIOWrapper) and stream.errors in lenient:
+        stream.reconfigure(errors="backslashreplace")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import xxhash
+
+from data_pipeline.errors import UserError
 
 TMP_SUFFIX = ".tmp"
 _CHUNK = 4 << 20
@@ -32,10 +35,33 @@ def write_atomic(path: Path, data: bytes, *, shared: bool = False) -> None:
     publish(tmp, path)
 
 
+def check_writable(path: Path) -> None:
+    """Raise :class:`UserError` unless a file ``path`` could be written, its folders made: before hours of work."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {folder}: {error.strerror}") from None
+
+
 def publish(tmp: Path, path: Path) -> None:
     """Rename a finished, fsynced file to its name and make the rename itself durable."""
     os.replace(tmp, path)
     fsync_folder(path.parent)
+
+
+def apply_umask(path: Path) -> None:
+    """Give a new file the rights that ``open`` would have given it: safetensors makes files that only we can read."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        umask = int(next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8)
+    except (OSError, StopIteration):  # not Linux: the only way to read it is to set it
+        umask = os.umask(0o077)
+        os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def fsync_folder(folder: Path) -> None:

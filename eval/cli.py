@@ -137,7 +137,7 @@ def _check_data(shards: str | None, suites: Sequence[Suite]) -> None:
 
 
 def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
-    from eval.console import print_table
+    from eval.console import few_items, print_table
     from eval.results.records import results_folder
     from eval.runner import Runner
     from eval.subject import load_subject
@@ -178,6 +178,8 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
     tracking.close()
     if results:
         print_table(results)
+        for line in few_items(results):
+            print(line)
         print(f"\nresults in {folder}", flush=True)
     team.gather(None)  # the launcher ends all soon after the first that failed: the first process has spoken by then
     if failures:

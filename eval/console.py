@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from eval.results.schema import Metric, Result
+from eval.results.statistics import FEW
 
 
 def print_table(results: Sequence[tuple[str, Result, bool]]) -> None:
@@ -16,6 +17,15 @@ def print_table(results: Sequence[tuple[str, Result, bool]]) -> None:
         for first, (metric, value) in zip([True] + [False] * len(result.metrics), result.metrics.items(), strict=False)
     ]
     print("\n" + aligned([("suite", "metric", "value"), *rows]))
+
+
+def few_items(results: Sequence[tuple[str, Result, bool]]) -> list[str]:
+    """A warning for each result whose intervals are over few items."""
+    return [
+        f"{name}: {result.records['count']} items are few: its intervals are wide, and only roughly of 95%"
+        for name, result, _ in results
+        if result.estimators and 0 < result.records["count"] < FEW
+    ]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from data_pipeline.errors import UserError
 from eval.results.schema import ModelInfo, Result
 from eval.results.store import obtain
-from eval.subject import Subject
+from eval.subject import Subject, choose_device
 from eval.suites.load import Suite
+from eval.task import Settings
 from eval.tasks.validity import ValiditySettings
 from eval.tasks.validity.gate import Verdict, check
 from eval.team import Team
@@ -66,7 +67,7 @@ class Runner:
             name or suite.name,
             task=task.name,
             version=task.version,
-            model=subject.info() if subject is not None else ModelInfo(),
+            model=subject.info() if subject is not None else _no_model(settings),
             settings=settings.as_dict(),
             data=task.data(subject, settings),
             gate=gate,
@@ -99,3 +100,8 @@ class Runner:
                 + "\n--force scores the model all the same"
             )
         return "forced"
+
+
+def _no_model(settings: Settings) -> ModelInfo:
+    """Of a task that trains its own models: the kind of device that its settings name."""
+    return ModelInfo(device=choose_device(getattr(settings, "device", "auto")).type)

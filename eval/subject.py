@@ -60,6 +60,7 @@ class Subject:
             tokens=self.loaded.tokens,
             config_hash=hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
             tokenizer_hash=self.loaded.tokenizer.hash,
+            device=self.device.type,
         )
 
     def held_out(self) -> ShardSet:

@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another demo is at work in {args.dir}: wait for it, or say --dir another") from None
+        except OSError:
+            pass  # a file system without locks
         return _demo(args)
 
 

@@ -26,7 +26,7 @@ import psutil
 
 from data_pipeline.errors import UserError
 from launch.restarts import Restarts, resumed, starts_anew
-from pretrain.distributed.signals import EXIT_PREEMPTED, LAUNCHER_PID
+from pretrain.distributed.signals import EXIT_PREEMPTED, LAUNCHER_PID, stop_signals
 from pretrain.finish import LAUNCH_ID, STATUS
 
 POLL_SECONDS = 0.2
@@ -117,14 +117,11 @@ def count_gpus() -> int:
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGINT and SIGHUP while it is installed; not SIGHUP under ``nohup``, which ignores it."""
+    """Remembers that it was asked to stop while it is installed; not SIGHUP under ``nohup``, which ignores it."""
 
     def __init__(self) -> None:
         self.number: int | None = None
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        self._before = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.number = number

@@ -64,7 +64,7 @@ class Restarts:
         deadline = time.monotonic() + PAUSE_SECONDS
         while time.monotonic() < deadline:
             if stopped():
-                _say("asked to stop; the same command goes on from the last checkpoint")
+                _say("asked to stop; the same command resumes from the last checkpoint")
                 return True
             time.sleep(0.05)
         return stopped()

@@ -51,7 +51,7 @@ class Stepped:
     lr: float
     grad_norm: float  # before clipping; inf if the step was skipped
     applied: bool
-    loss: float | None  # mean over the targets of all processes; None in steps that are not logged
+    loss: float | None  # mean over the targets of all processes; None in steps that are not logged or have none
     seconds: float  # of training, over all starts
 
 

@@ -9,7 +9,7 @@ from pretrain.callbacks import check_callbacks
 from pretrain.config import RunConfig
 from pretrain.curriculum.plan import build_plan, check_world_size
 from pretrain.engine.deepspeed_config import build_deepspeed_config
-from pretrain.sources import Inputs, fingerprint, open_sources
+from pretrain.sources import Inputs, check_sample, fingerprint, open_sources
 from pretrain.telemetry.trackers import check_trackers
 
 
@@ -26,6 +26,8 @@ def check_inputs(config: RunConfig, world_size: int) -> Inputs:
 
         expected = Tokenizer.load(config.data.tokenizer).hash
     train = open_sources(config, plan, expected)
+    for blocks in train.blocks:
+        check_sample(blocks.shards)
     shards = train.shards
     check_objective(shards.manifest.special_ids, config.model.objective, f"the shards in {shards.path}")
     vocab_size = config.model.vocab_size or shards.vocab_size
@@ -38,6 +40,7 @@ def check_inputs(config: RunConfig, world_size: int) -> Inputs:
     valid = None
     if config.data.valid is not None:
         valid = ShardSet.open(config.data.valid)
+        check_sample(valid)
         if valid.tokenizer_hash != shards.tokenizer_hash:
             raise UserError(
                 f"the shards in {valid.path} were made with another tokenizer than those in {shards.path}: "

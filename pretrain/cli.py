@@ -28,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  0   done\n"
         "  2   a mistake in configuration or data\n"
         "  74  the last checkpoint or the export could not be written: free space, run the same command\n"
-        "  75  stopped by SIGTERM or Ctrl-C, with a checkpoint of what was trained: the same command resumes\n"
+        "  75  stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, with a checkpoint of what was trained: the same\n"
+        "      command resumes\n"
         "  76  too many steps in a row with numbers that are not finite\n"
         "  77  a process hung or never came: the message names it; see stall_seconds in the configuration",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import commit
-from pretrain.checkpoint.commit import Manifest, TrainState
+from pretrain.checkpoint.commit import Manifest, TrainState, tag_name
 from pretrain.checkpoint.export import export
 from pretrain.checkpoint.load import read_info
 from pretrain.distributed import watchdog
@@ -65,6 +66,19 @@ def _exports(manifest: Manifest) -> dict[str, str]:
     return {"export": "fp32", "export-ema": "ema"} if averaged else {"export": "fp32"}
 
 
+def _set_stale_average_aside(run_dir: Path, exports: Iterable[str]) -> str | None:
+    """Rename an ``export-ema/`` of an earlier step, if the run keeps no average any more; returns a line about it."""
+    stale = run_dir / "export-ema"
+    info = read_info(stale)
+    if stale.name in exports or info is None:
+        return None
+    aside = run_dir / f"{stale.name}.{tag_name(info['step'])}"
+    if aside.exists():
+        return f"{stale} is of step {info['step']}: the run keeps no average of its weights any more."
+    stale.rename(aside)
+    return f"The run keeps no average of its weights any more: the one of step {info['step']} is now {aside}."
+
+
 def report_preempted(run_dir: Path, state: TrainState, when: str) -> None:
     """The last words of a process that was asked to stop where there is nothing to save."""
     print_line(f"stopped while {when}; the same command resumes")
@@ -72,27 +86,39 @@ def report_preempted(run_dir: Path, state: TrainState, when: str) -> None:
 
 
 def export_weights(
-    checkpoints: Path, run_dir: Path, world: Any, telemetry: Any, stop: StopFlag, state: TrainState
+    checkpoints: Path,
+    run_dir: Path,
+    world: Any,
+    telemetry: Any,
+    stop: StopFlag,
+    state: TrainState,
+    before_exit: Callable[[], None] = lambda: None,
 ) -> int:
     """Write ``export/`` (and ``export-ema/``) from the last checkpoint; the first process does, the others wait.
 
-    Returns an exit status. The checkpoint is there whatever happens, so a request to stop ends the export at once: the
-    same command makes it.
+    Returns an exit status. The checkpoint is there whatever happens, so a request to stop ends the export at once,
+    after ``before_exit()``: the same command makes it.
     """
     watchdog.at("exporting the weights")
+
+    def report() -> None:
+        report_preempted(run_dir, state, "exporting the weights")
+        before_exit()
+
     code = EXIT_DONE
     if world.sum([float(stop())])[0]:
         code = EXIT_PREEMPTED
         telemetry.say("stopped before the export; the same command resumes")
     elif world.is_first:
         try:
-            with ImmediateExit(stop, lambda: report_preempted(run_dir, state, "exporting the weights")):
+            with ImmediateExit(stop, report):
                 found = commit.newest(checkpoints)
                 assert found is not None  # the trainer saved it
                 for name, kind in _exports(found[1]).items():
                     digest = export(found[0], run_dir / name, kind)
                     what = "Weights for use" if kind == "fp32" else "Their running average"
                     telemetry.say(f"Done. {what}: {run_dir / name} (hash {digest[:12]}).")
+                telemetry.say(_set_stale_average_aside(run_dir, _exports(found[1])))
         except OSError as error:
             code = EXIT_NOT_SAVED
             telemetry.say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -22,6 +23,18 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
+PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "datasets", "pydantic", "wandb")
+
+
+def software() -> dict[str, Any]:
+    """What must be the same on all machines of a run: Python, packages, and a hash of the code that trains."""
+    folder, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
+    for path in sorted(path for part in ("data_pipeline", "pretrain") for path in (folder / part).rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    versions = {f"package {name}": _version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **versions, "code": digest.hexdigest()[:16]}
+
+
 def peak_flops(config: TelemetryConfig, device_name: str | None) -> float | None:
     """FLOP/s one device can reach: the configuration's, else a known GPU's, else None (MFU is then null)."""
     if config.peak_flops is not None:
@@ -35,12 +48,11 @@ def environment(world: World) -> dict[str, Any]:
     """What a reader needs to repeat the run: versions, machine, command."""
     import torch
 
-    packages = ("torch", "deepspeed", "numpy", "tokenizers", "datasets", "pydantic", "wandb")
     return {
         "command": sys.argv,
         "working_directory": os.getcwd(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "host": platform.node(),
         "cpu": cpu_name(),
@@ -49,7 +61,7 @@ def environment(world: World) -> dict[str, Any]:
         "world_size": world.world_size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "cuda": torch.version.cuda,
-        "code": _code(),
+        "code": code_version(),
     }
 
 
@@ -62,7 +74,7 @@ def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
     return platform.processor() or platform.machine()
 
 
-def _code() -> dict[str, Any] | None:
+def code_version() -> dict[str, Any] | None:
     """The commit that the code is at, and whether files of it were changed since; None outside a git checkout."""
     folder = Path(__file__).resolve().parent.parent
     if not (folder / ".git").exists():  # else a run folder's or an environment's own repository would be taken for it

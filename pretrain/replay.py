@@ -19,6 +19,7 @@ from pretrain.telemetry.spikes import bounds
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.checkpoint.load import LoadedModel
     from pretrain.model.transformer import NystromformerLM
 
 EXCERPT = 160
@@ -111,12 +112,11 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
     from pretrain.curriculum.stages import stage_model
     from pretrain.model.transformer import NystromformerLM
 
-    path = path or _nearest(run_dir / "checkpoints", facts)
-    if path is None:
+    loaded = load_model(path) if path is not None else _load_nearest(run_dir / "checkpoints", facts)
+    if loaded is None:
         model, tokenizer = _initial(run_dir)
         whose = f"Weights: as initialised, for the run has no whole checkpoint from before step {facts['step']}."
     else:
-        loaded = load_model(path)
         assert isinstance(loaded.model, NystromformerLM)
         model, tokenizer = loaded.model, loaded.tokenizer
         whose = f"Weights: {loaded.path}, after {loaded.tokens:,} tokens; the step began at {facts['tokens_before']:,}."
@@ -127,6 +127,17 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
     model.set_positions(model.config.model_copy(update=angles))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return model, tokenizer, whose
+
+
+def _load_nearest(checkpoints: Path, facts: dict[str, Any]) -> LoadedModel | None:
+    from pretrain.checkpoint.load import CheckpointRemoved, load_checkpoint
+
+    while (path := _nearest(checkpoints, facts)) is not None:
+        try:
+            return load_checkpoint(path)
+        except CheckpointRemoved:  # by the run, which trains on
+            continue
+    return None
 
 
 def _nearest(checkpoints: Path, facts: dict[str, Any]) -> Path | None:

@@ -12,7 +12,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
-from pretrain.checkpoint.resume import check_resume, identity
+from pretrain.checkpoint.lock import RunLock
+from pretrain.checkpoint.resume import changes_training, check_resume, identity, rate_jump
 from pretrain.checks import check_inputs
 from pretrain.config import RunConfig
 from pretrain.distributed import watchdog
@@ -26,6 +27,7 @@ from pretrain.distributed.signals import (
 )
 from pretrain.distributed.world import Rank
 from pretrain.finish import STATES, export_weights, is_finished, report_preempted, write_status
+from pretrain.machine import software
 from pretrain.sources import Inputs
 
 
@@ -55,12 +57,17 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
         raise UserError(f"--resume {resume}: choose auto or never")
 
     stop = StopFlag(launched=rank.world_size > 1 or LAUNCHER_PID in os.environ)
+    from pretrain.distributed.agreement import flat
     from pretrain.distributed.rendezvous import ProcessesMissing, StoppedWhileWaiting
     from pretrain.distributed.world import World
 
+    facts = flat(
+        {**config.model_dump(mode="json"), "training text": inputs.fingerprint, "--resume": resume, **software()}
+    )
+    lock = RunLock(config.run_dir)
     with ImmediateExit(stop) as immediate_exit:
         try:
-            world = World(rank, config.stall_seconds, stop)
+            world = World(rank, config.stall_seconds, stop, facts=facts)
         except StoppedWhileWaiting:
             return EXIT_PREEMPTED
         except ProcessesMissing as error:
@@ -68,13 +75,14 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
                 print(error, file=sys.stderr, flush=True)
             return EXIT_STALLED
         try:
-            return _train_together(inputs, world, stop, immediate_exit, resume, verbose)
+            return _train_together(inputs, world, stop, immediate_exit, lock, resume, verbose)
         finally:
+            lock.release()
             world.close()
 
 
 def _train_together(
-    inputs: Inputs, world: Any, stop: StopFlag, immediate_exit: ImmediateExit, resume: str, verbose: bool
+    inputs: Inputs, world: Any, stop: StopFlag, immediate_exit: ImmediateExit, lock: RunLock, resume: str, verbose: bool
 ) -> int:
     from pretrain.callbacks import Callbacks, Ended, Started
     from pretrain.checkpoint.store import Checkpoints
@@ -89,9 +97,19 @@ def _train_together(
 
     run_dir = inputs.config.run_dir
     callbacks = Callbacks(inputs.config, world)
-    run_on_first(world, lambda: _prepare_folder(inputs, resume))
+    immediate_exit.before_exit = lock.release
+    run_on_first(world, lambda: _prepare_folder(inputs, resume, lock))
     state = TrainState()
-    world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, state)
+
+    def report_stalled(state: TrainState) -> None:
+        write_status(run_dir, EXIT_STALLED, state)
+        lock.release()
+
+    def report_stopped_at_start(state: TrainState) -> None:
+        report_preempted(run_dir, state, "starting; nothing was trained")
+        lock.release()
+
+    world.watchdog.on_stall = lambda: report_stalled(state)
     watchdog.at("reading checkpoints")
     keep = inputs.config.checkpoint
     checkpoints = Checkpoints(run_dir / "checkpoints", world, keep.keep_last, keep.keep_every_tokens)
@@ -99,13 +117,20 @@ def _train_together(
     changed: dict[str, Any] = {}
     if found is not None:
         changed, state = _check(found[1], inputs, world.world_size), found[1].state
+        if state.suspect_in_row and changes_training(changed):
+            back = checkpoints.go_back(state)
+            if back is not None:
+                found, passed_over = back[0], passed_over + back[1]
+                changed, state = _check(found[1], inputs, world.world_size), found[1].state
+            # What came of the steps before says nothing about those to come.
+            state = dataclasses.replace(state, bad_in_row=0)
     began = None if found is None else found[1].identity["config"]["precision"]
     precision = resolve_precision(inputs.config, world, began)
     # From here on, in the folder's config.yaml and in every checkpoint, the precision is the one that it came to.
     config = precision.config
     inputs = dataclasses.replace(inputs, config=config)
     if world.is_first:
-        immediate_exit.before_exit = lambda: report_preempted(run_dir, state, "starting; nothing was trained")
+        immediate_exit.before_exit = lambda: report_stopped_at_start(state)
 
     watchdog.at("building the model", state.step)
     engine = TrainingEngine(config, world, verbose)
@@ -134,25 +159,27 @@ def _train_together(
         world,
         checkpoints,
         telemetry,
-        identity(config, inputs.fingerprint, world.world_size),
+        identity(config, inputs.fingerprint, world.world_size, _valid_fingerprint(inputs)),
         state,
         stop,
         callbacks,
     )
-    world.watchdog.on_stall = lambda: write_status(run_dir, EXIT_STALLED, trainer.state)
+    world.watchdog.on_stall = lambda: report_stalled(trainer.state)
     callbacks.say = telemetry.say
     try:
         for line in passed_over:
             telemetry.say(line)
         telemetry.say(describe(config, inputs.plan, inputs.train, engine.num_parameters, world, precision.text))
         telemetry.say(precision.note)
+        telemetry.say(config.checkpoint.describe())
         event: dict[str, Any] = {"event": "start"}
         if found is not None:
             event = {"event": "resume", "changed": changed, "passed_over": passed_over}
             telemetry.say(f"Resumes from {found[0]}: step {state.step}, {state.tokens:,} tokens.")
             for key, (old, new) in changed.items():
                 telemetry.say(f"  changed since: {key} from {old} to {new}")
-            for line in loaded:
+            jump = rate_jump(found[1], config, inputs.plan)
+            for line in loaded if jump is None else [jump, *loaded]:
                 telemetry.say(f"  {line}")
         telemetry.write(
             "event", step=state.step, tokens=state.tokens, seconds=state.seconds, world_size=world.world_size, **event
@@ -166,7 +193,7 @@ def _train_together(
         try:
             code = trainer.run()
             if code == EXIT_DONE:
-                code = export_weights(checkpoints.root, run_dir, world, telemetry, stop, trainer.state)
+                code = export_weights(checkpoints.root, run_dir, world, telemetry, stop, trainer.state, lock.release)
         except RuntimeError:
             # All were asked to stop while there was nothing to save, and another process has left already.
             if trainer.has_unsaved_steps or not stop():
@@ -184,19 +211,30 @@ def _train_together(
 
 
 def _check(manifest: Manifest, inputs: Inputs, world_size: int) -> dict[str, Any]:
-    return check_resume(manifest, inputs.config, inputs.plan, inputs.fingerprint, world_size)
+    return check_resume(
+        manifest, inputs.config, inputs.plan, inputs.fingerprint, world_size, _valid_fingerprint(inputs)
+    )
 
 
-def _prepare_folder(inputs: Inputs, resume: str) -> None:
+def _valid_fingerprint(inputs: Inputs) -> str | None:
+    return None if inputs.valid is None else inputs.valid.fingerprint
+
+
+def _prepare_folder(inputs: Inputs, resume: str, lock: RunLock) -> None:
+    """Take the run folder, before anything in it is written, and move one aside that is not to be resumed."""
     run_dir = inputs.config.run_dir
     try:
-        if resume == "never" and run_dir.is_dir() and any(run_dir.iterdir()):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        if resume == "never" and run_dir.is_dir() and any(path != lock.path for path in run_dir.iterdir()):
             number = 1
             while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
                 number += 1
+            lock.release()  # with the folder it would be moved
             run_dir.rename(aside)
+            run_dir.mkdir(exist_ok=True)
+            lock.take()
             print(f"--resume never: the run that was there is now {aside}", flush=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
         tokenizer = run_dir / "tokenizer"
         tokenizer.mkdir(exist_ok=True)
         inputs.train.shards.tokenizer().save(tokenizer)

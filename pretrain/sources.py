@@ -10,9 +10,13 @@ import xxhash
 from data_pipeline.batches.blocks import Blocks, StreamBlocks
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan
+from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from pretrain.config import RunConfig
 from pretrain.curriculum.plan import build_mixture, slice_length
+
+SAMPLED_BLOCKS = 8
+"""Blocks of 4 MiB of each shard folder that a start reads and compares."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,30 @@ def open_sources(config: RunConfig, plan: Plan, expect_tokenizer: str | None = N
             )
         )
     return TrainingData(tuple(source.name for source in sources), tuple(blocks), mixture)
+
+
+def check_sample(shards: ShardSet) -> None:
+    """Compare up to ``SAMPLED_BLOCKS`` blocks of the token files, spread evenly, with the checksums of the manifest.
+
+    The manifest's own checksum, by which a resume tells the text, and the sizes do not show files that were overwritten
+    in place. Raises :class:`UserError` that names the file. 32 MiB are read; all is by ``nystrom data verify``.
+    """
+    size = shards.manifest.block_bytes
+    blocks = [(entry.tokens, number) for entry in shards.manifest.shards for number in range(len(entry.tokens.blocks))]
+    chosen = {round(i * (len(blocks) - 1) / (SAMPLED_BLOCKS - 1)) for i in range(SAMPLED_BLOCKS)}
+    for entry, number in (blocks[i] for i in sorted(chosen)):
+        path = shards.path / entry.name
+        try:
+            with open(path, "rb") as file:
+                file.seek(number * size)
+                data = file.read(size)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        if xxhash.xxh3_64_hexdigest(data) != entry.blocks[number]:
+            raise UserError(
+                f"{path} is not what its manifest says: block {number} of {size} bytes has other contents. It was "
+                "overwritten in place or is damaged: prepare the text again (`nystrom data verify` lists every fault)"
+            )
 
 
 def fingerprint(config: RunConfig, plan: Plan, data: TrainingData) -> str:

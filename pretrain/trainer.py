@@ -58,8 +58,10 @@ class Trainer:
         self.identity, self.state, self.callbacks = identity, state, callbacks
         self.stop = lambda: callbacks.stop_asked or stop()
         self._saved_step = state.step if state.step else -1
-        self._started = time.monotonic() - state.seconds
-        self._reports = StepReports(inputs, engine, world, telemetry, self._event, state.losses)
+        self._sound_step = state.sound_step
+        self._tried_at = time.monotonic()
+        self._started = self._tried_at - state.seconds
+        self._reports = StepReports(inputs, engine, world, telemetry, self._event, state.losses, state.suspect_in_row)
         self._profiler = StepProfiler(self.config.run_dir, self.config.telemetry, world.is_first)
 
     def run(self) -> int:
@@ -88,22 +90,31 @@ class Trainer:
                 waited = time.monotonic() - began
                 watchdog.at("training")
                 # The one collective of the control plane in a step: targets to divide by, whether anybody must stop,
-                # and the loss of the step before.
-                targets, stopping, loss_sum = self.world.sum(
-                    [float((batch.labels != IGNORE).sum()), float(self.stop()), self._reports.unsummed]
+                # the loss of the step before, and whether a checkpoint is due by the first process's clock.
+                targets, stopping, loss_sum, is_time = self.world.sum(
+                    [
+                        float((batch.labels != IGNORE).sum()),
+                        float(self.stop()),
+                        self._reports.unsummed,
+                        float(self.world.is_first and self._is_time_to_save()),
+                    ]
                 )
                 self._reports.settle(loss_sum)
                 if stopping:
                     return self._preempt()
+                if is_time:
+                    self._save_or_train_on()
+                    began = time.monotonic() - waited  # a save is not part of the step's time
                 self._train_step(batch, targets, began, waited)
                 self.telemetry.say(self._profiler.end(self.state.step))
                 if self.state.bad_in_row >= self.config.max_bad_steps:
-                    return EXIT_BAD_STEPS
+                    return self._stop_for_bad_steps()
+                self._confirm()
                 if self._validation_due() and not self._validate():
                     return self._preempt()
-                if self._checkpoint_due(batch) and not self.save():
-                    self.telemetry.say("Training continues; the next checkpoint is tried when it is due.")
-            if not self.save():
+                if self._checkpoint_due(batch):
+                    self._save_or_train_on()
+            if not self.save(last=True):
                 return self._not_saved()
             self._event("done")
             return EXIT_DONE
@@ -153,7 +164,7 @@ class Trainer:
                 lr=lr,
                 grad_norm=result.grad_norm,
                 applied=result.applied,
-                loss=None if loss is None else loss.mean,
+                loss=loss.mean if loss is not None and targets else None,
                 seconds=self.state.seconds,
             ),
         )
@@ -245,21 +256,47 @@ class Trainer:
             return False
         return self.state.tokens // every > batch.tokens_before // every
 
+    def _is_time_to_save(self) -> bool:
+        """Whether ``checkpoint.every_minutes`` have passed since the last attempt. Only the first process is asked."""
+        minutes = self.config.checkpoint.minutes
+        return minutes is not None and self.state.step > 0 and time.monotonic() - self._tried_at >= 60 * minutes
+
+    def _save_or_train_on(self) -> None:
+        if not self.save():
+            self.telemetry.say("Training continues; the next checkpoint is tried when it is due.")
+
     @property
     def has_unsaved_steps(self) -> bool:
         """Whether anything was trained since the last checkpoint, or since the start."""
         return self.state.step not in (0, self._saved_step)
 
-    def save(self) -> bool:
-        """Commit a checkpoint of this step, unless there is one; False, on all processes, if that did not work."""
+    def _confirm(self) -> None:
+        """Take note of a step that went well after the last checkpoint: that one is sound."""
+        if 0 < self._saved_step < self._reports.good_step and self._sound_step != self._saved_step:
+            self._sound_step = self._saved_step
+            for line in self.checkpoints.confirm(self._saved_step):
+                self.telemetry.say(line)
+
+    def save(self, *, last: bool = False) -> bool:
+        """Commit a checkpoint of this step, unless there is one; False, on all processes, if that did not work.
+
+        ``last``: no step follows.
+        """
+        began = self._tried_at = time.monotonic()
         if self._saved_step == self.state.step:
             return True
-        began = time.monotonic()
         watchdog.at("saving a checkpoint", self.state.step)
         self._reports.settle_now()
-        self.state = dataclasses.replace(self.state, seconds=began - self._started, losses=self._reports.losses)
+        self._confirm()
+        self.state = dataclasses.replace(
+            self.state,
+            seconds=began - self._started,
+            losses=self._reports.losses,
+            suspect_in_row=self._reports.suspect_in_row,
+            sound_step=self._sound_step,
+        )
         try:
-            lines = self.checkpoints.save(self.engine, self.state, self.identity)
+            lines = self.checkpoints.save(self.engine, self.state, self.identity, last)
         except SaveFailed as error:
             self._event("save_failed", reason=str(error), needed=error.needed, free=error.free)
             self.telemetry.say(f"step {self.state.step}: the checkpoint is NOT saved: {error}.")
@@ -272,6 +309,24 @@ class Trainer:
         folder = self.checkpoints.root / tag_name(self.state.step)
         self.callbacks.call("on_checkpoint", lambda: Saved(self.state.step, self.state.tokens, folder, took))
         return True
+
+    def _stop_for_bad_steps(self) -> int:
+        """The end of a run whose numbers are not finite: the next start must not begin with weights from the streak."""
+        self._confirm()
+        back = self.checkpoints.go_back(dataclasses.replace(self.state, sound_step=self._sound_step))
+        if back is not None:
+            (folder, _), lines = back
+            for line in lines:
+                self.telemetry.say(line)
+            self.telemetry.say(
+                f"The same command, with the cause mended, resumes from {folder}, from before these steps."
+            )
+        else:
+            self.telemetry.say(
+                "No checkpoint is known to be from before these steps: with the cause mended, start over "
+                "(--resume never moves this folder aside)."
+            )
+        return EXIT_BAD_STEPS
 
     def _preempt(self) -> int:
         if not self.save():

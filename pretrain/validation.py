@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,9 +66,9 @@ def validate(
                 return None
             totals = [total + value for total, value in zip(totals, sums, strict=True)]
     loss_sum, targets, right = totals
-    loss = loss_sum / max(targets, 1.0)
+    loss = loss_sum / targets if targets else math.nan  # 0 would look like a perfect one
     result = {"loss": loss, "perplexity": perplexity(loss), "targets": int(targets), "seq_len": seq_len}
-    return {**result, "accuracy": right / max(targets, 1.0)} if masked else result
+    return {**result, "accuracy": right / targets if targets else math.nan} if masked else result
 
 
 def validate_longest(

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _alone(args.venv) as lock:
             return _install(args.venv, args.python, args.extra, lock)
     except KeyboardInterrupt:
-        print("\nInterrupted: the same command goes on from here.", file=sys.stderr)
+        print("\nInterrupted: the same command resumes here.", file=sys.stderr)
         return 130
     except OSError as error:
         return _mistake(f"{error.strerror or error}: {error.filename or args.venv}")
@@ -137,6 +137,8 @@ def _alone(venv: Path) -> Iterator[IO[str]]:
         except BlockingIOError:
             print(f"Another make is installing into {venv}: waiting until it is done.", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
         yield lock
 
 
@@ -221,7 +223,7 @@ def _explain(venv: Path, took: str) -> None:
         print(f"A disk is full. Free: {room}. TMPDIR=/elsewhere moves pip's temporary files.", file=sys.stderr)
     elif NETWORK.search(text):
         print(NETWORK_HINT, file=sys.stderr)
-    print("The same command goes on from here.", file=sys.stderr)
+    print("The same command resumes here.", file=sys.stderr)
 
 
 def _temporary() -> Path:

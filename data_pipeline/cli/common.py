@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
@@ -80,8 +82,11 @@ def reading_of(args: argparse.Namespace) -> Reading:
     return Reading(args.text_field, args.template, args.text_unit, args.normalize, args.quotes)
 
 
-def corpus_of(args: argparse.Namespace) -> Corpus | None:
-    """What the options say about inputs, None for standard input; raises :class:`UserError` for none and for both."""
+def corpus_of(args: argparse.Namespace, out: Path | None = None) -> Corpus | None:
+    """What the options say about inputs, None for standard input; raises :class:`UserError` for none and for both.
+
+    What folders and patterns find in ``out``, where this program writes, is left out.
+    """
     from data_pipeline.sources.corpus import open_corpus, open_dataset
 
     if bool(args.input) == bool(args.dataset):
@@ -89,7 +94,7 @@ def corpus_of(args: argparse.Namespace) -> Corpus | None:
     if args.dataset:
         return open_dataset(args.dataset, args.config, args.split, args.revision)
     if "-" not in args.input:
-        return open_corpus(args.input)
+        return open_corpus(args.input, out)
     if len(args.input) > 1:
         raise UserError("--input - (standard input) cannot be mixed with files")
     return None
@@ -119,6 +124,10 @@ class Progress:
         self.text_bytes = 0
         self._bar.reset()
         self._bar.set_description(name)
+
+    def note(self, text: str) -> None:
+        """A line on standard error, above the bar."""
+        self._bar.write(text, file=sys.stderr)
 
     def close(self, whole: bool = True) -> None:
         """Take the bar down; after a whole pass it stands at its end (JSON's own characters are no text)."""

@@ -58,9 +58,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} is a folder: name the file, for example {args.out / 'contamination.json'}")
     from tqdm import tqdm
 
+    from data_pipeline.files import check_writable
     from data_pipeline.quality.contamination import contamination
     from data_pipeline.shards.shardset import ShardSet
 
+    if args.out is not None:
+        check_writable(args.out)
     sets = [ShardSet.open(folder) for folder in args.shards]
     files = {file: _texts(file, args.text_field, args.quotes) for file in dict.fromkeys(args.eval)}
     texts = [text for part in files.values() for text in part]
@@ -76,13 +79,15 @@ def run(args: argparse.Namespace) -> None:
     for file, part in files.items():
         rows.append(_row(file, found, start, start + len(part), args.threshold))
         start += len(part)
+    if args.out is not None:  # first: whoever reads what is printed may go away
+        _write(args, sets, rows, found.examples)
     _tell(rows, found.examples, args)
     print(
         f"{tokens:,} tokens, {format_bytes(size)} of text, searched in {seconds:.1f} s, "
         f"{format_bytes(size / seconds)}/s"
     )
     if args.out is not None:
-        _write(args, sets, rows, found.examples)
+        print(f"written to {args.out.resolve()}")
 
 
 def _texts(file: str, text_field: str, quotes: Quotes) -> list[str]:
@@ -177,4 +182,3 @@ def _write(
         write_atomic(args.out, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise UserError(f"{args.out} cannot be written: {error}") from None
-    print(f"written to {args.out.resolve()}")

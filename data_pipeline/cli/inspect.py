@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,18 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--page {args.page} is a folder: name the page, for example {args.page / 'shards.html'}")
     from tqdm import tqdm
 
+    from data_pipeline.files import check_writable, write_atomic
     from data_pipeline.report.contents import contents
     from data_pipeline.shards.shardset import ShardSet
     from data_pipeline.shards.summary import sample_documents, summarise
 
+    if args.page is not None:
+        check_writable(args.page)
     shards = ShardSet.open(args.shards)
     with tqdm(desc="counting", total=shards.num_tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
         summary = summarise(shards, bar.update)
     found = contents(shards, summary, sample_documents(shards, args.samples))
     if args.page is not None:
-        from data_pipeline.files import write_atomic
         from data_pipeline.report.page import render
 
         page = render(found, summary.lengths)
@@ -50,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"{args.page} cannot be written: {error}") from None
     if args.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        # Characters that the output's encoding lacks as JSON writes them.
+        print(json.dumps(found, indent=1, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")))
         return
     print(args.shards)
     print("\n".join(_lines(found)))

@@ -110,7 +110,14 @@ def run(args: argparse.Namespace) -> None:
         dedup=Dedup.parse(args.dedup) if args.dedup else None,
         shard_tokens=args.shard_tokens,
     )
-    corpus = corpus_of(args)
+    corpus = corpus_of(args, args.out)
+    if corpus is None and sys.stdin is None:
+        raise UserError("--input - reads standard input, which is closed: give it the text (< FILE, or a pipe)")
+    if args.overwrite and _folder_of(args.tokenizer) == args.out.resolve():
+        raise UserError(
+            f"--overwrite would remove the tokenizer {args.tokenizer} with the shards: choose another --out, or copy "
+            "the tokenizer first"
+        )
     tokenizer = Tokenizer.load(args.tokenizer)
     if corpus is None:
         preparation = plan_stdin(args.stdin_format, tokenizer, settings)
@@ -126,11 +133,17 @@ def run(args: argparse.Namespace) -> None:
             stream=sys.stdin.buffer if corpus is None else None,
             on_text=progress.text,
             on_phase=progress.phase,
+            on_loss=lambda found: progress.note(f"note: {found}"),
         )
         whole = not outcome.already_complete
     finally:
         progress.close(whole)
     _tell(args.out, outcome, how, progress)
+
+
+def _folder_of(tokenizer: Path) -> Path:
+    path = tokenizer.resolve()
+    return path if path.is_dir() else path.parent
 
 
 def _how(args: argparse.Namespace) -> PrepareOptions:

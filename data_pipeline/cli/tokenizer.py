@@ -43,13 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from data_pipeline.files import write_atomic
+    from data_pipeline.files import check_writable, write_atomic
     from data_pipeline.sources.streams import piece_digest
     from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
     from data_pipeline.tokenization.training import check_training, train_tokenizer
 
     check_training(args.vocab_size, args.model, args.lowercase)
-    corpus, reading = corpus_of(args), reading_of(args)
+    corpus, reading = corpus_of(args, args.out), reading_of(args)
     if corpus is None:
         raise UserError("a tokenizer may read its text more than once: save standard input to a file first")
     pieces = corpus.pieces(sys.maxsize, reading)  # one for each file
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
             f"{args.out} already holds a tokenizer trained otherwise ({there.vocab_size:,} tokens): choose another "
             "folder, or --overwrite to replace it"
         )
+    check_writable(file)
     texts = _Texts(corpus, pieces, reading, args.vocab_size)
     try:
         trained = train_tokenizer(texts, args.vocab_size, args.model, lowercase=args.lowercase)

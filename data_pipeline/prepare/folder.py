@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +17,7 @@ from data_pipeline.files import TMP_SUFFIX, fsync_folder, write_atomic
 from data_pipeline.moved import renamed
 from data_pipeline.prepare.plan import Unit
 from data_pipeline.prepare.worker import WORK
-from data_pipeline.shards.manifest import MANIFEST_FILE
+from data_pipeline.shards.manifest import FORMAT, MANIFEST_FILE
 from data_pipeline.shards.writer import place_of, remove_files, unit_of
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILES
 
@@ -24,7 +25,9 @@ __getattr__ = renamed(__name__, Part="JobPart")
 
 BAD_FILE = "bad_records.jsonl"
 DROPPED_FILE = "dropped_documents.jsonl"
-_FIXED = (MANIFEST_FILE, *TOKENIZER_FILES, BAD_FILE, DROPPED_FILE, WORK)
+_FIXED = (MANIFEST_FILE, *TOKENIZER_FILES, BAD_FILE, DROPPED_FILE)
+PLAN, TOKENIZER = "plan.json", "tokenizer"  # in the work folder
+_REPLACED = "replaced.json"
 
 
 @dataclass(frozen=True)
@@ -94,17 +97,59 @@ def occupied_error(folder: Path, by: str) -> UserError:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise :class:`UserError` unless the folder is new, empty or holds nothing but what this program writes."""
+    """Raise :class:`UserError` unless the folder is new, empty or holds nothing but what this program wrote there.
+
+    That is shards, the files that a manifest of shards lists, and what an unfinished run left.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder")
     if folder.is_dir():
-        foreign = sorted(p.name for p in folder.iterdir() if not _ours(p.name))
+        written = _written(folder)
+        foreign = sorted(p.name for p in folder.iterdir() if not _ours(p.name, written))
         if foreign:  # never deleted, also not by --overwrite
-            raise UserError(f"{folder} holds files that are not shards ({foreign[0]}): choose an empty or new folder")
+            lost = any(unit_of(p.name) is not None for p in folder.iterdir()) and MANIFEST_FILE not in written
+            raise UserError(
+                f"{folder} holds {'shards without a manifest, and ' if lost else ''}files that are not shards "
+                f"({foreign[0]}): choose an empty or new folder, or move them away"
+            )
 
 
-def _ours(name: str) -> bool:
-    return unit_of(name) is not None or name.removesuffix(TMP_SUFFIX).startswith(_FIXED)
+_TEMPORARY = re.compile(rf"(?:{'|'.join(map(re.escape, _FIXED))})(?:\.[0-9a-f]{{8}})?{re.escape(TMP_SUFFIX)}")
+
+
+def _ours(name: str, written: Collection[str]) -> bool:
+    return name == WORK or name in written or unit_of(name) is not None or _TEMPORARY.fullmatch(name) is not None
+
+
+def _written(folder: Path) -> set[str]:
+    """Which of the files with fixed names this program wrote: a user's tokenizer or manifest has the same names."""
+    listed = _listed(folder)
+    names = set() if listed is None else {MANIFEST_FILE, *listed}
+    work = folder / WORK
+    with suppress(FileNotFoundError, ValueError):
+        names |= set(json.loads((work / _REPLACED).read_bytes()))
+    if (work / PLAN).is_file():  # a run died just before its manifest
+        names |= {BAD_FILE, DROPPED_FILE}
+        names |= {name for name in TOKENIZER_FILES if _same(folder / name, work / TOKENIZER / name)}
+    return names
+
+
+def _listed(folder: Path) -> set[str] | None:
+    """The files with fixed names that the folder's manifest of shards lists, None without such a manifest."""
+    try:
+        data = json.loads((folder / MANIFEST_FILE).read_bytes())
+        if data["format"] != FORMAT:
+            return None
+        return {entry["name"] for key in ("tokenizer", "reports") for entry in data[key]} & set(_FIXED)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.read_bytes() == other.read_bytes()
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -124,9 +169,10 @@ def lock_folder(folder: Path, part: JobPart | None) -> Iterator[Path]:
                 held.append(_open(work / f"lock-{part.index}-of-{part.count}"))
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-        _acquire(held[0], fcntl.LOCK_EX if part is None else fcntl.LOCK_SH, f"another process is preparing {folder}")
+        kind = fcntl.LOCK_EX if part is None else fcntl.LOCK_SH
+        _acquire(folder, held[0], kind, f"another process is preparing {folder}")
         if part is not None:
-            _acquire(held[1], fcntl.LOCK_EX, f"another process is preparing part {part.index} of {folder}")
+            _acquire(folder, held[1], fcntl.LOCK_EX, f"another process is preparing part {part.index} of {folder}")
         yield work
     finally:
         for lock in held:
@@ -137,11 +183,16 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
 
-def _acquire(lock: int, kind: int, refusal: str) -> None:
+def _acquire(folder: Path, lock: int, kind: int, refusal: str) -> None:
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{refusal} right now") from None
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be locked ({error.strerror}): its file system has no flock; mount it with locks (Lustre: "
+            "-o flock), or prepare on another one and copy the finished folder"
+        ) from None
 
 
 def start_run(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: JobPart | None, deal: Deal) -> None:
@@ -149,7 +200,7 @@ def start_run(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: 
 
     Raises :class:`UserError` for a folder in which another run is unfinished, unless ``overwrite``.
     """
-    plan = work / "plan.json"
+    plan = work / PLAN
     try:
         same = json.loads(plan.read_bytes())["purpose"] == purpose
         found = "an unfinished run with other inputs, another tokenizer or other settings"
@@ -168,12 +219,17 @@ def start_run(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: 
         remove_files(work, [p.name for p in work.iterdir() if p.name.startswith(copies)])
         return
     if not same or (folder / MANIFEST_FILE).exists():
+        listed = _listed(folder)
+        if listed is not None:  # what may go, should this run die between here and the plan
+            write_atomic(work / _REPLACED, _json(sorted(listed)))
         remove_files(folder, [MANIFEST_FILE])  # first: without it nothing here counts as complete
         fsync_folder(folder)
-        remove_files(work, [p.name for p in work.iterdir() if p.is_file() and not p.name.startswith("lock")])
+        kept = ("lock", _REPLACED)
+        remove_files(work, [p.name for p in work.iterdir() if p.is_file() and not p.name.startswith(kept)])
         remove_files(folder, [p.name for p in folder.iterdir() if unit_of(p.name) is not None])
-        remove_files(folder, [*TOKENIZER_FILES, BAD_FILE, DROPPED_FILE])
+        remove_files(folder, [*TOKENIZER_FILES, BAD_FILE, DROPPED_FILE])  # ours, as `check_folder` has seen
         write_atomic(plan, _json({"purpose": purpose}))
+        remove_files(work, [_REPLACED])
     for place in (folder, work):
         remove_files(place, [p.name for p in place.iterdir() if p.name.endswith(TMP_SUFFIX)])
 

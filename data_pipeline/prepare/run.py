@@ -26,7 +26,7 @@ from data_pipeline.moved import renamed
 from data_pipeline.prepare.complete import check_complete, complete
 from data_pipeline.prepare.divide import Divider, remove_copy
 from data_pipeline.prepare.executors import Executor, InProcess, OnRay, Processes
-from data_pipeline.prepare.folder import Deal, JobPart, check_folder, copy_prefix, lock_folder, start_run
+from data_pipeline.prepare.folder import TOKENIZER, Deal, JobPart, check_folder, copy_prefix, lock_folder, start_run
 from data_pipeline.prepare.plan import STDIN, Preparation, Unit, json_sha256, stdin_units
 from data_pipeline.prepare.worker import WORK, Context, Encoders, UnitResult, Worker, writing
 from data_pipeline.quality.duplicates import find_duplicates
@@ -37,10 +37,12 @@ from data_pipeline.sources.documents import read_piece
 from data_pipeline.sources.reading import Reading
 from data_pipeline.sources.tally import Tally
 from data_pipeline.tokenization.encoder import EncoderChoice, choose_encoder
+from data_pipeline.tokenization.roundtrip import Loss, loss
 
 __getattr__ = renamed(__name__, How="PrepareOptions", Outcome="PrepareResult")
 
-SAMPLE_BYTES = 1 << 18  # of the user's text, on which a faster encoder must agree with the stock one
+# Of the user's text, on which a faster encoder must agree with the stock one, and decoding shows what is lost.
+SAMPLE_BYTES = 1 << 18
 DEFAULT_MAX_BAD_FRACTION = 0.001
 
 
@@ -79,11 +81,13 @@ def prepare(
     stream: BinaryIO | None = None,
     on_text: Callable[[int], None] = lambda size: None,
     on_phase: Callable[[str], None] = lambda phase: None,
+    on_loss: Callable[[Loss], None] = lambda found: None,
 ) -> PrepareResult:
     """Tokenize into ``folder``; does only what an earlier, interrupted call with the same inputs and settings left.
 
     ``stream`` takes the place of the corpus when that is standard input. ``on_text`` is called with the bytes of text
-    that were done, ``on_phase`` with "signing", "comparing" or "tokenizing". Raises :class:`UserError` for bad input,
+    that were done, ``on_phase`` with "signing", "comparing" or "tokenizing", ``on_loss``
+    before the work if the tokenizer does not give the text of a sample back. Raises :class:`UserError` for bad input,
     no documents at all, too many broken records, and a folder that holds something else (unless ``overwrite`` and it
     holds shards).
     """
@@ -102,7 +106,7 @@ def prepare(
     with lock_folder(folder, how.part) as work, writing(folder):
         deal = Deal.of(preparation.units, how.part.count if how.part else 1)
         start_run(folder, work, preparation.purpose, overwrite=how.overwrite, part=how.part, deal=deal)
-        return _Run(preparation, folder, work, how, stream, on_text, on_phase).run()
+        return _Run(preparation, folder, work, how, stream, on_text, on_phase, on_loss).run()
 
 
 class _Run:
@@ -117,9 +121,10 @@ class _Run:
         stream: BinaryIO | None,
         on_text: Callable[[int], None],
         on_phase: Callable[[str], None],
+        on_loss: Callable[[Loss], None],
     ) -> None:
         self.preparation, self.folder, self.work, self.how = preparation, folder, work, how
-        self.on_text, self.on_phase = on_text, on_phase
+        self.on_text, self.on_phase, self.on_loss = on_text, on_phase, on_loss
         self.deal = Deal.of(preparation.units, how.part.count if how.part else 1)
         self.mine: Iterable[Unit] = [u for u in preparation.units if self.deal.has(how.part, u)]
         self.divider = Divider(work, preparation.settings.reading.wanted, copy_prefix(how.part))
@@ -130,7 +135,7 @@ class _Run:
             sampled = list(islice(units, 1))
             self.mine = chain(sampled, units)
         self.sampled = sampled
-        saved = work / "tokenizer"
+        saved = work / TOKENIZER
         preparation.tokenizer.save(saved)
         self.context = Context(
             folder,
@@ -203,7 +208,10 @@ class _Run:
 
     def _choose_encoder(self) -> EncoderChoice:
         tokenizer, reading = self.preparation.tokenizer, self.preparation.settings.reading
-        sample = _sample(self.sampled, reading) if self.how.backend != "tokenizers" else []
+        sample = _sample(self.sampled, reading)
+        found = loss(tokenizer, sample)
+        if found is not None:
+            self.on_loss(found)
         return choose_encoder(tokenizer, self.how.backend, sample, token_dtype(tokenizer.vocab_size))
 
     def _executor(self) -> Executor:

@@ -227,15 +227,18 @@ class Worker:
                 for batch in _batches(self._unique(self._kept(unit, tally, result), drops, result)):
                     encoded = encoder.encode_batch([document.text for document in batch])
                     for document, ids in zip(batch, encoded, strict=True):
-                        writer.add(ids, document.source)
-                    size = sum(document.size for document in batch)
-                    result.documents += len(batch)
-                    result.text_bytes += size
-                    self._on_text(size)
+                        if len(ids):
+                            writer.add(ids, document.source)
+                            result.documents += 1
+                            result.text_bytes += document.size
+                        else:  # all that it has is what the tokenizer drops, as control characters
+                            result.empty += 1
+                    self._on_text(sum(document.size for document in batch))
                 result.shards = writer.finish()
             finally:
                 writer.abort()
-        result.records, result.empty = tally.records, tally.empty
+        result.records = tally.records
+        result.empty += tally.empty
         result.bad = dict(sorted(tally.bad.items()))
         result.bad_samples = [_moved(asdict(sample), unit) for sample in tally.located()]
         result.dropped_samples = [_moved(sample, unit) for sample in result.dropped_samples]

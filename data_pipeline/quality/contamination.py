@@ -5,6 +5,9 @@ case, punctuation and white space. A text of fewer than 13 words counts as one g
 words are not judged, for they give too many false positives. Here a word is a run of letters and digits. Scripts that
 do not part words by spaces make long words, so that only whole phrases are found in them.
 
+A tokenizer may lose some of the text: case and accents, rare characters that become ``[UNK]``, the space around Chinese
+ones. Shards hold what is left, so the evaluation texts are compared as the same tokenizer gives them back.
+
 The evaluation texts are held in memory, the shards are streamed: each document is decoded, and its grams are looked
 up among those of the evaluation texts. A gram stands for its words by a 64-bit hash. With 10^6 evaluation grams and
 10^12 grams of training text, chance makes 10^18 / 2^64 = 0.05 pairs equal. In fact it makes fewer: a gram with a word
@@ -29,11 +32,13 @@ import xxhash
 
 from data_pipeline.processes import die_with_parent
 from data_pipeline.shards.shardset import ShardSet
-from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE
+from data_pipeline.sources.reading import Reading
+from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 
 DEFAULT_N = 13
 SHORTEST = 8  # words; shorter texts are not judged
 _BATCH_TOKENS = 1 << 18  # decoded at a time, about 1 MB of text
+_BATCH_TEXTS = 1024  # encoded and decoded at a time
 _WORD = re.compile(r"[^\W_]+")
 _NONE = np.iinfo(np.int64).max
 
@@ -97,32 +102,98 @@ def contamination(
     """Look for the ``n``-grams of ``texts`` in the documents of ``shards``, which are read once.
 
     Memory is proportional to the texts. ``workers`` processes share the shard files; the result does not depend on
-    their number. ``on_tokens`` is called with numbers of tokens read. Raises :class:`UserError` for damaged shards.
+    their number. The texts are encoded and decoded as each folder's text was; of several folders with tokenizers that
+    lose different things, the one that holds the largest share of a text decides its numbers. ``on_tokens`` is called
+    with numbers of tokens read. Raises :class:`UserError` for damaged shards.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     sets = [shards] if isinstance(shards, ShardSet) else list(shards)
+    hits = [_search_stored(stored, n, workers, on_tokens) for stored in _as_stored(sets, texts)]
+    # Where folders give a text back in several forms, the form of which the largest share was found counts.
+    scores = np.array([np.where(one.grams > 0, one.found / np.maximum(one.grams, 1), -1) for one in hits])
+    chosen = scores.argmax(axis=0) if len(hits) else np.zeros(len(texts), dtype=np.int64)
+
+    def of_chosen(values: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array(values, dtype=np.int64)[chosen, np.arange(len(texts))] if values else np.zeros(len(texts), int)
+
+    grams, found = of_chosen([one.grams for one in hits]), of_chosen([one.found for one in hits])
+    longest, first = of_chosen([one.longest for one in hits]), of_chosen([one.first for one in hits])
+    worst = np.argsort(-(found / np.maximum(grams, 1)), kind="stable")[:examples]
+    shown = []
+    for text in worst[found[worst] > 0].tolist():
+        one = hits[chosen[text]]
+        words = words_of(one.texts[text])[one.begins[text] :][: longest[text]]
+        share = float(found[text] / grams[text])
+        shown.append(Example(text, share, " ".join(words), *_place(sets, int(first[text]))))
+    return Contamination(n, grams, found, longest, tuple(shown))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The evaluation texts as some of the folders hold them."""
+
+    texts: list[str]
+    folders: list[tuple[ShardSet, int]]  # each with the number of its first document through all sets
+
+
+@dataclass(frozen=True)
+class _Hits:
+    """What of each stored text was found. All arrays are (texts,) int64."""
+
+    texts: list[str]
+    grams: np.ndarray
+    found: np.ndarray
+    longest: np.ndarray  # words
+    begins: np.ndarray  # the word at which the longest stretch begins
+    first: np.ndarray  # the first document with the first gram of that stretch, numbered through all sets
+
+
+def _as_stored(sets: Sequence[ShardSet], texts: Sequence[str]) -> list[_Stored]:
+    """The texts as each folder's tokenizer and normalisation leave them; folders that leave the same words together."""
+    by_way: dict[tuple[str, str | None], list[str]] = {}
+    by_words: dict[bytes, _Stored] = {}
+    before = 0
+    for shards in sets:
+        normalize = shards.manifest.settings.get("reading", {}).get("normalize")
+        way = (shards.tokenizer_hash, normalize)
+        if way not in by_way:
+            by_way[way] = _given_back(shards.tokenizer(), Reading(normalize=normalize), texts)
+        digest = xxhash.xxh3_128()
+        for text in by_way[way]:
+            digest.update("\x00".join([*words_of(text), "\n"]).encode())
+        by_words.setdefault(digest.digest(), _Stored(by_way[way], [])).folders.append((shards, before))
+        before += shards.num_documents
+    return list(by_words.values())
+
+
+def _given_back(tokenizer: Tokenizer, reading: Reading, texts: Sequence[str]) -> list[str]:
+    out: list[str] = []
+    for start in range(0, len(texts), _BATCH_TEXTS):
+        # A half surrogate pair is no text, and no shard has one.
+        batch = [reading.normalized(t.encode(errors="replace").decode()) for t in texts[start : start + _BATCH_TEXTS]]
+        out += tokenizer.decode_batch(tokenizer.encode_batch(batch))
+    return out
+
+
+def _search_stored(stored: _Stored, n: int, workers: int, on_tokens: Callable[[int], object]) -> _Hits:
+    texts = stored.texts
     grams = EvaluationGrams(texts, n)
     first = np.full(grams.distinct, _NONE, dtype=np.int64)
     if grams.distinct:
-        for numbers, documents in _search(sets, grams, workers, on_tokens):
+        for numbers, documents in _search(stored.folders, grams, workers, on_tokens):
             first[numbers] = np.minimum(first[numbers], documents)
     hits = first[grams.numbers] != _NONE
     per_text = np.bincount(grams.owners, minlength=len(texts))
     found = np.bincount(grams.owners[hits], minlength=len(texts))
-    longest, begins = np.zeros((2, len(texts)), dtype=np.int64)
+    longest, begins, places = np.zeros((3, len(texts)), dtype=np.int64)
     edges = np.concatenate([[0], np.cumsum(per_text)])
     for text in np.flatnonzero(found):
         begin, length = _longest_run(hits[edges[text] : edges[text + 1]])
         longest[text] = length - 1 + grams.sizes[edges[text]]
         begins[text] = begin
-    worst = np.argsort(-(found / np.maximum(per_text, 1)), kind="stable")[:examples]
-    shown = []
-    for text in worst[found[worst] > 0].tolist():
-        words = words_of(texts[text])[begins[text] :][: longest[text]]
-        place = _place(sets, int(first[grams.numbers[edges[text] + begins[text]]]))
-        shown.append(Example(text, float(found[text] / per_text[text]), " ".join(words), *place))
-    return Contamination(n, per_text, found, longest, tuple(shown))
+        places[text] = first[grams.numbers[edges[text] + begin]]
+    return _Hits(texts, per_text, found, longest, begins, places)
 
 
 def _hash(word: str) -> int:
@@ -223,15 +294,18 @@ class EvaluationGrams:
         return distinct, first
 
 
-_Hits = tuple[np.ndarray, np.ndarray]  # numbers of grams, and the document of each
+_Numbers = tuple[np.ndarray, np.ndarray]  # of grams, and of the document of each
 
 
 def _search(
-    sets: Sequence[ShardSet], grams: EvaluationGrams, workers: int, on_tokens: Callable[[int], object]
-) -> Iterator[_Hits]:
-    """Hits in all shards; documents are numbered through all sets."""
-    tasks, before = [], 0
-    for shards in sets:
+    folders: Sequence[tuple[ShardSet, int]],
+    grams: EvaluationGrams,
+    workers: int,
+    on_tokens: Callable[[int], object],
+) -> Iterator[_Numbers]:
+    """Hits in all shards of these folders, which come with the number of their first document."""
+    tasks = []
+    for shards, before in folders:
         for place, shard in enumerate(shards.manifest.shards):
             tasks.append((shards, place, before))
             before += shard.num_documents
@@ -260,7 +334,7 @@ def _search(
 
 def _search_shard(
     grams: EvaluationGrams, shards: ShardSet, place: int, before: int, on_tokens: Callable[[int], object]
-) -> Iterator[_Hits]:
+) -> Iterator[_Numbers]:
     import tokenizers
 
     # Straight from the library: one call decodes a batch, on all cores, at twice the speed of text by text.
@@ -305,7 +379,7 @@ def _look_at_stop(tokens: int) -> None:
         raise _Stopped
 
 
-def _work(folder: Path, place: int, before: int) -> _Hits:
+def _work(folder: Path, place: int, before: int) -> _Numbers:
     assert _worker_grams is not None
     shards = ShardSet.open(folder)
     first = np.full(_worker_grams.distinct, _NONE, dtype=np.int64)

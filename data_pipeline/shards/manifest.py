@@ -51,7 +51,7 @@ class Manifest:
     num_tokens: int
     num_documents: int
     text_bytes: int  # UTF-8, of the documents that were tokenized
-    empty_documents: int  # null or white space only, skipped
+    empty_documents: int  # null, white space only or without a token, skipped
     bad_records: dict[str, int]  # what was wrong -> how many, skipped
     dropped_documents: dict[str, int]  # filter, or "duplicate" -> how many
     dtype: str
@@ -103,7 +103,10 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST_FILE}: it is not a shard folder, or `nystrom data prepare` has not finished "
             "there (run the same command again)"
         )
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     try:
         data = json.loads(raw)
         if data["format"] != FORMAT:
@@ -127,10 +130,11 @@ def read_manifest(folder: Path) -> Manifest:
                 "inputs": tuple(InputEntry(**entry) for entry in data["inputs"]),
             }
         )
-    except (KeyError, TypeError, AttributeError) as error:
+        # Comparing with the canonical spelling finds a change anywhere in the file, white space included.
+        whole = manifest.fingerprint == fingerprint and manifest.to_bytes() == raw
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    # Comparing with the canonical spelling finds a change anywhere in the file, white space included.
-    if manifest.fingerprint != fingerprint or manifest.to_bytes() != raw:
+    if not whole:
         raise UserError(f"{path} is damaged: its contents do not match its own fingerprint")
     return manifest
 

@@ -9,17 +9,23 @@ end to end, are the token stream: each document's tokens and then ``</s>``.
 
 from __future__ import annotations
 
+import mmap
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import FileEntry, hash_file
 from data_pipeline.moved import renamed
 from data_pipeline.shards.manifest import Manifest, read_manifest
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __getattr__ = renamed(__name__, ramps="concat_ranges")
 
@@ -42,6 +48,8 @@ class ShardSet:
         # offsets[s] is the position in the stream of the first token of shard s, offsets[-1] the length of the stream.
         self._offsets = np.cumsum([0, *(shard.num_tokens for shard in manifest.shards)], dtype=np.int64)
         _allow_open_files(len(manifest.shards))
+        self._last_index: tuple[FileEntry, pa.Table] | None = None
+        self._maps: list[mmap.mmap] = []
         self._tokens = [self._map(shard.tokens, shard.num_tokens) for shard in manifest.shards]
 
     @classmethod
@@ -71,8 +79,25 @@ class ShardSet:
             raise UserError(
                 f"{self.path / entry.name}: {entry.bytes} bytes are not {num_tokens} tokens of {dtype.name}"
             )
-        # As a plain array: np.memmap's own indexing costs about a microsecond more for each access.
-        return np.asarray(np.memmap(self.path / entry.name, dtype=dtype, mode="r", shape=(num_tokens,)))
+        try:
+            with open(self.path / entry.name, "rb") as f:
+                mapped = mmap.mmap(f.fileno(), entry.bytes, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # gone or cut short since its size was compared
+            raise UserError(f"{self.path / entry.name} cannot be read: {error}") from None
+        self._maps.append(mapped)
+        # A plain array: np.memmap's own indexing costs about a microsecond more for each access.
+        return np.frombuffer(mapped, dtype=dtype, count=num_tokens)
+
+    def _present(self, shard: int) -> None:
+        """Raise :class:`UserError` if a token file became shorter since it was opened: reading there would end the
+        process by SIGBUS, with no message. Costs about a microsecond; what is cut in the very moment still does."""
+        entry = self.manifest.shards[shard].tokens
+        size = self._maps[shard].size()
+        if size < entry.bytes:
+            raise UserError(
+                f"{self.path / entry.name} was cut short while it was read: it has {size} bytes, the manifest says "
+                f"{entry.bytes}; put the file back or prepare the folder again"
+            )
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the shards were made with, from the copy in the folder."""
@@ -100,6 +125,7 @@ class ShardSet:
         largest = 0
         for shard, (begin, end) in enumerate(zip(begins[:-1], ends, strict=True)):
             if begin < end:
+                self._present(shard)
                 tokens = self._tokens[shard]
                 # Row i of this view is tokens[i : i + length]: the gather is one call of NumPy, a memcpy for each row.
                 windows = np.ndarray(
@@ -130,8 +156,9 @@ class ShardSet:
         position = concat_ranges(starts, lengths)
         out = np.empty(len(position), dtype=np.int64)
         edges = np.append(0, np.cumsum(lengths))[np.searchsorted(starts, self._offsets)]
-        for number in np.flatnonzero(np.diff(edges)):
+        for number in np.flatnonzero(np.diff(edges)).tolist():
             part = slice(edges[number], edges[number + 1])
+            self._present(number)
             out[part] = self._tokens[number][position[part] - self._offsets[number]]
         if out.size and out.max() >= self.vocab_size:
             bad = int(np.argmax(out >= self.vocab_size))
@@ -142,6 +169,7 @@ class ShardSet:
         shard = int(np.searchsorted(self._offsets, start, side="right")) - 1
         filled = 0
         while filled < len(row):
+            self._present(shard)
             part = self._tokens[shard][start + filled - self._offsets[shard] :][: len(row) - filled]
             row[filled : filled + len(part)] = part
             filled += len(part)
@@ -159,45 +187,63 @@ class ShardSet:
     def documents(self, limit: int | None = None) -> Iterator[np.ndarray]:
         """Token ids (n,) int64 of each document in the order of the stream, the closing ``</s>`` left out."""
         count = 0
-        for shard, tokens in zip(self.manifest.shards, self._tokens, strict=True):
+        for number, (shard, tokens) in enumerate(zip(self.manifest.shards, self._tokens, strict=True)):
             start = 0
             for end in self.document_ends(shard.index):
                 if limit is not None and count >= limit:
                     return
-                yield tokens[start : int(end) - 1].astype(np.int64)
+                self._present(number)
+                document = tokens[start : int(end) - 1].astype(np.int64)
+                if document.size and document.max() >= self.vocab_size:
+                    self._raise_damaged(np.array([self._offsets[number] + start]), document[None])
+                yield document
                 start = int(end)
                 count += 1
 
     def document_ends(self, index: FileEntry) -> np.ndarray:
-        """The ``end`` column (documents,) uint64 of one shard's Arrow file."""
-        import pyarrow as pa
-
-        file = self.path / index.name
-        try:
-            with pa.memory_map(str(file)) as source:
-                ends = pa.ipc.open_file(source).read_all().column("end").to_numpy()
-        except (pa.ArrowInvalid, KeyError, OSError) as error:
-            raise UserError(f"{file} is damaged: {error}") from None
-        return np.asarray(ends, dtype=np.uint64)
+        """The ``end`` column (documents,) uint64 of one shard's Arrow file; :class:`UserError` if that is damaged."""
+        return np.asarray(self._index(index).column("end").to_numpy(), dtype=np.uint64)
 
     def document_sources(self, index: FileEntry) -> tuple[list[str], np.ndarray]:
         """The ``source`` column of one shard's Arrow file: the distinct names, and for each document (documents,) the
-        place of its own among them."""
+        place of its own among them. Raises :class:`UserError` if the file is damaged."""
+        column = self._index(index).column("source").combine_chunks().dictionary_encode()
+        return column.dictionary.to_pylist(), column.indices.to_numpy().astype(np.int64)
+
+    def _index(self, entry: FileEntry) -> pa.Table:
+        """A shard's Arrow file, its checksum compared: Arrow trusts what it reads, and one wrong bit gave other
+        documents, crashes or worse. Measured on 100 files of 200,000 documents (2.4 MB each): 41 ms
+        for all of them, 16 without the checksum."""
         import pyarrow as pa
 
-        file = self.path / index.name
+        if self._last_index is not None and self._last_index[0] == entry:
+            return self._last_index[1]
+        file = self.path / entry.name
         try:
-            with pa.memory_map(str(file)) as source:
-                column = pa.ipc.open_file(source).read_all().column("source").combine_chunks().dictionary_encode()
-                return column.dictionary.to_pylist(), column.indices.to_numpy().astype(np.int64)
+            data = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        if xxhash.xxh3_128_hexdigest(data) != entry.xxh3_128:
+            raise UserError(
+                f"{file} is damaged: its contents do not match the manifest; `nystrom data verify {self.path}` says "
+                "where; prepare the folder again"
+            )
+        try:
+            table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
         except (pa.ArrowInvalid, KeyError, OSError) as error:
             raise UserError(f"{file} is damaged: {error}") from None
+        self._last_index = (entry, table)  # asked for twice in a row: for ends and sources, for windows of one shard
+        return table
 
     def chunks(self, size: int = 1 << 20) -> Iterator[np.ndarray]:
         """The whole stream in order, ``size`` tokens at a time, in the stored dtype."""
-        for tokens in self._tokens:
+        for number, tokens in enumerate(self._tokens):
             for start in range(0, len(tokens), size):
+                self._present(number)
                 yield tokens[start : start + size]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardSet.open, (self.path,)  # another process maps the files itself
 
     def __repr__(self) -> str:
         return f"ShardSet({str(self.path)!r}, tokens={self.num_tokens}, documents={self.num_documents})"

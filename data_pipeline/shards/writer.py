@@ -7,6 +7,7 @@ import re
 import secrets
 from array import array
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +108,8 @@ class _OpenShard:
         return ShardEntry(unit, self.num_tokens, len(self.ends), tokens, index)
 
     def abandon(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # what is still in the buffer does not go on a full disk either
+            self.file.close()
         remove_files(self._folder, [name + self._attempt for name in (self._names.tokens, self._names.index)])
 
     def _write_index(self) -> FileEntry:

@@ -89,10 +89,12 @@ class HubCorpus:
         return f"dataset {self.dataset.name}"
 
 
-def open_corpus(inputs: Sequence[str | Path]) -> FileCorpus:
-    """The corpus of files, folders and globs. Raises :class:`UserError` as :func:`expand_inputs` does, and for .zst
-    files where the zstandard package is missing."""
-    files = find_files(inputs)
+def open_corpus(inputs: Sequence[str | Path], without: Path | None = None) -> FileCorpus:
+    """The corpus of files, folders and globs, which leave out what lies in the folder ``without``.
+
+    Raises :class:`UserError` as :func:`expand_inputs` does, and for .zst files where the zstandard package is missing.
+    """
+    files = find_files(inputs, without)
     if any(file.kind.endswith(".zst") for file in files):
         require_zstandard()
     return FileCorpus(files)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
 from data_pipeline.sources.format import of_path, supported
+
+UNSEEKABLE = (
+    "a pipe or a device, which can be read only once: save it to a file; `nystrom data prepare` reads standard input "
+    "(--input - --stdin-format jsonl < PIPE)"
+)
 
 
 @dataclass(frozen=True)
@@ -23,9 +28,9 @@ class CorpusFile:
     mtime_ns: int
 
 
-def find_files(inputs: Sequence[str | Path]) -> tuple[CorpusFile, ...]:
+def find_files(inputs: Sequence[str | Path], without: Path | None = None) -> tuple[CorpusFile, ...]:
     """:func:`expand_inputs`, with each file's name, kind and size."""
-    paths = expand_inputs(inputs)
+    paths = expand_inputs(inputs, without)
     return tuple(_file(path, name) for path, name in zip(paths, relative_names(paths), strict=True))
 
 
@@ -42,11 +47,12 @@ def _file(path: Path, name: str) -> CorpusFile:
     return CorpusFile(name, path, kind, stat.st_size, stat.st_mtime_ns)
 
 
-def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
+def expand_inputs(inputs: Sequence[str | Path], without: Path | None = None) -> list[Path]:
     """Files named by files, folders (searched to any depth) and globs (``**`` too), each once, sorted by path.
 
-    Folders and globs give the files of a supported kind; what is hidden is left out, links are followed. Raises
-    :class:`UserError` for an input that does not exist or gives nothing, and for a file of another kind.
+    Folders and globs give the files of a supported kind; what is hidden or lies in the folder ``without`` is left out,
+    links are followed. Raises :class:`UserError` for an input that does not exist, is a pipe or gives nothing, and for
+    a file of another kind.
     """
     found: dict[Path, Path] = {}
     for given in inputs:
@@ -56,14 +62,16 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
                 raise UserError(f"{path}: files of this kind are not read; supported are {supported()}")
             files = [path]
         elif path.is_dir():
-            files = list(_walk(path))
+            files = _outside(without, _walk(path))
             if not files:
                 raise UserError(f"folder {path} has no file to read (supported are {supported()})")
         elif glob.has_magic(str(given)):
             matches = map(Path, glob.iglob(str(given), recursive=True))
-            files = [p for p in matches if _wanted(p.name) and p.is_file()]
+            files = _outside(without, (p for p in matches if _wanted(p.name) and p.is_file()))
             if not files:
                 raise UserError(f"pattern {given} matches no file to read (supported are {supported()})")
+        elif path.exists():
+            raise UserError(f"input {path} is {UNSEEKABLE}")
         else:
             raise UserError(f"input {path} does not exist")
         for file in files:
@@ -98,6 +106,13 @@ def _walk(folder: Path) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(root, name) for name in names if _wanted(name) and os.path.isfile(os.path.join(root, name)))
+
+
+def _outside(folder: Path | None, files: Iterable[Path]) -> list[Path]:
+    if folder is None:
+        return list(files)
+    root = folder.resolve()
+    return [file for file in files if not file.parent.resolve().is_relative_to(root)]
 
 
 def _wanted(name: str) -> bool:

@@ -11,7 +11,7 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.sources.format import Chunk, Found, Source, by_name, of_path, supported
-from data_pipeline.sources.inputs import find_files
+from data_pipeline.sources.inputs import UNSEEKABLE, find_files
 from data_pipeline.sources.pieces import Piece, require_zstandard
 from data_pipeline.sources.reading import MISSING, Bad, Quotes, TextUnit, Wanted, find_field
 from data_pipeline.sources.streams import opened, piece_digest
@@ -103,7 +103,9 @@ def _chosen(record: Mapping[str, Any], wanted: Wanted, where: str) -> dict[str, 
 def _whole(path: Path, wanted: Wanted, text_unit: TextUnit) -> list[Piece]:
     """The pieces of one file, as large as its format lets them be."""
     if not path.is_file():
-        raise UserError(f"{path} is a folder, a file is expected" if path.is_dir() else f"{path} does not exist")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, a file is expected")
+        raise UserError(f"{path} is {UNSEEKABLE}" if path.exists() else f"{path} does not exist")
     known = of_path(path, text_unit)
     if known is None:
         raise UserError(f"{path}: files of this kind are not read; supported are {supported()}")

@@ -21,11 +21,13 @@ from numpy.typing import DTypeLike
 
 from data_pipeline.errors import UserError
 from data_pipeline.tokenization.bytepairs import NotExpressible, byte_pairs
+from data_pipeline.tokenization.long_texts import is_long
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
 BACKENDS = ("auto", "tokenizers", "tiktoken")
 CHECK_EVERY = 512
 CHECK_CHARACTERS = 1 << 13
+_TOGETHER = 4  # pieces of a long text that are encoded at once, on as many cores
 # tiktoken's regular expressions give up, with a panic, at a run of 999,690 white space characters (version 0.14).
 _LONGEST_RUN = 250_000
 _LONG_RUN = re.compile(rf"(?<!\s)\s{{{_LONGEST_RUN}}}")
@@ -52,7 +54,17 @@ class StockEncoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text."""
+        if any(map(is_long, texts)):
+            return [self._in_pieces(text) for text in texts]
         return [_to_array(ids, self._dtype) for ids in self._tokenizer.encode_batch(texts)]
+
+    def _in_pieces(self, text: str) -> np.ndarray:
+        pieces = self._tokenizer.pieces(text)
+        parts: list[np.ndarray] = []
+        for start in range(0, len(pieces), _TOGETHER):
+            ids = self._tokenizer.encode_batch(pieces[start : start + _TOGETHER])
+            parts += [_to_array(part, self._dtype) for part in ids]
+        return np.concatenate(parts)
 
 
 class TiktokenEncoder:
@@ -77,6 +89,7 @@ class TiktokenEncoder:
         except Exception as error:  # a pattern that its engine does not know
             raise NotExpressible(f"tiktoken refuses the vocabulary: {error}") from None
         self._ids = pairs.ids.astype(dtype)
+        self._tokenizer = tokenizer
         self._stock = StockEncoder(tokenizer, dtype)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -84,6 +97,10 @@ class TiktokenEncoder:
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> np.ndarray:
+        if is_long(text):
+            pieces = self._tokenizer.pieces(text)
+            if len(pieces) > 1:
+                return np.concatenate([self._encode(piece) for piece in pieces])
         if len(text) > _LONGEST_RUN and _LONG_RUN.search(text):
             return self._stock.encode_batch([text])[0]
         try:

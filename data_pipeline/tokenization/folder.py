@@ -16,6 +16,18 @@ from data_pipeline.tokenization.roles import WELL_KNOWN, declared_roles
 if TYPE_CHECKING:
     import tokenizers
 
+# Tokenizers of transformers whose vocabulary files have the names of GPT-2's or BERT's and another meaning.
+_NOT_BYTE_LEVEL = frozenset(
+    name + "Tokenizer"
+    for name in (
+        *("Bertweet", "BioGpt", "BlenderbotSmall", "CLIP", "CTRL", "FSMT", "Flaubert", "Herbert", "M2M100"),
+        *("Marian", "OpenAIGPT", "Phobert", "Speech2Text", "Vits", "Wav2Vec2CTC", "XLM"),
+    )
+)
+_NOT_BERT = frozenset(
+    name + "Tokenizer" for name in ("BertGeneration", "BertJapanese", "Bertweet", "CpmAnt", "Esm", "Phobert")
+)
+
 TOKENIZER_FILE, CONFIG_FILE, MAP_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _VOCAB_TXT, _VOCAB_JSON, _MERGES, _ADDED = "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json"
 
@@ -27,7 +39,8 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str | No
     order of preference, ``tokenizer.json``; ``vocab.json`` with ``merges.txt`` (GPT-2, RoBERTa); ``vocab.txt`` (BERT).
     ``tokenizer_config.json`` wins over ``special_tokens_map.json``.
 
-    Raises :class:`UserError` if there is none of these, or for a file that cannot be read.
+    Raises :class:`UserError` if there is none of these, for a file that cannot be read, and for vocabulary files of
+    another kind of tokenizer, as ``tokenizer_class`` or the merges tell.
     """
     folder, file = (path, path / TOKENIZER_FILE) if path.is_dir() else (path.parent, path)
     config: dict[str, Any] = {}
@@ -75,9 +88,28 @@ def _byte_level(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     except Exception as error:
         raise UserError(f"{folder / _VOCAB_JSON} and {_MERGES} are not a BPE vocabulary: {error}") from None
+    _refuse_class(folder, config, _VOCAB_JSON, "GPT-2", _NOT_BYTE_LEVEL)
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    for left, right in merges:
+        if "</w>" in left + right or not alphabet.issuperset(left + right):
+            raise _other_kind(folder, _MERGES, "GPT-2", f"{left!r} and {right!r} are no bytes as it writes them")
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _refuse_class(folder: Path, config: dict[str, Any], name: str, kind: str, others: frozenset[str]) -> None:
+    declared = str(config.get("tokenizer_class") or "")
+    if declared.removesuffix("Fast") in others:
+        raise _other_kind(folder, name, kind, f"{CONFIG_FILE} says that it belongs to {declared}")
+
+
+def _other_kind(folder: Path, name: str, kind: str, reason: str) -> UserError:
+    return UserError(
+        f"{folder / name} is not the vocabulary of a tokenizer like {kind}'s, the only kind that is read from such "
+        f"files: {reason}; transformers writes a tokenizer.json, which is read: "
+        f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
+    )
 
 
 def _bert(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -90,6 +122,7 @@ def _bert(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=str(config.get("unk_token", "[UNK]"))))
     except Exception as error:
         raise UserError(f"{folder / _VOCAB_TXT} is not a WordPiece vocabulary: {error}") from None
+    _refuse_class(folder, config, _VOCAB_TXT, "BERT", _NOT_BERT)
     backend.normalizer = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),

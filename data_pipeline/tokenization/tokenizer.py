@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 from data_pipeline.tokenization.folder import CONFIG_FILE, TOKENIZER_FILE, read_tokenizer
+from data_pipeline.tokenization.long_texts import cut, is_long
 from data_pipeline.tokenization.roles import ROLES, find_roles
 
 if TYPE_CHECKING:
@@ -66,13 +67,21 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; no special token is added."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        encodings = (self._backend.encode(piece, add_special_tokens=False) for piece in self.pieces(text))
+        return [id_ for encoding in encodings for id_ in encoding.ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, on all cores (``RAYON_NUM_THREADS``); no special token is added."""
+        if any(map(is_long, texts)):
+            return [self.encode(text) for text in texts]
         # _fast leaves out the character offsets, which nobody here reads.
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def pieces(self, text: str) -> list[str]:
+        """Pieces of a long text whose ids, end to end, are those of the whole: memory is that of a piece, not 130
+        bytes for each character. Raises :class:`UserError` for a huge text that cannot be cut."""
+        return cut(self._backend, text) if is_long(text) else [text]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens skipped; bytes that are not UTF-8 (a cut character) become U+FFFD.
@@ -80,6 +89,10 @@ class Tokenizer:
         How much of the text comes back depends on the model: :mod:`data_pipeline.tokenization.training`.
         """
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """:meth:`decode` for each of several documents, on all cores."""
+        return list(self._backend.decode_batch([list(ids) for ids in batch], skip_special_tokens=True))
 
     def to_json(self) -> str:
         """The canonical ``tokenizer.json``."""

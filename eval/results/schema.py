@@ -102,6 +102,7 @@ class ModelInfo:
 
     ``config_hash``: of the model's configuration. Landmarks, segments, the inverse's iterations or the rotary base
     change what the same weights compute. ``tokenizer_hash``: of the tokenizer, which decides what a token is.
+    ``device``: the kind that computed, such as cpu or cuda; "" where it is not known.
     """
 
     weights_hash: str = ""
@@ -112,6 +113,7 @@ class ModelInfo:
     tokens: int = 0
     config_hash: str = ""
     tokenizer_hash: str = ""
+    device: str = ""
 
     @property
     def identity(self) -> list[str]:
@@ -123,9 +125,10 @@ class ModelInfo:
 class Outcome:
     """What a task computes, before it is dressed as a :class:`Result`.
 
-    ``samples``: a few, to be looked at in the report. ``records``: one for every item that was scored, with a unique
-    ``id`` that is a hash of the item (so that the records of two models can be paired) and plain numbers or text;
-    they go to ``NAME.samples.jsonl``. ``estimators``: of the metrics that can be computed from the records.
+    ``samples``: a few, to be looked at in the report. ``records``: one for every item that was scored, with plain
+    numbers or text and an ``id`` that is a hash of the item: so the records of two models can be paired, and copies of
+    an item are drawn together. They go to ``NAME.samples.jsonl``. ``estimators``: of the metrics that can be computed
+    from the records.
     """
 
     metrics: dict[str, Metric]
@@ -223,14 +226,17 @@ def read_result_or_none(path: Path) -> Result | None:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers were computed with: versions, machine, threads."""
+    """What the numbers were computed with: versions, the code's commit, machine, threads."""
     import torch
+
+    from pretrain.machine import code_version
 
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
         "nystrom-pretrain": _version("nystrom-pretrain"),
+        "commit": code_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
     }

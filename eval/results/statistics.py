@@ -7,8 +7,10 @@ the items (:class:`eval.results.schema.Estimator`), so a draw costs two sums.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ from eval.results.schema import Estimator
 
 LEVEL = 0.95
 RESAMPLES = 2000
+FEW = 30
+"""Below so many items a percentile interval is clearly too narrow (of 5 items it holds the truth in 83% of cases, not
+in 95%; widened in 91%), so it is widened, and what prints it says how few they are."""
 # Indices drawn at once: 2^22 of them and what they pick are 64 MiB.
 _BUDGET = 2**22
 
@@ -27,8 +32,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """Percentile interval of a bootstrap over ``n`` items: NaN bounds for fewer than two, or where a draw is not
-    finite.
+    """Percentile interval of a bootstrap over ``n`` items, of a proportion Wilson's: NaN bounds for fewer than two
+    items, or where a draw is not finite.
 
     ``p`` (paired comparisons): two-sided, the level at which the interval would just reach zero.
     """
@@ -50,10 +55,17 @@ def bootstrap(
 ) -> Interval:
     """The metric with its percentile interval (Efron 1979): as many items as there are, drawn with replacement.
 
+    Of a proportion, where each item counts as all or nothing, it is the score interval (Wilson 1927): a bootstrap of
+    items that are all right says that nothing else can be. Of fewer than :data:`FEW` items it is expanded (Hesterberg
+    2015, section 5.3), which makes it as wide as Student's t.
+
     Raises :class:`UserError` for records without the numbers that the estimator names.
     """
     _, sums = _sums(records, estimator)
-    low, high = _quantiles(_statistic(_resample(sums, resamples, seed), estimator), len(sums))
+    if len(sums) > 1 and _is_proportion(sums, estimator):
+        low, high = wilson(_value(sums, estimator), float(sums[:, 1].sum() ** 2 / np.square(sums[:, 1]).sum()))
+    else:
+        low, high = _quantiles(_statistic(_resample(sums, resamples, seed), estimator), len(sums))
     return Interval(_value(sums, estimator), low, high, len(sums))
 
 
@@ -87,7 +99,7 @@ def paired_bootstrap(
     p = float("nan")
     if np.isfinite(change).all() and len(a) > 1:
         side = min(int((change <= 0).sum()), int((change >= 0).sum()))
-        p = min(1.0, 2 * (side + 1) / (len(change) + 1))
+        p = _expanded_p(min(1.0, 2 * (side + 1) / (len(change) + 1)), len(a))
     return Interval(value, low, high, len(a), p)
 
 
@@ -119,11 +131,41 @@ def _statistic(sums: Floats, estimator: Estimator) -> Floats:
         return np.exp(value) if estimator.exponential else value
 
 
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """The score interval of a proportion ``share`` of ``n`` items (Wilson 1927); of unequal items, of so many equal
+    ones as say as much (Kish 1965)."""
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(max(share * (1 - share), 0.0) / n + z * z / (4 * n * n))
+    return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
+
+
+def _is_proportion(sums: Floats, estimator: Estimator) -> bool:
+    """Whether each item is all right or all wrong, of a figure that is the share of what is right."""
+    top, bottom = sums.T
+    plain = estimator.scale == 1.0 and not estimator.exponential
+    return plain and bool((bottom > 0).all() and ((top == 0) | (top == bottom)).all())
+
+
 def _quantiles(draws: Floats, n: int) -> tuple[float, float]:
     if n < 2 or not np.isfinite(draws).all():
         return float("nan"), float("nan")
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    tail = (1 - LEVEL) / 2
+    if n < FEW:
+        from scipy.stats import norm, t
+
+        tail = float(norm.cdf(-math.sqrt(n / (n - 1)) * t.ppf(1 - tail, n - 1)))
+    low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _expanded_p(p: float, n: int) -> float:
+    """The level at which the expanded interval reaches zero, where the plain one does at ``p``."""
+    if n >= FEW or p >= 1.0:
+        return p
+    from scipy.stats import norm, t
+
+    return float(2 * t.cdf(norm.ppf(p / 2) / math.sqrt(n / (n - 1)), n - 1))
 
 
 def _resample(columns: Floats, resamples: int, seed: int) -> Floats:

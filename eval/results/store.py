@@ -1,7 +1,8 @@
 """Where results lie, and the rule that the same result is never computed twice.
 
 A result is keyed by what determines it: the model (weights, configuration, tokenizer), the task with its settings, the
-data, and the version of the code that computes it. In a results folder,
+data, and what computes it: a hash of the code (:mod:`eval.results.code`), torch's version, the kind of device. In a
+results folder,
 
     finished/KEY/result.json, samples.jsonl   every finished result, under the beginning of its key
     SUITE.json, SUITE.samples.jsonl           the one that was last asked for under this name: what people read
@@ -29,6 +30,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import TMP_SUFFIX, write_atomic
+from eval.results.code import changes, provenance
 from eval.results.parts import Parts
 from eval.results.records import (
     FINISHED,
@@ -55,10 +57,22 @@ KEEP_UNFINISHED_DAYS = 30
 """Parts of a suite that nobody resumed for so long are removed: its settings, data or code have changed since."""
 
 
-def result_key(task: str, version: int, model: ModelInfo, settings: dict[str, Any], data_hash: str) -> str:
-    """The sha256 of all that determines a result; ``version`` is the task's own, raised when its numbers change."""
+def result_key(
+    task: str,
+    version: int,
+    model: ModelInfo,
+    settings: dict[str, Any],
+    data_hash: str,
+    made_by: dict[str, str] | None = None,
+) -> str:
+    """The sha256 of all that determines a result.
+
+    ``version`` is the task's own, raised when its numbers change. ``made_by``: what computes it, default the
+    :func:`eval.results.code.provenance` of the task in this process.
+    """
     parts = {
         "schema": SCHEMA,
+        "made_by": provenance(task, model.device) if made_by is None else made_by,
         "task": task,
         "version": version,
         "model": model.identity,
@@ -89,12 +103,13 @@ def obtain(
     written or the processes do not see the same weights, settings and data.
     """
     team = team or Team()
-    key = result_key(task, version, model, settings, data["hash"])
+    made_by = provenance(task, model.device)
+    key = result_key(task, version, model, settings, data["hash"], made_by)
     keys = team.gather(key)
     if len(set(keys)) > 1:
         other = next(rank for rank, found in enumerate(keys) if found != keys[0])
-        raise UserError(f"{suite}: process {other} sees other weights, settings or data than process 0: are the files "
-                        "the same on all machines? If their processors are not, give a --precision")  # fmt: skip
+        raise UserError(f"{suite}: process {other} sees other weights, settings, data or code than process 0: are the "
+                        "files the same on all machines? If their processors are not, give a --precision")  # fmt: skip
     unfinished = folder / UNFINISHED / key[:32]
     own, path = finished_folder(folder, key) / RESULT, folder / f"{suite}.json"
 
@@ -113,6 +128,10 @@ def obtain(
     old = team.first(look)
     if old is not None:
         return old, False
+    if team.is_first and not rerun:
+        why = _outlived(folder, suite, task, model, settings, data["hash"], made_by)
+        if why:
+            print(f"{suite}: computed again, since the result that is there does not stand: {why}", flush=True)
     started = time.perf_counter()
     outcome = compute(Parts(unfinished, team))
 
@@ -135,7 +154,8 @@ def obtain(
             gate=gate,
             seconds=round(time.perf_counter() - started, 3),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            environment=environment() | {"processes": team.size},
+            environment=environment()
+            | {"processes": team.size, "code": made_by["code"], "device_kind": made_by["device"]},
             version=version,
         )
         _keep(folder, result, lines, [own, path])
@@ -166,6 +186,28 @@ def _stored(folder: Path, suite: str, key: str) -> tuple[Result, bytes, Path] | 
             if lines is not None:
                 return result, lines, path
     return None
+
+
+def _outlived(
+    folder: Path,
+    suite: str,
+    task: str,
+    model: ModelInfo,
+    settings: dict[str, Any],
+    data_hash: str,
+    made_by: dict[str, str],
+) -> str:
+    """Why the newest result of these inputs is not served, "" where there is none: other code, torch or device."""
+    asked = (task, model.identity, settings, data_hash)
+    found = [
+        result
+        for path in (folder / f"{suite}.json", *folder.glob(f"{FINISHED}/*/{RESULT}"))
+        if (result := read_result_or_none(path)) is not None
+        and (result.task, result.model.identity, result.settings, result.data.get("hash")) == asked
+    ]
+    if not found:
+        return ""
+    return "; ".join(changes(max(found, key=lambda result: result.created).environment, made_by))
 
 
 def _keep(folder: Path, result: Result, lines: bytes, places: list[Path]) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +46,12 @@ class Labelled:
         return Labelled([self.texts[i] for i in indices], [self.labels[i] for i in indices], self.path, digest, seconds)
 
     def item_ids(self) -> list[str]:
-        """SHA-256 (the first 32 hex digits) of each record's content; equal records are told apart by counting."""
-        seen: Counter[str] = Counter()
+        """SHA-256 (the first 32 hex digits) of each record's content: copies have one, and are one item."""
         ids = []
         for number, (text, label) in enumerate(zip(self.texts, self.labels, strict=True)):
             second = None if self.seconds is None else self.seconds[number]
             content = json.dumps([text, second, label])
-            ids.append(hashlib.sha256(f"{content}#{seen[content]}".encode()).hexdigest()[:32])
-            seen[content] += 1
+            ids.append(hashlib.sha256(f"{content}#0".encode()).hexdigest()[:32])  # the #0 of earlier versions
         return ids
 
 

@@ -74,16 +74,6 @@ def metrics_of(
     }
 
 
-def unique(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records; an ``id`` that came before gets the number of its occurrence, in place."""
-    seen: dict[str, int] = {}
-    for record in records:
-        seen[record["id"]] = count = seen.get(record["id"], 0) + 1
-        if count > 1:
-            record["id"] += f"#{count}"
-    return records
-
-
 def run_parts(parts: Parts, jobs: Sequence[Job], title: str) -> list[Any]:
     """The values of the jobs, with a bar that moves as they are computed."""
     with tqdm(total=len(jobs), desc=title, unit="part", disable=None) as bar:

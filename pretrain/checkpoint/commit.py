@@ -4,15 +4,17 @@ DeepSpeed's own ``save_checkpoint`` moves its pointer before all processes have 
 that a kill in between leaves it on a torn checkpoint. Here each process fsyncs the files that it wrote, and the folder.
 After a barrier ``manifest.json`` is written, by rename and fsync of the folder: every file's size and XXH3-128, and the
 training state. An fsync of the folder above makes the checkpoint's name durable. Only then is an older one removed, its
-manifest first. A folder without a manifest that checks out is no checkpoint. ``latest`` names the last one for people
-and scripts; nothing here reads it. This module knows files only; ``pretrain.checkpoint.store`` uses it in step with the
-other processes.
+manifest first. A folder without a manifest that checks out is no checkpoint. Nor is one with another name than its
+manifest's tag: that one is the user's. ``latest`` names the last one for people and scripts. Here it only tells that
+there has been one. This module knows files only; ``pretrain.checkpoint.store`` uses it in step with the other
+processes. What is promised of a folder of checkpoints is in docs/checkpoints.md.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +29,10 @@ from data_pipeline.files import FileEntry, fsync_folder, hash_file, write_atomic
 MANIFEST = "manifest.json"
 LATEST = "latest"
 SCHEMA = 1
+DAMAGED, SUSPECT, REPLACED = "damaged", "suspect", "replaced"
+"""Why a folder was set aside: the first part of its new name."""
+_TAG = re.compile(r"step(\d{9,})")
+_SPARE = re.compile(rf"({DAMAGED}|{SUSPECT})-step\d{{9,}}(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class TrainState:
     validated_tokens: int = 0  # position of the last complete validation
     seconds: float = 0.0  # spent in the training loop, over all starts
     losses: tuple[float, ...] = ()  # of the last steps, with which the next ones are compared
+    suspect_in_row: int = 0  # last steps that were skipped as not finite, or whose loss was out of its band
+    sound_step: int = 0  # of the newest checkpoint after which a step went well; 0 for none
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "losses", tuple(self.losses))  # JSON has lists
@@ -85,6 +93,12 @@ def _checksum(body: dict[str, Any]) -> str:
 def tag_name(step: int) -> str:
     """Folder name of the checkpoint of a step; names sort like steps."""
     return f"step{step:09d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step whose checkpoint a folder of this name may be; None for names that are the user's."""
+    found = _TAG.fullmatch(name)
+    return int(found[1]) if found and tag_name(int(found[1])) == name else None
 
 
 def data_files(folder: Path) -> list[str]:
@@ -149,16 +163,52 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint folder to ``why-NAME``, under which it never counts; returns the new path."""
+    aside, number = folder.with_name(f"{why}-{folder.name}"), 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{why}-{folder.name}.{number}")
+    folder.rename(aside)
+    fsync_folder(folder.parent)
+    return aside
+
+
+def vacate(folder: Path) -> None:
+    """Free the name of a save: remove what a save that did not finish left, rename anything that has a manifest."""
+    if (folder / MANIFEST).exists():
+        set_aside(folder, REPLACED)
+    else:
+        remove(folder)
+
+
+def spares(root: Path) -> list[Path]:
+    """Folders that were set aside as damaged or suspect: the first to be removed where space is needed."""
+    return [p for p in sorted(root.glob("*-step*")) if p.is_dir() and _SPARE.fullmatch(p.name)]
+
+
+def had_any(root: Path) -> bool:
+    """Whether a checkpoint was ever committed below ``root``, as far as what is left can tell.
+
+    A folder without a manifest alone does not: it is what a first save leaves that did not finish.
+    """
+    if (root / LATEST).exists() or spares(root):
+        return True
+    return any((folder / MANIFEST).exists() for folder, _ in candidates(root))
+
+
 def candidates(root: Path) -> Iterator[tuple[Path, Manifest | str]]:
     """Checkpoint folders below ``root`` from the newest to the oldest, each with its manifest or what is wrong with it.
 
-    Only manifests and sizes are looked at, so this is quick; :func:`problem_with` reads the contents.
+    Only manifests and sizes are looked at, so this is quick; :func:`problem_with` reads the contents. Folders with
+    another name than their manifest's tag are left out: they are the user's.
     """
-    folders = [p for p in root.glob("step*") if p.is_dir()] if root.is_dir() else []
-    for folder in sorted(folders, reverse=True):
+    steps = {step: p for p in root.glob("step*") if (step := step_of(p.name)) is not None and p.is_dir()}
+    for _, folder in sorted(steps.items(), reverse=True):
         try:
             manifest = Manifest.read(folder)
-            yield folder, _size_problem(folder, manifest) or manifest
+            if manifest.tag == folder.name:
+                yield folder, _size_problem(folder, manifest) or manifest
         except ValueError as error:
             yield folder, str(error)
 
@@ -197,28 +247,61 @@ def kept(tokens: Sequence[int], keep_last: int, keep_every_tokens: int | None) -
     return stay
 
 
-def removable(root: Path, keep_last: int, keep_every_tokens: int | None = None) -> list[Path]:
-    """The checkpoints below ``root`` that need not stay (see :func:`kept`), the oldest first, and torn ones before the
-    newest whole one (a newer one may be in the making)."""
+def removable(
+    root: Path,
+    keep_last: int,
+    keep_every_tokens: int | None = None,
+    *,
+    verified: str | None = None,
+    sound_step: int | None = None,
+    suspect: bool | None = None,
+) -> list[Path]:
+    """The checkpoints below ``root`` that need not stay, the oldest first, and torn ones.
+
+    Only what is older than ``verified``, the tag of a checkpoint known to be whole (left out: the newest whose contents
+    match its manifest). That one stays, and so does the one of ``sound_step``; of the others see :func:`kept`. In a
+    streak of suspect steps (``suspect``) only checkpoints of the streak go. The last two follow from the state of the
+    verified one if they are left out.
+    """
     found = list(candidates(root))
-    whole = {folder: manifest.state.tokens for folder, manifest in found if isinstance(manifest, Manifest)}
-    stay = kept(list(whole.values()), keep_last, keep_every_tokens)
-    newest_whole = max(whole, default=None)
-    out = []
-    for folder, _ in reversed(found):
-        is_torn = folder not in whole
-        if (is_torn and newest_whole is not None and folder < newest_whole) or (
-            not is_torn and whole[folder] not in stay
-        ):
-            out.append(folder)
-    return out
+    if verified is None:
+        verified = next((folder.name for folder, m in found if isinstance(m, Manifest) and _matches(folder, m)), None)
+    names = [folder.name for folder, _ in found]
+    if verified not in names:
+        return []
+    found = found[names.index(verified) :]
+    known = found[0][1]
+    if not isinstance(known, Manifest):
+        return []
+    sound_step = known.state.sound_step if sound_step is None else sound_step
+    if suspect is None:
+        suspect = known.state.suspect_in_row > 0 and sound_step != known.state.step
+    whole = {folder: manifest.state for folder, manifest in found if isinstance(manifest, Manifest)}
+    stay = {root / verified, root / tag_name(sound_step)}
+    if suspect:
+        stay |= {folder for folder, state in whole.items() if not state.suspect_in_row}
+    rotating = {folder: state.tokens for folder, state in whole.items() if state.suspect_in_row or not suspect}
+    positions = kept(list(rotating.values()), keep_last, keep_every_tokens)
+    stay |= {folder for folder, tokens in rotating.items() if tokens in positions}
+    return [folder for folder, _ in reversed(found) if folder not in stay]
 
 
-def prune(root: Path, keep_last: int, keep_every_tokens: int | None = None) -> list[str]:
+def _matches(folder: Path, manifest: Manifest) -> bool:
+    return problem_with(folder, manifest, manifest.files) is None
+
+
+def prune(
+    root: Path,
+    keep_last: int,
+    keep_every_tokens: int | None = None,
+    *,
+    verified: str | None = None,
+    sound_step: int | None = None,
+) -> list[str]:
     """Remove what :func:`removable` says; returns a line about each that could not be removed (the next call tries
     again)."""
     problems = []
-    for folder in removable(root, keep_last, keep_every_tokens):
+    for folder in removable(root, keep_last, keep_every_tokens, verified=verified, sound_step=sound_step):
         try:
             remove(folder)
         except OSError as error:

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from data_pipeline.files import write_atomic
+from data_pipeline.files import apply_umask, write_atomic
 from data_pipeline.moved import moved
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.load import CONFIG, INFO, WEIGHTS, load_checkpoint, unique_weights
@@ -35,6 +35,7 @@ def export(folder: Path, out: Path, state: str = "fp32") -> str:
         save_file(unique_weights(loaded.model), tmp, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{tmp}: {error}") from None
+    apply_umask(tmp)
     commit.fsync_files(out, [tmp.name])
     os.replace(tmp, out / WEIGHTS)
     write_atomic(out / CONFIG, loaded.run_config.to_yaml().encode())

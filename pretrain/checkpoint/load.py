@@ -20,7 +20,19 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+MOST_TRIES = 5
+"""Times that a reader begins anew because a run removes its checkpoint faster than it can be read."""
 CONFIG, WEIGHTS, INFO, TOKENIZER = "config.yaml", "model.safetensors", "export.json", "tokenizer.json"
+
+
+class CheckpointRemoved(UserError):
+    """A checkpoint without a manifest: its run has removed it, as it does with old ones, perhaps while it was read."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"checkpoint {folder} has no manifest: its save did not finish, or the run has removed it since "
+            "(checkpoint.keep_last). Give the run folder, which means its newest one, or a copy"
+        )
 
 
 @dataclass(frozen=True)
@@ -51,15 +63,25 @@ def load_model(path: str | Path) -> LoadedModel:
     if (path / commit.MANIFEST).is_file():
         return load_checkpoint(path)
     if (path / "checkpoints").is_dir():
-        found = commit.newest(path / "checkpoints")
-        if found is None:
-            raise UserError(f"run {path} has no whole checkpoint yet")
-        folder, manifest = found
-        exported = read_info(path / "export")
-        if exported is not None and exported["step"] == manifest.state.step:
-            return _load_export(path / "export")
-        return load_checkpoint(folder)
+        return _load_newest(path)
     raise UserError(f"{path} is neither a run folder, nor a checkpoint, nor an export folder")
+
+
+def _load_newest(run_dir: Path) -> LoadedModel:
+    """The newest checkpoint of a run, which may be training: the next one if rotation takes it meanwhile."""
+    for _ in range(MOST_TRIES):
+        found = commit.newest(run_dir / "checkpoints")
+        if found is None:
+            raise UserError(f"run {run_dir} has no whole checkpoint yet")
+        folder, manifest = found
+        exported = read_info(run_dir / "export")
+        if exported is not None and exported["step"] == manifest.state.step:
+            return _load_export(run_dir / "export")
+        try:
+            return load_checkpoint(folder)
+        except CheckpointRemoved as error:
+            removed = error
+    raise removed
 
 
 def read_info(folder: Path) -> dict[str, Any] | None:
@@ -116,7 +138,20 @@ def consolidate(folder: Path, state: str = "fp32") -> dict[str, torch.Tensor]:
 
 
 def load_checkpoint(folder: Path, state: str = "fp32") -> LoadedModel:
-    """The weights of one checkpoint, or another state of theirs; see :func:`consolidate`."""
+    """The weights of one checkpoint, or another state of theirs; see :func:`consolidate`.
+
+    Raises :class:`CheckpointRemoved` if it is not there any more, :class:`UserError` if it is damaged.
+    """
+    try:
+        return _load_checkpoint(folder, state)
+    except Exception:
+        # A removal takes the manifest first, so that whatever else is missing then is no damage.
+        if not (folder / commit.MANIFEST).is_file():
+            raise CheckpointRemoved(folder) from None
+        raise
+
+
+def _load_checkpoint(folder: Path, state: str) -> LoadedModel:
     try:
         manifest = commit.Manifest.read(folder)
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from data_pipeline.batches.mixture import PERIOD, quotas
@@ -12,30 +13,54 @@ from pretrain.checkpoint.commit import Manifest
 from pretrain.config import RunConfig, parse_config
 from pretrain.curriculum.plan import build_plan, slice_length
 from pretrain.curriculum.stages import stage_settings
+from pretrain.optim.schedule import learning_rate
 
 # Dotted keys that the weights, the optimizer's state or the order of the data depend on. What only decides where the
 # same numbers lie or are computed (processes, zero_stage, offload_optimizer, compile ...) may change.
 FIXED = ("model", "seed", "optimizer.kind", "data.masking", "data.packing")
+MOST_RISE = 1.1
+"""A learning rate that is higher after a resume than before it by more than this factor is told."""
 # Where something is, not what it is (the contents are compared by fingerprint), and what has a comparison of its own.
 _ELSEWHERE = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
+# What may change without the steps to come being other ones.
+_IMMATERIAL = ("checkpoint", "validation", "telemetry", "callbacks", "stall_seconds", "max_bad_steps", "data.valid")
 COMPARED_BY_STAGE = ("batch_tokens", "model.rope_theta", "model.rope_scaling", "model.rope_position_scale")
 """Keys of the configuration outside ``curriculum`` that matter through the stages only."""
 
 
-def identity(config: RunConfig, data_fingerprint: str, world_size: int) -> dict[str, Any]:
+def changes_training(changed: Iterable[str]) -> bool:
+    """Whether a resume with these changes (:func:`check_resume`) takes other steps than the run would have taken."""
+    return any(
+        not any(key == part or key.startswith(part + ".") for part in (*_IMMATERIAL, "processes")) for key in changed
+    )
+
+
+def identity(
+    config: RunConfig, data_fingerprint: str, world_size: int, valid_fingerprint: str | None = None
+) -> dict[str, Any]:
     """What a checkpoint keeps of its run, to be compared at a resume. Plain JSON values."""
-    return {"config": config.model_dump(mode="json"), "data_fingerprint": data_fingerprint, "world_size": world_size}
+    return {
+        "config": config.model_dump(mode="json"),
+        "data_fingerprint": data_fingerprint,
+        "valid_fingerprint": valid_fingerprint,
+        "world_size": world_size,
+    }
 
 
 def check_resume(
-    manifest: Manifest, config: RunConfig, plan: Plan, data_fingerprint: str, world_size: int
+    manifest: Manifest,
+    config: RunConfig,
+    plan: Plan,
+    data_fingerprint: str,
+    world_size: int,
+    valid_fingerprint: str | None = None,
 ) -> dict[str, Any]:
     """Compare a checkpoint with what is asked for now.
 
     Returns the changes that are allowed, {dotted key: [old, new]}: learning rate and its schedule, stages to come,
-    micro-batches, validation, checkpoints, telemetry, callbacks, the ZeRO stage, bf16 for fp32 and back. The number of
-    processes is there as ``processes``. ``precision: auto`` is no change: it is the checkpoint's. Raises
-    :class:`UserError` that names every change that is not allowed.
+    micro-batches, validation and the held-out text, checkpoints, telemetry, callbacks, the ZeRO stage, bf16 for fp32
+    and back. The number of processes is there as ``processes``. ``precision: auto`` is no change: it is the
+    checkpoint's. Raises :class:`UserError` that names every change that is not allowed.
     """
     old = manifest.identity
     old_config = parse_config(old["config"], where=f"checkpoint {manifest.tag}")
@@ -70,6 +95,7 @@ def check_resume(
         names = ", ".join(source.name for source in old_config.data.sources)
         were = f" (its sources were {names})" if len(old_config.data.sources) > 1 else ""
         refused.append(f"the shards in {paths} are not those that the run was started with{were}")
+    changed |= _other_held_out_text(old_config, config, old.get("valid_fingerprint"), valid_fingerprint)
     if old["world_size"] != world_size:
         changed["processes"] = [old["world_size"], world_size]
     if refused:
@@ -80,6 +106,36 @@ def check_resume(
             "old folder is moved aside)"
         )
     return changed
+
+
+def rate_jump(manifest: Manifest, config: RunConfig, plan: Plan) -> str | None:
+    """What to say if the changes raise the learning rate at once, as a longer run does after a decay; else None."""
+    old = parse_config(manifest.identity["config"], where=f"checkpoint {manifest.tag}")
+    tokens, lengths = manifest.state.tokens, (build_plan(old).total_tokens, plan.total_tokens)
+    before, now = (
+        learning_rate(tokens, total_tokens=total, peak=run.optimizer.lr, schedule=run.schedule)
+        for run, total in zip((old, config), lengths, strict=True)
+    )
+    if tokens >= plan.total_tokens or now <= MOST_RISE * before:
+        return None
+    return (
+        f"the learning rate rises from {before:.3g} to {now:.3g} in one step: that is where {config.schedule.kind} "
+        f"over {lengths[1]:,} tokens stands, and where {old.schedule.kind} over {lengths[0]:,} stood. A run that is to "
+        "be extended is better resumed from a checkpoint before its decay"
+    )
+
+
+def _other_held_out_text(
+    old: RunConfig, new: RunConfig, fingerprint: str | None, now: str | None
+) -> dict[str, list[str | None]]:
+    """Losses before and after are of different texts then. A checkpoint of an older version tells the path only."""
+    paths = [old.data.valid, new.data.valid]
+    if fingerprint is None or now is None:
+        return {"data.valid": paths} if paths[0] != paths[1] else {}
+    if fingerprint == now:
+        return {}  # the same text, wherever it is
+    marks = (fingerprint, now)
+    return {"data.valid": [f"{path} (hash {mark[:8]})" for path, mark in zip(paths, marks, strict=True)]}
 
 
 def _precision(old: RunConfig, new: RunConfig) -> list[str]:

@@ -63,28 +63,50 @@ class Checkpoints:
         self.root = root
         self._world = world
         self._keep_last, self._keep_every_tokens = keep_last, keep_every_tokens
+        self._unconfirmed: int | None = None  # step of a checkpoint beside which the sound one before it stays
 
-    def save(self, engine: TrainingEngine, state: TrainState, identity: dict[str, Any]) -> list[str]:
+    def save(
+        self, engine: TrainingEngine, state: TrainState, identity: dict[str, Any], last: bool = False
+    ) -> list[str]:
         """Write and commit a checkpoint; all processes call it, and none returns before the commit.
 
-        Returns lines about what went wrong beside it (an old checkpoint that cannot be removed). Raises
-        :class:`SaveFailed`, on all processes alike, if there is no space or one of them cannot write: the checkpoints
-        before are then as they were, and what was written of this one is removed.
+        ``last``: no step follows that could tell whether this one is sound. Returns lines about what went wrong beside
+        it (an old checkpoint that cannot be removed). Raises :class:`SaveFailed`, on all processes alike, if there is
+        no space or one of them cannot write: the checkpoints before are then as they were, and what was written of this
+        one is removed.
         """
         world, tag = self._world, commit.tag_name(state.step)
-        folder, needed = self.root / tag, 0
+        folder, needed, begun = self.root / tag, 0, False
         try:
             needed = self._needed(engine)
-            self._on_first(lambda: commit.remove(folder))  # a torn one of the same step
-            self._free_space(needed)
+            self._on_first(lambda: commit.vacate(folder))  # of a torn one of the same step
+            self._free_space(needed, state)
+            begun = True
             self._on_first(lambda: commit.make_folder(folder))
             self._together(lambda: self._write(engine, folder))
             # Now that all have written; each process hashes its share.
             files = {name: entry for part in self._together(lambda: self._hash(folder)) for name, entry in part.items()}
             self._on_first(lambda: commit.commit(self.root, Manifest(tag, state, identity, files)))
         except _NotAll as failed:
-            raise self._give_up(folder, needed, failed.reasons) from None
-        return world.broadcast(self._tidy(tag) if world.is_first else [])
+            raise self._give_up(folder if begun else None, needed, failed.reasons) from None
+        # What this process wrote and hashed is known to be whole: it is what rotation holds on to.
+        sound = state.step if last and not state.suspect_in_row else state.sound_step
+        self._unconfirmed = state.step if sound != state.step else None
+        return world.broadcast(self._tidy(tag, sound) if world.is_first else [])
+
+    def confirm(self, step: int) -> list[str]:
+        """The checkpoint of ``step`` is sound, for a step after it went well: one that stayed for its sake may go.
+
+        Returns lines as :meth:`save` does; only the first process does anything.
+        """
+        if self._unconfirmed != step:
+            return []
+        self._unconfirmed = None
+        if not self._world.is_first or self._keep_last > 1:  # of several the one before is among the last ones
+            return []
+        return commit.prune(
+            self.root, self._keep_last, self._keep_every_tokens, verified=commit.tag_name(step), sound_step=step
+        )
 
     def _needed(self, engine: TrainingEngine) -> int:
         """Bytes to ask for: the newest checkpoint's size, before the first one an estimate from the engine."""
@@ -96,20 +118,24 @@ class Checkpoints:
         last = self._on_first(size)
         return with_margin(int(self._world.sum([engine.checkpoint_bytes()])[0]) if last is None else last)
 
-    def _free_space(self, needed: int) -> None:
+    def _free_space(self, needed: int, state: TrainState) -> None:
         """Refuse a save that cannot fit: a disk filled to the brim takes metrics and logs down too.
 
         Checkpoints that this save would supersede are removed before it if that frees enough, unless the one to stay is
-        damaged. Torn ones are removed in any case.
+        damaged. Those that were set aside are removed in any case, torn ones only beside a whole one.
         """
         if self._fits(needed):
             return
         found = self._on_first(lambda: list(commit.candidates(self.root)))
         whole = next(((folder, entry) for folder, entry in found if isinstance(entry, Manifest)), None)
-        spare = [folder for folder, entry in found if isinstance(entry, str)]
+        spare = self._on_first(lambda: commit.spares(self.root))
         if whole is not None and self.problem(*whole) is None:
+            # A damaged one may be all that is left of a run, so it goes only where there is a whole one.
+            spare += [folder for folder, entry in found if isinstance(entry, str)]
+            rule: dict[str, Any] = {"verified": whole[0].name, "sound_step": state.sound_step}
+            rule["suspect"] = state.suspect_in_row > 0
             keep = max(1, self._keep_last - 1)
-            spare += self._on_first(lambda: commit.removable(self.root, keep, self._keep_every_tokens))
+            spare += self._on_first(lambda: commit.removable(self.root, keep, self._keep_every_tokens, **rule))
         for folder in dict.fromkeys(spare):
             self._on_first(partial(commit.remove, folder))
             if self._fits(needed):
@@ -132,20 +158,21 @@ class Checkpoints:
         names = commit.data_files(folder)
         return {name: hash_file(folder, name) for name in names[self._world.rank :: self._world.world_size]}
 
-    def _tidy(self, tag: str) -> list[str]:
+    def _tidy(self, tag: str, sound_step: int) -> list[str]:
         """After the commit; a failure here costs nothing but order."""
         try:
             commit.write_latest(self.root, tag)
         except OSError as error:
             return [f"{self.root / commit.LATEST} could not be written: {error.strerror or error}"]
-        return commit.prune(self.root, self._keep_last, self._keep_every_tokens)
+        return commit.prune(self.root, self._keep_last, self._keep_every_tokens, verified=tag, sound_step=sound_step)
 
-    def _give_up(self, folder: Path, needed: int, reasons: list[str]) -> SaveFailed:
-        """What to raise, the same on all processes, once the torn folder is gone."""
+    def _give_up(self, folder: Path | None, needed: int, reasons: list[str]) -> SaveFailed:
+        """What to raise, the same on all processes, once the torn folder is gone (None: nothing was written)."""
         found: tuple[int | None, str | None] = None, None
         if self._world.is_first:
             try:
-                commit.remove(folder)
+                if folder is not None:
+                    commit.remove(folder)
             except OSError as error:
                 reasons = [*reasons, f"{folder} could not be removed: {error.strerror or error}"]
             try:
@@ -185,24 +212,62 @@ class Checkpoints:
     def find(self) -> tuple[tuple[Path, Manifest] | None, list[str]]:
         """The newest checkpoint whose contents match its manifest (or None), and a line about each passed over.
 
-        All processes must call it; each reads a share of the files, and all get the same answer. Raises
-        :class:`UserError` if there are checkpoints but none is whole.
+        All processes must call it; each reads a share of the files, and all get the same answer. Those passed over that
+        have a manifest are set aside, so that they never count again. Raises :class:`UserError`, and changes nothing,
+        if there are or were checkpoints but none is whole.
         """
         world = self._world
-        found = world.broadcast(list(commit.candidates(self.root)))
-        passed_over: list[str] = []
+        found, had_any = world.broadcast((list(commit.candidates(self.root)), commit.had_any(self.root)))
+        damaged: list[tuple[Path, str]] = []
+        problem: Manifest | str | None
         for folder, manifest in found:
-            problem: str | None
+            problem = manifest
             if isinstance(manifest, Manifest):
                 problem = self.problem(folder, manifest)
                 if problem is None:
-                    return (folder, manifest), passed_over
-            else:
-                problem = manifest
-            passed_over.append(f"checkpoint {folder} is not used: {problem}")
-        if any(isinstance(manifest, Manifest) for _, manifest in found):
-            raise UserError("no whole checkpoint is left:\n  " + "\n  ".join(passed_over))
-        return None, passed_over
+                    return (folder, manifest), self._set_aside(damaged, commit.DAMAGED)
+            damaged.append((folder, f"checkpoint {folder} is not used: {problem}"))
+        lines = [line for _, line in damaged]
+        if had_any:
+            raise UserError(
+                "no whole checkpoint is left:\n  "
+                + "\n  ".join(lines or [f"there was one in {self.root}, and there is none any more"])
+                + "\nNothing was changed. Put a whole checkpoint back (give one that was set aside its old name, once "
+                "it is mended), or start over with --resume never (the old folder is moved aside)"
+            )
+        return None, lines
+
+    def go_back(self, state: TrainState) -> tuple[tuple[Path, Manifest], list[str]] | None:
+        """Set aside what is newer than the newest sound checkpoint that ``state`` knows of; None if there is none.
+
+        If rotation has removed that one, it is the newest that is not from a streak of suspect steps.
+        Returns the checkpoint, and lines as :meth:`find`. All processes must call it.
+        """
+        found = self._world.broadcast(list(commit.candidates(self.root)) if state.sound_step else [])
+        whole = [(folder, manifest) for folder, manifest in found if isinstance(manifest, Manifest)]
+        sound = [entry for entry in whole if entry[1].state.step == state.sound_step]
+        for folder, manifest in sound + [entry for entry in whole if not entry[1].state.suspect_in_row]:
+            if self.problem(folder, manifest) is None:
+                why = "it is from a streak of suspect steps"
+                newer = [(path, f"checkpoint {path} is not used: {why}") for path, _ in found if path > folder]
+                return (folder, manifest), self._set_aside(newer, commit.SUSPECT)
+        return None
+
+    def _set_aside(self, folders: list[tuple[Path, str]], why: str) -> list[str]:
+        """Rename those of the folders that have a manifest; returns their lines, each with what became of it."""
+
+        def rename() -> list[str]:
+            lines = []
+            for folder, line in folders:
+                try:
+                    if (folder / commit.MANIFEST).exists():
+                        line += f"; it is set aside as {commit.set_aside(folder, why).name}"
+                except OSError as error:
+                    line += f"; it cannot be set aside: {error.strerror or error}"
+                lines.append(line)
+            return lines
+
+        return self._world.broadcast(rename() if self._world.is_first else [])
 
     def load(self, engine: TrainingEngine, folder: Path, manifest: Manifest) -> list[str]:
         """Put weights, optimizer and this process's generators back; returns what is to be said about it.

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from data_pipeline.configuration import Strict
 
+DEFAULT_MINUTES = 30.0
+"""Between two checkpoints of a run whose configuration says nothing about it."""
+
 
 class CheckpointConfig(Strict):
     """When a checkpoint is committed and how many stay."""
@@ -17,7 +20,13 @@ class CheckpointConfig(Strict):
         gt=0,
         description="Tokens between two checkpoints. A crash loses at most what came after the last one. The end of "
         "the run and SIGTERM always save.",
-        json_schema_extra={"left_out": "only at the end and on SIGTERM"},
+        json_schema_extra={"left_out": "by `every_minutes`"},
+    )
+    every_minutes: float | None = Field(
+        None,
+        ge=0,
+        description="Minutes between two checkpoints, by the first process's clock. 0: the clock saves none.",
+        json_schema_extra={"left_out": "30, or none with `every_tokens`"},
     )
     keep_last: int = Field(
         2, gt=0, description="Newest checkpoints that stay. 1 leaves nothing to fall back on if a file is damaged."
@@ -28,6 +37,22 @@ class CheckpointConfig(Strict):
         description="The first checkpoint at or after each multiple of this many tokens stays for good.",
         json_schema_extra={"left_out": "the last ones only"},
     )
+
+    @property
+    def minutes(self) -> float | None:
+        """Minutes between two checkpoints; None for no clock."""
+        if self.every_minutes is None:
+            return DEFAULT_MINUTES if self.every_tokens is None else None
+        return self.every_minutes or None
+
+    def describe(self) -> str:
+        """When checkpoints are written and how many stay, in a sentence."""
+        parts = [] if self.every_tokens is None else [f"every {self.every_tokens:,} tokens"]
+        if self.minutes is not None:
+            parts.append(
+                f"every {self.minutes:g} minutes" + ("" if self.every_minutes else " (checkpoint.every_minutes)")
+            )
+        return f"Checkpoints: {' and '.join([*parts, 'at the end'])}; the last {self.keep_last} stay."
 
 
 class ValidationConfig(Strict):

@@ -11,14 +11,14 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from pretrain.distributed.signals import EXIT_PREEMPTED, StopFlag
+from pretrain.distributed.signals import EXIT_PREEMPTED, STOP_SIGNALS, StopFlag, stop_signals
 
 REPORT_SECONDS = 5.0
 """How long message and status may take: the file system may be what the main thread hangs in."""
 
 
 class ImmediateExit:
-    """A block in which SIGTERM and SIGINT end this process, with :data:`EXIT_PREEMPTED`, whatever it is doing.
+    """A block in which a request to stop ends this process, with :data:`EXIT_PREEMPTED`, whatever it is doing.
 
     A flag would be read too late. Joining the process group waits for the slowest machine, DeepSpeed compiles for
     minutes at a first start, and a large checkpoint is read for minutes. Python runs no signal handler meanwhile. The
@@ -61,7 +61,7 @@ class ImmediateExit:
 
     def _wait(self) -> None:
         while received := self._reader.recv(1):
-            if received[0] in (signal.SIGTERM, signal.SIGINT):
+            if received[0] in STOP_SIGNALS:
                 self._exit()
 
     def _exit(self) -> None:
@@ -82,8 +82,7 @@ class ImmediateExit:
 
 def exit_on_signals() -> Callable[[], None]:
     """As :class:`ImmediateExit`, for the imports before it: only Python's own code runs. Returns what undoes it."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED)) for number in numbers}
+    before = {number: signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED)) for number in stop_signals()}
 
     def restore() -> None:
         for number, handler in before.items():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from data_pipeline.errors import UserError
+from pretrain.distributed.agreement import agree, facts_key
 from pretrain.distributed.signals import StopFlag
-from pretrain.distributed.stall_diagnosis import format_processes
+from pretrain.distributed.stall_diagnosis import ProcessStatus, format_processes
 from pretrain.distributed.watchdog import process_key, torchrun_holds_store
 
 if TYPE_CHECKING:
@@ -31,13 +34,20 @@ class StoppedWhileWaiting(Exception):
 
 
 def rendezvous(
-    rank: int, world_size: int, patience: float, timeout: timedelta, arrival: str, stop: StopFlag | None = None
+    rank: int,
+    world_size: int,
+    patience: float,
+    timeout: timedelta,
+    arrival: str,
+    stop: StopFlag | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> dist.TCPStore:
     """Wait at MASTER_ADDR:MASTER_PORT until all processes are there; returns the store they share.
 
     ``arrival`` is what this process leaves there under :func:`process_key`. ``patience`` is how many seconds it waits
-    for the others, ``timeout`` that of later calls on the store. Raises :class:`ProcessesMissing`, which names those
-    that are, and :class:`StoppedWhileWaiting`.
+    for the others, ``timeout`` that of later calls on the store. ``facts`` must be the same on all processes, which are
+    compared then (None on all: they are not). Raises :class:`ProcessesMissing` with the names of those missing,
+    :class:`StoppedWhileWaiting`, and :class:`UserError` that names a process that was started differently.
     """
     import torch.distributed as dist
 
@@ -54,20 +64,36 @@ def rendezvous(
     except dist.DistNetworkError as error:
         raise UserError(f"process {rank} cannot meet the others at {address}:{port}: {error}") from None
     store.set(process_key(rank), arrival)
+    if facts is not None:
+        store.set(facts_key(rank), json.dumps(facts))
     # Counted, so that a look costs the same for any number of processes.
     if store.add(_ARRIVED, 1) == world_size:
         store.set(_EVERYBODY, "")
-    # store.wait() would do, but logs a warning of PyTorch's at each time-out, and does not hear a signal before.
-    pause = FIRST_POLL_SECONDS
-    while not store.check([_EVERYBODY]):
-        if stop is not None and stop():
-            raise StoppedWhileWaiting
-        if store.check([_GIVEN_UP]):
-            raise ProcessesMissing("")
-        if time.monotonic() > deadline:
-            _give_up(store, rank, world_size, patience, holds)
-        time.sleep(pause)
-        pause = min(POLL_SECONDS, 2 * pause)
+
+    def wait(store: dist.Store, key: str) -> None:
+        # store.wait() would do, but logs a warning of PyTorch's at each time-out, and does not hear a signal before.
+        pause = FIRST_POLL_SECONDS
+        while not store.check([key]):
+            if stop is not None and stop():
+                raise StoppedWhileWaiting
+            if store.check([_GIVEN_UP]):
+                raise ProcessesMissing("")
+            if time.monotonic() > deadline:
+                _give_up(store, rank, world_size, patience, holds)
+            time.sleep(pause)
+            pause = min(POLL_SECONDS, 2 * pause)
+
+    def name(rank: int) -> str:
+        return ProcessStatus(rank=rank, **json.loads(store.get(process_key(rank)))).name
+
+    wait(store, _EVERYBODY)
+    if facts is not None:
+        try:
+            agree(store, rank, world_size, name, wait)
+        except UserError:
+            if holds:
+                time.sleep(5 * POLL_SECONDS)  # so that the others read it before the store is gone
+            raise
     return store
 
 

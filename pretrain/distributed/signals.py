@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a flag that the training loop reads at step edges."""
+"""The signals that ask a run to save and end, as a flag that the training loop reads at step edges."""
 
 from __future__ import annotations
 
@@ -20,8 +20,19 @@ EXIT_BAD_STEPS = 76
 EXIT_STALLED = 77
 """A process made no progress for ``stall_seconds``, or never came; the log names it. The last checkpoint is good."""
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""SIGHUP: the terminal is gone, as at the end of an ssh session. SIGUSR1: what Slurm's ``--signal`` usually sends."""
 ORPHAN_SECONDS = 300.0
 """A process without a launcher that has not saved and ended by itself after so long is ended by its watchdog."""
+
+
+def stop_signals() -> list[signal.Signals]:
+    """:data:`STOP_SIGNALS`, but not SIGHUP or SIGUSR1 if this process was told to ignore it, as ``nohup`` does.
+
+    A shell has its background jobs ignore SIGINT. One that is sent to a run by name counts all the same.
+    """
+    always = (signal.SIGTERM, signal.SIGINT)
+    return [number for number in STOP_SIGNALS if number in always or signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class StopFlag:
@@ -31,7 +42,9 @@ class StopFlag:
     has saved. A second signal changes nothing; a save takes seconds, and SIGKILL ends a process at once.
 
     A launcher that is killed leaves its workers running with nobody to look after them. The parent process changes
-    then, or the process named by NYSTROM_LAUNCHER_PID is gone; the workers save and end by themselves.
+    then, or the process named by NYSTROM_LAUNCHER_PID is gone; the workers save and end by themselves. DeepSpeed's
+    launcher is two processes: SIGTERM ends the first, and the second, the parent, waits for the workers. So the parent
+    of that one is watched too.
     """
 
     def __init__(self, launched: bool = False) -> None:
@@ -39,7 +52,8 @@ class StopFlag:
         self._set = False
         self._parent = os.getppid() if launched else None
         self._launcher = _Process(int(os.environ[LAUNCHER_PID])) if launched and LAUNCHER_PID in os.environ else None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._launcher = self._launcher or _deepspeed_runner()
+        for number in stop_signals():
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -53,6 +67,23 @@ class StopFlag:
         if self._parent is not None and os.getppid() != self._parent:
             return True
         return self._launcher is not None and self._launcher.ended()
+
+
+def _deepspeed_runner() -> _Process | None:
+    """The process that a user started as ``deepspeed``, if this one is a worker of its launcher on this machine."""
+    import psutil
+
+    def is_deepspeed(process: psutil.Process | None) -> bool:
+        words = [] if process is None else process.cmdline()[1:5]  # python -u -m deepspeed.launcher.launch
+        return any(word.startswith("deepspeed.launcher") or os.path.basename(word) == "deepspeed" for word in words)
+
+    try:
+        parent = psutil.Process(os.getppid())
+        runner = parent.parent()
+        # Started from another machine, that is a shell of ssh or pdsh, which may end before.
+        return _Process(runner.pid) if runner and is_deepspeed(parent) and is_deepspeed(runner) else None
+    except psutil.Error:
+        return None
 
 
 class _Process:

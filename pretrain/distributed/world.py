@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -81,11 +82,12 @@ class World:
         stop: StopFlag | None = None,
         *,
         rendezvous_seconds: float | None = None,
+        facts: Mapping[str, str] | None = None,
     ) -> None:
         """Choose the device and threads and join the process group: NCCL on GPUs, gloo on CPUs.
 
         From here on a watchdog ends this process when the run stands still for ``stall_seconds``. The others are waited
-        for as long to come, or ``rendezvous_seconds``.
+        for as long to come, or ``rendezvous_seconds``. Then ``facts`` must be the same on all (see :func:`rendezvous`).
 
         Threads: cores of this process's machine divided by the processes on it, unless OMP_NUM_THREADS says otherwise.
         PyTorch's default, all cores for every process, has them fight: two threads where one core was free took 2 to 5
@@ -127,7 +129,7 @@ class World:
         else:
             hello = self.watchdog.record()
             patience = stall_seconds if rendezvous_seconds is None else rendezvous_seconds
-            store = rendezvous(rank.rank, rank.world_size, patience, self.timeout, hello, stop)
+            store = rendezvous(rank.rank, rank.world_size, patience, self.timeout, hello, stop, facts)
             self.watchdog.start(store)
         dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=self.timeout)
         # Counts, flags and small objects do not belong on the GPU: there they would wait for its queue.

@@ -1,7 +1,7 @@
 """What one process holds of weights, gradients and optimizer state, by ZeRO stage, without building any of it.
 
 The accounting of Rajbhandari et al. 2020 (ZeRO, section 3) as DeepSpeed 0.19.8 does it, paddings and buffers included;
-``tests/pretrain/test_planning.py`` compares it with a real engine's tensors.
+``tests/pretrain/planning/test_planning.py`` compares it with a real engine's tensors.
 """
 
 from __future__ import annotations

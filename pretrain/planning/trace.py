@@ -80,7 +80,7 @@ def trace_micro_batch(
 
     dtype: of weights and activations. on_gpu: the code that the model runs on a GPU; nothing needs one here.
     checkpointing: layers are computed again in the backward pass. Deep models are traced at :data:`TRACED_LAYERS`
-    layers and extended, unless ``all_layers``; ``tests/pretrain/test_planning.py`` holds the two to be equal.
+    layers and extended, unless ``all_layers``; ``tests/pretrain/planning/test_planning.py`` holds the two to be equal.
     """
     depth = config.num_layers
     if depth > TRACED_LAYERS and not all_layers:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import write_atomic
+from data_pipeline.files import apply_umask, write_atomic
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, tag_name
 
@@ -101,7 +101,8 @@ def read_batch(folder: Path) -> tuple[dict[str, Any], list[tuple[int, dict[str, 
 def _remove_old(root: Path, folder: Path) -> None:
     root.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)  # of the same step, before a resume
-    for old in sorted(root.glob("step*"), reverse=True)[MOST_SAVED - 1 :]:
+    ours = [path for path in root.glob("step*") if commit.step_of(path.name) is not None]  # a copy is the user's
+    for old in sorted(ours, reverse=True)[MOST_SAVED - 1 :]:
         shutil.rmtree(old)
     folder.mkdir()
 
@@ -119,6 +120,7 @@ def _write_rows(folder: Path, rank: int, batch: Batch) -> None:
     if batch.document_ids is not None:
         rows["document_ids"] = batch.document_ids.to(torch.int32, copy=True)
     save_file({name: tensor.contiguous() for name, tensor in rows.items()}, _rows_file(folder, rank))
+    apply_umask(_rows_file(folder, rank))
 
 
 def _rows_file(folder: Path, rank: int) -> Path:

@@ -24,6 +24,7 @@ deepspeed.json    what DeepSpeed was given
 environment.json  machine, versions, code and command of the last start; starts.jsonl has those of every start
 metrics.jsonl     every number of the training, a JSON object a line: kind "train", "valid" or "event"
 status.json       how the last start ended, or that it is running
+run.lock          who trains in this folder now; removed at the end
 checkpoints/      weights, optimizer and position, to resume from; only a folder with a manifest.json is whole
 export/           the weights alone, float32, when the run is done; `nystrom eval` takes this folder or the run's
 export-ema/       the same of their running average, if the run kept one

@@ -68,12 +68,17 @@ class StepReports:
         telemetry: Telemetry,
         event: Event,
         losses: Iterable[float],
+        suspect_in_row: int = 0,
     ) -> None:
-        """``losses``: those that the state of a checkpoint remembers; see :attr:`losses`."""
+        """``losses``, ``suspect_in_row``: what the state of a checkpoint remembers; see :attr:`losses`."""
         self._inputs, self._config, self._model = inputs, inputs.config, engine.model
         self._world, self._telemetry, self._event = world, telemetry, event
         self._detector = SpikeDetector(self._config.telemetry.spike_window, losses)
         self._unsettled: StepRecord | None = None
+        self.suspect_in_row = suspect_in_row
+        """Last steps that were skipped because a number was not finite, or whose loss was out of its band."""
+        self.good_step = 0
+        """The last step of this start that went well: what came before it is sound."""
         self.clock = StepClock(world.device)
         self.clock.watch(engine.on_forward)
         gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
@@ -93,7 +98,7 @@ class StepReports:
         """Take the sum of :attr:`unsummed` over all processes."""
         step, self._unsettled = self._unsettled, None
         if step is not None:
-            self._watch(step, loss_sum / max(step.targets, 1.0))
+            self._watch(step, _mean(step, loss_sum))
 
     def settle_now(self) -> None:
         """Sum what is left, where no step follows: before a checkpoint. All processes must call it."""
@@ -113,7 +118,7 @@ class StepReports:
         own = [0.0] * self._world.world_size
         own[self._world.rank] = self.clock.own_seconds()
         loss_sum, *seconds = self._world.sum([float(step.loss_sum), *own])
-        return Loss(loss_sum / max(step.targets, 1.0), seconds)
+        return Loss(_mean(step, loss_sum), seconds)
 
     def log(self, step: StepRecord, loss: Loss, state: TrainState) -> None:
         """Write the numbers of a step; under fp16 also of one skipped only to find the loss scale."""
@@ -154,6 +159,7 @@ class StepReports:
         Suspect are the rows of the processes whose own loss went wrong; if it was the gradient alone, all.
         """
         what = "gradient" if math.isfinite(loss.mean) else "loss"
+        self.suspect_in_row += 1
         saved = self._save(BAD_STEPS, step, what, loss.mean, not math.isfinite(float(step.loss_sum)))
         samples, most = saved.samples, self._config.max_bad_steps
         self._event("bad_step", what=what, samples=samples, bad_in_row=state.bad_in_row, **_saved(saved))
@@ -164,12 +170,22 @@ class StepReports:
         )
         if state.bad_in_row >= most:
             self._telemetry.say(
-                f"stopped: {state.bad_in_row} such steps in a row. Lower optimizer.lr, or look at those samples; "
-                "the last checkpoint is from before if checkpoint.every_tokens is set."
+                f"stopped: {state.bad_in_row} such steps in a row. Lower optimizer.lr, or look at those samples."
             )
 
     def _watch(self, step: StepRecord, loss: float) -> None:
+        if not step.targets:
+            self._event("no_targets", step=step.number, tokens=step.tokens)
+            self._telemetry.say(
+                f"step {step.number}: no token of its batch is a target, so it has no loss; only weight decay and "
+                "momentum moved the weights. Larger batches or a higher masking rate avoid that."
+            )
+            return
         spike = self._detector.add(loss) if math.isfinite(loss) else None
+        if not math.isfinite(loss) or self._detector.stands_out:
+            self.suspect_in_row += 1
+        else:
+            self.suspect_in_row, self.good_step = 0, step.number
         if spike is None:
             return
         saved = self._save(SPIKES, step, "spike", loss, False)
@@ -200,6 +216,11 @@ class StepReports:
         """How often each source was gone through so far: ``epoch``, or ``epoch/NAME`` for several."""
         epochs = self._inputs.train.epochs(tokens // self._inputs.plan.block_length)
         return {"epoch" if len(epochs) == 1 else f"epoch/{name}": value for name, value in epochs.items()}
+
+
+def _mean(step: StepRecord, loss_sum: float) -> float:
+    """The loss over the step's targets; NaN, which is null in JSON, if it has none: 0 would look like a perfect one."""
+    return loss_sum / step.targets if step.targets else math.nan
 
 
 def _saved(saved: SavedBatch) -> dict[str, Any]:

@@ -27,6 +27,8 @@ NORMAL = 1.4826
 LEAST_SHARE = 0.01
 LEAST_VALUES = 20
 """With fewer values to compare with (or fewer than the window, if that is shorter) nothing is called a spike."""
+FEW_FACTOR = 2.0
+"""With so few, a loss above the highest so far by this factor is still suspect: runs diverge in their first steps."""
 
 
 class Bounds(NamedTuple):
@@ -84,6 +86,8 @@ class SpikeDetector:
         self._window = window
         self._losses: deque[float] = deque(maxlen=window + 1)
         self._within = False
+        self.stands_out = False
+        """Whether the last loss is above its limit (as all of a spike's are), or of the first by far the highest."""
         for loss in losses:
             self.add(loss)
 
@@ -98,6 +102,7 @@ class SpikeDetector:
         self._losses.append(loss)
         expected = expectation(before) if len(before) >= min(LEAST_VALUES, self._window) else None
         was_within, self._within = self._within, expected is not None and loss > expected.limit
+        self.stands_out = self._within or bool(expected is None and before and loss > FEW_FACTOR * max(before))
         if expected is None or not self._within or was_within:
             return None
         return Spike(loss, expected.median, expected.limit)
@@ -105,4 +110,4 @@ class SpikeDetector:
     def clear(self) -> None:
         """Forget everything: at the next stage of the curriculum another loss is normal."""
         self._losses.clear()
-        self._within = False
+        self._within = self.stands_out = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -153,16 +154,25 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(corpus: Path, tmp_p
     assert (numbers(run), weights_hash(run)) == (before, digest)
 
 
-def test_when_no_checkpoint_is_whole_it_says_so(corpus: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path))
+@pytest.mark.parametrize("how", ["flipped", "truncated"])
+def test_when_no_checkpoint_is_whole_it_says_so_and_changes_nothing(corpus: Path, tmp_path: Path, how: str) -> None:
+    """Files cut short were taken for saves that had not finished: it trained from step 1 and cut the metrics."""
+    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, checkpoint={"every_tokens": 1024}))
     assert values(run_ranks(train, 1, config=config)) == [0]
-    (folder,) = (tmp_path / "run" / "checkpoints").glob("step*")
-    (folder / "rng_rank_00000.pt").write_bytes(b"\0" * (folder / "rng_rank_00000.pt").stat().st_size)
-    (tmp_path / "run" / "export" / "export.json").unlink()
+    run = tmp_path / "run"
+    for folder in (run / "checkpoints").glob("step*"):
+        file = folder / "rng_rank_00000.pt"
+        size = file.stat().st_size
+        file.write_bytes(b"\0" * size if how == "flipped" else file.read_bytes()[:-1])
+    (run / "export" / "export.json").unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     (end,) = run_ranks(train, 1, config=config)
     assert end.value == 2
     assert "no whole checkpoint is left" in end.output
-    assert "rng_rank_00000.pt does not match its checksum" in end.output
+    what = "does not match its checksum" if how == "flipped" else "bytes, the manifest says"
+    assert end.output.count(what) == 2
+    assert "start over with --resume never" in end.output
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_run_folder_explains_itself_and_a_finished_run_says_so(corpus: Path, tmp_path: Path) -> None:
@@ -177,6 +187,10 @@ def test_run_folder_explains_itself_and_a_finished_run_says_so(corpus: Path, tmp
         "README.txt", "config.yaml", "deepspeed.json", "environment.json", "starts.jsonl", "metrics.jsonl",
         "status.json", "checkpoints", "samples", "export", "tokenizer",
     }  # fmt: skip
+    umask = os.umask(0o022)
+    os.umask(umask)
+    files = [path for path in run.rglob("*") if path.is_file() and path.suffix != ".py"]  # DeepSpeed's can be run
+    assert [path for path in files if path.stat().st_mode & 0o777 != 0o666 & ~umask] == []
     assert load_config(run / "config.yaml").model.vocab_size == 300
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
     assert (run / "checkpoints" / "latest").read_text() == "step000000008"
@@ -196,7 +210,11 @@ def test_a_finished_run_goes_on_when_its_last_stage_grows(corpus: Path, tmp_path
     write_config(
         tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=2, curriculum=longer, optimizer={"lr": 0.005})
     )
-    assert values(run_ranks(train, 1, config=config)) == [0]
+    (ended,) = run_ranks(train, 1, config=config)
+    assert ended.value == 0
+    assert (
+        "the learning rate rises from 0.001 to 0.005 in one step: that is where wsd over 2,560 tokens" in ended.output
+    )
     assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 11))
     (resume,) = [row for row in metrics(tmp_path / "run", "event") if row["event"] == "resume"]
     assert resume["changed"]["optimizer.lr"] == [0.01, 0.005]

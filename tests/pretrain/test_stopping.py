@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks, values
-from striking_case import PLACES, assert_equal_runs, exit_codes, run_settings, status, train, train_struck, wrap
+from striking_case import PLACES, assert_equal_runs, exit_codes, run_settings, status, steps, train, train_struck, wrap
 from training_case import metrics, write_config
 
 
@@ -67,6 +67,7 @@ def test_a_request_to_stop_is_heard_everywhere(
     # A process that was not asked loses its peer if that had nothing to save; all launchers end it then.
     assert [exit_codes(ended)[rank] for rank in ranks] == [75] * len(ranks)
     assert all("Traceback" not in end.output for end in ended)
+    assert not (run / "run.lock").exists()
     if step is None:
         assert not run.exists()
     else:
@@ -77,6 +78,21 @@ def test_a_request_to_stop_is_heard_everywhere(
     assert values(run_ranks(train, 2, config=config)) == [0, 0]
     assert not list(tmp_path.rglob("*.tmp"))
     assert [row["step"] for row in metrics(run)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "step"), [(signal.SIGHUP, "building", 0), (signal.SIGUSR1, "validating", 2)]
+)
+def test_a_lost_terminal_and_slurm_s_signal_are_requests_to_stop(
+    corpus: Path, tmp_path: Path, number: int, place: str, step: int
+) -> None:
+    """They ended the run without a checkpoint, and its status stayed "running"."""
+    config = write_config(tmp_path / "run.yaml", run_settings(corpus, tmp_path))
+    struck: dict[str, Any] = {"number": int(number), "ranks": [0], "clock": str(tmp_path / "clock")}
+    ended = run_ranks(train_struck, 1, config=config, place=place, timeout=60, **struck)
+    assert exit_codes(ended) == [75]
+    assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["step"]) == ("preempted", step)
+    assert steps(tmp_path / "run") == ([step] if step else [])
 
 
 @pytest.mark.slow

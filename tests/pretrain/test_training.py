@@ -172,6 +172,25 @@ def test_a_bad_step_is_skipped_on_all_processes_and_leaves_no_trace(
     assert event["samples"] == (everyone[4:] if kind == "loss" else everyone)
 
 
+def test_a_step_without_a_target_has_no_loss(corpus: Path, tmp_path: Path) -> None:
+    """It was logged as a loss of 0 and a perplexity of 1."""
+    data = {"masking": {"rate": 0.002}, "valid": str(corpus / "valid")}
+    changes = {"data": data, "validation": {"tokens": 64, "samples": 0}, "telemetry": {"log_every_steps": 2}}
+    ended = run_ranks(train, 2, config=write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, **changes)))
+    assert values(ended) == [0, 0]
+    rows = metrics(tmp_path / "run")
+    without = [row["step"] for row in metrics(tmp_path / "run", "event") if row["event"] == "no_targets"]
+    assert 0 < len(without) < 8
+    for row in rows:
+        assert (row["loss"] is None) == (row["perplexity"] is None) == (row["step"] in without), row
+        assert row["loss"] is None or row["loss"] > 1
+    assert any(step % 2 for step in without)  # also where no line is written
+    for step in without:
+        assert f"step {step}: no token of its batch is a target" in ended[0].output
+    for row in metrics(tmp_path / "run", "valid"):
+        assert (row["loss"] is None) == (row["targets"] == 0)
+
+
 def test_too_many_bad_steps_stop_the_run(corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=2, max_bad_steps=2))
     ended = run_ranks(train_with_a_bad_step, 2, config=config, step=3, kind="loss", last=8)

@@ -116,7 +116,7 @@ def test_an_interrupted_run_is_taken_up_again(checkout: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert "goes on from here" in err
+    assert "resumes here" in err
     assert asked(checkout) == []
 
     status, out, _ = run(checkout)

@@ -36,11 +36,13 @@ class Parquet(Format):
         """Runs of row groups with about ``target_bytes`` in the columns that are wanted. Reads the footer only.
 
         The byte ranges tile the file: each begins where its first row group does, the first at 0, the last ends with
-        the file.
+        the file. Raises :class:`UserError` for a column that is missing or of another type than is wanted.
         """
         path = str(file.path)
         with _named(path):
-            groups = [_group(metadata, wanted) for metadata in _row_groups(path)]
+            metadata = _metadata(path)
+            columns_of(metadata.schema.to_arrow_schema(), wanted, path)  # told now, not when its turn comes
+            groups = [_group(metadata.row_group(i), wanted) for i in range(metadata.num_row_groups)]
         edges, starts, total = [0], [0], 0
         for i, (start, size) in enumerate(groups):
             if total and total + size > target_bytes and starts[-1] < start < file.bytes:
@@ -215,14 +217,12 @@ def _one_by_one(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Bad]:
             yield Bad("not UTF-8", detail, excerpt_of(error.object))
 
 
-def _row_groups(path: str) -> Iterator[Any]:
+def _metadata(path: str) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pa.OSFile(path) as stream:  # a path as it is, also one that looks like a URI
-        metadata = pq.read_metadata(stream)
-    for i in range(metadata.num_row_groups):
-        yield metadata.row_group(i)
+        return pq.read_metadata(stream)
 
 
 def _group(group: Any, wanted: Wanted) -> tuple[int, int]:

@@ -43,7 +43,7 @@ from eval.tasks.approximation.variants import SWEPT, TRAINED, Variant, by_layer,
 from pretrain.model.attention.registry import form_of
 from pretrain.model.transformer import NystromformerLM
 
-VERSION = 1
+VERSION = 2
 PART_TOKENS = 1024
 """Tokens of a part: some seconds for a model of five million weights on one core."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,22 +133,33 @@ def intervals(
     classes: int,
     wanted: dict[str, Statistic],
     *,
+    ids: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
     """Percentile intervals, over the test items, of statistics averaged over the seeds; ``predicted``: (seeds, n).
 
+    ``ids`` (n,): those of one id are one item and are drawn together; left out: each is an item.
+
     The bootstrap of items (Efron 1979). Items with the same truth and the same predictions of all seeds are alike, so
     what is drawn is how often each such kind occurs: the same distribution as drawing items, at the cost of the kinds.
+    The kind of an item with copies is that of all of them.
     """
     import scipy.sparse
 
-    kinds, counts = np.unique(np.vstack([truth, predicted]), axis=1, return_counts=True)
-    n, rng = len(truth), np.random.default_rng(seed)
+    kinds, kind = np.unique(np.vstack([truth, predicted]), axis=1, return_inverse=True)
+    items: dict[Hashable, list[int]] = {}
+    for key, number in zip(range(len(truth)) if ids is None else ids, kind.ravel().tolist(), strict=True):
+        items.setdefault(key, []).append(number)
+    found = sorted(Counter(tuple(sorted(numbers)) for numbers in items.values()).items())
+    counts = np.array([number for _, number in found])
+    owner = np.repeat(np.arange(len(found)), [len(numbers) for numbers, _ in found])
+    member = np.concatenate([numbers for numbers, _ in found])
+    n, rng = len(items), np.random.default_rng(seed)
     # For each seed a matrix (kinds, classes * classes) that says where in the confusion matrix a kind is counted.
     cells = [
         scipy.sparse.csr_array(
-            (np.ones(len(counts)), (np.arange(len(counts)), kinds[0] * classes + row)),
+            (np.ones(len(owner)), (owner, (kinds[0] * classes + row)[member])),
             shape=(len(counts), classes * classes),
         )
         for row in kinds[1:]

@@ -39,8 +39,8 @@ class Scored:
         return np.mean([run.classes == self.truth for run in self.rows[row]], axis=0)
 
 
-def rows_table(scored: Scored, note: str) -> tuple[Table, dict[str, Metric]]:
-    """The table of all rows, and their metrics."""
+def rows_table(scored: Scored, note: str, ids: list[str]) -> tuple[Table, dict[str, Metric]]:
+    """The table of all rows, and their metrics; items of one of the ``ids`` are copies, drawn together."""
     wanted = statistics(scored.positive)
     metrics: dict[str, Metric] = {}
     rows: list[list[Any]] = []
@@ -48,7 +48,7 @@ def rows_table(scored: Scored, note: str) -> tuple[Table, dict[str, Metric]]:
     for row, runs in scored.rows.items():
         found = [scores(scored.truth, run, scored.positive) for run in runs]
         names = list(found[0])
-        bounds = intervals(scored.truth, np.stack([run.classes for run in runs]), len(scored.classes), wanted)
+        bounds = intervals(scored.truth, np.stack([run.classes for run in runs]), len(scored.classes), wanted, ids=ids)
         cells: list[Any] = [row]
         for name in names:
             values = [values[name] for values in found]

@@ -31,7 +31,7 @@ from eval.tasks.classification.outcome import (
     verdict,
 )
 
-VERSION = 3
+VERSION = 4
 SEEDS_TABLE = "by seed"
 
 
@@ -80,9 +80,10 @@ def run(subject: Subject, settings: ClassifySettings, parts: Parts) -> Outcome:
             chosen, score = value["chosen"], scores(truth, found)
             epoch = int(chosen["epoch"]) if float(chosen["epoch"]).is_integer() else chosen["epoch"]
             seed_rows.append([row, seed, epoch, chosen["accuracy"], score["accuracy"], score["macro_f1"], score["mcc"]])
+    ids = data.test.item_ids()
     scored.rows[MAJORITY_ROW] = [majority(fits.train.examples.labels, len(data.classes), len(truth))]
 
-    records = records_of(scored, data.test.item_ids(), lengths)
+    records = records_of(scored, ids, lengths)
     estimators = estimators_of(records)
     measured = {name: bootstrap(records, estimator) for name, estimator in estimators.items()}
     gains = {
@@ -93,7 +94,7 @@ def run(subject: Subject, settings: ClassifySettings, parts: Parts) -> Outcome:
     cut = float(fits.test.cut.mean())
     note = verdict(gains) + f" {cut:.1%} of the test texts are longer than the {settings.max_length} tokens read."
     note += few_seeds(settings.seeds)
-    table, metrics = rows_table(scored, note)
+    table, metrics = rows_table(scored, note, ids)
     metrics |= gains
     for name in ("accuracy", "brier"):  # with the very intervals that a comparison of two models resamples
         metrics[name] = _bounded(metrics[name], measured[name].low, measured[name].high)

@@ -15,7 +15,7 @@ from eval.tasks.generation.fill import run_fill
 from eval.tasks.generation.judges import Judges
 from eval.tasks.generation.prompts import content_hash, own_prompts
 
-VERSION = 5
+VERSION = 6
 
 
 def resolve(subject: Subject, settings: GenerateSettings) -> GenerateSettings:

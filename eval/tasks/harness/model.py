@@ -50,6 +50,20 @@ class SubjectLM(TemplateLM):
         """Token ids; no special token is added."""
         return self._tokenizer.encode(string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of both, as lm-eval has them where it has any of the continuation.
+
+        A context of white space alone belongs to the continuation, and the end of a document stands before it. A choice
+        that merges into its context leaves no token behind those of the context. It is encoded by itself, since a
+        choice without tokens would always win.
+        """
+        kept = context.rstrip()
+        if not kept:
+            return [self.prefix_token_id], self.tok_encode(context + continuation)
+        continuation = context[len(kept) :] + continuation
+        before, whole = self.tok_encode(kept), self.tok_encode(kept + continuation)
+        return before, whole[len(before) :] or self.tok_encode(continuation)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:

@@ -24,11 +24,11 @@ from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Metric, Outcome, Table
 from eval.results.statistics import bootstrap, estimate
-from eval.shared.scoring import LOG2E, unique
+from eval.shared.scoring import LOG2E
 from eval.subject import Subject
 from eval.tasks.harness import HarnessSettings
 
-VERSION = 1
+VERSION = 2
 TABLE = "harness"
 # How the harness's own metrics follow from the values of single documents: a number, or a pair of log-likelihood and
 # weight. The one that gives the harness's figure is the one that is resampled.
@@ -171,7 +171,7 @@ def _records(values: dict[str, dict[str, tuple[float, float]]], labels: list[str
         for label in labels:
             record[label], record[f"{label} n"] = found.get(label, (0.0, 0.0))
         records.append(record)
-    return unique(records)
+    return records
 
 
 def _shown(name: str, samples: list[dict[str, Any]], count: int = 2) -> Iterator[dict[str, Any]]:

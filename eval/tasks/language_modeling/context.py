@@ -25,14 +25,14 @@ from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Metric, Outcome, Series, Table
 from eval.results.statistics import bootstrap, paired_bootstrap
-from eval.shared.scoring import PART_TOKENS, metrics_of, rows_of, run_parts, score, unique
+from eval.shared.scoring import PART_TOKENS, metrics_of, rows_of, run_parts, score
 from eval.subject import Subject, batches
 from eval.tasks.language_modeling import ContextSettings
 from eval.tasks.language_modeling.masked import noised
 from eval.tasks.language_modeling.spans import Ints
 from eval.tasks.language_modeling.text import Stream, check_source, describe_source, open_stream
 
-VERSION = 1
+VERSION = 2
 TABLE = "loss by context"
 SHORTEST = 32
 
@@ -75,7 +75,7 @@ def run(subject: Subject, settings: ContextSettings, parts: Parts) -> Outcome:
     records = [record for part in run_parts(parts, jobs, "context") for record in part]
     if not records:
         raise UserError("no token of the probes is a target: raise --probes or --mask-rate")
-    return _outcome(subject, settings, unique(records))
+    return _outcome(subject, settings, records)
 
 
 def probe_starts(stream: Stream, need: int, probes: int) -> Ints:

@@ -14,7 +14,7 @@ from data_pipeline.batches.masking import Masking, mask_tokens
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Metric, Outcome, Table
-from eval.shared.scoring import PART_TOKENS, metrics_of, run_parts, score, unigram_entropy, unique
+from eval.shared.scoring import PART_TOKENS, metrics_of, run_parts, score, unigram_entropy
 from eval.subject import Subject, batches
 from eval.tasks.language_modeling import LMSettings, MaskSettings
 from eval.tasks.language_modeling.causal import TABLE
@@ -48,7 +48,7 @@ def evaluate(subject: Subject, settings: LMSettings, parts: Parts) -> Outcome:
         )
         for p in slices
     ]
-    records = unique([record for part in run_parts(parts, jobs, "lm (masked)") for record in part])
+    records = [record for part in run_parts(parts, jobs, "lm (masked)") for record in part]
     total = sum(record["targets"] for record in records)
     if not total:
         raise UserError(f"no token of {stream.name} was masked: the held-out text is too short for --length {length}")

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.shared.scoring import unique
 from eval.tasks.language_modeling.text import Stream
 
 # document, passage, first token and the one behind the last, nats, bytes, words, whether that is all of the passage,
@@ -53,7 +52,7 @@ def records_of(found: Sequence[Piece], apart: bool = False) -> tuple[list[dict[s
 
     The ``id`` is the hash of the passage's text where all of it was scored (but for the first token, which nothing
     predicts, of the stream, or of each document where they are ``apart``), so that models of other tokenizers have the
-    same; else with the tokens that were.
+    same; else with the tokens that were. Copies of a passage have one ``id``: they are one item, counted several times.
     """
     joined: list[Piece] = []
     for piece in found:
@@ -77,4 +76,4 @@ def records_of(found: Sequence[Piece], apart: bool = False) -> tuple[list[dict[s
                 "words": words,
             }
         )
-    return unique(records), all(piece[-1] for piece in joined)
+    return records, all(piece[-1] for piece in joined)

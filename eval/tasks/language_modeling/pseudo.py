@@ -22,7 +22,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import concat_ranges
 from eval.results.parts import Parts
 from eval.results.schema import Estimator, Outcome, Table
-from eval.shared.scoring import LOG2E, PART_TOKENS, metrics_of, run_parts, score, unique
+from eval.shared.scoring import LOG2E, PART_TOKENS, metrics_of, run_parts, score
 from eval.subject import Subject, batches
 from eval.tasks.language_modeling import PseudoSettings
 from eval.tasks.language_modeling.causal import INEXACT
@@ -32,7 +32,7 @@ from eval.tasks.language_modeling.text import Stream, check_source, describe_sou
 from eval.tasks.language_modeling.windows import by_size
 from pretrain.model.attention.layout import Layout
 
-VERSION = 1
+VERSION = 2
 TABLE = "pseudo-likelihood"
 LOSSES = {
     "pseudo_perplexity": Estimator("nats", "tokens", exponential=True),
@@ -77,7 +77,7 @@ def run(subject: Subject, settings: PseudoSettings, parts: Parts) -> Outcome:
         for p in slices
     ]
     found = [item for part in run_parts(parts, jobs, "pppl") for item in part]
-    records = unique([record for record, _ in found])
+    records = [record for record, _ in found]
     if not records:
         raise UserError(f"{stream.name} holds no ordinary token: nothing to mask")
     metrics = metrics_of(records, SCORES, better=True) | metrics_of(records, LOSSES)

@@ -26,7 +26,7 @@ from eval.tasks.language_modeling.causal import TABLE as TABLE
 from eval.tasks.language_modeling.contamination import fingerprint
 from eval.tasks.language_modeling.text import check_source, describe_source, resolve_documents
 
-VERSION = 3
+VERSION = 4
 CAUSAL_ONLY = ("stride", "record_chars", "contamination", "contamination_threshold")
 MASKED_ONLY = ("mask_rate", "mask_share", "random_share")
 

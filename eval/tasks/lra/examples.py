@@ -46,14 +46,8 @@ class Split:
         return Split(tuple([sequence[:length] for sequence in column] for column in self.columns), self.labels)
 
     def ids(self) -> list[str]:
-        """A hash of each example's sequences; a repeated example gets a number behind it."""
-        counts: dict[str, int] = {}
-        names: list[str] = []
-        for sequences in zip(*self.columns, strict=True):
-            name = _hash(sequences).hexdigest()[:20]
-            counts[name] = counts.get(name, 0) + 1
-            names.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
-        return names
+        """A hash of each example's sequences: copies of an example have one, and are one item."""
+        return [_hash(sequences).hexdigest()[:20] for sequences in zip(*self.columns, strict=True)]
 
     def collate(self, indices: np.ndarray) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """For each column (ids (B, N) int64 padded to the longest, lengths (B,) int64), and labels (B,)."""

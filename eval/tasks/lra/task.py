@@ -21,7 +21,7 @@ from eval.tasks.lra.data import load
 from eval.tasks.lra.examples import Dataset
 from eval.tasks.lra.published import PUBLISHED
 
-VERSION = 2
+VERSION = 3
 # What data() has read, for run(), which follows it: 200,000 images are not read twice.
 _READ: dict[LRASettings, Dataset] = {}
 

@@ -65,7 +65,7 @@ def perturbation(probe: Probe, positions: list[int]) -> list[Check]:
 
 def context_control(probe: Probe, positions: list[int]) -> list[Check]:
     """Replace every token before t: the output at t must move, or the model knows its last token only."""
-    chosen = [t for t in positions if t > 0]
+    chosen = [t for t in positions if t > 0] or [probe.length // 2]
     chosen = chosen[:: max(1, len(chosen) // CONTROLS)]
     base = probe.states(probe.text[None])[0]
     gaps = []

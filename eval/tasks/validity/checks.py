@@ -103,12 +103,17 @@ def experiments(subject: Subject, settings: ValiditySettings) -> Iterator[Experi
         elif subject.loaded.tokenizer.mask_id is not None:
             yield Experiment(probe, masked_control)
         yield from (Experiment(probe, compute) for compute in (batch_mates, padding, packing, repeated, agreement))
-        if length == scored and fast_precision(subject.device) == "bf16":
+        if length == scored and looks_at_bf16(subject):
             lower = replace(probe, precision="bf16")
             if subject.causal:
                 yield Experiment(lower, perturbation, (positions,))
             yield from (Experiment(lower, compute) for compute in (batch_mates, padding, packing))
     yield Experiment(probe, save_and_load)
+
+
+def looks_at_bf16(subject: Subject) -> bool:
+    """Whether suites would choose bf16 on this device: scores in it are then to be trusted too."""
+    return fast_precision(subject.device) == "bf16"
 
 
 def stands(path: Path, model: ModelInfo, length: int) -> bool | None:
