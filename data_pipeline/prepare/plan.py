@@ -181,13 +181,21 @@ def stdin_units(stream: BinaryIO, kind: str, work: Path) -> Iterator[Unit]:
 
 
 def unit_bytes(size: int) -> int:
-    """Text in a unit of work, or in a part of one that is divided, for inputs of ``size`` bytes: what a crash costs
-    each process at most.
+    """Text in a unit of work for inputs of ``size`` bytes: what a crash costs each process at most.
 
     Small corpora are cut finely so that all processes have something to do, huge ones so that there are not many more
     than 4,096 shards.
     """
     return max(4 * MIB, min(64 * MIB, size // 64), size // 4096)
+
+
+def part_bytes(target: int) -> int:
+    """Text in a part of a divided unit, where units hold ``target`` bytes.
+
+    A crash costs each process its part. Parts of 16 MiB keep that at 64 MiB for four processes. Only inputs above 256
+    GiB have larger ones, so that there are not many more than 16,384 shards.
+    """
+    return min(target, max(16 * MIB, target // 4))
 
 
 def group_pieces(pieces: Iterable[Piece], target: int, times: dict[str, int]) -> Iterator[Unit]:
@@ -207,7 +215,7 @@ def group_pieces(pieces: Iterable[Piece], target: int, times: dict[str, int]) ->
 
 def _unit(number: int, pieces: Sequence[Piece], target: int, times: dict[str, int]) -> Unit:
     places = [[p.name, p.kind, p.begin, p.end, p.rows, times.get(p.name)] for p in pieces]
-    divide = target if len(pieces) == 1 and pieces[0].size > target and can_divide(pieces[0]) else 0
+    divide = part_bytes(target) if len(pieces) == 1 and pieces[0].size > target and can_divide(pieces[0]) else 0
     return Unit(number, tuple(pieces), json_sha256(number, places), divide=divide)
 
 
