@@ -18,6 +18,8 @@ from benchmarks.common import check_file, check_positive, chosen, in_turns, mark
 from benchmarks.tokenization.measure import Run, run_method
 from benchmarks.tokenization.methods import METHODS, NEEDS, TITLES
 from data_pipeline.errors import UserError
+from data_pipeline.sources.documents import iter_documents
+from data_pipeline.sources.reading import Reading
 from data_pipeline.units import format_bytes
 
 GOALS = {("ours", "bare"): 0.95, ("ours", "datasets"): 2.5, ("ours-tiktoken", "bare"): 3.0}
@@ -28,6 +30,7 @@ DESCRIPTION = """Tokenize the same text with every competitor, in turns, each in
 as a ratio to the bare tokenizer, and the peak of memory of all processes together."""
 EXAMPLE = """example:
   python -m benchmarks.tokenization --rounds 5 --out tokenization.json
+  python -m benchmarks.tokenization --input reviews.jsonl.gz   # the ratios depend on the text
   python -m benchmarks.tokenization --methods ours-tiktoken --megabytes 64 --repeat 16 --rounds 1   # 1 GB"""
 
 
@@ -35,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = common.build_parser("tokenization", DESCRIPTION, EXAMPLE)
     parser.add_argument("--methods", default=",".join(METHODS), metavar="M,M", help=f"of {', '.join(METHODS)}")
+    parser.add_argument(
+        "--input", nargs="+", metavar="PATH", help="text as `nystrom data prepare` reads it (default: Python sources)"
+    )
     parser.add_argument("--megabytes", type=float, default=64.0, metavar="X", help="text, in units of 10^6 bytes")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="the same text so many times")
     parser.add_argument("--vocab-size", type=int, default=32768, metavar="N", help="of the tokenizer")
@@ -89,21 +95,29 @@ def python_sources() -> Iterator[str]:
                 yield text
 
 
-def write_corpus(folder: Path, megabytes: float, repeat: int = 1) -> tuple[int, int]:
+def input_texts(inputs: Sequence[str]) -> Iterator[str]:
+    """Texts of files that `nystrom data prepare` reads. Raises :class:`UserError` as it does."""
+    for document in iter_documents(inputs, Reading()):
+        yield document.text
+
+
+def write_corpus(folder: Path, megabytes: float, repeat: int = 1, inputs: Sequence[str] = ()) -> tuple[int, int]:
     """Write the text that all competitors tokenize, to JSONL files: (documents, bytes of text).
 
-    It is about ``megabytes`` * 10^6 bytes of Python sources, ``repeat`` times over; in one environment always the same.
+    It is about ``megabytes`` * 10^6 bytes of the ``inputs``, or of Python sources, ``repeat`` times over; in one
+    environment always the same. Raises :class:`UserError` if there is less.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts: list[str] = []
     size = 0
-    for text in python_sources():
+    for text in input_texts(inputs) if inputs else python_sources():
         texts.append(text)
         size += len(text.encode())
         if size >= megabytes * 1e6:
             break
     if size < megabytes * 0.9e6:
-        raise UserError(f"this environment has {format_bytes(size)} of Python sources: lower --megabytes")
+        found = "the --input has" if inputs else "this environment has Python sources of"
+        raise UserError(f"{found} {format_bytes(size)}, less than --megabytes {megabytes:g}: lower that")
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
     for number in range(FILES):
         with open(folder / f"{number:02d}.jsonl", "w", encoding="utf-8") as f:
@@ -119,14 +133,21 @@ def _has(package: str) -> bool:
 def _measure(args: argparse.Namespace, names: Sequence[str], work: Path) -> tuple[dict[str, list[Run]], dict[str, Any]]:
     from data_pipeline.tokenization.training import train_tokenizer
 
-    documents, size = write_corpus(work / "corpus", args.megabytes, args.repeat)
+    documents, size = write_corpus(work / "corpus", args.megabytes, args.repeat, args.input or ())
     with open(work / "corpus" / "00.jsonl", encoding="utf-8") as lines:
         train_tokenizer((json.loads(line)["text"] for line in lines), args.vocab_size).save(work / "tokenizer")
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for _, name in in_turns(names, args.rounds, warm_up=False):
         runs[name].append(run_method(name, work / "corpus", work / "tokenizer", args.workers, work))
         print(f"  {name}: {format_bytes(size / runs[name][-1].seconds)}/s", file=sys.stderr, flush=True)
-    return runs, {"documents": documents, "bytes": size, "vocab_size": args.vocab_size, "workers": args.workers}
+    kind = "the input" if args.input else "Python source"
+    return runs, {
+        "kind": kind,
+        "documents": documents,
+        "bytes": size,
+        "vocab_size": args.vocab_size,
+        "workers": args.workers,
+    }
 
 
 def _row(name: str, runs: dict[str, list[Run]], size: int) -> dict[str, Any]:
@@ -171,7 +192,7 @@ def _table(rows: Sequence[dict[str, Any]], skipped: dict[str, str], text: dict[s
     ]
     lines += [[TITLES[name], why, "", "", ""] for name, why in skipped.items()]
     title = (
-        f"{text['documents']:,} documents, {format_bytes(text['bytes'])} of Python source, {text['workers']} workers"
+        f"{text['documents']:,} documents, {format_bytes(text['bytes'])} of {text['kind']}, {text['workers']} workers"
     )
     return f"{title}\n\n{markdown(head, lines)}"
 

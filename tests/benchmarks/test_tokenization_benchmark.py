@@ -22,6 +22,16 @@ def test_the_corpus_is_the_same_every_time_and_repeats(tmp_path: Path) -> None:
     assert sum(len(json.loads(line)["text"].encode()) for line in lines) == size
 
 
+def test_the_corpus_may_be_the_users_own(tmp_path: Path) -> None:
+    text = tmp_path / "own.jsonl"
+    text.write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(100)))
+    assert write_corpus(tmp_path / "a", 0.0005, inputs=[str(text)]) == (73, 501)
+    lines = (tmp_path / "a" / "03.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == [f"line {i}" for i in range(3, 73, 16)]
+    with pytest.raises(UserError, match="the --input has 690 bytes, less than --megabytes 64"):
+        write_corpus(tmp_path / "b", 64, inputs=[str(text)])
+
+
 @pytest.mark.slow
 def test_all_agree_on_the_number_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
