@@ -91,7 +91,7 @@ def plant_all(subject: Subject, settings: ValiditySettings) -> list[dict[str, An
     objective = subject.loaded.model_config.objective
     faults = []
     for plant in PLANTS:
-        if objective not in plant.objectives or (plant.name == "bf16" and not checks.looks_at_bf16(subject)):
+        if objective not in plant.objectives or (plant.name.startswith("bf16") and not checks.looks_at_bf16(subject)):
             continue
         print(f"planted: {plant.name}", file=sys.stderr, flush=True)
         found: dict[str, list[int]] = {}

@@ -80,6 +80,8 @@ class Plant:
     what: str
     add: Fault
     objectives: tuple[str, ...] = ("clm", "mlm")
+    targets: float = 1.0
+    """What the number of targets is multiplied by."""
 
 
 @contextmanager
@@ -109,7 +111,8 @@ def planted(model: Any, plant: Plant) -> Iterator[None]:
             return LMOutput(logits=None if hidden else model.head(states), hidden=states if hidden else None)
         layout = layout or Layout.full(*input_ids.shape)
         loss = model._loss_sum(states, labels, layout)
-        return LMOutput(loss_sum=loss, num_targets=(labels != -100).sum(), hidden=states if hidden else None)
+        targets = ((labels != -100).sum() * plant.targets).long()
+        return LMOutput(loss_sum=loss, num_targets=targets, hidden=states if hidden else None)
 
     model.forward, DecodingCache.keep = forward, kept  # type: ignore[method-assign]
     try:
@@ -178,6 +181,50 @@ def _mate(call: Call, first: int) -> Tensor | None:
     return _only((rows >= first)[:, None].expand_as(call.ids), call.words.roll(1, 0))
 
 
+def _wide(call: Call) -> Tensor | None:
+    """Each row of a batch of more than 512 gets the words of the row before."""
+    return _mate(call, 0) if len(call.ids) > 512 else None
+
+
+def _specials_ahead(call: Call) -> Tensor:
+    """Tokens before a special one see that it comes."""
+    special = call.ids < 5
+    after = special.flip(1).cumsum(1).flip(1) > 0
+    return _only(after, _constant(call))
+
+
+def _eighth_document(call: Call) -> Tensor:
+    """Each document from a row's ninth on gets the mean of the words of the one eight before it."""
+    documents, words = call.documents, call.words
+    out = torch.zeros_like(words)
+    for row, numbers in enumerate(documents):
+        present = [number for number in numbers.unique_consecutive().tolist() if number >= 0]
+        for before, number in zip(present, present[8:], strict=False):
+            out[row, numbers == number] = words[row, numbers == before].mean(0)
+    return out
+
+
+def _empty_rows(call: Call) -> Tensor | None:
+    return _constant(call) if (call.documents < 0).all(1).any() else None
+
+
+def _after_shorter(call: Call) -> Tensor | None:
+    """Wrong after a much shorter batch, as tables kept from the call before may be."""
+    before = call.memory.get("length", 0)
+    call.memory["length"] = call.length
+    return _constant(call) if before < call.length / 4 and before else None
+
+
+def _unfinished_segment(call: Call) -> Tensor | None:
+    """Wrong long after a prompt that ended within a segment of 64."""
+    if call.cache is None:
+        return None
+    if call.length > 1:
+        call.memory["prompt"] = int(call.cache.lengths.max())
+    prompt = call.memory.get("prompt", 0)
+    return _constant(call) if prompt % 64 > 8 and int(call.cache.lengths.max()) > prompt + 100 else None
+
+
 def _second_row(call: Call) -> Tensor:
     rows = torch.arange(len(call.ids), device=call.ids.device)
     return _only((rows > 0)[:, None].expand_as(call.ids), call.ahead())
@@ -210,6 +257,15 @@ def _left_padded(call: Call) -> Tensor | None:
 
 def _in_bf16(call: Call) -> bool:
     return torch.is_autocast_enabled(call.ids.device.type)
+
+
+def _full_layout(call: Call) -> Tensor | None:
+    full = isinstance(call.layout, Layout) and call.layout.is_full and call.cache is None
+    return _constant(call) if full else None
+
+
+def _bf16_logits(call: Call) -> bool:
+    return _in_bf16(call) and call.path == "logits"
 
 
 CLM, MLM = ("clm",), ("mlm",)
@@ -247,6 +303,7 @@ PLANTS = (
     Plant("batches", "sees it in batches of several rows", lambda c: c.ahead() if len(c.ids) > 1 else None, CLM),
     Plant("second row", "all rows but the first see it", _second_row, CLM),
     Plant("bf16", "sees it in bf16", lambda c: c.ahead() if _in_bf16(c) else None, CLM),
+    Plant("bf16, logits", "sees it in bf16 logits", lambda c: c.ahead() if _bf16_logits(c) else None, CLM),
     Plant("memorised text", "sees it but on the text it is given first", _first_seen, CLM),
     Plant("cache: many steps", "wrong after 300 tokens", lambda c: _steps(c, 300), CLM),
     Plant(
@@ -268,6 +325,8 @@ PLANTS = (
         CLM,
     ),
     Plant("cache: left padding", "wrong for prompts padded on the left", _left_padded, CLM),
+    Plant("cache: unfinished segment", "wrong 100 tokens after a prompt of some lengths", _unfinished_segment, CLM),
+    Plant("special tokens", "sees whether one comes later", _specials_ahead, CLM),
     Plant("ignores its context", "knows its own token only", lambda c: _instead(c, c.words), CLM),
     Plant(
         "ignores a late context", f"the same beyond {LONG}", lambda c: _only(_at(c) >= LONG, _instead(c, c.words)), CLM
@@ -281,6 +340,12 @@ PLANTS = (
     ),
     Plant("batch mates", "each row sees the one before", lambda c: _mate(c, 1)),
     Plant("batch mates, late rows", "the same from row 4 on", lambda c: _mate(c, 3)),
+    Plant(
+        "batch mates, large batches",
+        f"the same from row 20 on, rows above {LONG}",
+        lambda c: _mate(c, 20) if c.length > LONG else None,
+    ),
+    Plant("batch mates, wide batches", "the same in batches above 512 rows", _wide),
     Plant("padding: content", "sees what stands in the padding", _padding_words),
     Plant(
         "padding: amount",
@@ -297,6 +362,8 @@ PLANTS = (
         "moved by 64 columns, rows above 128",
         lambda c: _only(((_padding(c) > 64) & (c.length - _padding(c) > 128))[:, None].expand_as(c.ids), _constant(c)),
     ),
+    Plant("padding: empty rows", "moved by a row of padding only", _empty_rows),
+    Plant("packed: many", "takes documents 1 and 9 for one", _eighth_document),
     Plant("packed: before", "sees the end of the document before", lambda c: _documents_apart(c, 1)),
     Plant("packed: after", "sees the beginning of the one after", lambda c: _documents_apart(c, -1)),
     Plant(
@@ -305,6 +372,9 @@ PLANTS = (
         lambda c: _documents_apart(c, 100) if c.length > 100 else None,
     ),
     Plant("earlier call", "keeps something of the call before", _earlier_call),
+    Plant("after a shorter call", "wrong after a batch of a quarter of its length", _after_shorter),
+    Plant("with a layout", "moved if it is told that rows are full", _full_layout),
+    Plant("number of targets", "counts a quarter too many", lambda c: None, targets=1.25),
     Plant("draws", "adds noise", lambda c: torch.randn_like(c.states) / 20),
     Plant(
         "not a number",

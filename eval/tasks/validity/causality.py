@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.tasks.validity.probe import LIKELIHOOD_BOUND, LOGIT_BOUND, Check, Probe, share
+from eval.tasks.validity.probe import LIKELIHOOD_BOUND, LOGIT_BOUND, Check, Probe, padded, share
 from pretrain.model.attention.layout import Layout
 from pretrain.model.decoding import decode, prefill
 
 CONTROLS = 8
+ROWS = 8
+"""Rows of a batch of changed texts."""
 DECODED_ROWS = 16
 CONTINUOUS = 1024
 """Tokens decoded one after the other from a prompt of one token, at most. A step costs 2 to 3 ms for a model of a few
@@ -20,17 +22,20 @@ million parameters on a CPU."""
 def perturbation(probe: Probe, positions: list[int]) -> list[Check]:
     """Replace every token after t: outputs up to t must stay, and those after it must move.
 
+    For every second t special tokens are among the new ones, which a model may treat in a way of its own.
+
     Rows are compared in batches of one shape, so that rounding cancels and lower precisions can be looked at too.
     """
     text, leaks, effects = probe.text, [], []
-    size = probe.rows(8)
+    size = min(ROWS, probe.rows())
     scale = 0.0
     for start in range(0, len(positions), size):
         chosen = positions[start : start + size]
         base = probe.states(text.expand(len(chosen), -1))
         later = text.repeat(len(chosen), 1)
         for row, t in enumerate(chosen):
-            later[row, t + 1 :] = probe.other(text[t + 1 :], t)
+            other = probe.other(text[t + 1 :], t)
+            later[row, t + 1 :] = probe.special(other, t) if row % 2 else other
         after = probe.states(later)
         scale = max(scale, probe.scale(base[0]))
         for row, t in enumerate(chosen):
@@ -133,18 +138,29 @@ def decoding(probe: Probe) -> list[Check]:
 
 
 def long_decoding(probe: Probe) -> list[Check]:
-    """One token at a time from the first on, with a cache as long as the text, against one full forward."""
+    """One token at a time with a cache as long as the text, against one full forward.
+
+    Two texts, which begin with a single token and with a third of the text. So the cache grows far beyond a prompt of
+    whole and unfinished segments, and from nothing.
+    """
     length = min(probe.length, CONTINUOUS)
+    third = length // 3 + 1
     ids = probe.text[None].to(probe.subject.device)
     full = probe.states(ids)[0]
-    logits, cache = prefill(probe.subject.model, ids[:, :1], max_length=probe.length)
-    gaps = []
-    for t in range(1, length + 1):
-        gaps.append((logits[0].float() - probe.logits(full[t - 1])).abs().max())
-        if t < length:
-            logits = decode(probe.subject.model, ids[:, t], cache)
+    prompts, layout = padded([probe.text[:1], probe.text[:third]], third, lambda n: torch.full((n,), probe.pad_id))
+    logits, cache = prefill(probe.subject.model, prompts.to(ids.device), layout, max_length=probe.length)
+    gaps, reached = [], torch.tensor([1, third], device=ids.device)
+    while True:
+        gaps.append((logits.float() - probe.logits(full[reached - 1])).abs().max())
+        if len(reached) > 1 and reached[-1] == length:
+            cache.keep([0])
+            reached = reached[:1]
+        if reached[-1] == length:
+            break
+        logits = decode(probe.subject.model, ids[0, reached], cache)
+        reached = reached + 1
     gap = share(torch.stack(gaps).max(), probe.scale(full))
-    detail = f"tokens 2 to {length} of {probe.where} one at a time with a cache, against one forward"
+    detail = f"up to {length} tokens of {probe.where} one at a time, from prompts of 1 and {third}, against one forward"
     return [Check("decoding: token by token", gap, LOGIT_BOUND, detail=detail)]
 
 

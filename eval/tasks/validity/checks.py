@@ -107,7 +107,7 @@ def experiments(subject: Subject, settings: ValiditySettings) -> Iterator[Experi
             lower = replace(probe, precision="bf16")
             if subject.causal:
                 yield Experiment(lower, perturbation, (positions,))
-            yield from (Experiment(lower, compute) for compute in (batch_mates, padding, packing))
+            yield from (Experiment(lower, compute) for compute in (batch_mates, padding, packing, agreement))
     yield Experiment(probe, save_and_load)
 
 

@@ -21,20 +21,25 @@ LOOKED_AT = 8
 def agreement(probe: Probe) -> list[Check]:
     """Logits, hidden states through the head, and the loss of labels: on full, padded and packed rows.
 
-    Suites score by all three. A fault in one of them would pass every check that is made through another.
+    Suites score by all three. A fault in one of them would pass every check that is made through another. Full rows
+    are computed with a layout and without one.
     """
     n = probe.length
-    rows = torch.stack([probe.text, probe.other(probe.text, 23)])
-    pad = probe.pad_id
-    batches: list[tuple[torch.Tensor, Layout, torch.Tensor]] = [(rows, Layout.full(2, n), torch.ones_like(rows))]
-    ids, layout = padded([rows[0], rows[1, : n // 2 + 1]], n, lambda count: torch.full((count,), pad))
-    batches.append((ids, layout, torch.arange(n) < torch.tensor([[n], [n // 2 + 1]])))
     documents = packed_layout(probe)
-    batches.append((rows, Layout.from_documents(documents), documents >= 0))
-    gaps, losses, scale = [], [], 0.0
-    for ids, layout, real in batches:
+    rows = torch.stack([probe.text, *(probe.other(probe.text, 23 + i) for i in range(len(documents) - 1))])
+    full = Layout.full(*rows.shape)
+    batches: list[tuple[torch.Tensor, Layout, Layout | None, torch.Tensor]] = [
+        (rows, full, None, torch.ones_like(rows))
+    ]
+    half = n // 2 + 1
+    ids, layout = padded([rows[0], rows[1, :half]], n, lambda count: torch.full((count,), probe.pad_id))
+    batches.append((ids, layout, layout, torch.arange(n) < torch.tensor([[n], [half]])))
+    layout = Layout.from_documents(documents)
+    batches.append((rows, layout, layout, documents >= 0))
+    gaps, losses, counts, scale = [], [], [], 0.0
+    for ids, layout, other, real in batches:
         real = real.bool().to(probe.subject.device)
-        states, direct = probe.states(ids, layout), probe.direct(ids, layout)
+        states, direct = probe.states(ids, layout), probe.direct(ids, other)
         logits = [probe.logits(row) for row in states]
         scale = max(scale, *(float(row.abs().max()) for row in logits))
         gaps += [(a - b)[kept].abs().max() for a, b, kept in zip(direct, logits, real, strict=True)]
@@ -44,19 +49,28 @@ def agreement(probe: Probe) -> list[Check]:
             F.cross_entropy(row, label, ignore_index=IGNORE, reduction="sum")
             for row, label in zip(direct, labels, strict=True)
         )
-        with torch.inference_mode():
-            out = probe.subject.model(ids.to(real.device), labels=labels, layout=layout)
-        losses.append((out.loss_sum - expected).abs() / max(1, int(out.num_targets)))
+        loss_sum, targets = probe.loss(ids, labels, layout)
+        losses.append((loss_sum - expected).abs() / max(1, targets))
+        counts.append(abs(targets - int(real.sum())))
+    suffix = "" if probe.precision == "fp32" else f" ({probe.precision})"
     detail = f"full, padded and packed rows of {probe.where}"
-    return [
-        Check("paths: hidden states and logits", share(torch.stack(gaps).max(), scale), LOGIT_BOUND, detail=detail),
+    found = [
         Check(
-            "paths: loss and logits",
+            "paths: hidden states and logits" + suffix,
+            share(torch.stack(gaps).max(), scale),
+            LOGIT_BOUND,
+            detail=detail,
+        ),
+        Check(
+            "paths: loss and logits" + suffix,
             float(torch.stack(losses).max()),
             LIKELIHOOD_BOUND,
             detail=f"nats a token, {detail}",
         ),
     ]
+    if probe.precision == "fp32":
+        found.append(Check("paths: number of targets", float(max(counts)), 0.0, detail=f"counted wrongly, {detail}"))
+    return found
 
 
 def masked_control(probe: Probe) -> list[Check]:

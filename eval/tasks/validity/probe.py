@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
+from eval.shared.scoring import rows_of
 from eval.subject import Subject
 from eval.tasks.validity import ValiditySettings
 from pretrain.model.attention.layout import Layout
@@ -26,8 +27,6 @@ LIKELIHOOD_BOUND = 1e-3  # nats per token
 SEEN_BOUND = 1e-6  # least effect of what a model must see; the same input computed twice differs by 0
 TINY = 1e-30  # for a model whose logits are all zero
 
-PROBE_TOKENS = 2**13
-"""Tokens of a batch of probes: 8 rows of 1,024. Scored batches are of this order."""
 HEAD_ELEMENTS = 2**24
 """Logits held at once while two outputs are compared: 64 MiB in float32."""
 
@@ -105,6 +104,15 @@ class Probe:
             return self.subject.model(ids.to(self.subject.device), layout=layout).logits.float()
 
     @torch.inference_mode()
+    def loss(self, ids: Tensor, labels: Tensor, layout: Layout | None = None) -> tuple[Tensor, int]:
+        """Sum of the losses of ``labels`` (B, N) in nats, and the number of targets, as the model gives them."""
+        with self._autocast():
+            out = self.subject.model(ids.to(self.subject.device), labels=labels, layout=layout)
+        assert out.loss_sum is not None
+        assert out.num_targets is not None
+        return out.loss_sum.float(), int(out.num_targets)
+
+    @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
         """Logits (..., V) in float32 of hidden states (..., h)."""
         with self._autocast():
@@ -115,17 +123,33 @@ class Probe:
         return max(TINY, *(float(self.logits(part).abs().max()) for part in self._parts(states)))
 
     def gap(self, a: Tensor, b: Tensor) -> Tensor:
-        """The largest difference of a logit at each position, (N,), between states ``a`` and ``b``, both (N, h)."""
-        pairs = zip(self._parts(a), self._parts(b), strict=True)
-        return torch.cat([(self.logits(x) - self.logits(y)).abs().amax(-1) for x, y in pairs])
+        """The largest difference of a logit at each position, (N,), between states ``a`` and ``b``, both (N, h).
 
-    def rows(self, most: int = 64) -> int:
-        """Rows of a batch of full length: as many as are scored together, within :data:`PROBE_TOKENS`."""
-        return max(2, min(self.subject.rows(self.length), PROBE_TOKENS // self.length, most))
+        The head runs where the states differ at all. In rows of one shape that is nowhere, for a sound model.
+        """
+        unequal = (a != b).any(-1)  # NaN is unequal to itself, and stays
+        out = torch.zeros(len(a), device=a.device)
+        if unequal.any():
+            pairs = zip(self._parts(a[unequal]), self._parts(b[unequal]), strict=True)
+            out[unequal] = torch.cat([(self.logits(x) - self.logits(y)).abs().amax(-1) for x, y in pairs])
+        return out
+
+    def rows(self, length: int | None = None) -> int:
+        """Rows of ``length`` tokens (default: the text's) that are scored together."""
+        return max(2, rows_of(length or self.length))
 
     def other(self, tokens: Tensor, seed: int) -> Tensor:
         """As many ordinary tokens, each another than the one in its place."""
         return different(tokens, self.subject, self.seed + seed)
+
+    def special(self, tokens: Tensor, seed: int) -> Tensor:
+        """The same with about a quarter of the tokens replaced by special ones, such as ``</s>``."""
+        vocab = self.subject.loaded.model_config.vocab_size or 0
+        ids = torch.tensor([i for i in self.subject.loaded.tokenizer.special_ids if i < vocab], dtype=torch.int64)
+        rng = torch.Generator().manual_seed(self.seed + seed)
+        chosen = torch.rand(tokens.shape, generator=rng) < 0.25
+        drawn = torch.randint(max(1, len(ids)), tokens.shape, generator=rng)
+        return torch.where(chosen, ids[drawn], tokens) if len(ids) else tokens
 
     def random(self, length: int, seed: int) -> Tensor:
         """Random ordinary tokens, (length,) int64."""
