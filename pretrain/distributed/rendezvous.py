@@ -25,8 +25,8 @@ FIRST_POLL_SECONDS = 0.01
 """The first looks come soon after each other: processes of one machine are there at nearly the same time."""
 BACKLOG = 1024
 """Processes that may come at the same moment."""
-ADDRESS_SECONDS = 10.0
-"""How long process 0 tries to reach itself at MASTER_ADDR."""
+ADDRESS_SECONDS = 30.0
+"""How long process 0 tries to reach itself at MASTER_ADDR: a cluster's name service may need a while."""
 _ARRIVED, _EVERYBODY, _GIVEN_UP = "arrived", "everybody", "given up"
 _WORLD_SIZE, _CONTRADICTION = "world size", "contradiction"
 
@@ -61,7 +61,7 @@ def rendezvous(
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     holds = rank == 0 and not torchrun_holds_store()
     deadline = time.monotonic() + patience
-    listening = _listen(address, port) if holds else None
+    listening = _listen(address, port, deadline, stop) if holds else None
     if listening is None:
         _wait_for_port(address, port, deadline, patience, rank, stop)
     try:
@@ -142,7 +142,7 @@ def _contradicted(store: dist.Store, holds: bool) -> NoReturn:
     raise UserError(message)
 
 
-def _listen(address: str, port: int) -> socket.socket:
+def _listen(address: str, port: int, deadline: float, stop: StopFlag | None) -> socket.socket:
     """The socket that the store of process 0 will listen at, reachable under this address.
 
     TCPStore itself would try an address that is not this machine's until its time-out, and print its own stack.
@@ -154,16 +154,24 @@ def _listen(address: str, port: int) -> socket.socket:
             f"process 0 cannot listen at port {port} of this machine ({error.strerror or error}): set MASTER_PORT to "
             "one that is free"
         ) from None
-    try:
-        # The system accepts it; the store sees a connection that was closed, as from those that wait for the port.
-        socket.create_connection((address, port), timeout=ADDRESS_SECONDS).close()
-    except OSError as error:
-        listening.close()
-        raise UserError(
-            f"process 0 (host {socket.gethostname()}) cannot be reached at MASTER_ADDR {address}, port {port} "
-            f"({error.strerror or error}): set MASTER_ADDR to a name or an address of the machine of process 0"
-        ) from None
-    return listening
+    deadline = min(deadline, time.monotonic() + ADDRESS_SECONDS)
+    while True:
+        try:
+            # The system accepts it; the store sees a connection that was closed, as from those that wait for the port.
+            socket.create_connection((address, port), timeout=5.0).close()
+            return listening
+        except OSError as error:
+            problem = error.strerror or error
+        if stop is not None and stop():
+            listening.close()
+            raise StoppedWhileWaiting
+        if time.monotonic() > deadline:
+            listening.close()
+            raise UserError(
+                f"process 0 (host {socket.gethostname()}) cannot be reached at MASTER_ADDR {address}, port {port} "
+                f"({problem}): set MASTER_ADDR to a name or an address of the machine of process 0"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def _server_socket(port: int) -> socket.socket:
