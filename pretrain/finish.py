@@ -37,10 +37,13 @@ STATES = {
 }
 
 
-def write_status(run_dir: Path, code: int | None, state: TrainState) -> None:
-    """Write ``status.json``: ``running`` (code None), or how this start ended. The launcher trusts nothing else."""
+def write_status(run_dir: Path, code: int | None, state: TrainState, unfinished: str = "running") -> None:
+    """Write ``status.json``: how this start ended, or with code None that it is ``unfinished``: running, or crashed.
+
+    A launcher trusts no other code, and puts its own in the place of none.
+    """
     body = {
-        "state": "running" if code is None else STATES[code],
+        "state": unfinished if code is None else STATES[code],
         "code": code,
         "step": state.step,
         "tokens": state.tokens,

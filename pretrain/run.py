@@ -231,6 +231,10 @@ def _train_together(
             return EXIT_PREEMPTED
         last = trainer.state
         callbacks.call("on_end", lambda: Ended(STATES[code], code, last.step, last.tokens, run_dir))
+    except Exception:
+        if world.is_first and not world.watchdog.is_ending:  # else this is what follows a stall, which has been told
+            write_status(run_dir, None, trainer.state, "crashed")
+        raise
     finally:
         telemetry.close()
     if world.is_first:

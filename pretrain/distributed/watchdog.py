@@ -107,6 +107,11 @@ class Watchdog:
         self._proposed: Diagnosis | None = None
         self._agreed: Diagnosis | None = None
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether this process is about to be ended for a stall."""
+        return self._ending
+
     def record(self) -> str:
         """What this process says of itself now."""
         values = {"host": socket.gethostname(), "pid": os.getpid(), "collectives": collectives_entered()}

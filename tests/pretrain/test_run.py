@@ -123,6 +123,8 @@ def test_a_lost_process_ends_the_others_and_the_next_start_repeats_what_was_lost
     assert "another process of this run went away" in first.output
     assert "Traceback" not in first.output
     run = tmp_path / "parts"
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["code"], status["step"]) == ("crashed", None, 4)
     assert max(row["step"] for row in metrics(run)) == 4  # beyond the checkpoint of step 3
     assert values(run_ranks(train, 2, config=parts)) == [0, 0]
     assert numbers(run) == numbers(tmp_path / "whole")
