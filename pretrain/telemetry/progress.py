@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 LINE_SECONDS = 10.0
 """Without a terminal (a log file, a pipe) a line comes after the first step, then at most this often."""
@@ -32,7 +33,7 @@ class Progress:
         self._last_line = -math.inf
         self.tokens_per_second = math.nan
         """The last measurement of training alone, once there is one."""
-        self.bar = None
+        self.bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
