@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from data_pipeline.errors import UserError
-from launch import array
+from launch import array, stop
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,8 +16,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="nystrom launch",
-        description="Start `nystrom train` or `nystrom eval` on several processes of this machine, or write the job "
-        "array that prepares text on a Slurm cluster.",
+        description="Start `nystrom train` or `nystrom eval` on several processes of this machine, stop a run, or "
+        "write the job array that prepares text on a Slurm cluster.",
     )
     places = parser.add_subparsers(dest="place", required=True, metavar="PLACE")
     local = places.add_parser(
@@ -51,6 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="after a crash or a stall, start again from the last whole checkpoint, at most N times, and only while "
         "that gets the run further (default: 0)",
     )
+    end = places.add_parser(
+        "stop",
+        help="have a run save a checkpoint and end",
+        description="Have a run save a checkpoint and end, however it was started, and wait for that. The run's lock "
+        "names its process; no other run is touched.",
+        epilog="example: nystrom launch stop runs/demo-clm\n\n"
+        "exit status: 0 if the run has saved or was done, else its own",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    stop.add_arguments(end)
     prepare = places.add_parser(
         "array",
         help="`nystrom data prepare` as a Slurm job array",
@@ -79,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(words)
     if args.place == "array":
         return array.run(args)
+    if args.place == "stop":
+        return stop.stop(args.run, args.timeout)
     from launch.local import count_gpus, launch_local
     from pretrain.config import load_config
 

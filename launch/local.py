@@ -25,9 +25,10 @@ from typing import Any
 import psutil
 
 from data_pipeline.errors import UserError
-from launch.restarts import Restarts, resumed, starts_anew
+from launch.restarts import Restarts, last_line, resumed, starts_anew
 from pretrain.distributed.signals import EXIT_PREEMPTED, LAUNCHER_PID, stop_signals
-from pretrain.finish import LAUNCH_ID, STATUS
+from pretrain.finish import LAUNCH_ID, STATES, STATUS
+from pretrain.telemetry.lines import write_or_warn
 
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 2.0
@@ -217,8 +218,21 @@ def _exit_status(runner_code: int, run_dir: Path, launch_id: str, asked: bool = 
     ``asked``: the launch was asked to stop; then a process that SIGTERM killed had not come to the point of listening.
     """
     status = _read_status(run_dir)
-    if status.get("launch_id") == launch_id and isinstance(status.get("code"), int):
+    ours = status.get("launch_id") == launch_id
+    if ours and isinstance(status.get("code"), int):
         return int(status["code"])
+    code = _unreported_status(runner_code, asked)
+    if ours:
+        # The process that writes it was killed: nobody else would correct "running".
+        state = STATES.get(code, "killed" if code > 128 else "crashed")
+        where = {key: value for key, value in last_line(run_dir).items() if key in ("step", "tokens")}
+        ended = {"state": state, "code": code, **where, "time": time.time(), "written_by": "launcher"}
+        write_or_warn(run_dir / STATUS, (json.dumps({**status, **ended}, indent=2) + "\n").encode())
+    return code
+
+
+def _unreported_status(runner_code: int, asked: bool) -> int:
+    """What to make of the status of DeepSpeed's launcher where the run has not said how it ended."""
     # DeepSpeed exits with -N, modulo 256, for a worker killed by signal N.
     if runner_code < 0 or runner_code > 128 + 64:
         number = -runner_code if runner_code < 0 else 256 - runner_code

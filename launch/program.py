@@ -6,9 +6,11 @@ The first word says whose ``main`` gets the rest of the line. It is imported onl
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 from launch import shadowing
 
@@ -17,12 +19,19 @@ COMMANDS = {
     "config": ("pretrain.config.cli", "the keys of a run's YAML: type, default, meaning; what a file comes to"),
     "plan": ("pretrain.planning.cli", "before a run: its memory, time, cost, and whether it fits"),
     "train": ("pretrain.cli", "pretrain on this process, or as one rank of a launcher's"),
-    "launch": ("launch.cli", "start `train` or `eval` on several processes of this machine"),
+    "launch": ("launch.cli", "start `train` or `eval` on several processes of this machine; stop a run"),
     "replay": ("pretrain.replay", "look again at the batch of a step that went wrong, row by row"),
     "eval": ("eval.cli", "evaluate a checkpoint: validity gate, loss, classification, long range, generation, ..."),
     "report": ("eval.report.cli", "one HTML page with the curves, tables and samples of runs"),
     "demo": ("launch.demo", "all of the above on a built-in corpus, in minutes"),
 }
+
+WITHIN = {
+    **dict.fromkeys(("stdlib", "tokenizer", "prepare", "verify", "inspect", "contamination"), "data"),
+    **dict.fromkeys(("local", "array", "stop"), "launch"),
+    **dict.fromkeys(("validity", "lm", "classify", "generate", "compare", "list"), "eval"),
+}
+"""Words that are commands of a command: those that are looked for most."""
 
 
 def usage() -> str:
@@ -37,9 +46,28 @@ def usage() -> str:
             "commands, in the order in which they are used:",
             *lines,
             "",
-            "`nystrom COMMAND --help` explains one. New here? `nystrom demo` runs the whole road.",
+            "`nystrom COMMAND --help` explains one, `nystrom --version` tells the version.",
+            "New here? `nystrom demo` runs all of it on a built-in corpus.",
         ]
     )
+
+
+def version() -> str:
+    """The installed version; of a checkout that was never installed it is unknown."""
+    try:
+        return metadata.version("nystrom-pretrain")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def suggestion(word: str) -> str:
+    """What somebody may have meant by a command that there is not, as the end of a sentence; empty if nothing is near.
+
+    That is a command with a similar name, or one below another command: ``nystrom prepare``.
+    """
+    whole = {name: name for name in COMMANDS} | {name: f"{above} {name}" for name, above in WITHIN.items()}
+    close = difflib.get_close_matches(word, whole, n=1)
+    return f": did you mean `nystrom {whole[close[0]]}`?" if close else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,8 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     command, rest = words[0], words[1:]
+    if command == "--version":
+        print(f"nystrom {version()}")
+        return 0
     if command not in COMMANDS:
-        print(f"nystrom: error: no command '{command}'\n\n{usage()}", file=sys.stderr)
+        print(f"nystrom: error: no command '{command}'{suggestion(command)}\n\n{usage()}", file=sys.stderr)
         return 2
     hidden = shadowing.message(words)
     if hidden is not None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pretrain.checkpoint import commit
 from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_NOT_SAVED, EXIT_PREEMPTED, EXIT_STALLED
@@ -86,25 +86,25 @@ def resumed(words: Sequence[str]) -> list[str]:
 def standing(run_dir: Path) -> Standing:
     """How far the run in this folder got; zeros for none."""
     found = commit.newest(run_dir / "checkpoints")
-    return Standing(found[1].state.step if found else 0, _last_step(run_dir / METRICS))
+    return Standing(found[1].state.step if found else 0, last_line(run_dir).get("step", 0))
 
 
-def _last_step(path: Path) -> int:
-    """The step of the last whole line of training metrics; 0 for none."""
+def last_line(run_dir: Path) -> dict[str, Any]:
+    """The last whole line of training metrics; {} for none."""
     try:
-        with open(path, "rb") as stream:
+        with open(run_dir / METRICS, "rb") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
             lines = stream.read().splitlines()
     except OSError:
-        return 0
+        return {}
     for line in reversed(lines):
         try:
             row = json.loads(line)
             if row["kind"] == "train":
-                return int(row["step"])
+                return {**row, "step": int(row["step"])}
         except (ValueError, TypeError, KeyError):
             continue
-    return 0
+    return {}
 
 
 def _reason(code: int) -> str:

@@ -47,10 +47,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument(
         "--resume",
-        choices=["auto", "never"],
+        choices=["auto", "extend", "never"],
         default="auto",
-        help="auto: resume from the newest whole checkpoint if there is one; never: move an existing run folder aside "
-        "to NAME.old-1 and start over (default: auto)",
+        help="auto: resume from the newest whole checkpoint if there is one; extend: also train a finished run on, as "
+        "far as the configuration now says; never: move an existing run folder aside to NAME.old-1 and start over "
+        "(default: auto)",
     )
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log too")
 
@@ -91,24 +92,42 @@ def _main(args: argparse.Namespace) -> int:
         flush_output()
 
 
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "Connection was likely closed",
+)
+"""How the libraries say that another process is gone."""
+COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
+"""Where an error comes from that no own code made: a collective operation, or the connection it needs."""
+
+
 def _report_crash(error: Exception, rank: int) -> int:
     """Print a traceback that says whose it is; for a process that merely lost a peer, one line."""
     text = str(error)
-    signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "remote process exited",
-        "Connection was likely closed",
-    )
     if isinstance(error, RuntimeError) and "Timed out waiting" in text:
         print(
             f"process {rank}: the others did not answer in a collective operation: {text}", file=sys.stderr, flush=True
         )
         return EXIT_STALLED
-    lost_peer = isinstance(error, RuntimeError) and any(sign in text for sign in signs)
-    if lost_peer:
+    if isinstance(error, RuntimeError) and any(sign in text for sign in LOST_PEER):
         print(f"process {rank}: another process of this run went away; ending", file=sys.stderr, flush=True)
+    elif isinstance(error, RuntimeError) and _is_of_collective(error):
+        first_line = (text.splitlines() or [""])[0]
+        print(
+            f"process {rank}: a collective operation failed, most likely since another process of this run went away; "
+            f"ending ({first_line})",
+            file=sys.stderr,
+            flush=True,
+        )
     else:
         print(f"process {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     return 1
+
+
+def _is_of_collective(error: Exception) -> bool:
+    """Whether the innermost frame is in the library's own code for collective operations."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(part in frames[-1].filename.replace("\\", "/") for part in COLLECTIVES)

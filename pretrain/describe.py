@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan
-from data_pipeline.units import format_bytes
+from data_pipeline.units import count, format_bytes
 from pretrain.config import RunConfig
 from pretrain.curriculum.stages import describe_changes, stage_model
 from pretrain.planning.state import parameter_sizes, state_bytes
@@ -34,7 +34,8 @@ def describe(
         if size
     )
     stages = "; ".join(
-        f"{stage.num_batches} steps of {stage.rows} x {stage.seq_len}, {stage_config.micro_batch} rows at a time"
+        f"{count(stage.num_batches, 'step')} of {stage.rows} x {stage.seq_len}, "
+        f"{count(stage_config.micro_batch, 'row')} at a time"
         for stage, stage_config in zip(plan.stages, config.curriculum, strict=True)
     )
     return "\n".join(
@@ -44,6 +45,7 @@ def describe(
             *_describe_data(config, plan, data),
             f"Lengths: {stages}.",
             *describe_changes(config),
+            *_describe_compilation(config, world),
             f"On {world.world_size} {'GPU' if world.device.type == 'cuda' else 'CPU'} process(es), "
             f"{precision or config.precision}, "
             f"ZeRO stage {config.zero_stage}; each expects {format_bytes(memory.total)} for its state ({parts}); "
@@ -52,9 +54,18 @@ def describe(
     )
 
 
+def _describe_compilation(config: RunConfig, world: World) -> list[str]:
+    if not config.compile:
+        return []
+    lengths = count(len({stage.seq_len for stage in config.curriculum}), "length")
+    # 130 s on two busy cores and 15 to 60 s on idle ones, for layers that were then no faster (0.63 s a pass for 0.61).
+    slow = " On CPUs that takes minutes, and gained nothing where it was tried." if world.device.type == "cpu" else ""
+    return [f"compile: true: layers are compiled at the first step of each of {lengths}, at each start anew.{slow}"]
+
+
 def _describe_data(config: RunConfig, plan: Plan, data: TrainingData) -> list[str]:
     sizes = [size for size, _ in itertools.groupby(stage.batch_tokens for stage in plan.stages)]
-    steps = f"{plan.num_batches:,} steps of {', then '.join(f'{size:,}' for size in sizes)}"
+    steps = f"{count(plan.num_batches, 'step')} of {', then '.join(f'{size:,}' for size in sizes)}"
     epochs = data.epochs(plan.total_tokens // plan.block_length)
     sources = list(zip(data.names, data.blocks, epochs.values(), strict=True))
     lines: list[str] = []

@@ -37,10 +37,13 @@ STATES = {
 }
 
 
-def write_status(run_dir: Path, code: int | None, state: TrainState) -> None:
-    """Write ``status.json``: ``running`` (code None), or how this start ended. The launcher trusts nothing else."""
+def write_status(run_dir: Path, code: int | None, state: TrainState, unfinished: str = "running") -> None:
+    """Write ``status.json``: how this start ended, or with code None that it is ``unfinished``: running, or crashed.
+
+    A launcher trusts no other code, and puts its own in the place of none.
+    """
     body = {
-        "state": "running" if code is None else STATES[code],
+        "state": unfinished if code is None else STATES[code],
         "code": code,
         "step": state.step,
         "tokens": state.tokens,
@@ -119,6 +122,10 @@ def export_weights(
                     what = "Weights for use" if kind == "fp32" else "Their running average"
                     telemetry.say(f"Done. {what}: {run_dir / name} (hash {digest[:12]}).")
                 telemetry.say(_set_stale_average_aside(run_dir, _exports(found[1])))
+                telemetry.say(
+                    f"Next: nystrom eval validity lm --checkpoint {run_dir}, then nystrom report {run_dir} --out "
+                    "report.html"
+                )
         except OSError as error:
             code = EXIT_NOT_SAVED
             telemetry.say(

@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, dtype in (("float32", torch.float32), *((("bfloat16", torch.bfloat16),) if args.bf16 else ())):
         model.to(dtype)
         done = list(compute(model, rows, facts["targets"]))
-        print("\n".join(findings(name, done, partial(excerpt, tokenizer=tokenizer, masked=masked))))
+        text = partial(excerpt, tokenizer=tokenizer, masked=masked)
+        print("\n".join(findings(name, done, text, suspects(facts))))
     return 0
 
 
@@ -115,10 +116,11 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
     loaded = load_model(path) if path is not None else _load_nearest(run_dir / "checkpoints", facts)
     if loaded is None:
         model, tokenizer = _initial(run_dir)
+        tokens = 0
         whose = f"Weights: as initialised, for the run has no whole checkpoint from before step {facts['step']}."
     else:
         assert isinstance(loaded.model, NystromformerLM)
-        model, tokenizer = loaded.model, loaded.tokenizer
+        model, tokenizer, tokens = loaded.model, loaded.tokenizer, loaded.tokens
         whose = f"Weights: {loaded.path}, after {loaded.tokens:,} tokens; the step began at {facts['tokens_before']:,}."
     # The weights may be from before the edge at which the stage of the batch began. The angles are the stage's. Learned
     # positions repeat as the copies at that edge would.
@@ -126,7 +128,21 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
     angles = {"rope_theta": stage.rope_theta, "rope_position_scale": stage.rope_position_scale}
     model.set_positions(model.config.model_copy(update=angles))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    # A step that was skipped left the weights as they were.
+    same = (facts["tokens_before"],) if facts["what"] == "spike" else (facts["tokens_before"], facts["tokens"])
+    if tokens not in same:
+        whose += " The step had other weights, to which these rows may do something else."
     return model, tokenizer, whose
+
+
+def suspects(facts: dict[str, Any]) -> list[str]:
+    """What may be at fault where no row is."""
+    return [
+        f"the learning rate ({facts['lr']:.3g} at that step), if steps of that size spoilt the weights before",
+        "the weights of the step, where these are others",
+        f"the precision of the run ({facts['precision']}), and its dropout",
+        "the machine",
+    ]
 
 
 def _load_nearest(checkpoints: Path, facts: dict[str, Any]) -> LoadedModel | None:
@@ -184,9 +200,11 @@ def compute(model: NystromformerLM, rows: Sequence[Row], targets: int) -> Iterat
         )
 
 
-def findings(precision: str, rows: Sequence[Row], text: Callable[[Row], str]) -> list[str]:
+def findings(
+    precision: str, rows: Sequence[Row], text: Callable[[Row], str], suspects: Sequence[str] = ()
+) -> list[str]:
     """Lines about the rows: which are not finite, which of the others stand out (by :func:`bounds`), or that none is
-    or does."""
+    or does, and what is left to suspect then."""
     whole = [row for row in rows if row.is_finite]
     lines = [f"In {precision}:"]
     bad = [row for row in rows if not row.is_finite]
@@ -207,10 +225,8 @@ def findings(precision: str, rows: Sequence[Row], text: Callable[[Row], str]) ->
             )
             lines += _shown(sorted(high, key=lambda row: -row.grad_norm), text)
         elif not bad:
-            lines.append(
-                f"  nothing is wrong with any of the {len(rows)} rows. What is left to suspect: the precision of the "
-                "run, its dropout, weights that changed since the checkpoint, the machine."
-            )
+            lines.append(f"  nothing is wrong with any of the {len(rows)} rows. What is left to suspect:")
+            lines += [f"    {suspect}" for suspect in suspects]
     return lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import sys
 from typing import Any
 
@@ -13,9 +14,18 @@ from data_pipeline.files import write_atomic
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState
 from pretrain.checkpoint.lock import RunLock
-from pretrain.checkpoint.resume import changes_training, check_resume, identity, rate_jump
+from pretrain.checkpoint.resume import (
+    changes_training,
+    check_resume,
+    describe_change,
+    extension,
+    identity,
+    rate_jump,
+    refuse_extension,
+)
 from pretrain.checks import check_inputs
 from pretrain.config import RunConfig
+from pretrain.curriculum.plan import validation_tokens
 from pretrain.distributed import watchdog
 from pretrain.distributed.immediate_exit import ImmediateExit
 from pretrain.distributed.signals import (
@@ -30,17 +40,21 @@ from pretrain.finish import STATES, export_weights, is_finished, report_preempte
 from pretrain.machine import software
 from pretrain.sources import Inputs
 
+RESUME = ("auto", "extend", "never")
+
 
 def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool = False) -> int:
     """Start or continue the run that ``config`` describes, as process ``rank``; returns an exit status.
 
-    ``resume``: ``auto`` resumes from the newest whole checkpoint, ``never`` moves an existing run folder aside and
-    starts over. Raises :class:`UserError` for what the user can mend; nearly all of it before torch and DeepSpeed are
-    imported.
+    ``resume``: ``auto`` resumes from the newest whole checkpoint, ``extend`` also that of a finished run, ``never``
+    moves an existing run folder aside and starts over. Raises :class:`UserError` for what the user can mend; nearly all
+    of it before torch and DeepSpeed are imported.
     """
+    if resume not in RESUME:
+        raise UserError(f"--resume {resume}: choose {', '.join(RESUME)}")
     inputs = check_inputs(config, rank.world_size)
     config = inputs.config
-    if resume == "auto":
+    if resume != "never":
         # Read only, and by every process alike: nobody writes before all have met in the process group below.
         found = commit.newest(config.run_dir / "checkpoints")
         if found is not None:
@@ -53,8 +67,8 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
                     )
                     write_status(config.run_dir, EXIT_DONE, found[1].state)
                 return EXIT_DONE
-    elif resume != "never":
-        raise UserError(f"--resume {resume}: choose auto or never")
+            if resume != "extend":
+                refuse_extension(found[1], config, inputs.plan)
 
     stop = StopFlag(launched=rank.world_size > 1 or LAUNCHER_PID in os.environ)
     from pretrain.distributed.agreement import flat
@@ -124,10 +138,14 @@ def _train_together(
                 changed, state = _check(found[1], inputs, world.world_size), found[1].state
             # What came of the steps before says nothing about those to come.
             state = dataclasses.replace(state, bad_in_row=0)
-    began = None if found is None else found[1].identity["config"]["precision"]
-    precision = resolve_precision(inputs.config, world, began)
-    # From here on, in the folder's config.yaml and in every checkpoint, the precision is the one that it came to.
+    began = None if found is None else found[1].identity["config"]
+    precision = resolve_precision(inputs.config, world, began and began["precision"])
+    # From here on, in the folder's config.yaml and in every checkpoint, nothing is left open.
     config = precision.config
+    if config.validation.tokens is None:
+        config = config.with_validation_tokens(
+            validation_tokens(config, inputs.plan) if began is None else began["validation"]["tokens"]
+        )
     inputs = dataclasses.replace(inputs, config=config)
     if world.is_first:
         immediate_exit.before_exit = lambda: report_stopped_at_start(state)
@@ -152,7 +170,10 @@ def _train_together(
     immediate_exit.end()
     if world.is_first:
         write_status(run_dir, None, state)
-    telemetry = Telemetry(run_dir, config, inputs.plan.total_tokens, state.tokens, world.is_first, state.step)
+    plan = inputs.plan
+    telemetry = Telemetry(
+        run_dir, config, plan.total_tokens, state.tokens, world.is_first, state.step, plan.num_batches
+    )
     trainer = Trainer(
         inputs,
         engine,
@@ -172,12 +193,20 @@ def _train_together(
         telemetry.say(describe(config, inputs.plan, inputs.train, engine.num_parameters, world, precision.text))
         telemetry.say(precision.note)
         telemetry.say(config.checkpoint.describe())
+        telemetry.say(None if inputs.valid is None else config.validation.describe())
+        telemetry.say(
+            f"Process {os.getpid()} on {socket.gethostname()}. To save and stop: nystrom launch stop {run_dir}"
+        )
         event: dict[str, Any] = {"event": "start"}
         if found is not None:
             event = {"event": "resume", "changed": changed, "passed_over": passed_over}
             telemetry.say(f"Resumes from {found[0]}: step {state.step}, {state.tokens:,} tokens.")
             for key, (old, new) in changed.items():
-                telemetry.say(f"  changed since: {key} from {old} to {new}")
+                for line in describe_change(key, old, new):
+                    telemetry.say(f"  changed since: {line}")
+            longer = extension(found[1], plan)
+            if longer is not None:
+                telemetry.say(f"  {longer}")
             jump = rate_jump(found[1], config, inputs.plan)
             for line in loaded if jump is None else [jump, *loaded]:
                 telemetry.say(f"  {line}")
@@ -202,6 +231,10 @@ def _train_together(
             return EXIT_PREEMPTED
         last = trainer.state
         callbacks.call("on_end", lambda: Ended(STATES[code], code, last.step, last.tokens, run_dir))
+    except Exception:
+        if world.is_first and not world.watchdog.is_ending:  # else this is what follows a stall, which has been told
+            write_status(run_dir, None, trainer.state, "crashed")
+        raise
     finally:
         telemetry.close()
     if world.is_first:

@@ -151,9 +151,9 @@ class Trainer:
             bad_in_row=self.state.bad_in_row + 1 if bad else 0,
             seconds=time.monotonic() - self._started,
         )
-        self.telemetry.advance(tokens)
         if loss is not None:
             (self._reports.bad_step if bad else self._reports.log)(step, loss, self.state)
+        self.telemetry.advance(step.number, tokens, loss=self._reports.last_loss, lr=lr, seq_len=batch.seq_len)
         self.callbacks.call(
             "on_step",
             lambda: Stepped(

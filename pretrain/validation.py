@@ -50,7 +50,7 @@ def validate(
         objective=config.model.objective,
         seq_len=seq_len,
         rows=micro_batch,
-        max_tokens=config.validation.tokens,
+        max_tokens=config.validation.tokens or shards.num_tokens,  # a run has set it at its start
         seed=config.seed,
         masking=config.data.masking.build(),
         documents_apart=config.data.packing == "documents",

@@ -44,9 +44,12 @@ def losses(run: Path) -> list[float]:
 
 
 def resume(config: str, folder: str) -> int:
-    """Runs in the ranks: the command itself, in ``folder``, to which the paths of the configuration are relative."""
+    """Runs in the ranks: the command itself, in ``folder``, to which the paths of the configuration are relative.
+
+    The kept runs are finished, so that training them further has to be asked for.
+    """
     from data_pipeline.errors import run_cli
     from pretrain.cli import main
 
     os.chdir(folder)
-    return run_cli(main, "nystrom train", ["--config", config])
+    return run_cli(main, "nystrom train", ["--config", config, "--resume", "extend"])

@@ -86,8 +86,9 @@ class RunLock:
                 who = str(holder) if holder else f"a process that {self.path} does not name yet"
                 raise UserError(
                     f"run folder {self.path.parent} is in use by {who}: two runs would overwrite each other's files. "
-                    f"Wait for it, stop it (kill {holder.pid if holder else 'PID'}), or give this run another `name`. "
-                    f"If you are sure that it is gone, remove {self.path}"
+                    f"Wait for it, stop it (nystrom launch stop {self.path.parent}, or kill "
+                    f"{holder.pid if holder else 'PID'} there), or give this run another `name`. If you are sure that "
+                    f"it is gone, remove {self.path}"
                 )
             self._clear(text)
         self._own, self._over = own, threading.Event()
@@ -193,6 +194,12 @@ class RunLock:
                 flush=True,
             )
         os._exit(EXIT_STALLED)
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Who holds the lock in this file; None if nobody does, or the file is none."""
+    text = _read(path)
+    return None if text is None else _parse(text)
 
 
 def _parse(text: str) -> Holder | None:

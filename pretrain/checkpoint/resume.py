@@ -59,14 +59,17 @@ def check_resume(
 
     Returns the changes that are allowed, {dotted key: [old, new]}: learning rate and its schedule, stages to come,
     micro-batches, validation and the held-out text, checkpoints, telemetry, callbacks, the ZeRO stage, bf16 for fp32
-    and back. The number of processes is there as ``processes``. ``precision: auto`` is no change: it is the
-    checkpoint's. Raises :class:`UserError` that names every change that is not allowed.
+    and back. The number of processes is there as ``processes``. ``precision: auto`` is no change, nor is
+    ``validation.tokens`` left out: they are the checkpoint's. Raises :class:`UserError` that names every change that is
+    not allowed.
     """
     old = manifest.identity
-    old_config = parse_config(old["config"], where=f"checkpoint {manifest.tag}")
+    old_config = _config_of(manifest)
     refused = _precision(old_config, config)
     if config.precision == "auto":
         config = config.model_copy(update={"precision": old_config.precision})
+    if config.validation.tokens is None:
+        config = config.with_validation_tokens(old_config.validation.tokens)
     # What the checkpoint's version did not know yet had its default value.
     before, now = _flatten(old_config.model_dump(mode="json")), _flatten(config.model_dump(mode="json"))
     changed: dict[str, Any] = {}
@@ -108,9 +111,57 @@ def check_resume(
     return changed
 
 
+def describe_change(key: str, old: Any, new: Any) -> list[str]:
+    """Lines in words about a change that :func:`check_resume` found: of the curriculum only what is different."""
+    if key != "curriculum":
+        return [f"{key} from {old} to {new}"]
+    lines = []
+    for i in range(max(len(old), len(new))):
+        if i >= len(new):
+            lines.append(f"curriculum.{i} is gone ({_stage_words(old[i])})")
+        elif i >= len(old):
+            lines.append(f"curriculum.{i} is new ({_stage_words(new[i])})")
+        else:
+            keys = [name for name in new[i] if old[i].get(name) != new[i][name]]
+            lines += [f"curriculum.{i}.{name} from {old[i].get(name)} to {new[i][name]}" for name in keys]
+    return lines
+
+
+def _stage_words(stage: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in stage.items() if value is not None)
+
+
+def extension(manifest: Manifest, plan: Plan) -> str | None:
+    """What becomes of a run that had come to its end and is to train further; None if it had not, or is not to."""
+    tokens = manifest.state.tokens
+    if tokens < build_plan(_config_of(manifest)).total_tokens or plan.total_tokens <= tokens:
+        return None
+    return (
+        f"extends a finished run of {tokens:,} tokens to {plan.total_tokens:,}; export/ holds the weights of step "
+        f"{manifest.state.step} until the new end"
+    )
+
+
+def refuse_extension(manifest: Manifest, config: RunConfig, plan: Plan) -> None:
+    """Raise :class:`UserError` if the configuration asks for more than a finished run was to train."""
+    if extension(manifest, plan) is None:
+        return
+    tokens, jump = manifest.state.tokens, rate_jump(manifest, config, plan)
+    raise UserError(
+        f"run {config.run_dir} is finished after {tokens:,} tokens, and this configuration trains to "
+        f"{plan.total_tokens:,}. To train the {plan.total_tokens - tokens:,} more and replace export/: --resume extend"
+        f". To leave the run as it is, end the curriculum at until_tokens {_config_of(manifest).total_tokens}, or give "
+        "the new run another `name`" + ("" if jump is None else f". If it is extended, {jump}")
+    )
+
+
+def _config_of(manifest: Manifest) -> RunConfig:
+    return parse_config(manifest.identity["config"], where=f"checkpoint {manifest.tag}")
+
+
 def rate_jump(manifest: Manifest, config: RunConfig, plan: Plan) -> str | None:
     """What to say if the changes raise the learning rate at once, as a longer run does after a decay; else None."""
-    old = parse_config(manifest.identity["config"], where=f"checkpoint {manifest.tag}")
+    old = _config_of(manifest)
     tokens, lengths = manifest.state.tokens, (build_plan(old).total_tokens, plan.total_tokens)
     before, now = (
         learning_rate(tokens, total_tokens=total, peak=run.optimizer.lr, schedule=run.schedule)

@@ -64,14 +64,21 @@ class ValidationConfig(Strict):
         description="Tokens between two validations, besides those at the end of each stage.",
         json_schema_extra={"left_out": "only at the end of each stage"},
     )
-    tokens: int = Field(
-        131_072,
+    tokens: int | None = Field(
+        None,
         gt=0,
-        description="Tokens of the held-out set that one validation reads. More than there are: the whole set, once.",
+        description="Tokens of the held-out set that one validation reads. More than there are: the whole set, once. A "
+        "run keeps what it began with.",
+        json_schema_extra={"left_out": "8,192 to 131,072, so that all validations read a tenth of the run"},
     )
     samples: int = Field(
         1, ge=0, description="Texts that a causal model writes at each validation, into `samples/` of the run. 0: none."
     )
+
+    def describe(self) -> str:
+        """What is measured when, in a sentence; ``tokens`` must be set."""
+        when = "" if self.every_tokens is None else f"every {self.every_tokens:,} tokens and "
+        return f"Held-out loss of {self.tokens:,} tokens: {when}at the end of each stage (validation.tokens)."
 
 
 class TelemetryConfig(Strict):
@@ -80,7 +87,7 @@ class TelemetryConfig(Strict):
     wandb: Literal["offline", "online", "disabled"] = Field(
         "offline",
         description="Weights & Biases. offline: files in the run folder, for `wandb sync`. online falls back to "
-        "offline if it can't connect.",
+        "offline if it can't connect. WANDB_MODE in the environment may ask for less.",
     )
     wandb_project: str = Field("nystrom", description="Project of Weights & Biases that the run belongs to.")
     tensorboard: bool = Field(

@@ -209,6 +209,10 @@ class RunConfig(Strict):
         own = self.curriculum[stage].weights
         return {s.name: s.weight if own is None else own[s.name] for s in self.data.sources}
 
+    def with_validation_tokens(self, tokens: int | None) -> RunConfig:
+        """This configuration with ``validation.tokens`` of that value."""
+        return self.model_copy(update={"validation": self.validation.model_copy(update={"tokens": tokens})})
+
     @property
     def block_length(self) -> int:
         """Tokens of the unit that is shuffled."""

@@ -29,6 +29,20 @@ def build_mixture(config: RunConfig, plan: Plan) -> MixturePlan:
     return MixturePlan(stages)
 
 
+LEAST_VALIDATION, MOST_VALIDATION = 8_192, 131_072
+VALIDATION_SHARE = 0.1
+"""Of the tokens of a run, those that all its validations may read together. A forward pass costs a third of a step, and
+a short stage validates at two lengths: 3 to 7% of the training's time."""
+
+
+def validation_tokens(config: RunConfig, plan: Plan) -> int:
+    """Held-out tokens of one validation where the configuration leaves that open: a multiple of the longest length."""
+    every = config.validation.every_tokens
+    count = len(plan.stages) + (0 if every is None else plan.total_tokens // every)
+    wanted = min(MOST_VALIDATION, max(LEAST_VALIDATION, VALIDATION_SHARE * plan.total_tokens / count))
+    return max(1, int(wanted) // plan.block_length) * plan.block_length
+
+
 def slice_length(plan: Plan) -> int:
     """The longest stretch of a block that no row of the run is cut in: a document within it is whole in every stage."""
     return math.gcd(*(stage.seq_len for stage in plan.stages))

@@ -16,7 +16,8 @@ class ProcessStatus:
 
     rank: int
     beat: int = 0
-    silence: float = 0.0  # seconds since its last sign of life
+    silence: float = 0.0  # seconds for which somebody has listened and heard no new sign of life
+    since_beat: float = 0.0  # seconds since its last sign of life, by clocks that began when all had met
     age: float = 0.0  # seconds that its main thread had stood still by then
     place: str = "starting"
     step: int = 0
@@ -76,8 +77,8 @@ def diagnose(seen: Sequence[ProcessStatus], reporter: int, stall_seconds: float)
     waiting = sorted(set(everyone) - {s.rank for s in culprits})
     if silent:
         parts = [
-            f"{s.name} has given no sign of life for {s.silence:.0f} s (last seen {s.place} at step {s.step}): it is "
-            "stopped, frozen, or its machine or network is gone"
+            f"{s.name} has given no sign of life for {max(s.silence, s.since_beat):.0f} s (last seen {s.place} at step "
+            f"{s.step}): it is stopped, frozen, or its machine or network is gone"
             for s in culprits
         ]
     elif culprits:

@@ -79,6 +79,13 @@ def group_timeout(stall_seconds: float) -> timedelta:
     return timedelta(seconds=2 * stall_seconds + 30)
 
 
+def status_of(rank: int, record: str | bytes) -> ProcessStatus:
+    """What a process says of itself, read from its :meth:`Watchdog.record`."""
+    values = json.loads(record)
+    values.pop("clock", None)
+    return ProcessStatus(rank=rank, **values)
+
+
 class Watchdog:
     """The two threads of one process. ``store`` is None for a single process."""
 
@@ -94,19 +101,30 @@ class Watchdog:
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         self._beat, self._age, self._orphan_age = 0, 0.0, 0.0
+        self._began = time.monotonic()
         self._seen: dict[int, ProcessStatus] = {}
         self._answers, self._store_silence = 0, 0.0
         self._proposed: Diagnosis | None = None
         self._agreed: Diagnosis | None = None
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether this process is about to be ended for a stall."""
+        return self._ending
+
     def record(self) -> str:
         """What this process says of itself now."""
         values = {"host": socket.gethostname(), "pid": os.getpid(), "collectives": collectives_entered()}
         where = {"beat": self._beat, "age": self._age, "place": _here.place, "step": _here.step}
-        return json.dumps({**values, **where})
+        return json.dumps({**values, **where, "clock": self._clock()})
+
+    def _clock(self) -> float:
+        """Seconds since all processes had met, which is nearly the same moment for each of them."""
+        return time.monotonic() - self._began
 
     def start(self, store: dist.Store | None) -> None:
-        """Begin to watch; ``store`` has the record of every process already."""
+        """Begin to watch; ``store`` has the record of every process already, and all have just met there."""
+        self._began = time.monotonic()
         if store is not None:
             # A connection of its own: the main thread may hang inside a call on the other.
             self._store = store.clone()  # type: ignore[attr-defined]  # missing from torch's stubs
@@ -156,9 +174,11 @@ class Watchdog:
         for rank, text in zip(ranks, store.multi_get([process_key(rank) for rank in ranks]), strict=True):
             values = json.loads(text)
             before = self._seen.get(rank)
-            beat = values.pop("beat")
+            beat, clock = values.pop("beat"), values.pop("clock")
+            # Whether it is silent is told by listening: a clock that stood still in a sleep would accuse it for good.
             silence = 0.0 if before is None or before.beat != beat else before.silence + self.interval
-            self._seen[rank] = ProcessStatus(rank=rank, beat=beat, silence=silence, **values)
+            since = max(0.0, self._clock() - clock) if beat else 0.0  # before its first beat the clock had not begun
+            self._seen[rank] = ProcessStatus(rank=rank, beat=beat, silence=silence, since_beat=since, **values)
 
     # --- the thread that decides --------------------------------------------------------------------------------------
 
@@ -183,7 +203,7 @@ class Watchdog:
 
     def _decide(self) -> None:
         """Propose a diagnosis; without a store to agree through, it holds at once."""
-        own = ProcessStatus(rank=self.rank, **json.loads(self.record()))
+        own = status_of(self.rank, self.record())
         if self._store is None:
             self._obey(diagnose([own], self.rank, self.stall_seconds))
         elif self._store_silence >= self.stall_seconds / 4:

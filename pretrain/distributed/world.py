@@ -60,8 +60,12 @@ def read_rank(local_rank: int | None = None) -> Rank:
         raise UserError(
             "RANK and WORLD_SIZE are set but LOCAL_RANK is not: start through `nystrom launch`, deepspeed or torchrun"
         )
-    if world_size > 1 and not (env.get("MASTER_ADDR") and env.get("MASTER_PORT")):
-        raise UserError("WORLD_SIZE is above 1 but MASTER_ADDR or MASTER_PORT is not set")
+    if world_size > 1:
+        if not (env.get("MASTER_ADDR") and env.get("MASTER_PORT")):
+            raise UserError("WORLD_SIZE is above 1 but MASTER_ADDR or MASTER_PORT is not set")
+        port = env["MASTER_PORT"]
+        if not (port.isdecimal() and 0 < int(port) < 1 << 16):
+            raise UserError(f"MASTER_PORT is {port!r}: it must be the number of a port, 1 to 65535")
     return Rank(rank, world_size, local, local_size)
 
 

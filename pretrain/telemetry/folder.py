@@ -24,8 +24,9 @@ deepspeed.json    what DeepSpeed was given
 environment.json  machine, versions, code and command of the last start; starts.jsonl has those of every start
 metrics.jsonl     every number of the training, a JSON object a line: kind "train", "valid" or "event"
 status.json       how the last start ended, or that it is running
-run.lock          who trains in this folder now; removed at the end
-checkpoints/      weights, optimizer and position, to resume from; only a folder with a manifest.json is whole
+run.lock          who trains in this folder now; removed at the end. `nystrom launch stop THIS_FOLDER` stops it
+checkpoints/      weights, optimizer and position, to resume from; only a folder with a manifest.json is whole.
+                  zero_to_fp32.py and zero_to_torch.py in it are DeepSpeed's; nothing here needs them
 export/           the weights alone, float32, when the run is done; `nystrom eval` takes this folder or the run's
 export-ema/       the same of their running average, if the run kept one
 tokenizer/        the tokenizer of the data
@@ -33,7 +34,7 @@ samples/          texts that a causal model wrote at each validation
 bad_steps/        batches of steps that were skipped: loss or gradient not finite; `nystrom replay FOLDER` reads them
 spikes/           batches of steps whose loss was out of line with those before
 profile/          traces by torch's profiler, for Perfetto, each with a table of the slowest operators
-wandb/            runs for Weights & Biases; `wandb sync` uploads them
+wandb/            a part of one run of Weights & Biases for each start; `wandb sync THIS_FOLDER/wandb` joins them
 tensorboard/      event files; `tensorboard --logdir` shows them
 
 The report of a run, or of several side by side: nystrom report THIS_FOLDER --out report.html

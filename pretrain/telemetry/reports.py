@@ -79,6 +79,8 @@ class StepReports:
         """Last steps that were skipped because a number was not finite, or whose loss was out of its band."""
         self.good_step = 0
         """The last step of this start that went well: what came before it is sound."""
+        self.last_loss = math.nan
+        """The newest loss known: of the last step if that was logged, else of the one before."""
         self.clock = StepClock(world.device)
         self.clock.watch(engine.on_forward)
         gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
@@ -151,7 +153,7 @@ class StepReports:
         if self._config.precision == "fp16":
             values["loss_scale"] = step.result.loss_scale
         self._telemetry.write("train", **values)
-        self._telemetry.progress(step.tokens, values)
+        self._telemetry.set_speed(rates.tokens_per_second)
 
     def bad_step(self, step: StepRecord, loss: Loss, state: TrainState) -> None:
         """Save and name the rows of a step that was skipped because its loss or gradient is not finite.
@@ -181,6 +183,7 @@ class StepReports:
                 "momentum moved the weights. Larger batches or a higher masking rate avoid that."
             )
             return
+        self.last_loss = loss
         spike = self._detector.add(loss) if math.isfinite(loss) else None
         if not math.isfinite(loss) or self._detector.stands_out:
             self.suspect_in_row += 1

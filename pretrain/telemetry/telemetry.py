@@ -14,11 +14,10 @@ from typing import Any
 from data_pipeline.files import write_atomic
 from pretrain.config import RunConfig
 from pretrain.telemetry.lines import LineFile
+from pretrain.telemetry.progress import Progress
 from pretrain.telemetry.trackers import Trackers
 
 METRICS = "metrics.jsonl"
-PLAIN_LINE_SECONDS = 10.0
-"""Without a terminal (a log file, a pipe) progress is a line at most this often."""
 
 
 def truncate_metrics(path: Path, step: int) -> int:
@@ -47,29 +46,22 @@ class Telemetry:
     """What the first process writes and prints; on the others every method does nothing."""
 
     def __init__(
-        self, run_dir: Path, config: RunConfig, total_tokens: int, tokens: int, active: bool, step: int = 0
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        total_tokens: int,
+        tokens: int,
+        active: bool,
+        step: int = 0,
+        total_steps: int | None = None,
     ) -> None:
         """Open the run's files for appending after ``step``, at ``tokens`` of ``total_tokens``."""
         self._active = active
         if not active:
             return
         self._metrics = LineFile(run_dir / METRICS)
-        self._trackers = Trackers(run_dir, config, step)
-        self._total = total_tokens
-        self._bar = None
-        self._last_line = -math.inf
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total_tokens,
-                initial=tokens,
-                unit="tok",
-                unit_scale=True,
-                dynamic_ncols=True,
-                desc=config.name,
-                smoothing=0.1,
-            )
+        self._progress = Progress(config.name, total_tokens, tokens, total_steps, self.say)
+        self._trackers = Trackers(run_dir, config, step, self.say)
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one line; numbers that are not finite become null, for JSON has none."""
@@ -92,35 +84,26 @@ class Telemetry:
             return
         # A log on a full disk, a reader that went away: the run continues, and saves when it is asked to.
         with contextlib.suppress(OSError):
-            if self._bar is not None:
-                self._bar.write(text, file=sys.stdout)
+            if self._progress.bar is not None:
+                self._progress.bar.write(text, file=sys.stdout)
             else:
                 print(text, flush=True)
 
-    def advance(self, tokens: int) -> None:
-        """Move the bar to ``tokens``."""
-        if self._active and self._bar is not None:
-            self._bar.update(tokens - self._bar.n)
+    def advance(self, step: int, tokens: int, *, loss: float, lr: float, seq_len: int) -> None:
+        """Show how far the run is, after each step. ``loss``: the last one known, NaN for none."""
+        if self._active:
+            self._progress.step(step, tokens, loss=loss, lr=lr, seq_len=seq_len)
 
-    def progress(self, tokens: int, values: dict[str, Any]) -> None:
-        """Show the latest numbers."""
-        if not self._active:
-            return
-        shown = {"loss": f"{values['loss']:.3f}", "lr": f"{values['lr']:.1e}", "len": values["seq_len"]}
-        if self._bar is not None:
-            self._bar.set_postfix(shown)
-        elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS or tokens >= self._total:
-            self._last_line = time.monotonic()
-            numbers = "  ".join(f"{key} {value}" for key, value in shown.items())
-            speed = f"{values['tokens_per_second']:,.0f} tok/s"
-            self.say(f"{tokens / self._total:6.1%}  step {values['step']}  {numbers}  {speed}")
+    def set_speed(self, tokens_per_second: float) -> None:
+        """The latest measurement, to be shown from here on."""
+        if self._active:
+            self._progress.tokens_per_second = tokens_per_second
 
     def close(self) -> None:
         """Flush and close everything."""
         if not self._active:
             return
-        if self._bar is not None:
-            self._bar.close()
+        self._progress.close()
         problem = self._metrics.close()
         if problem is not None:
             self.say(problem)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib.util
 import json
+import logging
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -12,10 +14,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import write_atomic
 from pretrain.config import RunConfig, TelemetryConfig
+from pretrain.telemetry.lines import print_line
 
 TENSORBOARD = "tensorboard"
 """The package, the extra that brings it, and the folder below the run."""
+WANDB_MODE = "WANDB_MODE"
+"""Environment variable of Weights & Biases, which may allow less than ``telemetry.wandb`` but not more."""
+_MODES = ("disabled", "offline", "online")
+_OLD_MODES = {"dryrun": "offline", "run": "online"}
 
 
 def check_trackers(config: TelemetryConfig) -> None:
@@ -43,14 +51,20 @@ class Tracker(Protocol):
 class Trackers:
     """All trackers of a run, each of which is left out as soon as it fails."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, step: int = 0) -> None:
-        """Open what ``config`` asks for; ``step`` is the one that the run resumes from."""
+    def __init__(
+        self, run_dir: Path, config: RunConfig, step: int = 0, say: Callable[[str], None] = print_line
+    ) -> None:
+        """Open what ``config`` asks for; ``step`` is the one that the run resumes from. ``say`` prints a line."""
         self._trackers: dict[str, Tracker] = {}
+        self._say = say
         telemetry = config.telemetry
-        if telemetry.wandb == "online" and not self._open("wandb online", lambda: Wandb(run_dir, config, "online")):
-            self._open("wandb offline", lambda: Wandb(run_dir, config, "offline"))
-        if telemetry.wandb == "offline":
-            self._open("wandb", lambda: Wandb(run_dir, config, "offline"))
+        mode, note = wandb_mode(telemetry.wandb, os.environ.get(WANDB_MODE))
+        if note is not None:
+            say(note)
+        if mode == "online" and not self._open("wandb online", lambda: Wandb(run_dir, config, "online", step)):
+            self._open("wandb offline", lambda: Wandb(run_dir, config, "offline", step))
+        if mode == "offline":
+            self._open("wandb", lambda: Wandb(run_dir, config, "offline", step))
         if telemetry.tensorboard:
             self._open(TENSORBOARD, lambda: TensorBoard(_summary_writer(run_dir / TENSORBOARD, step)))
 
@@ -76,7 +90,7 @@ class Trackers:
         try:
             self._trackers[name] = build()
         except Exception as error:  # a tracker that fails in whatever way must not end a training run
-            _left_out(name, error)
+            self._left_out(name, error)
         return name in self._trackers
 
     def _each(self, work: Callable[[Tracker], None]) -> None:
@@ -85,18 +99,42 @@ class Trackers:
                 work(tracker)
             except Exception as error:
                 del self._trackers[name]
-                _left_out(name, error)
+                self._left_out(name, error)
+
+    def _left_out(self, name: str, error: Exception) -> None:
+        first_line = (str(error).splitlines() or [""])[0]
+        self._say(f"{name} is left out: {type(error).__name__}: {first_line} (metrics.jsonl has everything)")
+
+
+def wandb_mode(configured: str, environment: str | None) -> tuple[str, str | None]:
+    """Where Weights & Biases writes: the more private of both; and a line for the user if that is not ``configured``.
+
+    ``configured``: ``telemetry.wandb``; ``environment``: the variable WANDB_MODE, None or empty if unset. The variable
+    does not put a run online by itself: a configuration says offline unless somebody asked for more.
+    """
+    asked = _OLD_MODES.get(environment or "", environment or configured)
+    if asked == configured or configured == "disabled":
+        return configured, None
+    if asked not in _MODES:
+        return configured, f"{WANDB_MODE}={environment} is none of {', '.join(_MODES)}: telemetry.wandb decides"
+    if _MODES.index(asked) < _MODES.index(configured):
+        return asked, f"wandb is {asked}, for the environment has {WANDB_MODE}={environment}"
+    return configured, (
+        f"wandb stays {configured} though the environment has {WANDB_MODE}={environment}: ask for more with --set "
+        f"telemetry.wandb={asked}"
+    )
 
 
 class Wandb:
     """Weights & Biases, in its own folder below the run, offline unless asked.
 
-    One id for the life of the run folder: a resumed run writes a file of its own, which `wandb sync` appends to the
-    run. Steps that an interrupted start had sent already are not sent again; without changes to the configuration their
-    numbers are the same to the bit.
+    One id for the life of the run folder: a resumed run writes a file of its own, which ``wandb sync`` appends to the
+    run, in the order of their starts (wandb 0.31). Steps that an interrupted start had sent already are not sent again;
+    without changes to the configuration their numbers are the same to the bit.
     """
 
-    def __init__(self, run_dir: Path, config: RunConfig, mode: str) -> None:
+    def __init__(self, run_dir: Path, config: RunConfig, mode: str, step: int) -> None:
+        """``step``: the one that the run resumes from. Raises whatever wandb does."""
         import wandb
 
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -104,31 +142,40 @@ class Wandb:
         folder.mkdir(exist_ok=True)
         id_file = folder / "run_id"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:12])
+            write_atomic(id_file, uuid.uuid4().hex[:12].encode())
         self._sent_file = folder / "last_steps.json"
-        self._before: dict[str, int] = json.loads(self._sent_file.read_text()) if self._sent_file.exists() else {}
+        self._before, self._unknown = _read_sent(self._sent_file, step)
         self._sent = dict(self._before)  # the last step of each kind
         # With a terminal but without a key, online asks for one: not for longer than that.
         settings = wandb.Settings(console="off", silent=True, init_timeout=30, login_timeout=30)
-        self._run = wandb.init(
-            project=config.telemetry.wandb_project,
-            name=config.name,
-            id=id_file.read_text().strip(),
-            resume="allow",
-            dir=str(run_dir),
-            mode=mode,  # type: ignore[arg-type]
-            config=config.model_dump(mode="json"),
-            settings=settings,
-        )
+        try:
+            self._run = wandb.init(
+                project=config.telemetry.wandb_project,
+                name=config.name,
+                id=id_file.read_text().strip(),
+                resume="allow",
+                dir=str(run_dir),
+                mode=mode,  # type: ignore[arg-type]
+                config=config.model_dump(mode="json"),
+                settings=settings,
+            )
+        except Exception:
+            # Its service would keep the id as one in use, and refuse the offline run that is to follow.
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+            raise
+        # Its threads log too. What they can't write is no news: the run says that its disk is full.
+        for handler in logging.getLogger("wandb").handlers:
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
 
     def numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Numbers of one step are one record there, which those of the next finish."""
-        if step > self._before.get(kind, -1):
+        if step > self._before.get(kind, self._unknown):
             self._log(kind, step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def texts(self, step: int, texts: Sequence[str]) -> None:
         """As a page that the project shows beside the curves."""
-        if step > self._before.get("samples", -1):
+        if step > self._before.get("samples", self._unknown):
             import wandb
 
             page = "".join(f"<pre>{html.escape(text)}</pre>" for text in texts)
@@ -140,7 +187,22 @@ class Wandb:
     def _log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         self._run.log(values, step=step)
         self._sent[kind] = step
-        self._sent_file.write_text(json.dumps(self._sent))
+        write_atomic(self._sent_file, json.dumps(self._sent).encode())
+
+
+def _read_sent(file: Path, step: int) -> tuple[dict[str, int], int]:
+    """The last step of each kind that earlier starts have sent, and what holds for kinds that are not in it.
+
+    Where the file is damaged, all that an earlier start wrote up to the resume is taken for sent, and what it wrote
+    beyond ``step`` may come twice.
+    """
+    try:
+        sent = json.loads(file.read_text())
+        return {str(kind): int(last) for kind, last in sent.items()}, -1
+    except FileNotFoundError:
+        return {}, -1
+    except (ValueError, AttributeError, TypeError):
+        return {}, step - 1
 
 
 class TensorBoard:
@@ -166,8 +228,3 @@ def _summary_writer(folder: Path, step: int) -> Any:
 
     # What an interrupted start wrote beyond the checkpoint is not shown: it comes again.
     return SummaryWriter(log_dir=str(folder), purge_step=step + 1 if step else None)
-
-
-def _left_out(name: str, error: Exception) -> None:
-    first_line = (str(error).splitlines() or [""])[0]
-    print(f"{name} is left out: {type(error).__name__}: {first_line} (metrics.jsonl has everything)", flush=True)

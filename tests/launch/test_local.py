@@ -71,6 +71,13 @@ if mode == "loses one":
     signal.signal(signal.SIGTERM, lambda *_: None)
     time.sleep(3600)
 if mode == "killed":
+    if rank == "0":
+        status(None)
+        with open(f"{run}/metrics.jsonl", "w") as f:
+            f.write(json.dumps({"kind": "train", "step": 7, "tokens": 70}) + "\\n")
+        mark("running")
+    while rank == "1" and not os.path.exists(f"{run}/running"):
+        time.sleep(0.02)
     if rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     sys.exit(0)
@@ -122,6 +129,18 @@ def test_a_launcher_s_zero_is_not_believed(stand_in: Callable[[str], int], capsy
 def test_a_status_of_another_launch_does_not_count(stand_in: Callable[[str], int], tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(json.dumps({"launch_id": "earlier", "code": 0}))
     assert stand_in("forgets") == 1
+
+
+def test_the_launcher_corrects_the_status_of_a_run_that_was_killed(
+    stand_in: Callable[[str], int], tmp_path: Path
+) -> None:
+    code = stand_in("killed")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["code"], status["step"], status["tokens"]) == ("killed", code, 7, 70)
+    assert code == 137
+    (tmp_path / "status.json").write_text(json.dumps({"launch_id": "earlier", "code": None, "state": "running"}))
+    assert local._exit_status(1, tmp_path, "id") == 1
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"  # another start's
 
 
 @pytest.mark.parametrize("mode", ["launch dies", "runner dies"])

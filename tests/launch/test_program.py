@@ -17,9 +17,20 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in out for name in program.COMMANDS)
 
 
-def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert program.main(["trian"]) == 2
-    assert "no command 'trian'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("word", "meant"), [("trian", "train"), ("generate", "eval generate"), ("preparre", "data prepare"), ("xyz", None)]
+)
+def test_unknown_command(word: str, meant: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main([word]) == 2
+    said = capsys.readouterr().err
+    assert f"no command '{word}'" in said
+    assert ("did you mean" in said) == (meant is not None)
+    assert meant is None or f"did you mean `nystrom {meant}`?" in said
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nystrom {program.version()}\n"
 
 
 @pytest.mark.parametrize("command", list(program.COMMANDS))

@@ -123,6 +123,8 @@ def test_a_lost_process_ends_the_others_and_the_next_start_repeats_what_was_lost
     assert "another process of this run went away" in first.output
     assert "Traceback" not in first.output
     run = tmp_path / "parts"
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["code"], status["step"]) == ("crashed", None, 4)
     assert max(row["step"] for row in metrics(run)) == 4  # beyond the checkpoint of step 3
     assert values(run_ranks(train, 2, config=parts)) == [0, 0]
     assert numbers(run) == numbers(tmp_path / "whole")
@@ -203,22 +205,45 @@ def test_run_folder_explains_itself_and_a_finished_run_says_so(corpus: Path, tmp
     assert len(metrics(run)) == 8
 
 
-def test_a_finished_run_goes_on_when_its_last_stage_grows(corpus: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=2))
+def extend(config: str) -> int:
+    """Runs in the ranks."""
+    return train(config, "--resume", "extend")
+
+
+def test_a_finished_run_is_extended_only_when_asked(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common: dict[str, Any] = {"zero_stage": 2, "data": {"valid": str(corpus / "valid")}}
+    first = settings(corpus, tmp_path, **common, validation={"tokens": 512})
+    config = write_config(tmp_path / "run.yaml", first)
     assert values(run_ranks(train, 1, config=config)) == [0]
+    run = tmp_path / "run"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     longer = [STAGES[0], {**STAGES[1], "until_tokens": 2560, "micro_batch": 4}]
     write_config(
-        tmp_path / "run.yaml", settings(corpus, tmp_path, zero_stage=2, curriculum=longer, optimizer={"lr": 0.005})
+        tmp_path / "run.yaml", settings(corpus, tmp_path, **common, curriculum=longer, optimizer={"lr": 0.005})
     )
-    (ended,) = run_ranks(train, 1, config=config)
+    assert train(config) == 2
+    error = capsys.readouterr().err
+    assert "is finished after 2,048 tokens, and this configuration trains to 2,560." in error
+    assert "To train the 512 more and replace export/: --resume extend" in error
+    assert "If it is extended, the learning rate rises from 0.001 to 0.005" in error
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (ended,) = run_ranks(extend, 1, config=config)
     assert ended.value == 0
     assert (
         "the learning rate rises from 0.001 to 0.005 in one step: that is where wsd over 2,560 tokens" in ended.output
     )
-    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 11))
-    (resume,) = [row for row in metrics(tmp_path / "run", "event") if row["event"] == "resume"]
+    assert "extends a finished run of 2,048 tokens to 2,560; export/ holds the weights of step 8" in ended.output
+    assert "changed since: curriculum.1.until_tokens from 2048 to 2560\n" in ended.output
+    assert "changed since: curriculum.1.micro_batch from 2 to 4\n" in ended.output
+    assert [row["step"] for row in metrics(run)] == list(range(1, 11))
+    (resume,) = [row for row in metrics(run, "event") if row["event"] == "resume"]
     assert resume["changed"]["optimizer.lr"] == [0.01, 0.005]
+    # The held-out text is as long as before, though nothing says so any more: losses before and after compare.
     assert set(resume["changed"]) == {"curriculum", "optimizer.lr"}
+    assert [row["step"] for row in metrics(run, "valid")] == [4, 8, 10]
+    assert metrics(run, "valid")[1]["targets"] == metrics(run, "valid")[2]["targets"]
 
 
 def test_what_a_resume_refuses(
@@ -339,6 +364,9 @@ def test_rows_must_divide_among_processes(
     assert "3 processes cannot share evenly: use 1 or 2 or 4 processes, or batch_tokens 384" in error
 
 
+PAIR = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
 @pytest.mark.parametrize(
     ("env", "words"),
     [
@@ -347,6 +375,8 @@ def test_rows_must_divide_among_processes(
         ({"RANK": "x", "WORLD_SIZE": "2"}, "must be whole numbers"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR"),
+        ({**PAIR, "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc': it must be the number of a port, 1 to 65535"),
+        ({**PAIR, "MASTER_PORT": "99999"}, "MASTER_PORT is '99999'"),
     ],
 )
 def test_a_wrong_environment_is_named(env: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,15 @@ def test_the_description_names_sources_shares_and_epochs(corpus: Path) -> None:
     )
     assert "On 1 CPU process(es), fp32, ZeRO stage 0" in told(single)
     assert "On 1 CPU process(es), fp32 (auto: why), ZeRO stage 0" in told(single, "fp32 (auto: why)")
+    assert "compile: true" not in told(single)
+    compiled = check_inputs(parse_config(settings(corpus, corpus, compile=True)), 1)
+    assert "compiled at the first step of each of 2 lengths, at each start anew. On CPUs that takes minutes" in told(
+        compiled
+    )
+    one = [{"until_tokens": 256, "seq_len": 64, "micro_batch": 1}]
+    short = told(check_inputs(parse_config(settings(corpus, corpus, curriculum=one, schedule={"warmup_tokens": 0})), 1))
+    assert "in 1 step of 256." in short
+    assert "Lengths: 1 step of 4 x 64, 1 row at a time." in short
     both = opened(corpus, corpus / "train", corpus / "valid", data={"packing": "documents", "max_padding": 0.1})
     text = told(both)
     assert "Reads 2,048 tokens of 2 sources in 8 steps of 256:" in text

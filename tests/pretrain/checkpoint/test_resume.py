@@ -12,7 +12,7 @@ from training_case import settings
 
 from data_pipeline.errors import UserError
 from pretrain.checkpoint.commit import Manifest, TrainState
-from pretrain.checkpoint.resume import check_resume, identity
+from pretrain.checkpoint.resume import check_resume, describe_change, identity
 from pretrain.checks import check_inputs
 from pretrain.config import parse_config
 
@@ -58,6 +58,26 @@ def test_weights_may_change_in_stages_to_come_only(corpus: Path) -> None:
     other["data"]["train"][0]["weight"] = 3
     with pytest.raises(UserError, match="weights of the sources differ in the past: at 256 tokens"):
         resume(case(corpus), other, 256)
+
+
+def test_changes_of_the_curriculum_are_told_one_by_one() -> None:
+    old = [{"until_tokens": 10, "seq_len": 2, "weights": None}, {"until_tokens": 20, "seq_len": 4, "weights": None}]
+    new = [old[0], {**old[1], "until_tokens": 30, "micro_batch": 3}, {"until_tokens": 40, "seq_len": 8}]
+    assert describe_change("curriculum", old, new) == [
+        "curriculum.1.until_tokens from 20 to 30",
+        "curriculum.1.micro_batch from None to 3",
+        "curriculum.2 is new (until_tokens 40, seq_len 8)",
+    ]
+    assert describe_change("curriculum", old, old[:1]) == ["curriculum.1 is gone (until_tokens 20, seq_len 4)"]
+    assert describe_change("seed", 1, 2) == ["seed from 1 to 2"]
+
+
+def test_validation_tokens_left_out_are_those_of_the_checkpoint(corpus: Path) -> None:
+    def validated(tokens: int | None) -> dict[str, Any]:
+        return settings(corpus, corpus, validation={"tokens": tokens})
+
+    assert resume(validated(512), validated(None), 512) == {}
+    assert resume(validated(512), validated(1024), 512) == {"validation.tokens": [512, 1024]}
 
 
 def staged(corpus: Path, model: dict[str, Any] | None = None, **stages: list[Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from training_case import settings
 
 from data_pipeline.errors import UserError
 from pretrain.config import RunConfig, parse_config
-from pretrain.curriculum.plan import build_plan, check_world_size
+from pretrain.curriculum.plan import build_plan, check_world_size, validation_tokens
 from pretrain.curriculum.stages import (
     describe_changes,
     model_at,
@@ -37,6 +37,32 @@ def run_of(lengths: list[int], model: dict[str, Any] | None = None, **stages: li
 def rotary(run: RunConfig) -> list[tuple[float, float]]:
     models = [stage_model(run, i) for i in range(len(run.curriculum))]
     return [(model.rope_theta, model.rope_position_scale) for model in models]
+
+
+@pytest.mark.parametrize(
+    ("total", "every", "expected"),
+    [
+        (1_048_576, None, 52_416),  # two stages: a tenth of the run in two validations, in whole rows of 64
+        (1_048_576, 131_072, 10_432),  # and at 8 positions
+        (1_048_576, 1024, 8_192),  # no fewer
+        (1 << 30, 1 << 20, 104_640),
+        (1 << 30, None, 131_072),  # no more
+    ],
+)
+def test_validations_read_a_tenth_of_the_run_together(total: int, every: int | None, expected: int) -> None:
+    from pathlib import Path
+
+    stages = [{"until_tokens": total // n, "seq_len": 64 // n, "micro_batch": 1} for n in (2, 1)]
+    run = parse_config(settings(Path("x"), Path("x"), curriculum=stages, validation={"every_tokens": every}))
+    assert validation_tokens(run, build_plan(run)) == expected
+
+
+def test_a_validation_reads_at_least_a_row() -> None:
+    from pathlib import Path
+
+    stages = [{"until_tokens": 32_768, "seq_len": 16_384, "micro_batch": 1}]
+    run = parse_config(settings(Path("x"), Path("x"), curriculum=stages, batch_tokens=16_384))
+    assert validation_tokens(run, build_plan(run)) == 16_384
 
 
 def test_rotary_rules() -> None:

@@ -306,6 +306,37 @@ def test_diagnose() -> None:
     assert Diagnosis.from_json(two.to_json()) == two
 
 
+def test_silence_counts_from_the_last_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process listens only when it has stood still for a while itself: what it hears then is older than that."""
+    from pretrain.distributed import watchdog
+
+    class Store:
+        records: dict[str, str] = {}  # noqa: RUF012 - filled below
+
+        def multi_get(self, keys: list[str]) -> list[str]:
+            return [self.records[key] for key in keys]
+
+        def check(self, keys: list[str]) -> bool:
+            return False
+
+    now = [1000.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watchdog, "collectives_entered", lambda: 0)
+    own, other = (watchdog.Watchdog(rank, 2, 40.0) for rank in (0, 1))  # a beat every 2 s
+    store: Any = Store()
+    now[0] += 5
+    other._beat = own._beat = 3
+    store.records = {"process/0": own.record(), "process/1": other.record()}
+    now[0] += 20  # the other is stopped now; after half of stall_seconds this one begins to listen
+    for _ in range(8):
+        own._listen(store)
+        now[0] += 2
+    message = diagnose([own._seen[0], own._seen[1]], 0, 40.0)
+    assert message is not None
+    assert "process 1 " in message.message
+    assert "has given no sign of life for 34 s" in message.message
+
+
 def test_ranks_in_words() -> None:
     assert format_ranks([5, 0, 1, 3, 2]) == "0-3, 5"
     assert format_ranks([4]) == "4"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_telemetry import config, lines
+from wandb_server_case import WandbServer
 
 from data_pipeline.errors import UserError
 from pretrain.config import RunConfig, TelemetryConfig
@@ -82,7 +85,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(
     writer, other = Writer(), Other()
     setattr(writer, at, fail)
     monkeypatch.setattr(trackers, "_summary_writer", lambda folder, step: writer)
-    monkeypatch.setattr(trackers, "Wandb", lambda run_dir, config, mode: other)
+    monkeypatch.setattr(trackers, "Wandb", lambda run_dir, config, mode, step: other)
     run = with_tensorboard()
     run = run.model_copy(update={"telemetry": run.telemetry.model_copy(update={"wandb": "offline"})})
     telemetry = Telemetry(tmp_path, run, 1000, 0, active=True)
@@ -99,9 +102,10 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(
 def test_online_without_an_answer_becomes_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     modes = []
 
-    def build(run_dir: Path, config: RunConfig, mode: str) -> Any:
+    def build(run_dir: Path, config: RunConfig, mode: str, step: int) -> Any:
         modes.append(mode)
         if mode == "online":
             raise TimeoutError("nobody answers")
@@ -111,6 +115,103 @@ def test_online_without_an_answer_becomes_offline(
     trackers.Trackers(tmp_path, config("online"))
     assert modes == ["online", "offline"]
     assert "wandb online is left out: TimeoutError: nobody answers" in capsys.readouterr().out
+
+
+class FakeWandb(types.ModuleType):
+    """Stands in for the package: an id stays in use until ``teardown`` where a start failed, as in wandb 0.31."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.in_use: set[str] = set()
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+
+    def Settings(self, **_: Any) -> None:
+        return None
+
+    def teardown(self) -> None:
+        self.in_use.clear()
+
+    def init(self, *, id: str, mode: str, **_: Any) -> Any:
+        if id in self.in_use:
+            raise RuntimeError(f"run ID {id} is in use")
+        self.in_use.add(id)
+        if mode == "online":
+            raise TimeoutError("nobody answers")
+        return types.SimpleNamespace(log=lambda values, step: self.logged.append((step, values)), finish=lambda: None)
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_the_offline_run_that_follows_a_failed_online_one_opens(
+    tmp_path: Path, fake_wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = trackers.Trackers(tmp_path, config("online"))
+    opened.line({"kind": "train", "step": 1, "loss": 0.5})
+    assert fake_wandb.logged == [(1, {"train/loss": 0.5})]
+    assert capsys.readouterr().out.count("left out") == 1
+
+
+@pytest.mark.parametrize("torn", ["", '{"train": 1', "[3]"])
+def test_a_torn_record_of_what_was_sent_leaves_nothing_out(tmp_path: Path, fake_wandb: FakeWandb, torn: str) -> None:
+    sent = tmp_path / "wandb" / "last_steps.json"
+    sent.parent.mkdir()
+    sent.write_text(torn)
+    opened = trackers.Trackers(tmp_path, config("offline"), step=4)
+    for step in (3, 4, 5):  # validation of step 4 may come after the resume
+        opened.line({"kind": "valid", "step": step, "loss": 0.5})
+    assert [step for step, _ in fake_wandb.logged] == [4, 5]
+    assert json.loads(sent.read_text()) == {"valid": 5}
+    trackers.Trackers(tmp_path, config("offline"), step=4).line({"kind": "valid", "step": 5, "loss": 0.5})
+    assert len(fake_wandb.logged) == 2
+
+
+def test_what_was_sent_is_recorded_whole_or_not_at_all(
+    tmp_path: Path, fake_wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = trackers.Trackers(tmp_path, config("offline"))
+    opened.line({"kind": "train", "step": 1, "loss": 0.5})
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)  # as a crash before it
+    opened.line({"kind": "train", "step": 2, "loss": 0.5})
+    assert json.loads((tmp_path / "wandb" / "last_steps.json").read_text()) == {"train": 1}
+
+
+@pytest.mark.parametrize(
+    ("configured", "environment", "mode", "words"),
+    [
+        ("offline", None, "offline", None),
+        ("offline", "", "offline", None),
+        ("offline", "disabled", "disabled", "wandb is disabled, for the environment has WANDB_MODE=disabled"),
+        ("online", "dryrun", "offline", "wandb is offline"),
+        ("online", "run", "online", None),
+        ("offline", "online", "offline", "ask for more with --set telemetry.wandb=online"),
+        ("disabled", "online", "disabled", None),
+        ("offline", "of", "offline", "WANDB_MODE=of is none of disabled, offline, online"),
+    ],
+)
+def test_the_environment_may_allow_less(configured: str, environment: str | None, mode: str, words: str | None) -> None:
+    found, note = trackers.wandb_mode(configured, environment)
+    assert found == mode
+    assert note is None if words is None else words in (note or "")
+
+
+def test_wandb_is_not_opened_where_the_environment_disables_it(
+    tmp_path: Path, fake_wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    trackers.Trackers(tmp_path, config("offline")).line({"kind": "train", "step": 1, "loss": 0.5})
+    assert fake_wandb.in_use == set()
+    assert not (tmp_path / "wandb").exists()
+    assert "wandb is disabled" in capsys.readouterr().out
 
 
 def test_a_missing_package_is_told_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +283,18 @@ telemetry.close()
     assert len(written) == 8 * 3 + 1
     (page,) = tmp_path.glob("wandb/offline-run-*/files/media/html/*.html")
     assert "<pre>a &lt;b&gt; c</pre>" in page.read_text()
+    # The command of docs/training.md: both files become one curve.
+    server = WandbServer()
+    try:
+        place = {"HOME": str(tmp_path / "home"), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
+        words = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb")]
+        done = subprocess.run(words, env={**os.environ, **place}, capture_output=True, text=True, timeout=120)
+    finally:
+        server.close()
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["_step"] for line in server.history] == list(range(1, 9)), done.stderr
+    assert server.offsets[0] == 0
+    assert server.offsets[-1] > 0
 
 
 @pytest.mark.slow
