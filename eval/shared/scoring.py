@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from eval.results.parts import Job, Parts
 from eval.results.schema import Estimator, Metric
 from eval.results.statistics import bootstrap
+from eval.shared.progress import Progress
 from eval.subject import LOGIT_BUDGET, Subject, batches
 from pretrain.model.attention.layout import Layout
 
@@ -72,8 +72,8 @@ def metrics_of(
 
 
 def run_parts(parts: Parts, jobs: Sequence[Job], title: str) -> list[Any]:
-    """The values of the jobs, with a bar that moves as they are computed."""
-    with tqdm(total=len(jobs), desc=title, unit="part", disable=None) as bar:
+    """The values of the jobs; meanwhile it is told how many of them are done."""
+    with Progress(len(parts.share(jobs)), title, "part") as bar:
 
         def seen(job: Job) -> Job:
             name, work = job
