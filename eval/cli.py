@@ -139,7 +139,7 @@ def _check_data(shards: str | None, suites: Sequence[Suite]) -> None:
 def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
     from eval.console import few_items, print_table
     from eval.results.records import results_folder
-    from eval.runner import Runner
+    from eval.runner import Runner, outdated
     from eval.subject import load_subject
 
     with team.alike():
@@ -177,10 +177,13 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
             tracking.log(name, result)
     tracking.close()
     if results:
-        print_table(results)
+        print_table(results, folder)
         for line in few_items(results):
             print(line)
         print(f"\nresults in {folder}", flush=True)
+    if subject is not None:
+        for line in outdated(folder, info, {name for name, _, _ in results}):
+            print(line, flush=True)
     team.gather(None)  # the launcher ends all soon after the first that failed: the first process has spoken by then
     if failures:
         raise _of_all(failures, len(suites))

@@ -13,7 +13,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 from eval.results.comparable import obstacle, same_unit
 from eval.results.records import read_records, results_folder
-from eval.results.schema import Metric, Result, finite, read_result
+from eval.results.schema import ModelInfo, Result, finite, read_result
 from eval.task import gate
 
 _Records = list[dict[str, Any]]
@@ -25,7 +25,9 @@ SAME = 1e-4
 class Difference:
     """One metric of ``a`` and ``b`` and ``b`` minus ``a``; interval and ``p`` where there are records to draw from.
 
-    ``better``: "a", "b", or "" where the interval has zero in it, neither is better, or there is no interval.
+    ``n`` of ``unit``: the items that were drawn; without an interval what each of the two figures is over, where that
+    is the same. ``better``: "a", "b", or "" where the interval has zero in it, neither is better, or there is no
+    interval.
     """
 
     metric: str
@@ -37,20 +39,30 @@ class Difference:
     high: float | None = None
     p: float | None = None
     n: int | None = None
+    unit: str = ""
     std_a: float | None = None
     std_b: float | None = None
     better: str = ""
     note: str = ""
 
+    @property
+    def is_same(self) -> bool:
+        """Whether both have the very same figure and no interval could tell more: a baseline of the same data, say."""
+        return self.low is None and self.a == self.b and self.std_a == self.std_b
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """A suite of both; ``metrics`` is empty where ``refused`` says why they cannot be compared."""
+    """A suite of both; ``metrics`` is empty where ``refused`` says why they cannot be compared.
+
+    ``models``: in what the two models differ, as text.
+    """
 
     suite: str
     metrics: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     refused: str = ""
+    models: str = ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -118,9 +130,10 @@ def compare_files(a: Path, b: Path, ignore: Collection[str] = ()) -> Comparison:
         first, second = read_result(a), read_result(b)
     except UserError as error:
         return Comparison(name, refused=str(error))
+    models = unlike(first.model, second.model)
     why = obstacle(first, second, ignore)
     if why:
-        return Comparison(name, refused=why)
+        return Comparison(name, refused=why, models=models)
     notes = []
     if first.model.weights_hash == second.model.weights_hash:
         same = first.model.config_hash == second.model.config_hash
@@ -135,18 +148,43 @@ def compare_files(a: Path, b: Path, ignore: Collection[str] = ()) -> Comparison:
     if missing:
         notes.append(f"only one of the two has: {', '.join(missing)}")
     metrics = [_difference(m, first, second, records) for m in first.metrics if m in second.metrics]
-    return Comparison(name, metrics, notes)
+    return Comparison(name, metrics, notes, models=models)
+
+
+def unlike(a: ModelInfo, b: ModelInfo) -> str:
+    """In what two models differ that a difference of their figures may come from, as text; "" in nothing known.
+
+    Weights always differ and are not named. Networks that a suite trains itself have nothing to name.
+    """
+    if not (a.weights_hash and b.weights_hash):
+        return ""
+    facts = {
+        "tokens seen": (f"{a.tokens:,}", f"{b.tokens:,}"),
+        "attention": (a.attention, b.attention),
+        "objective": (a.objective, b.objective),
+        "parameters": (f"{a.parameters:,}", f"{b.parameters:,}"),
+    }
+    return "; ".join(f"{name} {first} and {second}" for name, (first, second) in facts.items() if first != second)
 
 
 def _difference(name: str, a: Result, b: Result, records: tuple[_Records, _Records]) -> Difference:
     x, y = a.metrics[name], b.metrics[name]
+    alike = x.n == y.n and (x.std is None) == (y.std is None)
     plain = Difference(
-        name, x.value, y.value, y.value - x.value, x.higher_is_better, n=_common_n(x, y), std_a=x.std, std_b=y.std
+        name,
+        x.value,
+        y.value,
+        y.value - x.value,
+        x.higher_is_better,
+        n=x.n if alike else None,
+        unit=x.over.partition(" ")[2] if alike else "",
+        std_a=x.std,
+        std_b=y.std,
     )
     if not same_unit(name, [a, b]):
         return Difference(**{**asdict(plain), "note": "by token, and their tokenizers differ: compare by byte or word"})
     estimator = a.estimators.get(name)
-    if estimator is None or estimator != b.estimators.get(name) or not all(records):
+    if estimator is None or estimator != b.estimators.get(name) or not all(map(estimator.counted, records)):
         return plain
     from eval.results.statistics import estimate, paired_bootstrap
 
@@ -160,7 +198,7 @@ def _difference(name: str, a: Result, b: Result, records: tuple[_Records, _Recor
         for side, value, metric in zip("AB", values, (x, y), strict=True)
         if not math.isclose(value, metric.value, rel_tol=SAME, abs_tol=1e-9)
     ]
-    sizes = [len({record.get("id", i) for i, record in enumerate(side)}) for side in records]
+    sizes = [len({record.get("id", i) for i, record in enumerate(estimator.counted(side))}) for side in records]
     if max(sizes) > interval.n:
         notes.append(f"interval over the {interval.n} items both have, of {sizes[0]} and {sizes[1]}")
     better = ""
@@ -174,23 +212,27 @@ def _difference(name: str, a: Result, b: Result, records: tuple[_Records, _Recor
             "high": interval.high if known else None,
             "p": interval.p if known else None,
             "n": interval.n,
+            "unit": "item" if interval.n == 1 else "items",
             "better": better,
             "note": "; ".join(notes),
         }
     )
 
 
-def _common_n(a: Metric, b: Metric) -> int | None:
-    return a.n if a.n == b.n else None
-
-
 def _print(a: Path, b: Path, compared: list[Comparison], alone: list[str]) -> None:
     from eval.console import aligned
 
-    print(f"A  {a}\nB  {b}\n")
+    print(f"A  {a}\nB  {b}")
+    models = list(dict.fromkeys(comparison.models for comparison in compared))
+    for found in models:
+        suites = ", ".join(comparison.suite for comparison in compared if comparison.models == found)
+        if found:
+            where = "" if len(models) == 1 else f" ({suites})"
+            print(f"The models differ in more than their weights{where}: {found}")
+    print()
     rows = []
     for comparison in compared:
-        for number, d in enumerate(comparison.metrics):
+        for number, d in enumerate(d for d in comparison.metrics if not d.is_same):
             rows.append(
                 (
                     comparison.suite if number == 0 else "",
@@ -200,12 +242,12 @@ def _print(a: Path, b: Path, compared: list[Comparison], alone: list[str]) -> No
                     f"{d.difference:+.4g}",
                     "" if d.low is None or d.high is None else f"[{d.low:+.4g}, {d.high:+.4g}]",
                     "" if d.p is None else f"{d.p:.4f}",
-                    "" if d.n is None else str(d.n),
+                    "" if d.n is None else f"{d.n:,} {d.unit}".rstrip(),
                     f"{d.better.upper()} is better" if d.better else "",
                 )
             )
     if rows:
-        print(aligned([("suite", "metric", "A", "B", "B - A", "95% interval", "p", "n", ""), *rows]))
+        print(aligned([("suite", "metric", "A", "B", "B - A", "95% interval", "p", "over", ""), *rows]))
         if any(d.p is not None for comparison in compared for d in comparison.metrics):
             print("\np-values are of each metric alone: among twenty of them, one below 0.05 is chance.")
     for comparison in compared:
@@ -213,6 +255,9 @@ def _print(a: Path, b: Path, compared: list[Comparison], alone: list[str]) -> No
             [*comparison.notes, *(f"{d.metric}: {d.note}" for d in comparison.metrics if d.note)]
         ):
             print(f"{comparison.suite}: {note}")
+        same = [f"{d.metric.replace('_', ' ')} {_number(d.a)}" for d in comparison.metrics if d.is_same]
+        if same:
+            print(f"{comparison.suite}: the same in both: {', '.join(same)}")
         if comparison.refused:
             print(f"{comparison.suite}: not compared: {comparison.refused}")
     if alone:

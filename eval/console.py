@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
-from eval.results.schema import Metric, Result
+from eval.results.records import samples_path
+from eval.results.schema import Metric, Result, Table
 from eval.results.statistics import FEW
+from eval.task import described
 
 
-def print_table(results: Sequence[tuple[str, Result, bool]]) -> None:
-    """Suite, metric and value, one a line."""
-    rows = [
-        (name if first else "", metric.replace("_", " "), describe(value))
-        for name, result, _ in results
-        for first, (metric, value) in zip([True] + [False] * len(result.metrics), result.metrics.items(), strict=False)
-    ]
-    print("\n" + aligned([("suite", "metric", "value"), *rows]))
+def print_table(results: Sequence[tuple[str, Result, bool]], folder: Path) -> None:
+    """Suite, metric, value and what it is over, one a line; below, what the tasks themselves show of their results."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, result, _ in results:
+        if described(result.task).is_gate:
+            rows.append((name, *verdict(result), ""))
+            continue
+        for place, (metric, value) in enumerate(result.metrics.items()):
+            rows.append((name if place == 0 else "", metric.replace("_", " "), describe(value), value.over))
+    print("\n" + aligned([("suite", "metric", "value", "over"), *rows]))
+    for name, result, _ in results:
+        lines = described(result.task).lines(result, samples_path(folder / f"{name}.json"))
+        if lines:
+            print("\n".join([f"\n{name}", *lines]))
+
+
+def verdict(result: Result) -> tuple[str, str]:
+    """What the validity gate says: "passed" with the number of its checks, or "FAILED" with that of those that did."""
+    metric = result.metrics["passed"]
+    checks = metric.n or 0
+    if metric.value == 1.0:
+        return "passed", f"all {checks} checks"
+    failed = sum(not row[3] for table in result.tables[:1] for row in table.rows)
+    return "FAILED", f"{failed} of {checks} checks"
 
 
 def few_items(results: Sequence[tuple[str, Result, bool]]) -> list[str]:
@@ -35,17 +55,24 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def table_lines(table: Table, width: int = 118) -> list[str]:
+    """A table of a result as lines: its columns aligned, its note below. What has no value is left empty."""
+    cells = [["" if v is None else plain(v) if isinstance(v, float) else str(v) for v in row] for row in table.rows]
+    return [*aligned([table.columns, *cells]).split("\n"), *textwrap.wrap(table.note, width)]
+
+
 def describe(metric: Metric) -> str:
-    """A metric as text: value, ± standard deviation, 95% interval."""
+    """A metric as text: value, ± standard deviation over seeds, 95% interval."""
     if math.isnan(metric.value):
         return "not finite"
-    text = _plain(metric.value)
+    text = plain(metric.value)
     if metric.std is not None:
-        text += f" ± {metric.std:.4f} (n={metric.n})"
+        text += f" ± {metric.std:.4f}"
     if metric.low is not None and metric.high is not None and not math.isnan(metric.low + metric.high):
-        text += f" [{_plain(metric.low)}, {_plain(metric.high)}]"
+        text += f" [{plain(metric.low)}, {plain(metric.high)}]"
     return text
 
 
-def _plain(value: float) -> str:
+def plain(value: float) -> str:
+    """Four decimals, or five digits of a large number."""
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.5g}"

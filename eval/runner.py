@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from eval.results.schema import ModelInfo, Result
+from eval.results.schema import ModelInfo, Result, read_result_or_none
 from eval.results.store import obtain
 from eval.subject import Subject, choose_device
 from eval.suites.load import Suite
@@ -100,6 +100,20 @@ class Runner:
                 + "\n--force scores the model all the same"
             )
         return "forced"
+
+
+def outdated(folder: Path, model: ModelInfo, done: Collection[str]) -> list[str]:
+    """A line for each other state of the weights that results in ``folder`` are of; ``done``: those of this command."""
+    others: dict[tuple[int, str], list[str]] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = None if path.stem in done else read_result_or_none(path)
+        if result is not None and result.model.weights_hash not in ("", model.weights_hash):
+            others.setdefault((result.model.tokens, result.model.weights_hash), []).append(path.stem)
+    return [
+        f"{', '.join(names)}: still of other weights ({weights[:12]}, {tokens:,} tokens seen; these are "
+        f"{model.weights_hash[:12]}, {model.tokens:,}): evaluate again"
+        for (tokens, weights), names in sorted(others.items())
+    ]
 
 
 def _no_model(settings: Settings) -> ModelInfo:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,7 +27,7 @@ from data_pipeline.registry import RegistrationError, Registry
 
 if TYPE_CHECKING:
     from eval.results.parts import Parts
-    from eval.results.schema import Outcome
+    from eval.results.schema import Outcome, Result
     from eval.subject import Subject
 
 PARTS = {
@@ -155,6 +156,11 @@ class Task:
         """The settings with what was left open (length, precision) filled in from the model, and checked."""
         return settings
 
+    def lines(self, result: Result, records: Path) -> list[str]:
+        """What the terminal shows of a result below its metrics; left out: nothing more. ``records``: the file of its
+        single items."""
+        return []
+
     def longest(self, settings: Any) -> int:
         """Tokens of the longest row that the model is given under resolved ``settings``.
 
@@ -167,7 +173,10 @@ class Task:
 
 
 class ModuleTask(Task):
-    """A task whose functions ``resolve``, ``data``, ``run`` and whose ``VERSION`` are in a module, imported on use."""
+    """A task whose functions ``resolve``, ``data``, ``run`` and whose ``VERSION`` are in a module, imported on use.
+
+    The module may have ``lines`` too.
+    """
 
     module: ClassVar[str]
 
@@ -187,6 +196,11 @@ class ModuleTask(Task):
     def run(self, subject: Subject | None, settings: Any, parts: Parts) -> Outcome:
         """See :class:`Task`."""
         return self.load().run(subject, settings, parts)
+
+    def lines(self, result: Result, records: Path) -> list[str]:
+        """See :class:`Task`; of a module without ``lines`` none."""
+        show = getattr(self.load(), "lines", None)
+        return [] if show is None else show(result, records)
 
     def load(self) -> Any:
         """The module; raises :class:`RegistrationError` where it lacks a part."""

@@ -21,12 +21,16 @@ from pretrain.distributed import watchdog
 from pretrain.distributed.signals import EXIT_BAD_STEPS, EXIT_DONE, EXIT_NOT_SAVED, EXIT_PREEMPTED
 from pretrain.distributed.world import World
 from pretrain.engine.training import StepResult, TrainingEngine
+from pretrain.finish import write_status
 from pretrain.optim.schedule import learning_rate
 from pretrain.sources import Inputs
 from pretrain.telemetry.profile import StepProfiler
 from pretrain.telemetry.reports import StepRecord, StepReports
 from pretrain.telemetry.telemetry import Telemetry
 from pretrain.validation import validate, validate_longest, write_samples
+
+STATUS_SECONDS = 10.0
+"""Between two writings of ``status.json``, which is a small file."""
 
 
 class Trainer:
@@ -59,7 +63,7 @@ class Trainer:
         self.stop = lambda: callbacks.stop_asked or stop()
         self._saved_step = state.step if state.step else -1
         self._sound_step = state.sound_step
-        self._tried_at = time.monotonic()
+        self._tried_at = self._status_at = time.monotonic()
         self._started = self._tried_at - state.seconds
         self._reports = StepReports(inputs, engine, world, telemetry, self._event, state.losses, state.suspect_in_row)
         self._profiler = StepProfiler(self.config.run_dir, self.config.telemetry, world.is_first)
@@ -168,6 +172,14 @@ class Trainer:
                 seconds=self.state.seconds,
             ),
         )
+        if time.monotonic() - self._status_at >= STATUS_SECONDS:
+            self._write_status()
+
+    def _write_status(self) -> None:
+        """Say in ``status.json`` how far the run is: the last words of a process that is killed."""
+        self._status_at = time.monotonic()
+        if self.world.is_first:
+            write_status(self.config.run_dir, None, self.state)
 
     def _enter_stage(self, batch: Batch) -> None:
         before = stage_model(self.config, max(0, batch.stage - 1))
@@ -303,6 +315,7 @@ class Trainer:
             return False
         self._saved_step = self.state.step
         took = time.monotonic() - began
+        self._write_status()
         self._event("checkpoint", took=took)
         for line in lines:
             self.telemetry.say(line)

@@ -79,7 +79,8 @@ def reading_of(args: argparse.Namespace) -> Reading:
     """What the options say about documents."""
     from data_pipeline.sources.reading import Reading
 
-    return Reading(args.text_field, args.template, args.text_unit, args.normalize, args.quotes)
+    source_field = getattr(args, "source_field", None)  # of the commands that keep it
+    return Reading(args.text_field, args.template, args.text_unit, args.normalize, args.quotes, source_field)
 
 
 def corpus_of(args: argparse.Namespace, out: Path | None = None) -> Corpus | None:

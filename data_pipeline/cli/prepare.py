@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_inputs(parser)
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards, new or empty")
+    parser.add_argument(
+        "--source-field",
+        metavar="NAME",
+        help="field or column that says where a record is from, kept with each document; left out: the file's name",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace other shards that are there")
 
     chosen = parser.add_argument_group("which documents are kept")

@@ -228,7 +228,7 @@ class Worker:
                     encoded = encoder.encode_batch([document.text for document in batch])
                     for document, ids in zip(batch, encoded, strict=True):
                         if len(ids):
-                            writer.add(ids, document.source)
+                            writer.add(ids, document.shown_source)
                             result.documents += 1
                             result.text_bytes += document.size
                         else:  # all that it has is what the tokenizer drops, as control characters

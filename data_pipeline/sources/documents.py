@@ -25,6 +25,12 @@ class Document(NamedTuple):
     source: str  # name of the input
     record: int | None  # line or row, from 1; None where only counting would tell
     size: int  # UTF-8 bytes of the text
+    own_source: str = ""  # what the record itself says, where that is asked for
+
+    @property
+    def shown_source(self) -> str:
+        """The source that shards keep."""
+        return self.own_source or self.source
 
 
 def iter_documents(
@@ -82,16 +88,18 @@ def _documents(
             tally.empty += 1
             continue
         if isinstance(text, str):
-            text = reading.normalized(text)
+            text, source = reading.normalized(text), reading.source_of(found.value)
             try:
                 size = len(text.encode())
             except UnicodeEncodeError as error:
                 text = _surrogate(text, error.start)
             else:
-                tally.documents += 1
-                tally.text_bytes += size
-                yield Document(text, piece.name, found.record, size)
-                continue
+                if isinstance(source, str):
+                    tally.documents += 1
+                    tally.text_bytes += size
+                    yield Document(text, piece.name, found.record, size, source)
+                    continue
+                text = source
         where = piece.name if piece.format == "hub" else piece.location
         tally.add_bad(BadRecord(piece.name, found.record, unit, found.offset, *text), where)
 

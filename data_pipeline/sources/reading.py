@@ -78,7 +78,8 @@ class Reading:
     truth values are written as in JSON. ``text_unit`` says whether a plain text file or each of its lines is a
     document. ``quotes`` says whether double quotes enclose a field of CSV and TSV (``csv``, as in RFC 4180) or are
     text as all else is (``none``); ``auto`` is csv for CSV and none for TSV. ``normalize`` is a Unicode normal form
-    (Unicode Standard Annex 15); None leaves the text as it is.
+    (Unicode Standard Annex 15); None leaves the text as it is. ``source_field`` names the field that says where a
+    record is from, in place of the name of its file.
 
     Raises :class:`UserError` for a template that cannot be parsed or names no field, and for unknown values.
     """
@@ -88,6 +89,7 @@ class Reading:
     text_unit: TextUnit = "file"
     normalize: Normalization | None = None
     quotes: Quotes = "auto"
+    source_field: str | None = None
 
     def __post_init__(self) -> None:
         if self.text_unit not in get_args(TextUnit):
@@ -104,20 +106,23 @@ class Reading:
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields that are read, each once, in the order of their first use."""
-        if self.template is None:
-            return (self.text_field,)
-        return tuple(dict.fromkeys(field for _, field in parse_template(self.template) if field is not None))
+        texts = [self.text_field]
+        if self.template is not None:
+            texts = [field for _, field in parse_template(self.template) if field is not None]
+        return tuple(dict.fromkeys(texts if self.source_field is None else [*texts, self.source_field]))
 
     @property
     def wanted(self) -> Wanted:
         """What a format is asked for."""
-        types: Literal["text", "values"] = "text" if self.template is None else "values"
-        return Wanted(self.fields, ("--text-field",) * len(self.fields), types, self.quotes)
+        types: Literal["text", "values"] = "text" if self.template is None and not self.source_field else "values"
+        options = ("--source-field" if field == self.source_field else "--text-field" for field in self.fields)
+        return Wanted(self.fields, tuple(options), types, self.quotes)
 
     def facts(self) -> dict[str, Any]:
         """The settings as JSON values. A setting that came later is left out while it has its default, so that what
         was made before is still recognised."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("quotes", "auto")}
+        later = {"quotes": "auto", "source_field": None}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
     def text_of(self, record: Mapping[str, Any]) -> str | Bad | None:
         """The text of a record, None for null, or what is wrong with it."""
@@ -140,6 +145,15 @@ class Reading:
                 elif value is not None:
                     return _wrong(record, field, value)
         return "".join(parts)
+
+    def source_of(self, record: Any) -> str | Bad:
+        """Where a record says that it is from, at most 200 characters; "" where it does not, or is not asked."""
+        if self.source_field is None or not isinstance(record, Mapping):
+            return ""
+        value = find_field(record, self.source_field)
+        if value is None or isinstance(value, (str, int, float)):  # a truth value is an int
+            return "" if value is None else printable(value if isinstance(value, str) else json.dumps(value))
+        return _wrong(record, self.source_field, value)
 
     def normalized(self, text: str) -> str:
         """The text in the normal form asked for."""

@@ -12,6 +12,9 @@ from eval.task import described
 PER_TOKEN = {"tokens", "tokens_clean", "targets"}
 """Denominators that count tokens: of another tokenizer, something else. Bytes, words and texts are the same for all."""
 
+PLACES = ("path", "test", "text", "dataset")
+"""Facts about the data that say where it lies."""
+
 
 @dataclass(frozen=True)
 class Obstacle:
@@ -40,7 +43,7 @@ def obstacles(a: Result, b: Result, ignore: Collection[str] = ()) -> list[Obstac
         text = f"other objectives, {a.model.objective} and {b.model.objective}: the figures do not mean the same"
         found.append(Obstacle("objective", text))
     if a.data["hash"] != b.data["hash"]:
-        found.append(Obstacle("data", f"other data: {_where(a)} and {_where(b)}"))
+        found.append(Obstacle("data", f"other data: {_apart(a, b)}"))
     free = {*ignore, *immaterial(a.task)}
     return found + [
         Obstacle(f"setting {key}", f"{key} {a.settings.get(key)!r} and {b.settings.get(key)!r}")
@@ -87,5 +90,29 @@ def _is_place(key: str, a: Result, b: Result) -> bool:
     return key in a.settings and a.settings[key] == a.data.get(key) and b.settings.get(key) == b.data.get(key)
 
 
+def _apart(a: Result, b: Result) -> str:
+    """How the data of two results differ: where it lies, else what else is known of it, else by its hashes."""
+    first, second = _where(a), _where(b)
+    shards = a.data.get("held_out")
+    if first and second and first != second and (shards is None or shards != b.data.get("held_out")):
+        return f"{first} and {second}"
+    names = [key for key in sorted({*a.data, *b.data} - {"hash", *PLACES}) if a.data.get(key) != b.data.get(key)]
+    hashed = {key.removesuffix("_hash") for key in names if key.endswith("_hash")}
+    parts = [f"the content of the {key.replace('_', ' ')} differs" for key in sorted(hashed)]
+    parts += [
+        f"{key.replace('_', ' ')} {a.data.get(key)} and {b.data.get(key)}"
+        for key in names
+        if not key.endswith("_hash") and _is_short(a.data.get(key)) and _is_short(b.data.get(key))
+    ]
+    hashes = " and ".join(f"hash {result.data['hash'][:12]}" for result in (a, b))
+    return (f"{first} in both, but " if first == second != "" else "") + ("; ".join(parts) or hashes)
+
+
+def _is_short(value: object) -> bool:
+    """Whether a fact about the data can be told in a line: a number, a name, not a hash."""
+    return value is None or len(str(value)) <= 24
+
+
 def _where(result: Result) -> str:
-    return str(result.data.get("path") or result.data.get("test") or f"hash {result.data['hash'][:12]}")
+    found = next((result.data[name] for name in PLACES if result.data.get(name)), None)
+    return " ".join(found) if isinstance(found, list) else str(found or "")

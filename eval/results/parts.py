@@ -63,6 +63,13 @@ class Parts:
             known |= share
         return [json.loads(known[index]) for index in range(len(jobs))]
 
+    def share(self, jobs: Sequence[Job]) -> list[str]:
+        """Names of the jobs that :meth:`map` would run in this process now, for estimates of the time that is left."""
+        names = [name for name, _ in jobs]
+        known = self._known(names)
+        missing = [name for index, name in enumerate(names) if index not in known]
+        return missing[self.team.rank :: self.team.size]
+
     def one(self, name: str, work: Callable[[], Any]) -> Any:
         """A single job's value: the first process computes it while the others wait."""
         return self.map([(name, work)])[0]

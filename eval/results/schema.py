@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,8 @@ class Metric:
     """One number: with ``std`` a mean over ``n`` seeds, else a figure over ``n`` items.
 
     ``higher_is_better`` is None where neither is (the variety of generated text). ``low`` and ``high`` are the bounds
-    of the 95% interval, over the items.
+    of the 95% interval, over the items. ``unit``: what ``n`` counts, in the plural (tokens, texts, seeds); "" in files
+    of earlier versions.
     """
 
     value: float
@@ -30,6 +32,15 @@ class Metric:
     n: int | None = None
     low: float | None = None
     high: float | None = None
+    unit: str = ""
+
+    @property
+    def over(self) -> str:
+        """What the number is of, as text: "1,024 tokens", "1 seed"; "" where that is not known."""
+        if self.n is None:
+            return ""
+        unit = self.unit or ("seeds" if self.std is not None else "")
+        return f"{self.n:,} {unit.removesuffix('s') if self.n == 1 else unit}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -87,13 +98,19 @@ class Estimator:
 
     Both name a field of the records; without ``denominator`` it is the mean of the numerator. ``log2``-like
     transforms belong into ``scale``; ``exponential`` takes exp of the whole (perplexities). It is what the intervals
-    and the paired comparison of two models resample.
+    and the paired comparison of two models resample. ``tasks``: only records whose field ``task`` is one of these
+    count, all where it is empty.
     """
 
     numerator: str
     denominator: str | None = None
     scale: float = 1.0
     exponential: bool = False
+    tasks: tuple[str, ...] = ()
+
+    def counted(self, records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """Those of the records that it is computed from."""
+        return [record for record in records if record.get("task") in self.tasks] if self.tasks else records
 
 
 @dataclass(frozen=True)
@@ -184,7 +201,7 @@ def encode_result(result: Result) -> bytes:
     """The content of a result's file."""
     raw = asdict(result)
     raw["metrics"] = {
-        name: {k: v for k, v in metric.items() if v is not None or k in ("value", "higher_is_better")}
+        name: {k: v for k, v in metric.items() if v not in (None, "") or k in ("value", "higher_is_better")}
         for name, metric in raw["metrics"].items()
     }
     text = json.dumps(finite(raw), ensure_ascii=False, indent=1, allow_nan=False)
@@ -211,7 +228,10 @@ def read_result(path: Path) -> Result:
         raw["tables"] = [Table(**table) for table in raw["tables"]]
         raw["series"] = [Series(**series) for series in raw["series"]]
         raw["grids"] = [Grid(**grid) for grid in raw["grids"]]
-        raw["estimators"] = {name: Estimator(**item) for name, item in raw["estimators"].items()}
+        raw["estimators"] = {
+            name: Estimator(**{**item, "tasks": tuple(item.get("tasks", ()))})
+            for name, item in raw["estimators"].items()
+        }
         return Result(**raw)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not follow the result schema ({error}): delete it and evaluate again") from None

@@ -105,6 +105,7 @@ def paired_bootstrap(
 
 def _sums(records: Sequence[dict[str, Any]], estimator: Estimator) -> tuple[list[Hashable], Floats]:
     """Items and, (n, 2), their sums of numerator and denominator. A null is NaN: a metric with one has no value."""
+    records = estimator.counted(records)
     names = [estimator.numerator, *([] if estimator.denominator is None else [estimator.denominator])]
     try:
         columns = [np.array([record[name] for record in records], dtype=np.float64) for name in names]

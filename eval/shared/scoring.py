@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from eval.results.parts import Job, Parts
 from eval.results.schema import Estimator, Metric
 from eval.results.statistics import bootstrap
+from eval.shared.progress import Progress
 from eval.subject import LOGIT_BUDGET, Subject, batches
 from pretrain.model.attention.layout import Layout
 
@@ -58,25 +58,22 @@ def score(
     return np.concatenate(nats), np.concatenate(hits)
 
 
-def interval(records: Sequence[dict[str, Any]], estimator: Estimator, better: bool | None, n: int) -> Metric:
-    """The estimator's metric with its 95% interval over the records; ``n`` tokens, bytes or words were counted."""
-    found = bootstrap(records, estimator)
-    return Metric(found.value, better, n=n, low=found.low, high=found.high)
-
-
 def metrics_of(
     records: Sequence[dict[str, Any]], estimators: dict[str, Estimator], better: bool | None = False
 ) -> dict[str, Metric]:
-    """A metric for each estimator, counted in its denominator."""
-    return {
-        name: interval(records, item, better, int(sum(record[item.denominator or "tokens"] for record in records)))
-        for name, item in estimators.items()
-    }
+    """A metric for each estimator with its 95% interval over the records, counted in its denominator: tokens, bytes,
+    words or targets."""
+    found = {}
+    for name, item in estimators.items():
+        over, counted = bootstrap(records, item), item.denominator or "tokens"
+        n, unit = int(sum(record[counted] for record in records)), counted.removesuffix("_clean")
+        found[name] = Metric(over.value, better, n=n, low=over.low, high=over.high, unit=unit)
+    return found
 
 
 def run_parts(parts: Parts, jobs: Sequence[Job], title: str) -> list[Any]:
-    """The values of the jobs, with a bar that moves as they are computed."""
-    with tqdm(total=len(jobs), desc=title, unit="part", disable=None) as bar:
+    """The values of the jobs; meanwhile it is told how many of them are done."""
+    with Progress(len(parts.share(jobs)), title, "part") as bar:
 
         def seen(job: Job) -> Job:
             name, work = job

@@ -31,7 +31,14 @@ def test_suites_write_results_and_are_not_run_again(causal: Path, shards: ShardS
     assert cli.main(command) == 0
     first = {p.name: p.read_bytes() for p in out.glob("*.json")}
     assert set(first) == {"validity.json", "lm.json", "generate.json"}
-    assert "bits per byte" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bits per byte" in said
+    assert re.search(r"^validity +passed +all \d\d checks$", said, re.MULTILINE)
+    assert re.search(r"^lm +loss +\d\.\d{4} \[.*\] +[\d,]+ tokens$", said, re.MULTILINE)
+    for row in ("greedy", "real continuation (control)", "shuffled tokens (control)"):
+        assert re.search(rf"^{re.escape(row)} +0\.\d{{4}} ", said, re.MULTILINE)
+    assert said.count("  prompt: ") == said.count("  text:   ") == 3
+    assert re.search(rf"^all \d+ texts and their numbers: {out / 'generate.samples.jsonl'}$", said, re.MULTILINE)
     assert cli.main(command) == 0
     assert "already there" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in out.glob("*.json")} == first

@@ -75,6 +75,32 @@ def test_metrics_with_records_get_an_interval_and_others_a_difference(tmp_path: 
     assert (back["difference"], back["better"]) == (-accuracy["difference"], "a")
 
 
+def test_the_table_says_what_each_number_is_over_and_a_shared_baseline_once(tmp_path: Path, capsys: Any) -> None:
+    """A column n held items and seeds; half of the rows were the same baseline on both sides."""
+    for name, accuracy, tokens, attention in (("a", 0.5, 520_000, "softmax"), ("bb", 0.8, 254_000, "nystrom")):
+        write(tmp_path / name, name, accuracy)
+        for path in (tmp_path / name).rglob("*.json"):
+            raw = json.loads(path.read_text())
+            raw["metrics"]["majority_accuracy"] = {"value": 0.25, "higher_is_better": True, "n": N, "unit": "texts"}
+            raw["metrics"]["gain"] = {"value": accuracy, "higher_is_better": True, "n": N, "unit": "texts"}
+            raw["model"] |= {"tokens": tokens, "attention": attention}
+            path.write_text(json.dumps(raw))
+    assert compare(tmp_path / "a", tmp_path / "bb", "--out", tmp_path / "out.json") == 0
+    out = capsys.readouterr().out
+    models = "tokens seen 520,000 and 254,000; attention softmax and nystrom"
+    assert f"The models differ in more than their weights: {models}\n" in out
+    over = {line.split("  ")[0]: line for line in (line.strip() for line in out.splitlines())}
+    assert over["cut"].endswith(" 3 seeds")
+    assert over["gain"].endswith(" 200 texts")
+    assert " 200 items " in next(line for line in out.splitlines() if " accuracy " in line)
+    assert "classify: the same in both: majority accuracy 0.2500\n" in out
+    assert out.count("majority") == 1
+    (suite,) = json.loads((tmp_path / "out.json").read_text())["suites"]
+    assert suite["models"] == models
+    assert [d["metric"] for d in suite["metrics"]] == ["accuracy", "error", "cut", "majority_accuracy", "gain"]
+    assert [d["unit"] for d in suite["metrics"]] == ["items", "items", "seeds", "texts", "texts"]
+
+
 def test_no_difference_is_said_where_there_is_none(tmp_path: Path, capsys: Any) -> None:
     write(tmp_path / "a", "a", 0.6)
     write(tmp_path / "bb", "bb", 0.6)
@@ -86,6 +112,10 @@ def test_no_difference_is_said_where_there_is_none(tmp_path: Path, capsys: Any) 
     ("changes", "words"),
     [
         ({"data": {"hash": "e", "test": "other.csv"}}, "other data: test.csv and other.csv"),
+        (
+            {"data": {"hash": "e", "test": "test.csv", "prompts_hash": "p", "prompts": 2}},
+            "other data: test.csv in both, but the content of the prompts differs; prompts None and 2",
+        ),
         ({"settings": {"train": "/bb/train.csv", "lr": 0.2}}, "other settings: lr 0.1 and 0.2 (--ignore SETTING"),
         ({"gate": "forced"}, "the validity gate failed for B and was forced"),
         ({"version": 2}, "computed by versions 1 and 2"),

@@ -110,7 +110,7 @@ class Figures:
         better = {"relative_error": False, "matrix_error": False, self.loss: False, "masked_accuracy": True}
         found = {name: self._metric(estimator, better.get(name)) for name, estimator in self.estimators.items()}
         errors, mean = self.errors[TRAINED], self.errors[MEAN_OF_V]
-        found["heads_worse_than_mean_of_v"] = Metric(float((errors >= mean).mean()), False, n=mean.size)
+        found["heads_worse_than_mean_of_v"] = Metric(float((errors >= mean).mean()), False, n=mean.size, unit="heads")
         return found
 
     @cached_property
@@ -130,8 +130,8 @@ class Figures:
     def _metric(self, estimator: Estimator, better: bool | None) -> Metric:
         found = bootstrap(self.records, estimator)
         if found.n < 2:
-            return Metric(found.value, better, n=found.n)
-        return Metric(found.value, better, n=found.n, low=found.low, high=found.high)
+            return Metric(found.value, better, n=found.n, unit="windows")
+        return Metric(found.value, better, n=found.n, low=found.low, high=found.high, unit="windows")
 
 
 def _slug(name: str) -> str:

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.batches import IGNORE
 from data_pipeline.batches.loader import validation_batches
@@ -34,6 +33,7 @@ from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.shared.forms import changed, with_attention
+from eval.shared.progress import Progress
 from eval.subject import Subject, batches
 from eval.tasks.approximation import ApproximationSettings
 from eval.tasks.approximation.figures import Figures
@@ -88,7 +88,7 @@ def run(subject: Subject, settings: ApproximationSettings, parts: Parts) -> Outc
     windows = HeldOutWindows.read(subject, settings)
     variants = [*whole(config), *by_layer(config), *sweeps(config, settings)]
     length = settings.length or 0
-    with tqdm(total=len(windows.inputs), desc="approximation", unit="window", disable=None) as bar:
+    with Progress(len(windows.inputs), "approximation", "window") as bar:
 
         def job(part: slice) -> Callable[[], list[dict[str, Any]]]:
             def work() -> list[dict[str, Any]]:

@@ -55,6 +55,15 @@ class ClassifyData:
             "hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
         }
 
+    def seen(self) -> np.ndarray:
+        """(n,) bool: which test records have a text that training, or the choice of the epoch, has seen too.
+
+        Compared in small letters with white space as one space; of pairs both texts must be the same. Labels are not
+        looked at: a text with another label there is no less known.
+        """
+        known = {key for part in (self.train, self.dev) if part is not None for key in _contents(part)}
+        return np.array([key in known for key in _contents(self.test)], dtype=bool)
+
     def numbers(self, part: Labelled) -> np.ndarray:
         """Class numbers (n,) int64."""
         index = {name: i for i, name in enumerate(self.classes)}
@@ -73,6 +82,22 @@ class ClassifyData:
         raise UserError(
             f"--positive-label {' '.join(names)}: {self.train.path} has no such class, it has {', '.join(self.classes)}"
         )
+
+
+def _contents(part: Labelled) -> list[tuple[str, ...]]:
+    columns = [texts for texts in (part.texts, part.seconds) if texts is not None]
+    return list(zip(*([" ".join(text.casefold().split()) for text in texts] for texts in columns), strict=True))
+
+
+def overlap_warning(seen: np.ndarray, settings: ClassifySettings) -> str:
+    """What is to be said of test texts that were trained on, "" where there are none. ``seen``: (n,) bool."""
+    if not seen.any():
+        return ""
+    where = settings.train if not settings.dev else f"{settings.train} or {settings.dev}"
+    return (
+        f"{int(seen.sum()):,} of {len(seen):,} test texts ({seen.mean():.1%}) stand in {where} too: accuracy on texts "
+        "that were trained on says little. Take them out of one of the two."
+    )
 
 
 def sources(settings: ClassifySettings) -> ClassifySettings:

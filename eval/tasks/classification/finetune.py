@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from eval.shared.training import (
     Best,
@@ -154,11 +153,13 @@ def fit(
     seed: int,
     device: torch.device,
     precision: str,
-    progress: tqdm,
+    on_batch: Callable[[int], None] = lambda texts: None,
+    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> Fitted:
     """Train on the indices ``train``, keep the weights with the best accuracy on ``dev`` (ties: the lower loss there).
 
-    A pure function of its arguments: it seeds torch's random state itself.
+    A pure function of its arguments: it seeds torch's random state itself. ``on_batch`` is called after each step with
+    the number of its texts, ``on_evaluation`` after each look at the development split.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -184,10 +185,11 @@ def fit(
     curve: list[Evaluation] = []
     best, chosen = Best(model), 0
     for step, indices, _ in train_steps(model, optimizer, schedule, batches, losses, grad_clip=recipe.grad_clip):
-        progress.update(len(indices))
+        on_batch(len(indices))
         if step % every and step < steps:
             continue
         curve.append(Evaluation(round(step / each, 3), *accuracy_and_loss(*predict(model, examples, dev, **how))))
+        on_evaluation(curve[-1])
         if best.keep(curve[-1].accuracy, curve[-1].loss):
             chosen = len(curve) - 1
         elif recipe.patience and len(curve) - 1 - chosen >= recipe.patience:

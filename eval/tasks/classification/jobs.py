@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eval.results.parts import Job
 from eval.shared.labelled import Labelled
+from eval.shared.progress import Progress, about
 from eval.shared.training import carve
 from eval.subject import Subject
 from eval.tasks.classification import MODEL_ROW, SCRATCH_ROW, TFIDF_CUT_ROW, TFIDF_ROW, ClassifySettings
 from eval.tasks.classification.dataset import ClassifyData
 from eval.tasks.classification.encode import Encoded, encode
-from eval.tasks.classification.finetune import Classifier, Examples, Recipe, fit, predict
+from eval.tasks.classification.finetune import Classifier, Evaluation, Examples, Recipe, fit, predict
 from eval.tasks.classification.metrics import Predictions
 from pretrain.model.transformer import build_model
 
@@ -46,6 +46,8 @@ class Fits:
         self.scratch_seeds = min(settings.scratch_seeds, settings.seeds)
         self.train, self.test = self._encode(data.train), self._encode(data.test)
         self.dev = None if data.dev is None else self._encode(data.dev)
+        self.share: list[str] = []
+        """Names of the jobs that this process is going to do, for estimates."""
 
     def _encode(self, part: Labelled) -> Encoded:
         assert self.settings.max_length
@@ -56,8 +58,7 @@ class Fits:
         found: list[tuple[str, int, Job]] = []
         for seed in range(self.settings.seeds):
             for row in (MODEL_ROW, SCRATCH_ROW) if seed < self.scratch_seeds else (MODEL_ROW,):
-                name = f"{row}, seed {seed}"
-                found.append((row, seed, (name, partial(self.network, row, seed))))
+                found.append((row, seed, (fit_name(row, seed), partial(self.network, row, seed))))
         found.append((TFIDF_ROW, 0, (TFIDF_ROW, self.words)))
         if self.train.cut.any() or self.test.cut.any():
             found.append((TFIDF_CUT_ROW, 0, (TFIDF_CUT_ROW, self.words_read)))
@@ -76,8 +77,20 @@ class Fits:
         examples, train, dev = self.split(seed)
         how: dict[str, Any] = {"device": self.subject.device, "precision": self.settings.precision}
         total = min(self.recipe.epochs * len(train), (self.recipe.steps or 2**62) * self.recipe.batch_size)
-        with tqdm(total=total, desc=f"{row}, seed {seed}", unit="doc", disable=None) as bar:
-            fitted = fit(network, examples, train, dev, self.recipe, seed=seed, progress=bar, **how)
+        with Progress(total, fit_name(row, seed), "text") as progress:
+            said = self._announced(progress, len(train), len(dev))
+            fitted = fit(
+                network,
+                examples,
+                train,
+                dev,
+                self.recipe,
+                seed=seed,
+                on_batch=progress.update,
+                on_evaluation=said,
+                **how,
+            )
+            progress.say(f"the best was epoch {fitted.best.epoch:g}; now the {len(self.data.test):,} test texts")
         how["micro_tokens"] = self.recipe.micro_tokens
         logits, _ = predict(fitted.model, self.test.examples, np.arange(len(self.data.test)), **how)
         return {
@@ -86,6 +99,22 @@ class Fits:
             "chosen": asdict(fitted.best),
             "curve": [asdict(place) for place in fitted.curve],
         }
+
+    def _announced(self, progress: Progress, train: int, dev: int) -> Callable[[Evaluation], None]:
+        """Say that a fit begins, and return what says each look at the development split, with the time to come."""
+        fits = [name for name in self.share if name not in (TFIDF_ROW, TFIDF_CUT_ROW)]
+        after = len(fits) - fits.index(progress.title) - 1 if progress.title in fits else 0
+        most = f"at most {self.recipe.epochs} epochs" if self.recipe.steps is None else f"{self.recipe.steps} steps"
+        more = f"; {after} {'fit' if after == 1 else 'fits'} to follow" if after else ""
+        progress.say(f"{train:,} texts, {most}, the best chosen on {dev:,} other texts{more}")
+
+        def said(found: Evaluation) -> None:
+            rest = f"{about(progress.left())} left"
+            if after:
+                rest += f", {about(progress.left() + after * progress.whole())} for all fits"
+            progress.say(f"epoch {found.epoch:g}: accuracy {found.accuracy:.3f}, loss {found.loss:.3f}, {rest}")
+
+        return said
 
     def split(self, seed: int) -> tuple[Examples, np.ndarray, np.ndarray]:
         """The examples with the indices to train on and those on which the epoch is chosen."""
@@ -120,6 +149,11 @@ class Fits:
     def _tfidf(self, train: list[list[str]], test: list[list[str]]) -> dict[str, Any]:
         found = tfidf(train, self.train.examples.labels, test)
         return {"predicted": found.classes.tolist(), "probabilities": found.probabilities.tolist()}
+
+
+def fit_name(row: str, seed: int) -> str:
+    """What a fit is called, as a part and in its lines."""
+    return f"{row}, seed {seed}"
 
 
 def predictions(value: dict[str, Any]) -> Predictions:

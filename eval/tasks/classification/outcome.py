@@ -7,13 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from eval.results.schema import Estimator, Metric, Series, Table
+from eval.results.schema import Estimator, Grid, Metric, Series, Table
 from eval.results.statistics import bootstrap
 from eval.tasks.classification import MAJORITY_ROW, MODEL_ROW, SCRATCH_ROW, TABLE, TFIDF_CUT_ROW, TFIDF_ROW
-from eval.tasks.classification.metrics import BINS, Bin, Predictions, brier, intervals, reliability, scores, statistics
+from eval.tasks.classification.metrics import (
+    BINS,
+    Bin,
+    Predictions,
+    brier,
+    f1_of,
+    intervals,
+    reliability,
+    scores,
+    statistics,
+)
 
 LENGTH_TABLE = "accuracy by length"
 CALIBRATION_TABLE = "calibration"
+CLASS_TABLE = "by class"
+CONFUSION = "confusion matrix"
+MOST_CLASSES = 60
 PREFIXES = {
     MODEL_ROW: "",
     SCRATCH_ROW: "scratch_",
@@ -57,14 +70,62 @@ def rows_table(scored: Scored, note: str, ids: list[str]) -> tuple[Table, dict[s
             if row == MODEL_ROW or name in wanted:
                 low, high = bounds.get(name, (None, None))
                 n = len(values) if std is not None else len(scored.truth)
-                metrics[PREFIXES[row] + name] = Metric(mean, name not in ("brier", "ece"), std, n, low, high)
+                unit = "texts" if std is None else "seeds"
+                metrics[PREFIXES[row] + name] = Metric(mean, name not in ("brier", "ece"), std, n, low, high, unit)
         rows.append([*cells, len(runs)])
     columns = ["predictor", *(cell for name in names for cell in (_NAMES[name], "± std")), "seeds"]
     return Table(TABLE, columns, rows, note), metrics
 
 
-def records_of(scored: Scored, ids: list[str], lengths: np.ndarray) -> list[dict[str, Any]]:
-    """A record for each test item; ``correct``, ``probability`` and ``brier`` are means over the seeds."""
+def by_class(scored: Scored, ids: list[str]) -> Table:
+    """Precision, recall and F1 of each class, means over the seeds of the fine-tuned model."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    runs, numbers = scored.rows[MODEL_ROW], range(len(scored.classes))
+    found = np.stack(
+        [
+            precision_recall_fscore_support(scored.truth, run.classes, labels=list(numbers), zero_division=0.0)[:3]
+            for run in runs
+        ]
+    )  # (seeds, 3, classes)
+    predicted = np.stack([run.classes for run in runs])
+    wanted = {str(number): f1_of(number) for number in numbers}
+    bounds = intervals(scored.truth, predicted, len(scored.classes), wanted, ids=ids)
+    rows: list[list[Any]] = []
+    for number in numbers:
+        precision, recall, f1 = found[:, :, number].mean(0).tolist()
+        std = float(found[:, 2, number].std(ddof=1)) if len(runs) > 1 else None
+        items = int((scored.truth == number).sum())
+        low, high = bounds[str(number)]
+        rows.append([scored.classes[number], items, precision, recall, f1, std, low, high])
+    columns = ["class", "test items", "precision", "recall", "F1", "± std", "low", "high"]
+    note = "Fine-tuned, means over the seeds. A class that is never predicted has precision 0. Intervals are of F1."
+    return Table(CLASS_TABLE, columns, rows, note)
+
+
+def confusion(scored: Scored) -> list[Grid]:
+    """The confusion matrix of the fine-tuned model: of the items of each class, the share that each class got.
+
+    None for more than :data:`MOST_CLASSES`, which no picture shows; the records have every prediction.
+    """
+    size = len(scored.classes)
+    if size > MOST_CLASSES:
+        return []
+    runs = scored.rows[MODEL_ROW]
+    counts = np.zeros((size, size))
+    for run in runs:
+        np.add.at(counts, (scored.truth, run.classes), 1 / len(runs))
+    values: list[list[float | None]] = [(row / row.sum()).tolist() if row.any() else [None] * size for row in counts]
+    rows = [f"{name} ({row.sum():.0f})" for name, row in zip(scored.classes, counts, strict=True)]
+    note = "Each row: of the test items of one class (in brackets: how many), the share that was taken for each class."
+    return [Grid(CONFUSION, scored.classes, rows, values, "predicted", "true class", 0.0, 1.0, note)]
+
+
+def records_of(scored: Scored, ids: list[str], lengths: np.ndarray, seen: np.ndarray) -> list[dict[str, Any]]:
+    """A record for each test item; ``correct``, ``probability`` and ``brier`` are means over the seeds.
+
+    ``seen`` (n,) bool: whether the text was trained on too. Where some were and some were not, each record says so.
+    """
     runs = scored.rows[MODEL_ROW]
     items = np.arange(len(scored.truth))
     columns: dict[str, list[Any]] = {
@@ -77,6 +138,9 @@ def records_of(scored: Scored, ids: list[str], lengths: np.ndarray) -> list[dict
     }
     for seed, run in enumerate(runs):
         columns[f"predicted_{seed}"] = [scored.classes[c] for c in run.classes]
+    if seen.any() and not seen.all():
+        unseen = (~seen).astype(int)
+        columns["unseen"], columns["correct_unseen"] = unseen.tolist(), (scored.correct(MODEL_ROW) * unseen).tolist()
     for name, row in GAINS.items():
         if row in scored.rows:
             columns[name] = (scored.correct(MODEL_ROW) - scored.correct(row)).tolist()
@@ -86,7 +150,8 @@ def records_of(scored: Scored, ids: list[str], lengths: np.ndarray) -> list[dict
 def estimators_of(records: list[dict[str, Any]]) -> dict[str, Estimator]:
     """The metrics that are means over the records."""
     names = {"accuracy": "correct", "brier": "brier"} | {name: name for name in GAINS if name in records[0]}
-    return {name: Estimator(column) for name, column in names.items()}
+    unseen = {"accuracy_unseen": Estimator("correct_unseen", "unseen")} if "unseen" in records[0] else {}
+    return {name: Estimator(column) for name, column in names.items()} | unseen
 
 
 def verdict(gains: dict[str, Metric]) -> str:

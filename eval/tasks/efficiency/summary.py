@@ -137,13 +137,14 @@ def _metrics(kind: str, pairs: Sequence[Pair], own: str, rounds: int) -> dict[st
     item = pair[0]
     name = {FORWARD: "forward", BACKWARD: "backward", DECODE: "decode"}[kind]
     median = Spread.of(item.seconds).median
-    found = {f"{name}_tokens_per_second": Metric(item.tokens / median, True, n=rounds)}
+    found = {f"{name}_tokens_per_second": Metric(item.tokens / median, True, n=rounds, unit="rounds")}
     time, memory = _time_ratio(pair), _memory_ratio(pair)
     exact = pair[1]
     if exact is None or exact is item:
         return found
     if time is not None:
-        found[f"{name}_time_ratio"] = Metric(time.median, False, n=rounds)
+        found[f"{name}_time_ratio"] = Metric(time.median, False, n=rounds, unit="rounds")
     if memory is not None:
-        found["cache_ratio" if kind == DECODE else f"{name}_memory_ratio"] = Metric(memory, False, n=1)
+        ratio = "cache_ratio" if kind == DECODE else f"{name}_memory_ratio"
+        found[ratio] = Metric(memory, False, n=1, unit="measurements")
     return found

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.shared.forms import EXACT, WINDOW, with_attention
+from eval.shared.progress import Progress
 from eval.subject import Subject, choose_precision
 from eval.tasks.efficiency import EfficiencySettings
 from eval.tasks.efficiency.measure import interleave, peak_memory
@@ -100,7 +100,7 @@ def measure(subject: Subject, settings: EfficiencySettings, forms: dict[str, dic
     twins = {name: with_attention(model, changes) for name, changes in forms.items()}
     kinds = [FORWARD, *([BACKWARD] if settings.backward else []), *([DECODE] if settings.decode_tokens else [])]
     found: list[dict[str, Any]] = []
-    with tqdm(total=len(settings.lengths) * len(kinds), desc="efficiency", disable=None) as bar:
+    with Progress(len(settings.lengths) * len(kinds), "efficiency", "measurement") as bar:
         for length in settings.lengths:
             for kind in kinds:
                 found += _measure(kind, length, twins, settings, subject.device, dtype)

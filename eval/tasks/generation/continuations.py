@@ -14,6 +14,7 @@ from data_pipeline.shards.shardset import ShardSet
 from eval.results.parts import Job, Parts
 from eval.results.schema import Outcome
 from eval.results.statistics import bootstrap
+from eval.shared.scoring import run_parts
 from eval.subject import Subject
 from eval.tasks.generation import GenerateSettings, likeness, measures, tables
 from eval.tasks.generation.decodings import Decoding
@@ -66,7 +67,7 @@ def _write(
         return in_chunks(f"write, {way.name}", prompts, write)
 
     jobs = [job(way) for way in ways]
-    done = iter(parts.map([item for several in jobs for item in several]))
+    done = iter(run_parts(parts, [item for several in jobs for item in several], "generate: writing"))
     sets = []
     for way, several in zip(ways, jobs, strict=True):
         texts = [text for _ in several for text in next(done)]
@@ -107,7 +108,7 @@ def _measure(sets: list[TextSet], settings: GenerateSettings, parts: Parts) -> d
     compared = [item for item in sets if other is not None and item is not other and problem is None]
     jobs: list[Job] = [(f"self-BLEU, {item.name}", lambda item=item: self_bleu(item)) for item in sets]  # type: ignore[misc]
     jobs += [(f"MAUVE, {item.name}", lambda item=item: mauve(item)) for item in compared]  # type: ignore[misc]
-    values = parts.map(jobs)
+    values = run_parts(parts, jobs, "generate: measuring")
     mauves = dict(zip((item.name for item in compared), values[len(sets) :], strict=True))
     measured = {}
     for item, bleu in zip(sets, values, strict=False):
@@ -141,7 +142,8 @@ def _record(
     decode = subject.loaded.tokenizer.decode
     prompt, real = decode(passage.prompt), decode(passage.real)
     identity = content_hash(prompt, real, place if not real else None, ways[0].name, settings.max_new_tokens)
-    record: dict[str, Any] = {"id": identity, "prompt": prompt, "real": real or None, **written[0].records[place]}
+    record: dict[str, Any] = {"id": identity, "prompt": prompt, "prompt_ids": passage.prompt, "real": real or None}
+    record |= written[0].records[place]
     for item in written[1:]:
         record |= {f"{item.name}: {key}": value for key, value in item.records[place].items()}
     return record

@@ -50,10 +50,10 @@ def run_fill(subject: Subject, settings: GenerateSettings, parts: Parts) -> Outc
         records.append({"id": content_hash(text, passage), **record})
     intervals = {name: bootstrap(records, estimator) for name, estimator in ESTIMATORS.items()}
     total = sum(record["words"] for record in records)
-    metrics = {
-        name: Metric(x.value, True, n=total, low=x.low if x.n > 1 else None, high=x.high if x.n > 1 else None)
-        for name, x in intervals.items()
-    }
+    metrics = {}
+    for name, x in intervals.items():
+        low, high = (x.low, x.high) if x.n > 1 else (None, None)
+        metrics[name] = Metric(x.value, True, n=total, low=low, high=high, unit="words")
     columns = ["hidden words", "likeliest is right", "right one in the first five"]
     table = Table(TABLE, columns, [[total, intervals["top_1"].value, intervals["top_5"].value]])
     return Outcome(metrics, [table], samples=samples, records=records, estimators=ESTIMATORS)

@@ -11,6 +11,7 @@ import numpy as np
 from data_pipeline.shards.shardset import ShardSet
 from eval.results.parts import Job, Parts
 from eval.results.schema import Estimator
+from eval.shared.scoring import run_parts
 from eval.tasks.generation import likeness, measures
 from eval.tasks.generation.judges import Judges, Pair, continuation_nats, mean_states
 
@@ -85,7 +86,7 @@ def score(sets: Sequence[TextSet], judges: Judges, parts: Parts, copies: ShardSe
     jobs: list[Job] = []
     for texts in sets:
         jobs += in_chunks(f"read {texts.name}", texts.pairs, lambda _, pairs: read(pairs))
-    found = iter(parts.map(jobs))
+    found = iter(run_parts(parts, jobs, "generate: reading"))
     for texts in sets:
         rows = [row for _ in range(0, len(texts.pairs), CHUNK) for row in next(found)]
         texts.nats = [row["nats"] for row in rows]
@@ -95,7 +96,9 @@ def score(sets: Sequence[TextSet], judges: Judges, parts: Parts, copies: ShardSe
             np.array([row["prompt_state"] for row in rows]), texts.states[likeness.others(len(rows))]
         )
         for place, ((prompt, text), row) in enumerate(zip(texts.pairs, rows, strict=True)):
-            record = counts(prompt, text) | {"text": tokenizer.decode(text), "nats": sum(row["nats"])}
+            # The ids too: text that is encoded again may come in other tokens than those that were written.
+            record = counts(prompt, text) | {"text": tokenizer.decode(text), "ids": list(text)}
+            record["nats"] = sum(row["nats"])
             record["bytes"] = len(record["text"].encode())
             if judges.reference is not None:
                 record["reference_nats"] = row["reference_nats"]

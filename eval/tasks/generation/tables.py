@@ -50,17 +50,17 @@ def metrics(main: TextSet, measured: Measured, there: Mapping[str, Estimator]) -
     """Those of the main way of decoding. Measures of a whole set have no interval: a resample has texts twice, and
     what is counted is repetition."""
     n = len(main.pairs)
-    found = {f"distinct_{i}": Metric(value, None, n=n) for i, value in enumerate(measured.distinct, 1)}
+    found = {f"distinct_{i}": Metric(value, None, n=n, unit="texts") for i, value in enumerate(measured.distinct, 1)}
     for key in there:
         if key in METRICS:
             interval = measured.intervals[key]
             low, high = (interval.low, interval.high) if n > 1 else (None, None)
-            found[METRICS[key]] = Metric(interval.value, None, n=n, low=low, high=high)
-    found["self_bleu"] = Metric(measured.self_bleu, None, n=measured.bleu_texts)
-    found["zipf_exponent"] = Metric(measured.zipf, None, n=measured.tokens)
+            found[METRICS[key]] = Metric(interval.value, None, n=n, low=low, high=high, unit="texts")
+    found["self_bleu"] = Metric(measured.self_bleu, None, n=measured.bleu_texts, unit="texts")
+    found["zipf_exponent"] = Metric(measured.zipf, None, n=measured.tokens, unit="tokens")
     if measured.mauve is not None:
         value, std = measured.mauve
-        found["mauve"] = Metric(value, True, std=std, n=likeness.MAUVE_SEEDS)
+        found["mauve"] = Metric(value, True, std=std, n=likeness.MAUVE_SEEDS, unit="clusterings")
     return {name: metric for name, metric in found.items() if not np.isnan(metric.value)}
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from eval.results.parts import Parts
-from eval.results.schema import Outcome
+from eval.results.schema import Outcome, Result
 from eval.subject import Subject
 from eval.tasks.generation import GenerateSettings
 from eval.tasks.generation.continuations import run_continuations
 from eval.tasks.generation.fill import run_fill
 from eval.tasks.generation.judges import Judges
 from eval.tasks.generation.prompts import content_hash, own_prompts
+from eval.tasks.generation.shown import table_of, text_lines
 
 VERSION = 6
 
@@ -50,3 +52,11 @@ def data(subject: Subject, settings: GenerateSettings) -> dict[str, Any]:
 def run(subject: Subject, settings: GenerateSettings, parts: Parts) -> Outcome:
     """Samples and their statistics; raises :class:`UserError` for impossible settings or too little held-out text."""
     return (run_continuations if subject.causal else run_fill)(subject, settings, parts)
+
+
+def lines(result: Result, records: Path) -> list[str]:
+    """For the terminal: the main measures of all rows, and texts."""
+    from eval.console import table_lines
+
+    table = table_of(result)
+    return [*(table_lines(table) if table is not None else []), "", *text_lines(result, records)]

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from eval.task import ModuleTask, Settings, register
 
+TABLE = "harness"
+
 
 class HarnessSettings(Settings):
     """Which tasks, and how they are put to the model."""

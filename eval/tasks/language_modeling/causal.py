@@ -171,5 +171,5 @@ def _without(seen: Overlap, records: list[dict[str, Any]], estimators: dict[str,
         "bits_per_byte_clean": Estimator("nats_clean", "bytes_clean", scale=LOG2E),
     }
     estimators |= added
-    metrics: dict[str, Metric] = {"contaminated": Metric(seen.share, None, n=seen.judged)}
+    metrics: dict[str, Metric] = {"contaminated": Metric(seen.share, None, n=seen.judged, unit="passages")}
     return metrics | (metrics_of(records, added) if seen.rest["tokens"] else {})

@@ -27,12 +27,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 from data_pipeline.sources.reading import Quotes
 from data_pipeline.sources.records import read_records
+from eval.shared.progress import Progress
 from eval.tasks.lra.examples import Split
 
 SYMBOLS = (*map(str, range(10)), "[MIN", "[MAX", "[MED", "[SM", "]")
@@ -195,7 +195,7 @@ def generate(grammar: Grammar, sizes: dict[str, int], cache: Path | None = None)
     expressions: list[np.ndarray] = []
     values: list[int] = []
     seen: set[bytes] = set()
-    with tqdm(total=total, desc="ListOps", unit="expr", disable=None) as bar:
+    with Progress(total, "ListOps", "expression") as bar:
         number = 0
         while len(expressions) < total:
             fresh = len(expressions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,10 @@ def outcome(settings: LRASettings, dataset: Dataset, runs: Runs) -> Outcome:
         seeds = right[name].mean(1)
         std = float(seeds.std(ddof=1)) if len(seeds) > 1 else None
         metric = metrics[f"accuracy_{_key(name)}"]
-        metrics[f"accuracy_{_key(name)}"] = Metric(metric.value, True, std, len(seeds), metric.low, metric.high)
+        metrics[f"accuracy_{_key(name)}"] = replace(metric, std=std, n=len(seeds), unit="seeds")
         rate = float(np.mean([run["tokens_per_second"] for run in trained]))
         rows.append([name, metric.value, std, metric.low, metric.high, len(seeds), trained[0]["parameters"], rate, ""])
-    metrics["majority_accuracy"] = Metric(share, True, n=len(test))
+    metrics["majority_accuracy"] = Metric(share, True, n=len(test), unit="test examples")
     rows.append(["majority class", share, None, None, None, None, None, None, ""])
     if not other_data(settings, dataset):
         for name, value in PUBLISHED[dataset.name].accuracy.items():
@@ -141,7 +142,7 @@ def _key(name: str) -> str:
 
 def _metric(records: list[dict[str, Any]], estimator: Estimator) -> Metric:
     interval = bootstrap(records, estimator)
-    return Metric(interval.value, True, n=interval.n, low=interval.low, high=interval.high)
+    return Metric(interval.value, True, n=interval.n, low=interval.low, high=interval.high, unit="test examples")
 
 
 def _records(dataset: Dataset, right: dict[str, np.ndarray], depths: np.ndarray | None) -> list[dict[str, Any]]:

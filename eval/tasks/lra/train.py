@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from eval.shared.progress import Progress
 from eval.shared.training import Best, accuracy_and_loss, autocast, epochs, length_batches, train_steps
 from eval.tasks.lra.examples import Dataset, Split
 from eval.tasks.lra.network import ArenaClassifier
@@ -89,7 +89,7 @@ def train(model: ArenaClassifier, data: Dataset, recipe: Recipe, device: torch.d
     tokens, seconds, started = 0, 0.0, time.perf_counter()
     batches = islice(endless_batches(data.train, recipe.batch_size, recipe.seed), recipe.steps)
     truth = torch.from_numpy(data.dev.labels)
-    with tqdm(total=recipe.steps, desc=name or "train", unit="step", disable=None) as bar:
+    with Progress(recipe.steps, name or "train", "step") as bar:
         for step, indices, loss in train_steps(model, optimizer, schedule, batches, losses):
             since.append(loss)
             tokens += data.train.tokens(indices)
@@ -100,7 +100,7 @@ def train(model: ArenaClassifier, data: Dataset, recipe: Recipe, device: torch.d
             seconds += time.perf_counter() - started
             accuracy, dev_loss = accuracy_and_loss(predict(model, data.dev, recipe, device), truth)
             curve.append((step, mean_loss, accuracy, dev_loss))
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, dev accuracy {accuracy:.3f}")
+            bar.remark(f"loss {mean_loss:.3f}, dev accuracy {accuracy:.3f}")
             if best.keep(accuracy, dev_loss):
                 chosen = step
             since = []

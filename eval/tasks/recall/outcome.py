@@ -41,11 +41,11 @@ def outcome(study: Study, view: View) -> Outcome:
     for name, estimator in estimators.items():
         found = bootstrap(records, estimator)
         better = HIGHER[name.removeprefix("trained_").removesuffix("_beyond_window")]
-        metrics[name] = Metric(found.value, better, n=found.n, low=found.low, high=found.high)
+        metrics[name] = Metric(found.value, better, n=found.n, low=found.low, high=found.high, unit="rows")
     seeds = list(study.by_seed.get(OWN, {}).values())
     main = "trained_accuracy" if "trained_accuracy" in metrics else "trained_exact"
     if len(seeds) > 1:
-        metrics["trained_std_over_seeds"] = Metric(float(np.std(seeds, ddof=1)), None, n=len(seeds))
+        metrics["trained_std_over_seeds"] = Metric(float(np.std(seeds, ddof=1)), None, n=len(seeds), unit="seeds")
     if "accuracy" in metrics:
         metrics["chance"] = Metric(_chance(_flat(study.items[Variant(AS_IS, OWN)])), None)
     tables = [_table(study, view)]

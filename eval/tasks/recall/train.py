@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from data_pipeline.errors import UserError
+from eval.shared.progress import Progress
 from eval.shared.training import autocast, linear_schedule, loss_curve, train_steps
 from eval.tasks.recall.questions import TRAIN, Kind, Questions, generator
 from eval.tasks.recall.score import states_at
@@ -56,7 +56,7 @@ def train(model: NystromformerLM, kind: Kind, recipe: Recipe, seed: int, title: 
     schedule = linear_schedule(optimizer, recipe.steps)
 
     def fresh_rows() -> Iterator[Questions]:
-        for step in tqdm(range(recipe.steps), desc=title, unit="step", disable=None, leave=False):
+        for step in range(recipe.steps):
             rng = generator(TRAIN, seed, step)
             cell = cells[int(rng.integers(len(cells)))]
             yield kind.rows(cell, rng, max(1, recipe.batch_tokens // cell.length), training=True)
@@ -70,9 +70,11 @@ def train(model: NystromformerLM, kind: Kind, recipe: Recipe, seed: int, title: 
 
     losses: list[float] = []
     steps = train_steps(model, optimizer, schedule, fresh_rows(), loss, grad_clip=recipe.grad_clip)
-    for step, _, found in steps:
-        losses.append(float(found))
-        if not math.isfinite(losses[-1]):
-            raise UserError(f"the loss of training on the task is not finite at step {step}: lower --train-lr")
+    with Progress(recipe.steps, title, "step") as bar:
+        for step, _, found in steps:
+            losses.append(float(found))
+            if not math.isfinite(losses[-1]):
+                raise UserError(f"the loss of training on the task is not finite at step {step}: lower --train-lr")
+            bar.update()
     model.eval()
     return loss_curve(losses)

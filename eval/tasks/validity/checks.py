@@ -63,7 +63,7 @@ def run(subject: Subject, settings: ValiditySettings, parts: Parts | None = None
     rows: list[list[Any]] = [[c.name, c.measured, f"{c.sense} {c.bound:g}", c.passed, c.detail] for c in checks]
     passed = sum(c.passed for c in checks)
     return Outcome(
-        metrics={"passed": Metric(float(passed == len(checks)), True, n=len(checks))},
+        metrics={"passed": Metric(float(passed == len(checks)), True, n=len(checks), unit="checks")},
         tables=[Table(CHECKS_TABLE, ["check", "measured", "bound", "passed", "detail"], rows)],
     )
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from prepare_case import TEXTS, contents, plan
 
 from data_pipeline.errors import UserError
+from data_pipeline.prepare.plan import Settings, plan_preparation
 from data_pipeline.prepare.run import PrepareOptions, prepare
 from data_pipeline.quality.duplicates import Dedup
 from data_pipeline.quality.filters import Filters
 from data_pipeline.shards.shardset import verify_shards
+from data_pipeline.sources.reading import Reading
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("small_units")
@@ -142,3 +146,26 @@ def test_filters_come_before_duplicates(inputs: Path, small_tokenizer: Tokenizer
     short = [text for text in [*TEXTS, *TEXTS[:50]] if len(text) < 40]
     duplicate = [text for text in TEXTS[:50] if len(text) >= 40]
     assert outcome.shards.manifest.dropped_documents == {"duplicate": len(duplicate), "min-chars": len(short)}
+
+
+def test_a_record_keeps_a_source_of_its_own(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """In place of its file's name; that stays where the field is null, and for what is left out."""
+    (tmp_path / "in").mkdir()
+    records = [{"text": "one river", "meta": {"from": "web"}}, {"text": "two", "meta": None}, {"text": "three"}]
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    pq.write_table(
+        pa.table({"text": ["four", "five"], "meta": [{"from": 7}, {"from": 8}]}), tmp_path / "in" / "b.parquet"
+    )
+    settings = Settings(reading=Reading(source_field="meta.from"))
+    assert Reading().facts() == Reading(source_field=None).facts()
+    assert "source_field" not in Reading().facts()  # what was made before is still recognised
+    found = plan_preparation([tmp_path / "in"], small_tokenizer, settings)
+    outcome = prepare(found, tmp_path / "out", PrepareOptions(max_bad_fraction=0.5))
+    assert outcome.shards is not None
+    sources: list[str] = []
+    for shard in outcome.shards.manifest.shards:
+        names, places = outcome.shards.document_sources(shard.index)
+        sources += [names[place] for place in places]
+    assert sources == ["web", "a.jsonl", "7", "8"]
+    (bad,) = lines(tmp_path / "out" / "bad_records.jsonl")
+    assert (bad["source"], bad["record"], bad["reason"]) == ("a.jsonl", 3, "no field")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from eval.results.parts import Job, Parts
 from eval.results.schema import Metric, Outcome
-from eval.results.statistics import bootstrap
+from eval.results.statistics import bootstrap, estimate
+from eval.shared.labelled import Labelled
 from eval.shared.training import length_batches
 from eval.subject import Subject
 from eval.suites.load import load_suites
@@ -24,7 +26,8 @@ from eval.tasks.classification import MAJORITY_ROW, MODEL_ROW, SCRATCH_ROW, TFID
 from eval.tasks.classification import task as classification
 from eval.tasks.classification.dataset import ClassifyData
 from eval.tasks.classification.jobs import majority, tfidf
-from eval.tasks.classification.outcome import few_seeds, verdict
+from eval.tasks.classification.metrics import Predictions
+from eval.tasks.classification.outcome import Scored, estimators_of, few_seeds, records_of, verdict
 from pretrain.checkpoint.load import unique_weights, weights_hash
 
 
@@ -46,7 +49,7 @@ class Scattered(Parts):
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
 def test_classification_of_a_separable_set(
-    kind: str, labelled: tuple[Path, Path], request: pytest.FixtureRequest, shards: ShardSet
+    kind: str, labelled: tuple[Path, Path], request: pytest.FixtureRequest, shards: ShardSet, capsys: Any
 ) -> None:
     subject = subject_of(request.getfixturevalue(kind), shards)
     before = weights_hash(unique_weights(subject.model))
@@ -57,6 +60,20 @@ def test_classification_of_a_separable_set(
     )  # fmt: skip
     data = ClassifyData.read(settings)
     outcome = classify(subject, settings)
+    lines = capsys.readouterr().out.splitlines()
+    begun = [line for line in lines if " texts, at most 5 epochs, the best chosen on " in line]
+    assert [line.split(":")[0] for line in begun] == [
+        f"{MODEL_ROW}, seed 0",
+        f"{SCRATCH_ROW}, seed 0",
+        f"{MODEL_ROW}, seed 1",
+    ]
+    assert [line.partition("; ")[2] for line in begun] == ["2 fits to follow", "1 fit to follow", ""]
+    looks = [line for line in lines if ": epoch " in line]
+    assert [line.split(": ")[1] for line in looks] == [f"epoch {n}" for n in (1, 2, 3, 4, 5)] * 3
+    assert re.search(
+        r": epoch 2: accuracy 0\.\d{3}, loss \d\.\d{3}, about \d+ \w+ left, about \d+ \w+ for all fits$", looks[1]
+    )
+    assert not any("warning" in line for line in lines)
     assert weights_hash(unique_weights(subject.model)) == before  # the other suites must see the checkpoint
     metrics, records = outcome.metrics, outcome.records
     share = max(np.mean(data.numbers(data.test) == c) for c in (0, 1))
@@ -67,7 +84,7 @@ def test_classification_of_a_separable_set(
     assert metrics["accuracy"].n == 2
     assert metrics["accuracy"].std is not None
     assert metrics["share_of_texts_cut"].value > 0.1
-    table, seeds, lengths, calibration = outcome.tables
+    table, seeds, lengths, calibration, classes = outcome.tables
     assert [row[0] for row in table.rows] == [MODEL_ROW, SCRATCH_ROW, TFIDF_ROW, TFIDF_CUT_ROW, MAJORITY_ROW]
     assert table.columns[:7] == ["predictor", "accuracy", "± std", "macro F1", "± std", "MCC", "± std"]
     assert table.rows[0][-1] == 2
@@ -95,6 +112,15 @@ def test_classification_of_a_separable_set(
     assert sum(row[1] for row in lengths.rows) == len(records)
     assert sum(row[1] * row[2] for row in lengths.rows) / len(records) == pytest.approx(metrics["accuracy"].value)
     assert sum(row[1] for row in calibration.rows) == 2 * len(records)
+    # Of each class what was found of it and what was said to be it; all of the confusion matrix' rows add up to one.
+    assert [row[:2] for row in classes.rows] == [[name, data.test.labels.count(name)] for name in ("0", "1")]
+    assert np.mean([row[4] for row in classes.rows]) == pytest.approx(metrics["macro_f1"].value)
+    (matrix,) = outcome.grids
+    shares = np.array(matrix.values)
+    np.testing.assert_allclose(shares.sum(1), 1)
+    assert shares.diagonal().tolist() == pytest.approx([row[3] for row in classes.rows])  # recall
+    assert matrix.y == [f"{name} ({data.test.labels.count(name)})" for name in ("0", "1")]
+    assert metrics["share_of_texts_trained_on"].value == 0
     charts = {series.chart or series.name for series in outcome.series}
     assert {"accuracy by length", "reliability", "dev accuracy by epoch", "test items by length"} == charts
     wrong = outcome.samples
@@ -202,7 +228,23 @@ def test_length_batches_hold_every_example_once() -> None:
     assert spread < 0.4 * np.mean([np.ptp(lengths[i : i + 8]) for i in range(0, 203, 8)])
 
 
-def test_a_preset_runs_on_local_files(causal: Path, shards: ShardSet, tmp_path: Path) -> None:
+def test_texts_that_were_trained_on_are_told_apart() -> None:
+    """Small letters and white space do not make another text, the label does not either; of pairs both count."""
+    train = Labelled(["A river ", "stone", "lamp"], ["x", "y", "y"], "train", "", ["1", "2", "3"])
+    dev = Labelled(["cloud"], ["x"], "dev", "", ["4"])
+    test = Labelled(["a  RIVER", "stone", "cloud", "paper"], ["y", "y", "x", "x"], "test", "", ["1", "3", "4", "1"])
+    assert ClassifyData(train, test, ["x", "y"], dev).seen().tolist() == [True, False, True, False]
+    assert ClassifyData(train, test, ["x", "y"]).seen().tolist() == [True, False, False, False]
+    seen = np.array([True, False, True, False])
+    truth, guess = np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0])
+    rows = {MODEL_ROW: [Predictions(guess, np.eye(2)[guess])]}
+    records = records_of(Scored(truth, rows, ["x", "y"]), list("abcd"), np.ones(4), seen)
+    estimators = estimators_of(records)
+    assert estimate(records, estimators["accuracy"]) == 0.75
+    assert estimate(records, estimators["accuracy_unseen"]) == 0.5
+
+
+def test_a_preset_runs_on_local_files(causal: Path, shards: ShardSet, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "mrpc").mkdir()
     for part in ("train", "test"):
         with (tmp_path / "mrpc" / f"{part}.jsonl").open("w") as file:
@@ -213,5 +255,10 @@ def test_a_preset_runs_on_local_files(causal: Path, shards: ShardSet, tmp_path: 
     suite = load_suites(["mrpc"], overrides=[(None, key, value) for key, value in given.items()])[0]
     assert isinstance(suite.settings, ClassifySettings)
     outcome = classify(subject_of(causal, shards), suite.settings)
+    said = "20 of 20 test texts (100.0%) stand in "
+    assert f"warning: {said}" in capsys.readouterr().out
+    assert said in outcome.tables[0].note
+    assert outcome.metrics["share_of_texts_trained_on"].value == 1
+    assert "accuracy_unseen" not in outcome.metrics
     assert outcome.metrics["tfidf_f1"].value == 1.0
     assert 0 <= outcome.metrics["f1"].value <= 1

@@ -13,7 +13,6 @@ from suites_case import subject_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from tqdm import tqdm
 
 from data_pipeline.shards.shardset import ShardSet
 from eval.shared.labelled import Labelled
@@ -65,8 +64,7 @@ def test_a_batch_in_parts_trains_as_the_whole_batch(masked: Path, shards: ShardS
         network = Classifier(copy.deepcopy(subject_of(masked, shards).model), 32, 3, 0.0)
         network.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].numel()))
         recipe = Recipe(epochs=3, batch_size=8, lr=1e-3, dropout=0.0, micro_tokens=micro_tokens)
-        with tqdm(disable=True) as bar:
-            fitted = fit(network, data, np.arange(18), np.arange(18, 24), recipe, seed=0, progress=bar, **CPU)
+        fitted = fit(network, data, np.arange(18), np.arange(18, 24), recipe, seed=0, **CPU)
         weights.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
         curves.append([place.loss for place in fitted.curve])
         sizes.append(0)
@@ -97,8 +95,7 @@ def test_steps_bound_the_run_and_patience_ends_it(causal: Path, shards: ShardSet
     def curve(**settings: Any) -> list[float]:
         network = Classifier(copy.deepcopy(subject_of(causal, shards).model), 32, 3, 0.0)
         recipe = Recipe(**({"batch_size": 8} | settings))
-        with tqdm(disable=True) as bar:
-            fitted = fit(network, data, np.arange(16), np.arange(16, 24), recipe, seed=0, progress=bar, **CPU)
+        fitted = fit(network, data, np.arange(16), np.arange(16, 24), recipe, seed=0, **CPU)
         best = max(fitted.curve, key=lambda place: (place.accuracy, -place.loss))
         assert fitted.best == best
         logits, labels = predict(fitted.model, data, np.arange(16, 24), **CPU)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from eval.tasks.generation import task as generation
 from eval.tasks.generation.decodings import Decoding
 from eval.tasks.generation.judges import Judges, continuation_nats, mean_states
 from eval.tasks.generation.prompts import material, two_sets
+from eval.tasks.generation.shown import text_lines
 from pretrain.checkpoint.load import load_model
 from pretrain.model.generation import generate
 
@@ -130,6 +132,7 @@ def test_a_prompt_is_continued_with_its_own_seed(fitted: Subject, shards: ShardS
             fitted.model, prompt, max_new_tokens=12, temperature=0.8, top_k=50, seed=7 + place, stop_id=shards.eos_id
         )
         assert outcome.records[place]["text"] == shards.tokenizer().decode(alone)
+        assert (outcome.records[place]["prompt_ids"], outcome.records[place]["ids"]) == (prompt, alone)
 
 
 def test_texts_that_end_at_once_are_no_measure_for_others(
@@ -242,6 +245,11 @@ def test_prompts_of_ones_own(fitted: Subject, causal: Path, tmp_path: Path) -> N
     assert own.samples[0]["real"] is None
     assert [row[0] for row in own.tables[0].rows] == ["top-k 50, temperature 0.8", *CONTROLS]
     assert column(own, "texts") == dict.fromkeys([row[0] for row in own.tables[0].rows], 2)
+    result: Any = SimpleNamespace(settings={"prompt": ["a river", "stone"]}, samples=own.samples, records={"count": 2})
+    shown = text_lines(result, Path("eval/generate.samples.jsonl"))
+    assert [line for line in shown if "prompt:" in line] == ["  prompt: a river", "  prompt: stone"]
+    assert shown[1].removeprefix("  text:   ") == own.records[0]["text"].split("\n")[0]
+    assert shown[-1] == "all 2 texts and their numbers: eval/generate.samples.jsonl"
     lines = tmp_path / "own.txt"
     lines.write_text("a river\r\n\nstone\n", encoding="utf-8")
     records = tmp_path / "own.jsonl"

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,9 +108,12 @@ def nats(subject: Subject, context: list[int], continuation: list[int]) -> float
 
 
 def test_multiple_choice_equals_a_naive_computation(
-    subject: Subject, folder: Path, documents: list[dict[str, object]]
+    subject: Subject, folder: Path, documents: list[dict[str, object]], capsys: Any
 ) -> None:
-    outcome = harness(subject, HarnessSettings(tasks=("toy_choice",), include_path=(str(folder),)))
+    settings = HarnessSettings(tasks=("toy_choice",), include_path=(str(folder),))
+    task.data(subject, settings)
+    outcome = harness(subject, settings)
+    assert capsys.readouterr().err == ""  # no bars in a file
     tokenizer = subject.loaded.tokenizer
     right = []
     for row in documents:
@@ -119,6 +123,12 @@ def test_multiple_choice_equals_a_naive_computation(
         # The harness puts a space between prompt and choice.
         scores = [nats(subject, context, tokenizer.encode(f"{prompt} {c}")[len(context) :]) for c in choices]
         right.append(int(np.argmin(scores) == row["label"]))
+        record = outcome.records[len(right) - 1]
+        assert record["log_likelihoods"] == pytest.approx([-score for score in scores], rel=1e-5)
+        assert (record["predicted"], record["right"]) == (int(np.argmin(scores)), [row["label"]])
+        assert (record["acc"], record["tied"]) == (right[-1], 0)
+    assert outcome.metrics["chance"].value == pytest.approx(1 / 3)
+    assert outcome.metrics["ties"].value == 0
     assert 0 < sum(right) < len(right)
     acc = outcome.metrics["acc"]
     assert acc.value == pytest.approx(np.mean(right))
@@ -153,7 +163,7 @@ def test_several_tasks_at_once(subject: Subject, folder: Path, documents: list[d
     exact = outcome.metrics["toy_writing exact_match"]
     assert exact.value == pytest.approx(8 / 12)
     assert {row[0] for row in outcome.tables[0].rows} == {"toy_choice", "toy_rolling", "toy_writing"}
-    assert outcome.metrics["acc"].value == outcome.metrics["toy_choice acc"].value
+    assert "acc" not in outcome.metrics  # no figure over unlike tasks
     for name, estimator in outcome.estimators.items():
         assert estimate(outcome.records, estimator) == pytest.approx(outcome.metrics[name].value)
 
