@@ -82,6 +82,12 @@ class Run:
         """That the run has been trained on since a result of it, and how far it was then; "" where it was not."""
         return outdated(result.model, self.reached()) if self.trained else ""
 
+    @property
+    def behind(self) -> str:
+        """What :meth:`outdated` says, where it says the same of all results; else ""."""
+        said = {self.outdated(result) for result in self.results.values() if result.model.weights_hash}
+        return said.pop() if len(said) == 1 else ""
+
     def reached(self) -> float:
         """Tokens seen, 0 where nothing says."""
         records = [*self.train[-1:], *self.valid[-1:], *self.events]  # the first two rise

@@ -55,9 +55,7 @@ def banner(run: Run) -> Banner | None:
     outdated = run.outdated(checked_by)
     text = f"all {len(table.rows)} validity checks passed"
     if outdated:
-        return Banner(
-            run.name, "unknown", f"{text}, but of other weights: {outdated.replace('scored', 'checked')}", table
-        )
+        return Banner(run.name, "unknown", f"{text} on earlier weights: {outdated.replace('scored', 'checked')}", table)
     return Banner(run.name, "passed", text, table)
 
 

@@ -16,6 +16,8 @@ from eval.results.schema import Metric, Result
 FOLD_ROWS, MOST_ROWS = 16, 400
 # Metrics and differences that stand open.
 MOST_METRICS = 14
+# What n may count in a result of an earlier version, which did not say.
+UNITS = {"tokens", "bytes", "words", "targets"}
 # What a text is, and no score: earlier versions wrote that lower is better.
 FACTS = {"unigram_entropy", "share_of_texts_cut"}
 
@@ -105,10 +107,10 @@ def over(result: Result, name: str) -> str:
     metric = result.metrics[name]
     if metric.n is None:
         return ""
-    estimator = result.estimators.get(name)
     unit = metric.unit or ("seeds" if metric.std is not None else "")
-    if not unit and estimator is not None:
-        unit = (estimator.denominator or "items").removesuffix("_clean")
+    if not unit and name in result.estimators:
+        counted = (result.estimators[name].denominator or "items").removesuffix("_clean")
+        unit = "items" if metric.n == result.records.get("count") else counted if counted in UNITS else ""
     return f"{number(metric.n)} {unit.removesuffix('s') if metric.n == 1 else unit}".rstrip()
 
 

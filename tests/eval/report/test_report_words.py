@@ -149,10 +149,13 @@ def test_what_a_figure_is_over_and_how_much_of_the_text_was_scored(tmp_path: Pat
     path = run / "eval" / "lm.json"
     raw = json.loads(path.read_text())
     raw["metrics"] = {"loss": {"value": 3.0, "higher_is_better": False, "n": 1},
-                      "accuracy": {"value": 0.5, "higher_is_better": True, "std": 0.1, "n": 3}}  # fmt: skip
+                      "accuracy": {"value": 0.5, "higher_is_better": True, "std": 0.1, "n": 3},
+                      "repetition": {"value": 0.5, "higher_is_better": True, "n": 40}}  # fmt: skip
+    raw["estimators"]["repetition"] = {"numerator": "nats", "denominator": "tokens"}
     path.write_text(json.dumps(raw))
     old = [member(read_run(run))]
-    assert [metric_row("", old, name).n for name in ("loss", "accuracy")] == ["1 token", "3 seeds"]
+    said = [metric_row("", old, name).n for name in ("loss", "accuracy", "repetition")]
+    assert said == ["1 token", "3 seeds", "40 items"]
 
 
 def test_few_items_are_told(tmp_path: Path) -> None:
