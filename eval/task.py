@@ -75,11 +75,15 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the report's summary. ``ranked``: whether the best of several runs is marked."""
+    """A row of the report's summary. ``ranked``: whether the best of several runs is marked.
+
+    ``reference``: the metric that it must be better than to show anything; the report says where it is not.
+    """
 
     metric: str
     label: str
     ranked: bool = True
+    reference: str = ""
 
 
 @dataclass(frozen=True)

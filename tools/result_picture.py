@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,9 @@ def losses_of(run: Path, kind: str) -> tuple[list[float], list[float]]:
     """Tokens seen and the loss, of the steps (``train``) or of the validations (``valid``)."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if row["kind"] == kind]
-    return [row["tokens"] for row in rows], [row["loss"] for row in rows]
+    rows = [row for row in rows if kind == "train" or row["loss"] is not None]
+    # A batch without a target has a null loss: a gap in the line.
+    return [row["tokens"] for row in rows], [math.nan if row["loss"] is None else row["loss"] for row in rows]
 
 
 def draw_losses(axes: Axes, runs: Path) -> None:

@@ -29,6 +29,8 @@ def curve(metrics: Path, times: list[float]) -> list[Point]:
     points = []
     for line in valid:
         loss = line.get("longest_loss", line["loss"])
+        if loss is None:  # not finite, or without a target: no point of the curve
+            continue
         points.append({"tokens": line["tokens"], "seconds": sum(seconds[: line["step"]]), "loss": loss})
     return points
 

@@ -22,12 +22,20 @@ MAX_PAIRS = 100_000
 
 @dataclass(frozen=True)
 class Member:
-    """One run's result of a suite: ``index`` is the run's place on the page, ``doubt`` why it proves nothing."""
+    """One run's result of a suite: ``index`` is the run's place on the page, ``doubt`` why it proves nothing.
+
+    ``outdated``: that the run has been trained on since, and how far it was when it was scored.
+    """
 
     index: int
     run: Run
     result: Result
     doubt: str = ""
+
+    @property
+    def outdated(self) -> str:
+        """See the class; "" where the run is as it was."""
+        return self.run.outdated(self.result)
 
 
 @dataclass(frozen=True)

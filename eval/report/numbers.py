@@ -6,18 +6,32 @@ import math
 import re
 from typing import Any
 
+from eval.results.caution import short
+
 # Words of metrics' names that are not written in small letters.
-CAPITALS = {"f1": "F1", "mcc": "MCC", "ece": "ECE", "mauve": "MAUVE", "bleu": "BLEU", "auc": "AUC", "gpu": "GPU"}
+CAPITALS = {
+    "tfidf": "TF-IDF",
+    "f1": "F1",
+    "mcc": "MCC",
+    "ece": "ECE",
+    "mauve": "MAUVE",
+    "bleu": "BLEU",
+    "auc": "AUC",
+    "gpu": "GPU",
+}
+
+# From here on a number is abbreviated: 12,345,678 as 12.3M.
+MOST_WHOLE = 1e7
 
 
 def number(value: Any) -> str:
-    """A cell as text: about four significant digits, thousands separated, pass or FAIL for truth values."""
+    """A cell as text: three to four significant digits, large numbers abbreviated, pass or FAIL for truth values."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "pass" if value else "FAIL"
     if isinstance(value, int):
-        return f"{value:,}"
+        return f"{value:,}" if abs(value) < MOST_WHOLE else compact(value)
     if not isinstance(value, float):
         return str(value)
     size = abs(value)
@@ -25,13 +39,22 @@ def number(value: Any) -> str:
         return "not finite"
     if value == 0:
         return "0"
-    if size < 1e-3:
+    if size < 1e-4:
         return f"{value:.1e}"
+    if size < 0.01:
+        return f"{value:.3g}"
     if size < 10:
         return f"{value:.3f}"
     if size < 100:
         return f"{value:.2f}"
-    return f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
+    if size < 1000:
+        return f"{value:.1f}"
+    return f"{value:,.0f}" if size < MOST_WHOLE else compact(value)
+
+
+def measure(text: Any) -> str:
+    """Text with its numbers as :func:`number` writes them: "<= 0.0020589" as "<= 0.00206"."""
+    return re.sub(r"-?\d+\.\d+(?:e[-+]?\d+)?|-?\d+e[-+]?\d+", lambda found: number(float(found[0])), str(text))
 
 
 def cell(value: Any) -> str:
@@ -53,11 +76,8 @@ def plain(value: Any) -> str:
 
 
 def compact(value: float, _: Any = None) -> str:
-    """1500000 as 1.5M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+    """1500000 as 1.5M; the second argument is what matplotlib gives to a formatter."""
+    return short(value)
 
 
 def percent(value: float, _: Any = None) -> str:

@@ -13,7 +13,7 @@ from data_pipeline.report import base
 from eval.report import charts, numbers, samples, tables
 from eval.report.runs import Run, flatten
 from eval.report.sections import sections
-from eval.report.summary import banner, summary
+from eval.report.summary import banner, facts, scores
 from eval.report.tables import config_differences, side_by_side
 from eval.report.training import training_charts
 
@@ -26,6 +26,7 @@ def render(runs: Sequence[Run], title: str | None = None) -> str:
     environment.filters |= {
         "number": numbers.number,
         "cell": numbers.cell,
+        "measure": numbers.measure,
         "visible": numbers.visible,
         "heading": numbers.title,
     }
@@ -47,7 +48,8 @@ def render(runs: Sequence[Run], title: str | None = None) -> str:
         configured=configured,
         banners=[found for run in runs if (found := banner(run))],
         problems=[(run.name, problem) for run in runs for problem in run.problems],
-        summary=summary(runs),
+        facts=facts(runs),
+        scores=scores(runs),
         training=training_charts(runs),
         sections=sections(runs),
         differences=config_differences([flatten(run.config) for _, run in configured], skip={"name", "output_dir"}),

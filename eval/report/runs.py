@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
+from eval.results.caution import outdated
 from eval.results.schema import Result, read_result
 
 EVAL = "eval"
@@ -70,9 +71,26 @@ class Run:
         """The results of one task."""
         return [result for result in self.results.values() if result.task == task]
 
+    def is_own_text(self, result: Result) -> bool:
+        """Whether a result is of the held-out text that the run's own curve is of (its ``data.valid``)."""
+        named, read = self.setting("data", "valid"), result.data.get("path")
+        if not named or not read or result.settings.get("text") or result.settings.get("dataset"):
+            return False
+        return str(named) == str(read) or Path(str(named)).resolve() == Path(str(read)).resolve()
+
+    def outdated(self, result: Result) -> str:
+        """That the run has been trained on since a result of it, and how far it was then; "" where it was not."""
+        return outdated(result.model, self.reached()) if self.trained else ""
+
+    @property
+    def behind(self) -> str:
+        """What :meth:`outdated` says, where it says the same of all results; else ""."""
+        said = {self.outdated(result) for result in self.results.values() if result.model.weights_hash}
+        return said.pop() if len(said) == 1 else ""
+
     def reached(self) -> float:
         """Tokens seen, 0 where nothing says."""
-        records = [*self.train, *self.valid, *self.events]
+        records = [*self.train[-1:], *self.valid[-1:], *self.events]  # the first two rise
         return max((float(r["tokens"]) for r in records if isinstance(r.get("tokens"), int | float)), default=0.0)
 
     def stages(self) -> list[Stage]:

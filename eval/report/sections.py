@@ -13,9 +13,10 @@ from eval.report import charts
 from eval.report.compare import Difference, Member, doubt
 from eval.report.curves import Chart, charts_of
 from eval.report.heatmap import Scale, heatmap, scale_of
-from eval.report.numbers import title, words
+from eval.report.material import lead_of
+from eval.report.numbers import title
 from eval.report.runs import Run
-from eval.report.samples import Sample, samples_of
+from eval.report.samples import Sample, kinds_of, samples_of
 from eval.report.tables import (
     Joined,
     MetricRow,
@@ -24,9 +25,10 @@ from eval.report.tables import (
     joined_tables,
     measured,
     metric_rows,
-    unequal_conditions,
+    unequal_sentence,
 )
 from eval.report.training import OBJECTIVES
+from eval.results.caution import few_items
 from eval.results.schema import Grid
 from eval.task import Bars, described
 
@@ -59,8 +61,9 @@ class Group:
 
     heading: str
     lead: str
+    cautions: list[str]
     members: list[Member]
-    unequal: list[str]
+    unequal: str
     metrics: list[MetricRow]
     differences: list[tuple[str, Difference]]
     bars: Markup | None
@@ -68,6 +71,7 @@ class Group:
     heatmaps: list[HeatMaps]
     tables: list[Joined]
     samples: list[Sample]
+    kinds: set[str]
     measured: list[tuple[str, list[str]]]
 
 
@@ -146,36 +150,23 @@ def _alike(first: Member, second: Member) -> bool:
 def _group(members: list[Member], label: str, number: int, heading: str) -> Group:
     context = f"{heading} {number}" + (f", {label}" if label else "")
     drawn = described(members[0].result.task).bars
+    samples = samples_of(members)
     return Group(
         heading=label,
-        lead=_lead(members),
+        lead=lead_of(members),
+        cautions=attributed([(m, caution) for m in members if (caution := few_items(m.result))]),
         members=members,
-        unequal=unequal_conditions(members),
+        unequal=unequal_sentence(members),
         metrics=metric_rows(members),
         differences=difference_rows(members),
         bars=_bars(members, drawn, context) if drawn else None,
         charts=charts_of(members, context),
         heatmaps=_heatmaps(members),
         tables=joined_tables(members),
-        samples=samples_of(members),
+        samples=samples,
+        kinds=kinds_of(samples),
         measured=measured(members),
     )
-
-
-def _lead(members: Sequence[Member]) -> str:
-    """On what all of them were measured, where the data has a path or files and all have the same."""
-    data = members[0].result.data
-    if any(member.result.data != data for member in members):
-        return ""
-    names = ("path", "train", "test", "source")
-    paths = [f"{words(key)} {data[key]}" if key != "path" else str(data[key]) for key in names if data.get(key)]
-    counts = [
-        f"{value:,} {words(key)}"
-        for key, value in data.items()
-        if isinstance(value, int) and not isinstance(value, bool) and value
-    ]
-    counts += [f"{len(value)} {words(key)}" for key, value in data.items() if isinstance(value, list) and value]
-    return "; ".join(filter(None, (", ".join(paths), ", ".join(counts))))
 
 
 def _heatmaps(members: Sequence[Member]) -> list[HeatMaps]:

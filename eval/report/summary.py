@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eval.report.compare import checks_table, failed_checks, gate_result
+from eval.report.material import source_of
 from eval.report.numbers import compact, number, words
 from eval.report.runs import Run
 from eval.report.sections import heading_of, members_of
 from eval.report.tables import Figure, MetricRow, metric_row
 from eval.report.training import OBJECTIVES
-from eval.results.schema import Table
-from eval.task import described, tasks
+from eval.results.caution import few_items
+from eval.results.schema import Result, Table
+from eval.task import Row, described, tasks
 
 # Suites of tasks without rows of their own show their first metric, so many of them at most.
 MOST_OTHERS = 8
@@ -50,22 +52,36 @@ def banner(run: Run) -> Banner | None:
     checked = checked_by.model.identity
     if any(result.model.weights_hash and result.model.identity != checked for result in scored.values()):
         return Banner(run.name, "unknown", "checked on another model than the one scored below", table)
-    return Banner(run.name, "passed", f"all {len(table.rows)} validity checks passed", table)
+    outdated = run.outdated(checked_by)
+    text = f"all {len(table.rows)} validity checks passed"
+    if outdated:
+        return Banner(run.name, "unknown", f"{text} on earlier weights: {outdated.replace('scored', 'checked')}", table)
+    return Banner(run.name, "passed", text, table)
 
 
-def summary(runs: Sequence[Run]) -> list[MetricRow]:
-    """Rows of the first table: what the runs are, and their most telling figures."""
+def facts(runs: Sequence[Run]) -> list[MetricRow]:
+    """Rows of the first table: what the runs are."""
     rows = []
-    for label, texts in (
-        ("Objective", [OBJECTIVES.get(_objective(run), "–") for run in runs]),
-        ("Attention", [_attention(run) for run in runs]),
-        ("Parameters", [_of_model(run, "parameters") for run in runs]),
-        ("Tokens seen", [compact(run.reached()) if run.reached() else _of_model(run, "tokens") for run in runs]),
-        ("Training time", [_duration(run) for run in runs]),
-        ("Last held-out loss while training", [number(_last(run.valid, "loss")) for run in runs]),
+    for label, hint, figures in (
+        ("Objective", "", [Figure(OBJECTIVES.get(_objective(run), "–")) for run in runs]),
+        ("Attention", "", [Figure(_attention(run)) for run in runs]),
+        ("Parameters", "", [_of_model(run, "parameters") for run in runs]),
+        ("Tokens seen", "", [_amount(run.reached()) if run.reached() else _of_model(run, "tokens") for run in runs]),
+        ("Training time", "", [Figure(_duration(run)) for run in runs]),
+        (
+            "Last held-out loss while training",
+            _held_out(runs),
+            [Figure(number(_last(run.valid, "loss"))) for run in runs],
+        ),
     ):
-        if any(text != "–" for text in texts):
-            rows.append(MetricRow(label, "", [Figure(text) for text in texts]))
+        if any(figure.text != "–" for figure in figures):
+            rows.append(MetricRow(label, hint, figures))
+    return rows
+
+
+def scores(runs: Sequence[Run]) -> list[MetricRow]:
+    """Rows of the second table: the most telling figures of the evaluation."""
+    rows: list[MetricRow] = []
     suites = dict.fromkeys(
         (r.task, name) for run in runs for name, r in run.results.items() if not described(r.task).is_gate
     )  # fmt: skip
@@ -76,7 +92,7 @@ def summary(runs: Sequence[Run]) -> list[MetricRow]:
         for shown in about.rows:
             for name in names:
                 label = shown.label if name == task else f"{shown.label} ({name})"
-                row = _row(runs, task, name, shown.metric, label, ranked=shown.ranked)
+                row = _row(runs, task, name, replace(shown, label=label))
                 rows += [row] if row else []
     others = 0
     for task, name in suites:
@@ -86,20 +102,51 @@ def summary(runs: Sequence[Run]) -> list[MetricRow]:
         heading = heading_of(task)[0]
         for metric in list(metrics)[:1]:
             suite = "" if name == task else f" ({name})"
-            row = _row(runs, task, name, metric, f"{heading}, {words(metric)}{suite}")
+            row = _row(runs, task, name, Row(metric, f"{heading}, {words(metric)}{suite}"))
             rows += [row] if row else []
             others += 1
     return rows
 
 
-def _row(
-    runs: Sequence[Run], task: str, suite: str, metric: str, label: str, *, ranked: bool = True
-) -> MetricRow | None:
+def _row(runs: Sequence[Run], task: str, suite: str, shown: Row) -> MetricRow | None:
     by_run = {member.index: member for member in members_of(runs, task, suite)}
     members = [by_run.get(index) for index in range(len(runs))]
-    if not any(metric in member.result.metrics for member in members if member):
+    present = [member for member in members if member and shown.metric in member.result.metrics]
+    if not present:
         return None
-    return metric_row(label, members, metric, ranked=ranked)
+    row = metric_row(shown.label, members, shown.metric, ranked=shown.ranked)
+    texts = {source_of(member.result) for member in present}
+    own = all(member.run.is_own_text(member.result) or "train" in member.result.data for member in present)
+    everywhere = "".join(texts) if len(texts) == 1 and not own else ""
+    figures = []
+    for figure, member in zip(row.figures, members, strict=True):
+        if member is None or shown.metric not in member.result.metrics:
+            figures.append(figure)
+            continue
+        source = source_of(member.result) if len(texts) > 1 else ""
+        where = f"on {source}" if source else ""
+        few = "few items" if few_items(member.result) else ""
+        notes = tuple(filter(None, (where, not_better(member.result, shown), few)))
+        figures.append(replace(figure, notes=notes))
+    hint = ", ".join(filter(None, (row.hint, f"on {everywhere}" if everywhere else "")))
+    return replace(row, hint=hint, figures=figures)
+
+
+def not_better(result: Result, shown: Row) -> str:
+    """That a figure is not better than its row's reference, in words; "" where it is, or where one is missing."""
+    mine, other = result.metrics.get(shown.metric), result.metrics.get(shown.reference)
+    if mine is None or other is None or mine.higher_is_better is None:
+        return ""
+    better = mine.value > other.value if mine.higher_is_better else mine.value < other.value
+    name = words(shown.reference)
+    return "" if better else f"not better than {name.removesuffix(' accuracy')}, {number(other.value)}"
+
+
+def _held_out(runs: Sequence[Run]) -> str:
+    """The text that the loss while training is of, where it is the same for all runs that have one."""
+    named = {str(run.setting("data", "valid") or "") for run in runs if run.valid}
+    found = named.pop() if len(named) == 1 else ""
+    return f"on {found}" if found else ""
 
 
 def _objective(run: Run) -> str:
@@ -111,12 +158,17 @@ def _attention(run: Run) -> str:
     return str(run.setting("model", "attention") or named or "–")
 
 
-def _of_model(run: Run, name: str) -> str:
-    return next((f"{getattr(r.model, name):,}" for r in run.results.values() if r.model.weights_hash), "–")
+def _of_model(run: Run, name: str) -> Figure:
+    return next((_amount(getattr(r.model, name)) for r in run.results.values() if r.model.weights_hash), Figure())
+
+
+def _amount(value: float) -> Figure:
+    return Figure(compact(value), full=f"{value:,.0f}")
 
 
 def _last(records: Sequence[dict[str, Any]], key: str) -> Any:
-    return records[-1].get(key) if records else None
+    """The last value that there is: a step without targets has a null loss."""
+    return next((r[key] for r in reversed(records) if r.get(key) is not None), None)
 
 
 def _duration(run: Run) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eval.report.compare import Difference, Member, best_of, differences
@@ -16,22 +16,32 @@ from eval.results.schema import Metric, Result
 FOLD_ROWS, MOST_ROWS = 16, 400
 # Metrics and differences that stand open.
 MOST_METRICS = 14
+# What n may count in a result of an earlier version, which did not say.
+UNITS = {"tokens", "bytes", "words", "targets"}
+# What a text is, and no score: earlier versions wrote that lower is better.
+FACTS = {"unigram_entropy", "share_of_texts_cut"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric of one run: its value as text, the deviation over seeds, the interval; ``best`` of the runs."""
+    """One metric of one run: its value as text, the deviation over seeds, the interval; ``best`` of the runs.
+
+    ``full``: the number whole where the text abbreviates it. ``notes``: what else must be known of it, in a few words.
+    """
 
     text: str = "–"
     std: str = ""
     span: str = ""
     best: bool = False
     doubt: str = ""
+    outdated: str = ""
+    full: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric of all runs; ``hint`` says which way is better, ``n`` over how many items or seeds it was taken."""
+    """One metric of all runs; ``hint`` says which way is better, ``n`` what it is over: "1,024 tokens", "3 seeds"."""
 
     label: str
     hint: str
@@ -70,13 +80,21 @@ def figure(metric: Metric | None, *, best: bool = False, doubt: str = "") -> Fig
     if metric is None:
         return Figure()
     bounded = metric.low is not None and metric.high is not None
+    text = number(float(metric.value))
     return Figure(
-        number(float(metric.value)),
-        number(float(metric.std)) if metric.std is not None else "",
+        text,
+        _like(text, float(metric.std)) if metric.std is not None else "",
         f"[{number(float(metric.low or 0))}, {number(float(metric.high or 0))}]" if bounded else "",
         best,
         doubt,
     )
+
+
+def _like(text: str, std: float) -> str:
+    """A deviation with the decimals of its value ``text``; by itself where it would be 0 then."""
+    _, point, decimals = text.partition(".")
+    shown = f"{std:.{len(decimals)}f}" if point and decimals.isdigit() else ""
+    return shown if shown.strip("0.") else number(std)
 
 
 def direction(metric: Metric) -> str:
@@ -84,8 +102,21 @@ def direction(metric: Metric) -> str:
     return {True: "higher is better", False: "lower is better", None: ""}[metric.higher_is_better]
 
 
+def over(result: Result, name: str) -> str:
+    """What a metric is of, as "1,024 tokens"; without a unit where a result of an earlier version does not say."""
+    metric = result.metrics[name]
+    if metric.n is None:
+        return ""
+    unit = metric.unit or ("seeds" if metric.std is not None else "")
+    if not unit and name in result.estimators:
+        counted = (result.estimators[name].denominator or "items").removesuffix("_clean")
+        unit = "items" if metric.n == result.records.get("count") else counted if counted in UNITS else ""
+    return f"{number(metric.n)} {unit.removesuffix('s') if metric.n == 1 else unit}".rstrip()
+
+
 def metric_row(label: str, members: Sequence[Member | None], name: str, *, ranked: bool = True) -> MetricRow:
     """One metric over the runs; the best marked if they are comparable (``ranked``: and should be) and not in doubt."""
+    ranked = ranked and name not in FACTS
     found = [member.result.metrics.get(name) if member else None for member in members]
     present = [member for member, metric in zip(members, found, strict=True) if member and metric]
     first = next(metric for metric in found if metric)
@@ -94,10 +125,13 @@ def metric_row(label: str, members: Sequence[Member | None], name: str, *, ranke
     if ranked and not own_tokens and not unequal(sound(present)):
         winner = best_of([m if member and not member.doubt else None for m, member in zip(found, members, strict=True)])
     figures = [
-        figure(metric, best=place == winner, doubt=member.doubt if member and metric else "")
+        replace(
+            figure(metric, best=place == winner, doubt=member.doubt if member and metric else ""),
+            outdated=member.outdated if member and metric else "",
+        )
         for place, (metric, member) in enumerate(zip(found, members, strict=True))
     ]
-    counts = list(dict.fromkeys(number(metric.n) if metric.n is not None else "" for metric in found if metric))
+    counts = list(dict.fromkeys(over(member.result, name) for member in present))
     hint = "by token, and tokenizers differ" if own_tokens else direction(first)
     return MetricRow(label, hint if ranked else "", figures, " / ".join(counts))
 
@@ -143,9 +177,20 @@ def difference_rows(members: Sequence[Member]) -> list[tuple[str, Difference]]:
     return [(words(row.metric), row) for row in differences(certain)] if certain else []
 
 
-def unequal_conditions(members: Sequence[Member]) -> list[str]:
-    """Why the members that are not in doubt are not comparable, in words; empty if they are."""
-    return [words(key) for key in unequal(sound(members))]
+def unequal_sentence(members: Sequence[Member]) -> str:
+    """In what the members that are not in doubt differ so that they are not comparable, as text; "" if they are."""
+    found = unequal(sound(members))
+    kinds = [words(key) for key in found if not key.startswith("setting ")]
+    settings = [key.removeprefix("setting ") for key in found if key.startswith("setting ")]
+    parts = [f"the {kind}" for kind in kinds]
+    if settings:
+        parts.append(f"the setting{'s' if len(settings) > 1 else ''} {listed(settings)}")
+    return listed(parts)
+
+
+def listed(parts: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
 
 
 def sound(members: Sequence[Member]) -> list[Result]:

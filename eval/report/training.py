@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OBJECTIVES = {"mlm": "masked", "clm": "causal"}
+# Records up to which a line goes through all of them.
+MOST_RAW = 40
+SPREAD = "two standard deviations of single records around it"
 
 
 def training_charts(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
@@ -25,14 +28,18 @@ def training_charts(runs: Sequence[Run]) -> list[tuple[Markup, str]]:
     for objective, word in [*OBJECTIVES.items(), ("", "")]:
         group = [(i, run) for i, run in everyone if run.objective == objective]
         title = f"Loss, {word} models" if word else "Loss"
-        pictures.append((loss(group, title), f"{title}. Line: training; dots: held-out text."))
+        banded = any(len(run.train) > MOST_RAW for _, run in group)
+        line = f"mean of training, shaded: {SPREAD}" if banded else "training"
+        pictures.append((loss(group, title), f"{title}. Line: {line}; dots: held-out text."))
     for key, ylabel, title, options in (
-        ("tokens_per_second", "tokens per second", "Throughput", {}),
+        ("tokens_per_second", "tokens per second", "Throughput", {"noisy": True}),
         ("lr", "learning rate", "Learning rate", {}),
-        ("grad_norm", "norm before clipping", "Gradient norm, before clipping", {"log": True}),
+        ("grad_norm", "norm before clipping", "Gradient norm, before clipping", {"log": True, "noisy": True}),
         ("data_wait", "share of time", "Time spent waiting for data", {"share": True}),
     ):
-        pictures.append((over_tokens(everyone, key, ylabel, title, **options), f"{title}."))
+        banded = "noisy" in options and any(len(run.train) > MOST_RAW for _, run in everyone)
+        caption = f"{title}. Line: mean, shaded: {SPREAD}." if banded else f"{title}."
+        pictures.append((over_tokens(everyone, key, ylabel, title, **options), caption))
     return [(drawn, caption) for drawn, caption in pictures if drawn is not None]
 
 
@@ -53,21 +60,21 @@ def loss(runs: Sequence[tuple[int, Run]], title: str) -> Markup | None:
         return None
 
     def draw(axes: Axes) -> None:
-        floors = []
+        floors: dict[float, list[int]] = {}
         for index, run in runs:
             x, y = columns(run.train, "loss")
-            if len(x) > 60:
-                axes.plot(x, y, color=colour(index), linewidth=0.7, alpha=0.3)
-                y = smooth(y)
-            axes.plot(x, y, color=colour(index), linewidth=1.7, linestyle=dash(index))
+            curve(axes, x, y, index)
             x, y = columns(run.valid, "loss")
             axes.plot(x, y, "o", color=colour(index), markersize=6.5, markeredgecolor=PAPER, markeredgewidth=1)
-            floors += [r.metrics["unigram_entropy"].value for r in run.of_task("lm") if "unigram_entropy" in r.metrics]
-        for value in sorted({round(value, 2) for value in floors})[:1]:
-            axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
+            floor = unigram_floor(run)
+            if floor is not None:
+                floors.setdefault(round(floor, 2), []).append(index)
+        for value, owners in floors.items():
+            shade = MUTED if len(floors) == 1 else colour(owners[0])
+            axes.axhline(value, color=shade, linewidth=1, linestyle=(0, (2, 2)))
             axes.annotate(
                 "unigram entropy", (1, value), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                ha="right", color=MUTED, fontsize=10,
+                ha="right", color=shade, fontsize=10,
             )  # fmt: skip
         axes.set_ylabel("loss, nats per target")
         stage_bands(axes, runs)
@@ -75,19 +82,49 @@ def loss(runs: Sequence[tuple[int, Run]], title: str) -> Markup | None:
     return picture(draw, title, tokens_axis=True)
 
 
+def unigram_floor(run: Run) -> float | None:
+    """The unigram entropy of the text that the run's curve is of; None where only other text was scored, which is no
+    reference for it."""
+    own = [r.metrics["unigram_entropy"].value for r in run.of_task("lm") if run.is_own_text(r)
+           and "unigram_entropy" in r.metrics]  # fmt: skip
+    return max(own, default=None)  # one of earlier versions is of a sample, and too low
+
+
+def curve(axes: Axes, x: Sequence[float], y: Sequence[float], index: int, *, log: bool = False) -> None:
+    """One run's line; from :data:`MOST_RAW` points on a moving mean with a band of two standard deviations around."""
+    if len(x) > MOST_RAW:
+        found = [math.log(v) if v > 0 else math.nan for v in y] if log else list(y)
+        middle = smooth(found)
+        spread = [2 * math.sqrt(v) for v in smooth([(a - b) ** 2 for a, b in zip(found, middle, strict=True)])]
+        low, high, y = (
+            [math.exp(v) if log else v for v in values]
+            for values in (
+                [m - s for m, s in zip(middle, spread, strict=True)],
+                [m + s for m, s in zip(middle, spread, strict=True)],
+                middle,
+            )
+        )
+        axes.fill_between(x, low, high, color=colour(index), alpha=0.16, linewidth=0)
+    axes.plot(x, y, color=colour(index), linewidth=1.7, linestyle=dash(index))
+
+
 def over_tokens(
-    runs: Sequence[tuple[int, Run]], key: str, ylabel: str, title: str, *, log: bool = False, share: bool = False
-) -> Markup | None:
+    runs: Sequence[tuple[int, Run]], key: str, ylabel: str, title: str,
+    *, log: bool = False, share: bool = False, noisy: bool = False,
+) -> Markup | None:  # fmt: skip
     """One quantity of the training records by tokens, for all runs."""
     lines = [(index, *columns(run.train, key)) for index, run in runs]
-    if not any(x for _, x, _ in lines):
+    if not any(math.isfinite(value) for *_, y in lines for value in y):
         return None
 
     def draw(axes: Axes) -> None:
         from matplotlib.ticker import LogLocator, NullLocator
 
         for index, x, y in lines:
-            axes.plot(x, y, color=colour(index), linewidth=1.5, linestyle=dash(index))
+            if noisy:
+                curve(axes, x, y, index, log=log)
+            else:
+                axes.plot(x, y, color=colour(index), linewidth=1.5, linestyle=dash(index))
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
@@ -101,21 +138,25 @@ def over_tokens(
 
 
 def columns(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Tokens and the values of ``key`` where it is a finite number."""
-    kept = [
-        (float(r["tokens"]), float(r[key]))
-        for r in records
-        if isinstance(r.get(key), int | float) and math.isfinite(r[key])
+    """Tokens and the values of ``key`` of the records that have it.
+
+    NaN where it is no finite number, as the loss of a step without targets (null): a gap in the line.
+    """
+    found = [(float(r["tokens"]), r[key]) for r in records if key in r]
+    return [x for x, _ in found], [
+        float(y) if isinstance(y, int | float) and math.isfinite(y) else math.nan for _, y in found
     ]
-    return [x for x, _ in kept], [y for _, y in kept]
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about 2% of the points, corrected for its start."""
+    """Exponential moving average over about 2% of the points, corrected for its start; NaN stays where it is."""
     keep = 1 - 1 / max(len(values) / 50, 1)
     total = weight = 0.0
     result = []
     for value in values:
+        if not math.isfinite(value):
+            result.append(math.nan)
+            continue
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
         result.append(total / weight)
     return result

@@ -38,6 +38,7 @@ def test_validation_does_not_count_as_training(tmp_path: Path) -> None:
     lines = [
         {"kind": "train", "step": 2},
         {"kind": "valid", "step": 2, "tokens": 20, "loss": 5.0, "longest_loss": 6.0, "took": 7.0},
+        {"kind": "valid", "step": 3, "tokens": 30, "loss": None, "took": 0.0},  # not finite: no point
         {"kind": "valid", "step": 4, "tokens": 40, "loss": 4.0, "took": 3.0},
     ]
     path = tmp_path / "metrics.jsonl"

@@ -11,8 +11,12 @@ from tools import result_picture
 
 def write_run(folder: Path, metric: str, losses: list[float], accuracy: float) -> None:
     (folder / "eval").mkdir(parents=True)
-    steps = [{"kind": "train", "tokens": 1000 * i, "loss": loss} for i, loss in enumerate(losses, 1)]
-    rows = [*steps, {"kind": "event", "event": "done"}, {"kind": "valid", "tokens": 3000, "loss": losses[-1]}]
+    steps: list[dict[str, object]] = [
+        {"kind": "train", "tokens": 1000 * i, "loss": loss} for i, loss in enumerate(losses, 1)
+    ]
+    steps.insert(1, {"kind": "train", "tokens": 1500, "loss": None})  # a batch without a target
+    valid = [{"kind": "valid", "tokens": 3000, "loss": losses[-1]}, {"kind": "valid", "tokens": 3100, "loss": None}]
+    rows = [*steps, {"kind": "event", "event": "done"}, *valid]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lm = {metric: {"value": losses[-1]}, "unigram_entropy": {"value": 6.4}}
     names = ("accuracy", "scratch_accuracy", "tfidf_accuracy", "majority_accuracy")

@@ -75,7 +75,7 @@ class Generation(ModuleTask):
     rows = (
         Row("distinct_2", "Generated text, distinct-2"),
         Row("repetition_4", "Generated text, repeated 4-grams"),
-        Row("top_1", "Masked words filled in rightly"),
+        Row("top_1", "Hidden words guessed right at once"),
     )
 
     def longest(self, settings: GenerateSettings) -> int:

@@ -46,7 +46,7 @@ def run_continuations(subject: Subject, settings: GenerateSettings, parts: Parts
     records = [_record(subject, settings, ways, written, place, p) for place, p in enumerate(found.prompts)]
     there = {key: item for key, item in ESTIMATORS.items() if item.numerator in main.records[0]}
     return Outcome(
-        tables.metrics(main, measured[main.name], there),
+        tables.metrics(main, measured[main.name], there, measured.get(SHUFFLED)),
         tables.tables(sets, measured, there, judges, settings),
         tables.charts(sets),
         samples=_samples(subject, written, found.prompts),

@@ -46,9 +46,12 @@ class Measured:
     intervals: dict[str, Interval]
 
 
-def metrics(main: TextSet, measured: Measured, there: Mapping[str, Estimator]) -> dict[str, Metric]:
+def metrics(
+    main: TextSet, measured: Measured, there: Mapping[str, Estimator], shuffled: Measured | None = None
+) -> dict[str, Metric]:
     """Those of the main way of decoding. Measures of a whole set have no interval: a resample has texts twice, and
-    what is counted is repetition."""
+    what is counted is repetition. MAUVE stands beside that of the ``shuffled`` control, which may have more: neither
+    more nor less of it is better."""
     n = len(main.pairs)
     found = {f"distinct_{i}": Metric(value, None, n=n, unit="texts") for i, value in enumerate(measured.distinct, 1)}
     for key in there:
@@ -60,7 +63,10 @@ def metrics(main: TextSet, measured: Measured, there: Mapping[str, Estimator]) -
     found["zipf_exponent"] = Metric(measured.zipf, None, n=measured.tokens, unit="tokens")
     if measured.mauve is not None:
         value, std = measured.mauve
-        found["mauve"] = Metric(value, True, std=std, n=likeness.MAUVE_SEEDS, unit="clusterings")
+        found["mauve"] = Metric(value, None, std=std, n=likeness.MAUVE_SEEDS, unit="clusterings")
+    if shuffled is not None and shuffled.mauve is not None:
+        value, std = shuffled.mauve
+        found["mauve_of_shuffled_tokens"] = Metric(value, None, std=std, n=likeness.MAUVE_SEEDS, unit="clusterings")
     return {name: metric for name, metric in found.items() if not np.isnan(metric.value)}
 
 

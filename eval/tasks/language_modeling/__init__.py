@@ -106,11 +106,13 @@ class LanguageModeling(ModuleTask):
     order = 10
     heading, lead = "Language modelling", "How well the model predicts text it has not seen."
     rows = (
+        Row("loss", "Held-out loss, nats per token", reference="unigram_entropy"),
         Row("perplexity", "Held-out perplexity, per token"),
         Row("word_perplexity", "Held-out perplexity, per word"),
         Row("bits_per_byte", "Held-out bits per byte"),
         Row("masked_accuracy", "Masked accuracy, held-out"),
-        Row("masked_loss", "Masked loss, held-out, nats"),
+        Row("masked_loss", "Masked loss, held-out, nats", reference="unigram_entropy"),
+        Row("unigram_entropy", "… the loss of knowing only how frequent tokens are", ranked=False),
     )
 
 

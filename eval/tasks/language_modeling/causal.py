@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,19 +11,19 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
-from eval.results.schema import Estimator, Metric, Outcome, Series, Table
+from eval.results.schema import Estimator, Metric, Outcome, Table
 from eval.shared.scoring import LOG2E, metrics_of, run_parts, score, unigram_entropy
 from eval.subject import Subject
 from eval.tasks.language_modeling import LMSettings
 from eval.tasks.language_modeling.contamination import Overlap, overlap
 from eval.tasks.language_modeling.passages import pieces, records_of
+from eval.tasks.language_modeling.positions import bucket_edges, by_position, position_sums
 from eval.tasks.language_modeling.text import Stream, open_stream
 from eval.tasks.language_modeling.windows import Windows, strided, strided_apart
 from pretrain.model.attention.layout import Layout
 from pretrain.telemetry.reports import perplexity
 
 TABLE = "held-out loss"
-POSITION_SERIES = "loss by position"
 COLUMNS = ["predictor", "loss, nats/token", "token perplexity", "bits per byte", "byte perplexity", "word perplexity"]
 ESTIMATORS = {
     "loss": Estimator("nats", "tokens"),
@@ -59,12 +58,13 @@ def evaluate(subject: Subject, settings: LMSettings, parts: Parts) -> Outcome:
     records, exact = records_of([piece for part in found for piece in part["pieces"]], apart)
     metrics = metrics_of(records, ESTIMATORS)
     estimators = dict(ESTIMATORS)
-    entropy = unigram_entropy(_unigrams(stream, windows, subject.loaded.model_config.vocab_size or 1))
-    metrics["unigram_entropy"] = Metric(entropy, False, n=windows.targets)
+    # Of the whole text, whatever is scored of it: the frequencies of a sample know that sample's tokens.
+    entropy = unigram_entropy(stream.counts(subject.loaded.model_config.vocab_size or 1))
+    metrics["unigram_entropy"] = Metric(entropy, None, n=stream.num_tokens, unit="tokens")
     totals = {key: sum(record[key] for record in records) for key in ("nats", "tokens", "bytes", "words")}
     rows = [
         _row("model", totals),
-        _row("unigram entropy of the text", totals | {"nats": entropy * totals["tokens"]}),
+        _row("unigram entropy of the whole text", totals | {"nats": entropy * totals["tokens"]}),
     ]
     unit = f"passages of at most {settings.record_chars} characters" if settings.record_chars else "documents"
     note = (
@@ -76,20 +76,20 @@ def evaluate(subject: Subject, settings: LMSettings, parts: Parts) -> Outcome:
         metrics |= _without(seen, records, estimators)
         rows.append(_row("model, passages of the training text left out", seen.rest))
         note += f" {seen.note}"
-    sums = np.sum([part["positions"] for part in found], axis=0)
+    curves, positions = by_position(np.sum([part["positions"] for part in found], axis=0), length, stride)
     return Outcome(
         metrics,
-        [Table(TABLE, COLUMNS, rows, note)],
-        [position_series(sums, length)],
+        [Table(TABLE, COLUMNS, rows, note), positions],
+        curves,
         records=records,
         estimators=estimators,
     )
 
 
 def _part(subject: Subject, stream: Stream, windows: Windows, part: slice) -> dict[str, Any]:
-    """Pieces of the passages that these windows predict, and sums and counts by position (2, buckets)."""
+    """Pieces of the passages that these windows predict, and the sums by position."""
     edges = bucket_edges(int(windows.widths.max()))
-    positions = np.zeros((2, len(edges) - 1))
+    positions = np.zeros((7, len(edges) - 1))
     runs: list[tuple[int, list[NDArray[np.float64]]]] = []
     scored: dict[int, NDArray[np.float64]] = {}
     first, last = windows.bounds()
@@ -108,9 +108,7 @@ def _part(subject: Subject, stream: Stream, windows: Windows, part: slice) -> di
             tokens[:, 1:][chosen_tokens],
             Layout.from_lengths(torch.from_numpy(widths), len(column)),
         )
-        bucket = np.searchsorted(edges, column, side="right") - 1
-        positions[0] += np.bincount(bucket, weights=nats.sum(0), minlength=len(edges) - 1)
-        positions[1] += np.bincount(bucket, weights=where.sum(0), minlength=len(edges) - 1)
+        positions += position_sums(nats, where, edges)
         scored |= {number: row[mine] for number, row, mine in zip(chosen.tolist(), nats, where, strict=True)}
     for number in range(part.start, part.stop):
         if first[number] != reached:
@@ -121,34 +119,6 @@ def _part(subject: Subject, stream: Stream, windows: Windows, part: slice) -> di
         "pieces": [piece for begin, rows in runs for piece in pieces(stream, begin, np.concatenate(rows))],
         "positions": positions.tolist(),
     }
-
-
-def bucket_edges(length: int) -> list[int]:
-    """0, 8, 16, 32 and so on, the last at least ``length``."""
-    edges = [0, 8]
-    while edges[-1] < length:
-        edges.append(2 * edges[-1])
-    return edges
-
-
-def position_series(sums: NDArray[np.float64], length: int) -> Series:
-    """Mean loss in buckets of positions, [0, 8), [8, 16), [16, 32) and so on; x is the middle of the bucket.
-
-    ``sums`` (2, buckets): nats, and tokens.
-    """
-    x, y = [], []
-    for (low, high), nats, number in zip(pairwise(bucket_edges(length)), *sums, strict=False):
-        if number:
-            x.append((low + min(high, length) - 1) / 2)
-            y.append(float(nats / number))
-    return Series(POSITION_SERIES, x, y, "position in the window, tokens", "loss, nats per token")
-
-
-def _unigrams(stream: Stream, windows: Windows, vocab_size: int) -> NDArray[np.int64]:
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for begin, end in zip(*(bound.tolist() for bound in windows.bounds()), strict=True):
-        counts += np.bincount(stream.range(begin, end), minlength=vocab_size)
-    return counts
 
 
 def _row(name: str, totals: dict[str, Any]) -> list[Any]:

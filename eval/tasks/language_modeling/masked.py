@@ -52,21 +52,21 @@ def evaluate(subject: Subject, settings: LMSettings, parts: Parts) -> Outcome:
     total = sum(record["targets"] for record in records)
     if not total:
         raise UserError(f"no token of {stream.name} was masked: the held-out text is too short for --length {length}")
-    unigrams = np.zeros(subject.loaded.model_config.vocab_size or 1, dtype=np.int64)
-    for part in slices:
-        _, labels = noised(subject, stream, settings, starts[part], sizes[part])
-        unigrams += np.bincount(labels[labels != IGNORE], minlength=len(unigrams))
     metrics = metrics_of(records, {name: ESTIMATORS[name] for name in ("masked_accuracy",)}, better=True)
     metrics |= metrics_of(records, {name: item for name, item in ESTIMATORS.items() if name not in metrics})
+    unigrams = stream.counts(subject.loaded.model_config.vocab_size or 1)
+    unigrams[list(stream.tokenizer.special_ids)] = 0  # never a target
+    # Of the whole text, whatever is scored of it: the frequencies of a sample know that sample's tokens.
     entropy = unigram_entropy(unigrams)
-    metrics["unigram_entropy"] = Metric(entropy, False, n=total)
+    metrics["unigram_entropy"] = Metric(entropy, None, n=int(unigrams.sum()), unit="tokens")
     rows: list[list[Any]] = [["model", metrics["masked_accuracy"].value, metrics["masked_loss"].value, total]]
     for kind in KINDS:
         number = sum(record[f"targets_{kind}"] for record in records)
         if number:
             hits, nats = (sum(record[f"{what}_{kind}"] for record in records) for what in ("hits", "nats"))
             rows.append([f"model, {kind} targets", hits / number, nats / number, number])
-    rows.append(["the most frequent token, unigram entropy", float(unigrams.max() / total), entropy, total])
+    frequent = float(unigrams.max() / unigrams.sum())
+    rows.append(["the most frequent token, unigram entropy of the whole text", frequent, entropy, None])
     of_each = ", of each document by itself" if apart else ""
     note = f"Windows of {length} tokens side by side{of_each}; intervals resample the {len(records):,} windows."
     table = Table(TABLE, ["predictor", "accuracy", "loss, nats/target", "targets"], rows, note)

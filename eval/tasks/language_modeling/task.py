@@ -21,12 +21,12 @@ from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject
 from eval.tasks.language_modeling import LMSettings, causal, masked
-from eval.tasks.language_modeling.causal import POSITION_SERIES as POSITION_SERIES
 from eval.tasks.language_modeling.causal import TABLE as TABLE
 from eval.tasks.language_modeling.contamination import fingerprint
+from eval.tasks.language_modeling.positions import POSITION_SERIES as POSITION_SERIES
 from eval.tasks.language_modeling.text import check_source, describe_source, resolve_documents
 
-VERSION = 4
+VERSION = 5
 CAUSAL_ONLY = ("stride", "record_chars", "contamination", "contamination_threshold")
 MASKED_ONLY = ("mask_rate", "mask_share", "random_share")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
@@ -55,8 +57,19 @@ class Stream(ABC):
         """Rows of ``length`` consecutive tokens at ``starts`` (R,), as (R, length) int64."""
 
     @abstractmethod
+    def chunks(self) -> Iterator[NDArray[Any]]:
+        """All tokens once, in pieces that fit into memory."""
+
+    @abstractmethod
     def text(self, document: int) -> str:
         """A document's text: the original, or what its tokens decode to."""
+
+    def counts(self, vocab_size: int) -> Ints:
+        """How often each token occurs in all of the stream, (vocab_size,)."""
+        found = np.zeros(vocab_size, dtype=np.int64)
+        for chunk in self.chunks():
+            found += np.bincount(chunk, minlength=vocab_size)
+        return found
 
     def rows(self, starts: Ints, sizes: Ints) -> Ints:
         """Rows of ``sizes`` (R,) consecutive tokens at ``starts`` (R,), as (R, longest) int64, filled up on the right
@@ -96,6 +109,10 @@ class ShardStream(Stream):
         """See :class:`Stream`."""
         return self._shards.read(starts, length)
 
+    def chunks(self) -> Iterator[NDArray[Any]]:
+        """See :class:`Stream`."""
+        return self._shards.chunks()
+
     def text(self, document: int) -> str:
         """See :class:`Stream`."""
         return self.tokenizer.decode(self.document(document).tolist())
@@ -119,6 +136,10 @@ class TextStream(Stream):
         return np.stack([self._tokens[start : start + length] for start in np.asarray(starts).tolist()]).astype(
             np.int64
         )
+
+    def chunks(self) -> Iterator[NDArray[Any]]:
+        """See :class:`Stream`."""
+        yield self._tokens
 
     def text(self, document: int) -> str:
         """See :class:`Stream`."""

@@ -225,13 +225,19 @@ def test_the_page_shows_documents_as_text_and_loads_nothing(source: str) -> None
 
 
 def test_the_picture_takes_the_colours_of_the_page(source: str) -> None:
-    svg = source[source.index("<svg") : source.index("</svg>")]
-    for variable in ("--bars", "--line", "--grid", "--muted", "--ink"):
-        assert f"var({variable})" in svg
-        assert f"{variable}: #" in source
-    assert not re.search(r"#[0-9a-f]{6}\b", svg)  # no colour of matplotlib's own, no white paper
-    for label in ("tokens in the document (log scale)", "share", "median "):
-        assert label in svg
+    pictures = re.findall(r"<svg.*?</svg>", source, re.DOTALL)
+    for svg in pictures:
+        for variable in ("--bars", "--line", "--grid", "--muted", "--ink"):
+            assert f"var({variable})" in svg
+            assert f"{variable}: #" in source
+        assert not re.search(r"#[0-9a-f]{6}\b", svg)  # no colour of matplotlib's own, no white paper
+        for label in ("tokens in the document (log scale)", "share", "median "):
+            assert label in svg
+    # One for a desk, and one for a phone: within 360 pixels its labels are at least nine tenths of their size.
+    wide, narrow = (float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1]) for svg in pictures)  # type: ignore[index]
+    assert (wide, narrow <= 360 / 0.9) == (504.0, True)
+    ids = re.findall(r'\bid="([^"]+)"', source)
+    assert len(ids) == len(set(ids))
 
 
 def test_the_page_says_what_was_left_out_and_how_it_was_made(shards: ShardSet) -> None:

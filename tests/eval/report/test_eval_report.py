@@ -46,10 +46,11 @@ def test_page_is_well_formed_and_has_every_section(page: str) -> None:
     assert set(references) <= set(parsed.ids)
     for words in (
         "all 2 validity checks passed", "validity not checked", "young has no evaluation results yet", "optimizer.lr",
-        "TF-IDF + logistic regression", "majority class", "1,234,567", "packages.torch", "could not be read",
+        "TF-IDF + logistic regression", "majority class", "1.23M", "packages.torch", "could not be read",
         "0.900 ± 0.010", "[0.500, 0.700]", "Perplexity by context", "stride 128", "unigrams", "A note.",
         "By document (40 rows)", "20 keys in each cell.", "Differences from one", "Paired bootstrap", "key 48213",
-        "Causal models", "Masked models", "4 more", "what really follows", "Measured on shards/valid",
+        "Causal models", "Masked models", "4 more", "what really follows", "Measured on shards/valid (5,000 tokens",
+        "Grey: the prompt", "Marked: the words that were hidden",
     ):  # fmt: skip
         assert words in parsed.words, words
 

@@ -17,11 +17,11 @@ from eval.report.charts import NUM_COLOURS
 from eval.report.compare import Member, best_of, differences
 from eval.report.curves import charts_of
 from eval.report.heatmap import DARK_TURNS, LIGHT_TURNS, Scale, heatmap, scale_of, short, text_class
-from eval.report.numbers import number, title, visible
+from eval.report.numbers import measure, number, title, visible
 from eval.report.page import FOLDER
 from eval.report.runs import Run, flatten, read_run
 from eval.report.samples import Continued, Filled, Other, samples_of
-from eval.report.summary import summary
+from eval.report.summary import scores
 from eval.report.tables import config_differences, joined_tables
 from eval.results.comparable import unequal
 from eval.results.schema import Grid, Metric, ModelInfo, Outcome, Series, Table
@@ -141,7 +141,7 @@ def test_the_summary_sets_the_networks_of_long_range_arena_side_by_side(tmp_path
             }
         )
         write(tmp_path / "lra", "lra", outcome, suite=suite, model=ModelInfo(), gate="none", data={"hash": suite})
-    found = [(row.label, row.figures[0].text) for row in summary([read_run(tmp_path / "lra")])]
+    found = [(row.label, row.figures[0].text) for row in scores([read_run(tmp_path / "lra")])]
     assert [row for row in found if row[0].startswith("Long Range Arena")] == [
         ("Long Range Arena accuracy, softmax", "0.300"),
         ("Long Range Arena accuracy, softmax (lra-text)", "0.600"),
@@ -249,6 +249,14 @@ def test_samples_of_several_runs_stand_together(tmp_path: Path) -> None:
 def test_numbers_and_differences_of_configurations() -> None:
     shown = [number(v) for v in (None, True, False, 1234567, 0.93214, 64.123, 12623.4, 0.0, 3e-7, "x", float("nan"))]
     assert shown == ["–", "pass", "FAIL", "1,234,567", "0.932", "64.12", "12,623", "0", "3.0e-07", "x", "not finite"]
+    # As many digits on both sides of a bound, and no number that has to be counted out.
+    assert [number(v) for v in (0.00069, 0.0020589, 1_124_148_737, 29953575.01)] == [
+        "0.00069",
+        "0.00206",
+        "1.12B",
+        "30M",
+    ]
+    assert measure("<= 0.0020589, 3 of 4, 1e-04") == "<= 0.00206, 3 of 4, 0.0001"
     assert visible(" the") == "the"
     assert visible("\n        ") == "↵␣×8"
     assert title("macro_f1") == "Macro F1"

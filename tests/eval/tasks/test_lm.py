@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from suites_case import subject_of
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
+from data_pipeline.shards.summary import summarise
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.subject import Subject
@@ -86,13 +88,20 @@ def test_causal_numbers_equal_a_naive_float64_computation(
     assert metrics["byte_perplexity"] == pytest.approx(math.exp(nats / size), rel=1e-5)
     assert math.log(metrics["word_perplexity"]) == pytest.approx(nats / words, rel=1e-5)
 
-    _, counts = np.unique([goal for _, goal in targets], return_counts=True)
-    p = counts / n
-    assert metrics["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-9)
+    # Of the whole text and not of the sample, which knows its own tokens: the number of `nystrom data inspect`.
+    assert metrics["unigram_entropy"] == pytest.approx(summarise(shards).unigram_entropy, rel=1e-9)
+    assert outcome.metrics["unigram_entropy"].higher_is_better is None
     series = outcome.series[0]
     first_bucket = [x for place, x in by_position if place < 8]
     assert series.y[0] == pytest.approx(np.mean(first_bucket), rel=1e-5)
-    assert series.x == [3.5, 11.5, 23.5, 39.5]
+    if max_tokens is not None:  # equal windows: Student's interval of their means
+        assert series.x == [3.5, 11.5, 23.5, 39.5]
+        means = np.array(first_bucket).reshape(-1, 8).mean(1)
+        low, high = scipy.stats.t.interval(0.95, len(means) - 1, means.mean(), scipy.stats.sem(means))
+        assert series.low is not None
+        assert series.high is not None
+        assert [series.low[0], series.high[0]] == pytest.approx([low, high], rel=1e-4)
+        assert outcome.tables[1].rows[0][:3] == ["0 to 7", 80, 10]
 
 
 def test_bytes_of_the_whole_stream_are_those_of_the_text(causal: Path, shards: ShardSet, texts: list[str]) -> None:
@@ -125,6 +134,12 @@ def test_masked_numbers_equal_a_naive_float64_computation(masked: Path, shards: 
     assert outcome.metrics["masked_accuracy"].value == pytest.approx(right / n, abs=1.5 / n)
     kinds = [row for row in outcome.tables[0].rows if "targets" in row[0]]
     assert sum(row[3] for row in kinds) == n
+    counts = summarise(shards).token_counts
+    counts[list(shards.tokenizer().special_ids)] = 0  # never a target
+    p = counts[counts > 0] / counts.sum()
+    assert outcome.metrics["unigram_entropy"].value == pytest.approx(-(p * np.log(p)).sum(), rel=1e-9)
+    few = lm(subject, LMSettings(length=64, seed=3, max_tokens=128))
+    assert few.metrics["unigram_entropy"] == outcome.metrics["unigram_entropy"]  # whatever is scored
 
 
 def test_learned_positions_bound_the_length(export: Callable[..., Path], shards: ShardSet) -> None:

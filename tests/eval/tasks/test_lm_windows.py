@@ -94,6 +94,14 @@ def test_strided_loss_equals_a_naive_float64_loop(
     assert outcome.metrics["loss"].n == number == (last if max_tokens is None else 300)
     assert outcome.metrics["loss"].value == pytest.approx(nats / number, rel=1e-5)
     assert f"{stride} apart" in outcome.tables[0].note
+    # Of the first positions one window tells, or none: that is no mean, and one point is no curve.
+    first, second, last_bucket = [["0 to 7", 8, 1], ["8 to 15", 8, 1], ["16 to 31", number - 16, len(spans)]]
+    rows = outcome.tables[1].rows
+    expected = [first, second, last_bucket] if max_tokens is None else [["16 to 31", 300, 25]]
+    assert [row[:3] for row in rows] == expected
+    assert [row[3] is None for row in rows] == ([True, True, False] if max_tokens is None else [False])
+    assert outcome.series == []
+    assert "before position 20: leave the stride out" in outcome.tables[1].note
 
 
 def test_records_give_the_metrics_and_do_not_depend_on_the_parts(
