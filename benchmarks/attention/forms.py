@@ -162,7 +162,7 @@ def _nystrom(conv: bool, packed: bool) -> Callable[[Setting], Built]:
 
 
 def _tensors(partition: Partition) -> tuple[Tensor, ...]:
-    of_rectangles = [(r.index, r.mask, r.pooling, r.landmark_sizes) for r in partition.rectangles]
+    of_rectangles = [(r.index, r.mask, *(r.segments or ())) for r in partition.rectangles]
     return tuple(x for part in [*of_rectangles, (partition.slots,)] for x in part if x is not None)
 
 

@@ -53,7 +53,7 @@ def _case(
 def _bidirectional(setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> list[Case]:
     """:func:`nystrom_attention` over full rows, taken apart."""
     config, rectangle = setting.masked, Rectangle(setting.length, setting.length)
-    if setting.length <= config.num_landmarks:
+    if setting.length < 2 * config.num_landmarks:
         return []
 
     def means(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def _causal(setting: Setting, q: Tensor, k: Tensor, v: Tensor, *, inverse: bool)
         return torch.linalg.solve_triangular(gamma * eye + (1 - gamma) * core, right, upper=False)
 
     def read(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mass: Tensor) -> Tensor:
-        return blockwise_attention(q, k, v, keys.to(q.dtype), values.to(v.dtype), mass, window)
+        return blockwise_attention(q, k, v, keys, values.to(v.dtype), mass, window)
 
     first, (keys, mass, values) = _case("landmarks", means, q, k, v)
     found = [first]

@@ -187,10 +187,9 @@ def _base(values: Mapping[str, Any], seq_len: int) -> ModelConfig:
     form = form_of(base)
     exact = form.exact_up_to
     if exact is not None and seq_len <= exact:
-        what = "landmarks" if form.window is None else "its window"
         raise UserError(
-            f"rows of {seq_len} tokens and {exact} tokens of {what}: all attention would be exact; raise --seq-len, or "
-            "--set segment_length or num_landmarks smaller"
+            f"rows of {seq_len} tokens: all attention would be exact, as it is up to {exact} tokens; "
+            "raise --seq-len, or --set segment_length or num_landmarks smaller"
         )
     return base
 

@@ -110,7 +110,8 @@ class ModelConfig(Strict):
     num_landmarks: int = Field(
         64,
         gt=0,
-        description="Landmarks m of a sequence, objective mlm only. Sequences of up to m tokens get exact attention.",
+        description="Landmarks m of a sequence, objective mlm only. Sequences of fewer than 2 m tokens get exact "
+        "attention; with `landmark_inverse: false`, of up to m.",
     )
     inverse_iterations: int = Field(
         6,

@@ -55,7 +55,9 @@ class LRASettings(Settings):
     heads: int = Field(2, ge=1, description="of attention")
     ffn_size: int = Field(128, ge=1, description="width of the feed-forward layers, and of the head's")
     hidden_dropout: float = Field(0.1, ge=0, lt=1, description="on the residual path and the embeddings")
-    num_landmarks: int = Field(64, ge=1, description="of nystrom; sequences of no more tokens get exact attention")
+    num_landmarks: int = Field(
+        64, ge=1, description="of nystrom; sequences of fewer than twice as many tokens get exact attention"
+    )
     conv_kernel: int = Field(35, ge=0, description="width of the convolution over values; 0 leaves it out")
 
     steps: int | None = Field(None, ge=3, description=f"of training; {PUBLISHED}")

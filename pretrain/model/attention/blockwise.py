@@ -9,13 +9,18 @@ contiguous. The backward pass computes a tile's weights again, and nothing of th
   page;
 * the number of landmarks a tile looks at is rounded up to 32: a bfloat16 softmax over 190 columns takes 2.2 times as
   long for each element as one over 192;
-* a tile's weights fit the second-level cache.
+* a tile's logits fit the second-level cache.
+
+Logits and softmax are at least float32, whatever the model's precision: in bfloat16 a logit of 20 is off by up to 0.06,
+its weight by 6%, and float16 has no logit above 65504. The weights are then rounded to the model's precision, in which
+the products with values and gradients are made, as in PyTorch's fused kernels.
 
 This function is the seam for a fused kernel: nothing outside this file knows how the read is done.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.model.compute import device_type
+from pretrain.model.compute import at_least_float32, device_type
 
 
 class Window(NamedTuple):
@@ -41,15 +46,16 @@ def blockwise_attention(
 ) -> Tensor:
     """Softmax attention, logits scaled by d^-1/2, of every token to its window and to the landmarks before it.
 
-    q, k, v: (B, S * c, d). far_k, far_v: (B, m, d) in q's dtype with m = S - w landmarks, or m = 0 for the window
-    alone. far_bias: (B, m), added to their logits. Returns (B, S * c, d) in q's dtype. Logits and weights have q's
-    precision, sums inside the softmax and gradients of the landmarks at least float32. Differentiable once.
+    q, k, v: (B, S * c, d). far_k, far_v: (B, m, d) with m = S - w landmarks, or m = 0 for the window alone. far_v has
+    q's dtype, far_k that or float32. far_bias: (B, m), added to their logits. Returns (B, S * c, d) in q's dtype.
+    Logits, softmax and gradients of the landmarks are at least float32, weights have q's precision. Differentiable
+    once.
     """
     with torch.autocast(q.device.type, enabled=False):
         return _Blockwise.apply(q, k, v, far_k, far_v, far_bias, window)
 
 
-# Bytes of a tile's weights: a CPU wants them in its second-level cache, a GPU wants few launches.
+# Bytes of a tile's logits: a CPU wants them in its second-level cache, a GPU wants few launches.
 _TILE_BYTES = {"cpu": 2**20}
 _TILE_BYTES_GPU = 2**27
 _ALIGN = 32
@@ -70,7 +76,7 @@ def _tiles(q: Tensor, landmarks: int, window: Window) -> Iterator[_Tile]:
     """q: (B, S, c, d). Later segments come later for every head: the backward pass relies on it."""
     heads, segments, size, _ = q.shape
     columns = landmarks + window.segments * size
-    limit = _TILE_BYTES.get(device_type(q), _TILE_BYTES_GPU) // q.element_size()
+    limit = _TILE_BYTES.get(device_type(q), _TILE_BYTES_GPU) // at_least_float32(q.dtype).itemsize
     most = max(1, limit // (size * columns))  # segments of one head that fill a tile
     step = min(segments, most, max(-(-segments // _PARTS), most // heads))
     group = max(1, most // step)
@@ -86,19 +92,18 @@ def _round_up(count: int) -> int:
 
 
 class _Workspace:
-    """Buffers by name, as large as the largest tensor asked for so far."""
+    """Buffers by name and precision, as large as the largest tensor asked for so far."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
-        self.buffers: dict[str, Tensor] = {}
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        size = 1
-        for extent in shape:
-            size *= extent
-        if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = self.like.new_empty(size)
-        return self.buffers[name][:size].view(shape)
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: that of the inputs unless another one is given."""
+        size, key = math.prod(shape), (name, dtype or self.like.dtype)
+        if key not in self.buffers or self.buffers[key].numel() < size:
+            self.buffers[key] = self.like.new_empty(size, dtype=key[1])
+        return self.buffers[key][:size].view(shape)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -111,12 +116,12 @@ class _Blockwise(torch.autograd.Function):
         if extra:
             far_k, far_v = F.pad(far_k, (0, 0, 0, extra)), F.pad(far_v, (0, 0, 0, extra))
             far_bias = F.pad(far_bias, (0, extra))
-        q, k, v = (x.unflatten(1, (-1, window.segment_length)) for x in (q * q.shape[2] ** -0.5, k, v))
+        q, k, v = (x.unflatten(1, (-1, window.segment_length)) for x in (q, k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         read = _Read(q, k, v, far_k, far_v, far_bias, window)
         for tile in _tiles(q, far_k.shape[1], window):
             at = (tile.heads, slice(tile.first, tile.last))
-            weights = read.weights(tile, read.columns(k, far_k, tile, "columns"))
+            weights = read.weights(tile, read.queries(tile), read.columns(k, far_k, tile, "columns", read.high))
             rows = read.space("rows", *weights.shape[:2], q.shape[3])
             torch.bmm(weights, read.columns(v, far_v, tile, "columns"), out=rows)
             out[at] = rows.view(out[at].shape)
@@ -144,7 +149,7 @@ class _Blockwise(torch.autograd.Function):
 
 
 class _Read:
-    """The parts that forward and backward share. q (scaled), k, v: (B, S, c, d)."""
+    """The parts that forward and backward share. q, k, v: (B, S, c, d)."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, far_bias: Tensor, window: Window
@@ -153,16 +158,24 @@ class _Read:
         self.window = window
         self.back = window.segments - 1
         self.space = _Workspace(q)
+        self.high = at_least_float32(q.dtype)
         size = window.segment_length
-        self.triangle = _minus_infinity_above(0, size, size, q)
+        like = q.new_empty(0, dtype=self.high)
+        self.triangle = _minus_infinity_above(0, size, size, like)
         most = max(tile.last - tile.first for tile in _tiles(q, far_k.shape[1], window))
-        self.staircase = _minus_infinity_above(-1, most, most + window.segments + _ALIGN, q)[:, None]
+        self.staircase = _minus_infinity_above(-1, most, most + window.segments + _ALIGN, like)[:, None]
 
-    def columns(self, x: Tensor, far: Tensor, tile: _Tile, name: str) -> Tensor:
+    def queries(self, tile: _Tile) -> Tensor:
+        """A tile's queries, scaled, in at least float32: (B' * count, c, d)."""
+        part = self.q[tile.heads, tile.first : tile.last]
+        out = self.space("queries", *part.shape, dtype=self.high)
+        return out.copy_(part).mul_(part.shape[3] ** -0.5).flatten(0, 1)
+
+    def columns(self, x: Tensor, far: Tensor, tile: _Tile, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Keys or values of a tile: (B' * count, w c + visible, d), a segment's window and then the landmarks."""
         size, count, near = self.window.segment_length, tile.last - tile.first, self.window.segments * x.shape[2]
         heads = tile.heads.stop - tile.heads.start
-        out = self.space(name, heads, count, near + tile.visible, x.shape[3])
+        out = self.space(name, heads, count, near + tile.visible, x.shape[3], dtype=dtype)
         for i, (skip, source) in enumerate(self.windows(x, tile)):
             out[:, :skip, i * size : (i + 1) * size] = 0  # before the sequence's start
             out[:, skip:, i * size : (i + 1) * size] = source
@@ -178,23 +191,27 @@ class _Read:
             skip = min(max(-first, 0), tile.last - tile.first)
             yield skip, x[tile.heads, max(first + skip, 0) : max(last, 0)]
 
-    def weights(self, tile: _Tile, keys: Tensor) -> Tensor:
-        """(B' * count, c, w c + visible) softmax weights, in the workspace."""
+    def low(self, x: Tensor, name: str) -> Tensor:
+        """``x`` in the precision of the inputs, in the workspace."""
+        return x if x.dtype == self.q.dtype else self.space(name, *x.shape).copy_(x)
+
+    def weights(self, tile: _Tile, q: Tensor, keys: Tensor) -> Tensor:
+        """(B' * count, c, w c + visible) softmax weights, in the workspace. q and keys: in at least float32."""
         size, count = self.window.segment_length, tile.last - tile.first
         near, own = self.window.segments * size, self.back * size
-        q = self.q[tile.heads, tile.first : tile.last].flatten(0, 1)
-        logits = torch.bmm(q, keys.transpose(1, 2), out=self.space("logits", q.shape[0], size, keys.shape[1]))
+        shape = (q.shape[0], size, keys.shape[1])
+        logits = torch.bmm(q, keys.transpose(1, 2), out=self.space("logits", *shape, dtype=self.high))
         logits[..., own:near] += self.triangle
         by_segment = logits.view(-1, count, size, keys.shape[1])
         for segment in range(tile.first, min(tile.last, self.back)):
             by_segment[:, segment - tile.first, :, : (self.back - segment) * size] = -torch.inf
         if tile.visible:
             far = by_segment[..., near:]
-            far += self.far_bias[tile.heads, None, None, : tile.visible].to(q.dtype)
+            far += self.far_bias[tile.heads, None, None, : tile.visible]
             # The tile's first segment sees first - back landmarks, or none, and each next one sees one more.
             seen, short = max(tile.first - self.back, 0), max(self.back - tile.first, 0)
             far[..., seen:] += self.staircase[:count, :, short : short + tile.visible - seen]
-        return torch.softmax(logits, 2, out=self.space("weights", *logits.shape))
+        return self.low(torch.softmax(logits, 2, out=self.space("weights", *shape, dtype=self.high)), "weights")
 
 
 def _backward(grad: Tensor, read: _Read) -> tuple[Tensor, ...]:
@@ -207,9 +224,10 @@ def _backward(grad: Tensor, read: _Read) -> tuple[Tensor, ...]:
 
     for tile in _tiles(q, read.far_k.shape[1], read.window):
         at = (tile.heads, slice(tile.first, tile.last))
-        part, d_out = q[at].flatten(0, 1), grad[at].flatten(0, 1)
-        keys = read.columns(read.k, read.far_k, tile, "columns")
-        weights = read.weights(tile, keys)
+        part, d_out = read.queries(tile), grad[at].flatten(0, 1)
+        keys = read.columns(read.k, read.far_k, tile, "columns", read.high)
+        weights = read.weights(tile, part, keys)
+        part, keys = read.low(part, "queries"), read.low(keys, "columns")
 
         def scatter(d_columns: Tensor, d_x: Tensor, d_far: Tensor, tile: _Tile = tile) -> None:
             d_columns = d_columns.view(tile.heads.stop - tile.heads.start, -1, *d_columns.shape[1:])

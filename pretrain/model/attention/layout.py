@@ -20,10 +20,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Segments(NamedTuple):
+    """The m segments of each of R sequences, a landmark each; of :func:`even_segments`."""
+
+    tokens: Tensor
+    """(R, m, s) int64, s the longest segment: where its tokens stand; the last one again where it has fewer."""
+    sizes: Tensor
+    """(R, m) int64, tokens of each segment."""
+
+
+def even_segments(lengths: Tensor, count: int, longest: int) -> Segments:
+    """``lengths`` (R,) int64, each from ``count`` to ``longest``: segment j has the tokens from floor(j n / m) on.
+
+    So every sequence has exactly m = ``count`` segments, of floor(n / m) or ceil(n / m) tokens, and the longer ones are
+    spread over it. Segments of ceil(n / m) tokens would leave 33 landmarks of 64 at n = 65. Longer segments first and
+    shorter ones behind them had up to 1.6 times the error.
+    """
+    edges = lengths[:, None] * torch.arange(count + 1, device=lengths.device) // count
+    first, sizes = edges[:, :-1], edges.diff(dim=1)
+    offsets = torch.arange(-(-longest // count), device=lengths.device)
+    return Segments(first.unsqueeze(2) + torch.minimum(offsets, sizes.unsqueeze(2) - 1), sizes)
 
 
 @dataclass(frozen=True)
@@ -39,11 +62,8 @@ class Rectangle:
     rectangle."""
     mask: Tensor | None = None
     """(R, 1, 1, L) bool, True on real tokens; None if all are real or no real token can see the padding (causal)."""
-    pooling: Tensor | None = None
-    """(R, 1, m, L) float, one where token l belongs to landmark j; only with a mask and more than m tokens."""
-    landmark_sizes: Tensor | None = None
-    """(R, 1, m, 1) float, tokens of each landmark, zero for the landmarks that a sequence does not have; with
-    pooling."""
+    segments: Segments | None = None
+    """Only with a mask, and for sequences of more than m tokens."""
 
     def take(self, x: Tensor) -> Tensor:
         """(B, N, H, d) -> (R, H, L, d). A padding slot repeats the first token of its own sequence; ``mask`` hides
@@ -162,9 +182,9 @@ class Layout:
         """Rectangles for attention.
 
         causal: no real token sees what is on its right, so no masks are built and right-padded rows need no taking
-        apart. num_landmarks: m of the bidirectional Nystrom form. A sequence of at most m tokens gets exact attention
-        and never shares a rectangle with a longer one; a sequence of n > m tokens has segments of ``ceil(n / m)``
-        tokens. Both depend on that sequence alone, so it gets the same landmarks packed, padded or by itself.
+        apart. num_landmarks: m of the bidirectional Nystrom form. Sequences of at most m tokens, of more, and of 2 m or
+        more, never share a rectangle: up to where attention is exact depends on the form. One of more than m has m
+        segments (:func:`even_segments`), by its own length: the same packed, padded or by itself.
         """
         if self.starts is None or self.lengths is None:
             return Partition((Rectangle(self.length, self.length),), None)
@@ -176,7 +196,7 @@ class Layout:
     def _partition(
         self, starts: np.ndarray, lengths: np.ndarray, device: torch.device, causal: bool, num_landmarks: int | None
     ) -> Partition:
-        octaves = _octaves(lengths, num_landmarks or 64)
+        octaves = _octaves(lengths, 64) if num_landmarks is None else _octaves(lengths, num_landmarks, open_end=True)
         one_per_row = len(starts) == self.batch and (starts % self.length == 0).all()
         if one_per_row and (causal or (octaves == octaves[0]).all()):
             return Partition((_rectangle(None, lengths, self.length, device, causal, num_landmarks),), None)
@@ -205,13 +225,14 @@ def _within(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-def _octaves(lengths: np.ndarray, first: int) -> np.ndarray:
-    """0 for lengths up to ``first``, 1 up to 2 * first, 2 up to 4 * first, and so on."""
-    octaves = np.zeros(len(lengths), dtype=np.int64)
-    edge = first
+def _octaves(lengths: np.ndarray, first: int, *, open_end: bool = False) -> np.ndarray:
+    """0 for lengths up to ``first``, 1 up to 2 * first, 2 up to 4 * first, and so on; ``open_end``: 1 below 2 * first,
+    2 below 4 * first."""
+    octaves = (lengths > first).astype(np.int64)
+    edge = 2 * first - open_end
     while (lengths > edge).any():
         octaves += lengths > edge
-        edge *= 2
+        edge = 2 * edge + open_end
     return octaves
 
 
@@ -224,11 +245,7 @@ def _rectangle(
     sizes = torch.from_numpy(lengths).to(device)
     columns = torch.arange(width, device=device)
     mask = columns < sizes[:, None]
-    pooling = landmark_sizes = None
+    segments = None
     if num_landmarks is not None and longest > num_landmarks:
-        segment = -(-sizes // num_landmarks)
-        landmarks = torch.arange(num_landmarks, device=device)
-        member = (columns // segment[:, None])[:, None, :] == landmarks[:, None]
-        pooling = (member & mask[:, None, :]).float().unsqueeze(1)
-        landmark_sizes = pooling.sum(-1, keepdim=True)
-    return Rectangle(width, longest, index, mask[:, None, None, :], pooling, landmark_sizes)
+        segments = even_segments(sizes, num_landmarks, longest)
+    return Rectangle(width, longest, index, mask[:, None, None, :], segments)

@@ -306,9 +306,12 @@ class RingLayer(LayerCache):
             return out.unsqueeze(1).to(v.dtype)
 
     def _read(self, query: Tensor, step: RingStep, conv_weight: Tensor | None) -> Tensor:
-        """(B, H, d) -> (B, H, d). Softmax in at least float32: it is small here."""
+        """(B, H, d) -> (B, H, d). Softmax in at least float32: it is small here. Logits too in float16, which has none
+        above 65504. In bfloat16 they are rounded: a copy of all keys would take longer than the read."""
         columns, near = step.hidden.shape[-1], step.taps.shape[1]
         keys, values = self.keys[:, :, :columns], self.values[:, :, :columns]
+        if keys.dtype == torch.float16:
+            query, keys = query.float(), keys.float()
         logits = (query * query.shape[-1] ** -0.5).unsqueeze(-2) @ keys.transpose(-1, -2)
         logits = logits.squeeze(-2).to(at_least_float32(query.dtype))
         if self.mass is not None and columns > near:

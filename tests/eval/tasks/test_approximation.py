@@ -67,19 +67,23 @@ def softmax(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     return logits.softmax(-1)
 
 
-def means(x: Tensor, size: int) -> Tensor:
-    return torch.stack([part.mean(0) for part in x.split(size)])
+def parts(x: Tensor, count: int) -> list[Tensor]:
+    """As equal as can be."""
+    return [x[j * len(x) // count : (j + 1) * len(x) // count] for j in range(count)]
+
+
+def means(x: Tensor, count: int) -> Tensor:
+    return torch.stack([part.mean(0) for part in parts(x, count)])
 
 
 def masked_matrix(q: Tensor, k: Tensor, landmarks: int, iterations: int, inverse: bool) -> Tensor:
     """The n by n matrix of the paper's equation 13, or of pooled keys and values."""
-    size = -(-len(q) // landmarks)
-    counts = torch.tensor([len(part) for part in q.split(size)]).double()
+    counts = torch.tensor([len(part) for part in parts(q, landmarks)]).double()
     member = torch.block_diag(*[torch.full((1, int(c)), 1 / float(c)) for c in counts]).double()
     scale = q.shape[-1] ** -0.5
     if not inverse:
-        return (scale * q @ means(k, size).T + counts.log()).softmax(-1) @ member
-    low_q, low_k = means(q, size), means(k, size)
+        return (scale * q @ means(k, landmarks).T + counts.log()).softmax(-1) @ member
+    low_q, low_k = means(q, landmarks), means(k, landmarks)
     core = (scale * low_q @ low_k.T).softmax(-1)
     z = core.T / core.sum(0).max()
     eye = torch.eye(len(core)).double()

@@ -122,6 +122,23 @@ def test_bfloat16_is_no_worse_than_its_forward_pass(form: str) -> None:
     assert bound < 0.5 * exact.abs().max()
 
 
+def test_float16_decodes_where_a_logit_exceeds_its_range() -> None:
+    """Logits of 1e5 and more in every layer: attention is one-hot, and equal to that of the forward pass."""
+    model = decoder(conv_kernel=0)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.query.weight.mul_(300)
+            layer.attention.key.weight.mul_(300)
+    ids = tokens(1, 20)
+    with torch.no_grad():
+        x = model.layers[0].attention_norm(model.embeddings(ids, Layout.full(1, 20)))
+        largest = (model.layers[0].attention.query(x) @ model.layers[0].attention.key(x).transpose(1, 2)).abs().max()
+    assert largest > 4 * torch.finfo(torch.float16).max
+    low = model.half()
+    assert forward(low, ids).isfinite().all()
+    assert step_by_step(low, ids, 9).isfinite().all()
+
+
 def test_autocast() -> None:
     model = decoder(torch.float32, landmark_inverse=True)
     with torch.autocast("cpu", torch.bfloat16):

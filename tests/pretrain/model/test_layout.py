@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pretrain.model import Layout
+from pretrain.model.attention.layout import even_segments
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def roundtrip(layout: Layout, causal: bool, landmarks: int | None) -> None:
 def test_full_rows_build_no_index_and_no_mask() -> None:
     layout = Layout.full(3, 100)
     (rectangle,) = layout.partition(CPU, causal=False, num_landmarks=8).rectangles
-    assert (rectangle.index, rectangle.mask, rectangle.pooling) == (None, None, None)
+    assert (rectangle.index, rectangle.mask, rectangle.segments) == (None, None, None)
     assert torch.equal(layout.positions(CPU), torch.arange(100)[None])
 
 
@@ -64,19 +65,33 @@ def test_taking_apart_and_merging_is_the_identity_on_real_tokens(causal: bool, l
 
 
 def test_short_sequences_never_share_a_rectangle_with_longer_ones_than_the_landmarks() -> None:
-    layout = Layout.from_lengths([3, 4, 5, 8, 9, 33], 40)
+    """Up to m, below 2 m, below 4 m, and so on: attention is exact up to m or below 2 m."""
+    layout = Layout.from_lengths([3, 4, 5, 7, 8, 15, 16, 33], 40)
     rectangles = layout.partition(CPU, causal=False, num_landmarks=4).rectangles
-    assert [r.longest for r in rectangles] == [4, 8, 9, 33]
-    assert [r.length for r in rectangles] == [4, 8, 9, 33]
+    assert [r.longest for r in rectangles] == [4, 7, 15, 16, 33]
+    assert [r.length for r in rectangles] == [4, 7, 15, 16, 33]
 
 
-def test_landmarks_depend_on_the_sequence_alone() -> None:
+def test_segments_depend_on_the_sequence_alone_and_hold_every_token_once() -> None:
     (alone,) = Layout.from_lengths([10], 11).partition(CPU, causal=False, num_landmarks=4).rectangles
     (both,) = Layout.from_lengths([10, 15], 16).partition(CPU, causal=False, num_landmarks=4).rectangles
-    assert alone.landmark_sizes is not None
-    assert both.landmark_sizes is not None
-    assert alone.landmark_sizes.flatten().tolist() == [3, 3, 3, 1]  # segments of ceil(10 / 4)
-    assert torch.equal(alone.landmark_sizes[0], both.landmark_sizes[0])
+    assert alone.segments is not None
+    assert both.segments is not None
+    assert alone.segments.sizes.tolist() == [[2, 3, 2, 3]]
+    assert torch.equal(alone.segments.sizes[0], both.segments.sizes[0])
+    for row, n in enumerate((10, 15)):
+        tokens, sizes = both.segments.tokens[row], both.segments.sizes[row]
+        held = [int(t) for segment, size in zip(tokens, sizes, strict=True) for t in segment[:size]]
+        assert held == list(range(n))
+
+
+@pytest.mark.parametrize("m", [1, 4, 64])
+def test_every_length_has_as_many_segments_as_landmarks_and_none_much_longer(m: int) -> None:
+    lengths = torch.arange(m, 4 * m + 2)
+    sizes = even_segments(lengths, m, 4 * m + 1).sizes
+    assert torch.equal(sizes.sum(1), lengths)
+    assert (sizes.amax(1) - sizes.amin(1)).tolist() == [int(n % m > 0) for n in lengths]
+    assert (sizes.amin(1) == lengths // m).all()
 
 
 def test_right_padded_causal_rows_need_no_masks_and_are_not_taken_apart() -> None:

@@ -81,7 +81,7 @@ class Nystrom(Form):
             return self.exact_flops(seq_len)
         config, h, n = self.config, self.config.hidden_size, seq_len
         if not self.causal:
-            m = -(-n // -(-n // config.num_landmarks))
+            m = config.num_landmarks
             if not config.landmark_inverse:
                 return 4.0 * m * h
             small = 4 * m * m * h + 8 * config.inverse_iterations * m**3 * config.num_heads
@@ -97,7 +97,12 @@ class Nystrom(Form):
 
     @property
     def exact_up_to(self) -> int:
-        return self._window.segments * self._window.segment_length if self.causal else self.config.num_landmarks
+        """Causal: the window. Masked: as long as exact attention is cheaper than two landmark products, below 2 m
+        tokens; without the inverse than one, up to m tokens."""
+        if self.causal:
+            return self._window.segments * self._window.segment_length
+        m = self.config.num_landmarks
+        return 2 * m - 1 if self.config.landmark_inverse else m
 
     def parameters(self) -> dict[str, OwnParameter]:
         """Of causal models, as far as the configuration asks for them.
