@@ -121,7 +121,7 @@ class _Blockwise(torch.autograd.Function):
         read = _Read(q, k, v, far_k, far_v, far_bias, window)
         for tile in _tiles(q, far_k.shape[1], window):
             at = (tile.heads, slice(tile.first, tile.last))
-            weights = read.weights(tile, read.queries(tile), read.columns(k, far_k, tile, "columns", read.high))
+            weights = read.weights(tile, read.queries(tile), read.columns(k, far_k, tile, "columns", read.operand))
             rows = read.space("rows", *weights.shape[:2], q.shape[3])
             torch.bmm(weights, read.columns(v, far_v, tile, "columns"), out=rows)
             out[at] = rows.view(out[at].shape)
@@ -159,6 +159,10 @@ class _Read:
         self.back = window.segments - 1
         self.space = _Workspace(q)
         self.high = at_least_float32(q.dtype)
+        # What logits are the product of. A GPU adds up products of 16-bit numbers in float32 and gives that back. A CPU
+        # rounds the sums unless the operands are float32. In bfloat16 that makes an error of 1.4e-2 out of 1.6e-3 for
+        # logits of deviation 20, and saves 20% of the time of the whole read, forward and backward (Zen 4).
+        self.operand = q.dtype if device_type(q) == "cuda" else self.high
         size = window.segment_length
         like = q.new_empty(0, dtype=self.high)
         self.triangle = _minus_infinity_above(0, size, size, like)
@@ -166,9 +170,9 @@ class _Read:
         self.staircase = _minus_infinity_above(-1, most, most + window.segments + _ALIGN, like)[:, None]
 
     def queries(self, tile: _Tile) -> Tensor:
-        """A tile's queries, scaled, in at least float32: (B' * count, c, d)."""
+        """A tile's queries, scaled, as an operand: (B' * count, c, d)."""
         part = self.q[tile.heads, tile.first : tile.last]
-        out = self.space("queries", *part.shape, dtype=self.high)
+        out = self.space("queries", *part.shape, dtype=self.operand)
         return out.copy_(part).mul_(part.shape[3] ** -0.5).flatten(0, 1)
 
     def columns(self, x: Tensor, far: Tensor, tile: _Tile, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -195,12 +199,20 @@ class _Read:
         """``x`` in the precision of the inputs, in the workspace."""
         return x if x.dtype == self.q.dtype else self.space(name, *x.shape).copy_(x)
 
+    def logits(self, q: Tensor, keys: Tensor) -> Tensor:
+        """q (B, c, d) times keys (B, columns, d), both operands, in at least float32, in the workspace."""
+        shape, keys = (q.shape[0], q.shape[1], keys.shape[1]), keys.transpose(1, 2)
+        out = self.space("logits", *shape, dtype=self.high)
+        if self.operand == self.high:
+            return torch.bmm(q, keys, out=out)
+        return torch.bmm(q, keys, out_dtype=self.high, out=out)
+
     def weights(self, tile: _Tile, q: Tensor, keys: Tensor) -> Tensor:
-        """(B' * count, c, w c + visible) softmax weights, in the workspace. q and keys: in at least float32."""
+        """(B' * count, c, w c + visible) softmax weights, in the workspace."""
         size, count = self.window.segment_length, tile.last - tile.first
         near, own = self.window.segments * size, self.back * size
         shape = (q.shape[0], size, keys.shape[1])
-        logits = torch.bmm(q, keys.transpose(1, 2), out=self.space("logits", *shape, dtype=self.high))
+        logits = self.logits(q, keys)
         logits[..., own:near] += self.triangle
         by_segment = logits.view(-1, count, size, keys.shape[1])
         for segment in range(tile.first, min(tile.last, self.back)):
@@ -225,7 +237,7 @@ def _backward(grad: Tensor, read: _Read) -> tuple[Tensor, ...]:
     for tile in _tiles(q, read.far_k.shape[1], read.window):
         at = (tile.heads, slice(tile.first, tile.last))
         part, d_out = read.queries(tile), grad[at].flatten(0, 1)
-        keys = read.columns(read.k, read.far_k, tile, "columns", read.high)
+        keys = read.columns(read.k, read.far_k, tile, "columns", read.operand)
         weights = read.weights(tile, part, keys)
         part, keys = read.low(part, "queries"), read.low(keys, "columns")
 
