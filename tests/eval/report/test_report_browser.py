@@ -100,7 +100,8 @@ def test_page_in_the_browser(page: str, tmp_path: Path, width: int, dark: bool) 
     assert found["width"] == width
     assert found["spilled"] == []
     assert max(found["closed"], found["opened"]) <= width
-    assert found["scrolls"] > 0  # wide tables scroll inside their own box
+    if width == 400:
+        assert found["scrolls"] > 0  # wide tables scroll inside their own box
     assert found["dark"] == dark
     assert found["paper"] == ("rgb(20, 24, 31)" if dark else "rgb(255, 255, 255)")
     assert found["cell"] == ("rgb(169, 214, 255)" if dark else "rgb(8, 64, 127)")

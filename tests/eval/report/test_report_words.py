@@ -18,7 +18,7 @@ from eval.report.samples import Other, samples_of
 from eval.report.summary import banner, facts, scores
 from eval.report.tables import metric_row, unequal_sentence
 from eval.report.training import columns, smooth, unigram_floor
-from eval.results.caution import earlier_results, few_items, outdated, reached
+from eval.results.caution import few_items, outdated
 from eval.results.schema import Estimator, Metric, ModelInfo, Outcome, Table
 from eval.tasks.validity import CHECKS_TABLE
 
@@ -90,21 +90,11 @@ def test_scores_of_earlier_weights_say_so(tmp_path: Path) -> None:
     assert member(read_run(run)).outdated == ""
 
 
-def test_how_far_a_run_is_and_which_results_are_of_earlier_weights(tmp_path: Path) -> None:
-    run = a_run(tmp_path)
-    assert reached(run) == 8000  # the half line at the end is passed over
-    assert reached(tmp_path) == 0
+def test_whether_a_model_is_of_earlier_weights() -> None:
     old, new = ModelInfo("old", tokens=520_000), ModelInfo("new", tokens=1_200_000)
-    assert outdated(old, 1_200_000) == (
-        "scored at 520k tokens, the weights have changed since: the run has seen 1.2M"
-    )  # fmt: skip
+    said = "scored at 520k tokens, the weights have changed since: the run has seen 1.2M"
+    assert outdated(old, 1_200_000) == said
     assert outdated(new, 1_200_000) == outdated(ModelInfo(), 1_200_000) == ""
-    write(run / "eval", "lm", lm(6.4), model=old)
-    write(run / "eval", "context", lm(6.4), model=new)
-    write(run / "eval", "lra", lm(6.4), model=ModelInfo(), gate="none")
-    assert earlier_results(run / "eval", new) == [
-        "lm: scored at 520k tokens, these weights have seen 1.2M: evaluate it again"
-    ]
 
 
 def test_the_summary_sets_figures_beside_what_they_must_beat(tmp_path: Path) -> None:
