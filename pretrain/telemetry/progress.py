@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -13,6 +14,8 @@ LINE_SECONDS = 10.0
 """Without a terminal (a log file, a pipe) a line comes after the first step, then at most this often."""
 RATE_STEPS = 200
 """Last steps whose pace tells the time that is left. Validations and checkpoints among them count."""
+WIDTH = 120
+"""Columns of the live line where the terminal does not tell its own."""
 
 
 class Progress:
@@ -42,7 +45,10 @@ class Progress:
                 initial=tokens,
                 unit="tok",
                 unit_scale=True,
-                dynamic_ncols=True,
+                # A terminal that does not tell its width, as under `script`, has 0 columns: tqdm would print nothing.
+                dynamic_ncols=columns() > 0,
+                ncols=None if columns() else WIDTH,
+                nrows=None if columns() else 24,
                 desc=name,
                 smoothing=0.1,
             )
@@ -82,6 +88,14 @@ class Progress:
         """Leave the bar as it stands."""
         if self.bar is not None:
             self.bar.close()
+
+
+def columns() -> int:
+    """Of the terminal that standard error is; 0 if it does not tell."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        return 0
 
 
 def duration(seconds: float) -> str:

@@ -118,6 +118,8 @@ def test_replay_takes_the_weights_that_the_step_began_with(corpus: Path, tmp_pat
     assert "8 rows of 32 tokens from process(es) 0, 1 of 2" in end.output
     assert f"Weights: {run / 'checkpoints' / 'step000000003'}, after 768 tokens" in end.output
     assert end.output.count("nothing is wrong with any of the 8 rows") == 2
+    assert "the learning rate (0.01 at that step), if steps of that size spoilt the weights before" in end.output
+    assert "The step had other weights" not in end.output  # a step that was skipped left them as they were
     assert end.output.index("In float32") < end.output.index("In bfloat16")
     for step in (1, 2, 3):
         (run / "checkpoints" / f"step{step:09d}").rename(run / f"aside{step}")
@@ -126,6 +128,7 @@ def test_replay_takes_the_weights_that_the_step_began_with(corpus: Path, tmp_pat
     (run / "aside1").rename(run / "checkpoints" / "step000000001")
     (end,) = run_ranks(replay, 1, folder=str(folder), words=["--checkpoint", str(run / "checkpoints/step000000001")])
     assert f"Weights: {run / 'checkpoints' / 'step000000001'}, after 256 tokens" in end.output
+    assert "The step had other weights, to which these rows may do something else." in end.output
 
 
 def test_without_a_checkpoint_replay_starts_from_the_seed(corpus: Path, tmp_path: Path) -> None:

@@ -66,11 +66,17 @@ def test_what_is_left_follows_the_pace_of_late(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_terminal_has_a_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import io
+    import os
     import sys
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
+
+        def fileno(self) -> int:
+            return terminal
+
+    terminal = os.openpty()[1]  # 0 columns wide, as under `script`
 
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
