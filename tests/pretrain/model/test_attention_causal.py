@@ -311,6 +311,7 @@ def test_float16_is_finite_where_a_logit_exceeds_its_range(gamma: float | None) 
     low = [x.half().requires_grad_() for x in (q, k, v)]
     weights = None if gamma is None else torch.full((2,), gamma)
     got = causal_nystrom_attention(*low, window=Window(4, 2), gamma=weights)
-    expected = attend(*(x.detach().double() for x in low), form=Form(gamma))
+    q, k, v = (x.detach().double() for x in low)
+    expected = attend(q, k, v, form=Form(gamma))
     assert (got - expected).norm() < 0.01 * expected.norm()
     assert all(x.isfinite().all() for x in torch.autograd.grad(got.float().sum(), low))
