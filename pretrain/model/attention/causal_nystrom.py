@@ -158,22 +158,26 @@ class _PoolWide(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_keys: Tensor, d_mass: Tensor, d_values: Tensor) -> tuple[Tensor | None, ...]:
         query, low_k, low_v = ctx.saved_tensors
-        k, v, scale, size = low_k.to(query.dtype), low_v.to(query.dtype), query.shape[-1] ** -0.5, low_k.shape[-2]
-        log_p = (scale * (k @ query.unsqueeze(-1)).squeeze(-1)).log_softmax(dim=-1)
+        dtype, scale, size = query.dtype, query.shape[-1] ** -0.5, low_k.shape[-2]
+        k = low_k.to(dtype)
+        own, of_keys = (k @ torch.stack([scale * query, d_keys], dim=-1)).unbind(dim=-1)
+        log_p = own.log_softmax(dim=-1)
         p, d_mass = log_p.exp(), d_mass.unsqueeze(-1)
-        d_p = (v @ d_values.unsqueeze(-1)).squeeze(-1)
+        d_p = (low_v.to(dtype) @ d_values.unsqueeze(-1)).squeeze(-1)
         if ctx.weighted:  # k~ = sum p k, M = - sum p log p
-            d_p = d_p + (k @ d_keys.unsqueeze(-1)).squeeze(-1) - d_mass * log_p
+            d_p = d_p + of_keys - d_mass * log_p
             d_own = p * (d_p - (p * d_p).sum(dim=-1, keepdim=True))
-            d_k, d_query = p.unsqueeze(-1) * d_keys.unsqueeze(-2), 0
+            share, d_query = p, 0
         else:  # k~ = mean of k, M = logsumexp - s q~.k~
             d_own = p * (d_p - (p * d_p).sum(dim=-1, keepdim=True) + d_mass)
-            d_k = ((d_keys - scale * d_mass * query) / size).unsqueeze(-2)
-            d_query = -scale * d_mass * k.mean(dim=-2)
+            share, d_query = torch.full_like(p, 1 / size), -scale * d_mass * k.mean(dim=-2)
+            d_keys = d_keys - scale * d_mass * query
         d_own = scale * d_own
         d_query = d_query + (d_own.unsqueeze(-2) @ k).squeeze(-2)
-        d_k = d_k + d_own.unsqueeze(-1) * query.unsqueeze(-2)
-        return d_query, d_k.to(low_k.dtype), (p.unsqueeze(-1) * d_values.unsqueeze(-2)).to(low_v.dtype), None
+        # Outer products, in the precision of the result: the weights of the read meet its gradients so, too.
+        d_k = torch.stack([share, d_own], dim=-1).to(low_k.dtype) @ torch.stack([d_keys, query], dim=-2).to(low_k.dtype)
+        d_v = p.to(low_v.dtype).unsqueeze(-1) @ d_values.to(low_v.dtype).unsqueeze(-2)
+        return d_query, d_k, d_v, None
 
 
 def causal_landmarks(

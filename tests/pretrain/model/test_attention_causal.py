@@ -294,11 +294,13 @@ def test_landmarks_of_16_bits_are_those_of_the_same_numbers_in_float32(weighted:
 
     def run(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         found = pool_segments(query, k, v, weighted=weighted)
-        return (*found, *torch.autograd.grad(found, (query, k, v), grads))
+        return (*(x.detach() for x in found), *torch.autograd.grad(found, (query, k, v), grads))
 
     wide = run(*(x.detach().float().requires_grad_() for x in (k, v)))
     for got, expected in zip(run(k, v), wide, strict=True):
-        torch.testing.assert_close(got, expected.to(got.dtype))
+        # Gradients of the tokens are outer products of what was rounded to 16 bits.
+        loss = 1e-5 if got.dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(got.float(), expected, rtol=0, atol=loss * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("gamma", [None, 0.75])
@@ -309,6 +311,7 @@ def test_float16_is_finite_where_a_logit_exceeds_its_range(gamma: float | None) 
     low = [x.half().requires_grad_() for x in (q, k, v)]
     weights = None if gamma is None else torch.full((2,), gamma)
     got = causal_nystrom_attention(*low, window=Window(4, 2), gamma=weights)
-    expected = attend(*(x.detach().double() for x in low), form=Form(gamma))
+    q, k, v = (x.detach().double() for x in low)
+    expected = attend(q, k, v, form=Form(gamma))
     assert (got - expected).norm() < 0.01 * expected.norm()
     assert all(x.isfinite().all() for x in torch.autograd.grad(got.float().sum(), low))

@@ -135,7 +135,8 @@ def test_pooled_keys_weigh_what_their_tokens_weigh(layout: Layout) -> None:
     q, k, v = inputs(2, layout.length, 2, 8)
     lengths = [45, 45] if layout.lengths is None else layout.lengths.tolist()
     (rectangle,) = layout.partition(CPU, causal=False, num_landmarks=16).rectangles
-    got = pooled_attention(*(rectangle.take(x) for x in (q, k, v)), rectangle, num_landmarks=16)
+    taken = rectangle.take(q), rectangle.take(k), rectangle.take(v)
+    got = pooled_attention(*taken, rectangle, num_landmarks=16)
     for row, n in enumerate(lengths):
         for head in range(2):
             parts = [segments(x[row, :n, head], 16) for x in (k, v)]
