@@ -66,7 +66,9 @@ def _memory(found: Estimate) -> list[str]:
         "at its fullest": [stage.peak for stage in stages],
         f"with activation_checkpointing {other}": found.other_peaks,
     }
-    rows = [[name, *(f"{size / UNITS[unit]:.2f}" for size in values)] for name, values in sizes.items()]
+    rows = [
+        [name, *(f"{size / UNITS[unit]:.2f}" if size else "0" for size in values)] for name, values in sizes.items()
+    ]
     return [*out, *_table(head, rows)]
 
 
