@@ -20,7 +20,8 @@ GOAL = 0.15
 
 DESCRIPTION = """Real training steps, each case in fresh processes: the most memory that PyTorch had allocated at once,
 against what `nystrom plan` predicts. On CPUs by the allocator's events (torch.profiler), and for the largest cases by
-the resident memory that the system counts; on GPUs by torch.cuda.max_memory_allocated."""
+the resident memory that the system counts, over that of a tiny run, under the C library's settings that a run has; on
+GPUs by torch.cuda.max_memory_allocated."""
 
 EPILOG = """example:
   OMP_NUM_THREADS=1 python -m benchmarks.memory --check --out memory.json"""
@@ -64,11 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(case: Any, *, on_gpu: bool) -> list[dict[str, Any]]:
-    from pretrain.planning.memory import plan_memory
+    from pretrain.planning.memory import LIBRARIES, plan_memory, resident_bytes
 
-    stage = plan_memory(case.config(), case.processes, on_gpu=on_gpu)[0]
+    config = case.config()
+    stage = plan_memory(config, case.processes, on_gpu=on_gpu)[0]
     # On a CPU what is offloaded stays where everything else is.
-    predicted = stage.peak + (0 if on_gpu else stage.state.host_optimizer)
+    allocated = stage.peak + (0 if on_gpu else stage.state.host_optimizer)
+    # The worker measures what comes on top of the libraries.
+    predictions = {"allocated": allocated, "resident": resident_bytes(config, allocated) - LIBRARIES}
     ways = ["allocated", "resident"] if case.resident and not on_gpu else ["allocated"]
     return [
         {
@@ -78,9 +82,9 @@ def _measure(case: Any, *, on_gpu: bool) -> list[dict[str, Any]]:
             "zero_stage": case.zero_stage,
             "processes": case.processes,
             "measured_by": way,
-            "predicted_bytes": predicted,
+            "predicted_bytes": predictions[way],
             "measured_bytes": measured,
-            "ratio": predicted / measured,
+            "ratio": predictions[way] / measured,
         }
         for way in ways
         for measured in [_run(case, way)]
@@ -92,13 +96,11 @@ def _run(case: Any, way: str) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    # Otherwise glibc keeps what is freed in blocks of up to 32 MB: 0.5 GB of the largest cases' resident memory.
-    malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}
     world = {"WORLD_SIZE": str(case.processes), "LOCAL_SIZE": str(case.processes), "MASTER_PORT": port}
     command = child_command("benchmarks.memory.worker", case.name, way)
     started = []
     for rank in range(case.processes):
-        env = {**os.environ, **malloc, **world, "MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env = {**os.environ, **world, "MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
         started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     try:
         ended = [process.communicate() for process in started]

@@ -18,7 +18,7 @@ EPILOG = """example:
 
 Needs no GPU and no shards; without shards the size of the vocabulary comes from the file or from --vocab-size.
 Memory is the most that PyTorch allocates at once, found by running the model's code on tensors without values. CUDA,
-NCCL and fragmentation come on top: --margin.
+NCCL and fragmentation come on top: --margin. With --cpu the host's memory is what a process takes altogether.
 
 exit status: 0 the run fits, or --gpu-memory was not given; 1 it does not fit; 2 a mistake in the file or the options"""
 
@@ -35,7 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens, where there are no shards yet")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes of the run (default: 1)")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="for the host's memory (default: 8 at most)")
-    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU: also say whether the run fits")
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="of one GPU, with --cpu of one process: also say whether the run fits",
+    )
     parser.add_argument(
         "--margin",
         type=float,
@@ -130,8 +135,8 @@ def _with_vocabulary(config: RunConfig, given: int | None) -> RunConfig:
     if size is None:
         paths = ", ".join(source.path for source in config.data.sources)
         raise UserError(
-            f"the size of the vocabulary is not known: there are no shards in {paths} yet, and model.vocab_size is not "
-            "set; give --vocab-size"
+            f"one number is missing, the size of the vocabulary: there are no shards in {paths} yet, and "
+            "model.vocab_size is not set. Give the number that the tokenizer will have, for example --vocab-size 8192"
         )
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 

@@ -13,14 +13,18 @@ from pretrain.curriculum.stages import stage_model
 from pretrain.model.config import ModelConfig
 from pretrain.model.flops import attention_flops_per_token, forward_flops_per_token
 from pretrain.planning.fit import Change, MemoryBudget, changes_that_fit, largest_micro_batch, peak
-from pretrain.planning.memory import StageMemory, plan_memory, target_share
+from pretrain.planning.memory import (
+    LIBRARIES,
+    StageMemory,
+    allocatable_bytes,
+    plan_memory,
+    resident_bytes,
+    target_share,
+)
 from pretrain.planning.state import Zero, parameter_sizes, state_bytes
 from pretrain.precision import resolve_for_plan
 from pretrain.sources import open_sources
 
-LIBRARIES = 600_000_000
-"""Bytes of host memory of a process that has imported Python, PyTorch and DeepSpeed and built nothing. Measured without
-a GPU: CUDA's libraries add to it."""
 FLOAT32 = 4
 TRAINING = 3
 """Arithmetic of forward and backward over that of the forward pass; recomputation does not count as useful."""
@@ -81,7 +85,8 @@ class Estimate:
     """Of each stage, with activation_checkpointing the other way."""
     time: list[StageTime]
     host_bytes: int
-    """Of one process, at the start or while it trains with an offloaded optimizer, whichever is more."""
+    """Of one process, at the start or while it trains with an offloaded optimizer, whichever is more. On CPUs
+    everything is there: what it takes at its fullest."""
     checkpoint_bytes: int
     data: dict[str, Any] | None
     """Epochs by source, and tokens; None if the shards are not there."""
@@ -138,11 +143,16 @@ def estimate(config: RunConfig, question: Question) -> Estimate:
     changes: list[Change] = []
     if question.gpu_memory is not None:
         limit = int(question.gpu_memory * 2**30 * (1 - question.margin))
+        if not question.on_gpu:
+            limit = allocatable_bytes(config, limit)
         budget = MemoryBudget(question.gpus, limit, question.on_gpu)
         if question.search:
             largest = [largest_micro_batch(config, stage, budget) for stage in range(len(memory))]
             changes = changes_that_fit(config, budget) if peak(memory) > limit else []
     state = memory[0].state
+    host = LIBRARIES + max(FLOAT32 * total, state.host_optimizer)
+    if not question.on_gpu:
+        host = max(host, resident_bytes(config, peak(memory) + state.host_optimizer))
     other = config.model_copy(update={"activation_checkpointing": not config.activation_checkpointing})
     return Estimate(
         config=config,
@@ -152,7 +162,7 @@ def estimate(config: RunConfig, question: Question) -> Estimate:
         memory=memory,
         other_peaks=[stage.peak for stage in plan_memory(other, question.gpus, on_gpu=question.on_gpu)],
         time=plan_time(config, question.gpus, mfu=question.mfu, peak_flops=question.peak_flops),
-        host_bytes=LIBRARIES + max(FLOAT32 * total, state.host_optimizer),
+        host_bytes=host,
         checkpoint_bytes=checkpoint_bytes(config, total, question.gpus),
         data=_data(config),
         limit=limit,

@@ -10,7 +10,7 @@ from data_pipeline.units import format_bytes
 from pretrain.planning.estimate import TRAINING, Estimate
 from pretrain.planning.memory import StageMemory
 
-GIB = 2**30
+UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 def page(found: Estimate) -> str:
@@ -49,30 +49,40 @@ def _memory(found: Estimate) -> list[str]:
     stages = found.memory
     checkpointing, other = ("on", "off") if config.activation_checkpointing else ("off", "on")
     where = "GPU" if question.on_gpu else "process"
+    unit = _unit(max(stage.peak for stage in stages))
     out = [
-        f"Memory of one {where} in GiB ({question.gpus} of them, {found.precision}, "
+        f"Memory of one {where} in {unit} ({question.gpus} of them, {found.precision}, "
         f"ZeRO stage {config.zero_stage}, "
         f"activation_checkpointing {checkpointing}, offload_optimizer {'on' if config.offload_optimizer else 'off'})"
     ]
     head = ["", *(f"{stage.seq_len:,} x {stage.micro_batch}" for stage in stages)]
+    sizes = {
+        "weights": [stage.state.weights for stage in stages],
+        "gradients": [stage.state.gradients for stage in stages],
+        "optimizer": [stage.state.optimizer for stage in stages],
+        "inputs": [stage.inputs for stage in stages],
+        **{f"kept: {part}": [stage.kept[part] for stage in stages] for part in stages[0].kept},
+        "buffers and temporaries": [stage.transient + stage.state.buffers for stage in stages],
+        "at its fullest": [stage.peak for stage in stages],
+        f"with activation_checkpointing {other}": found.other_peaks,
+    }
     rows = [
-        _row("weights", [stage.state.weights for stage in stages]),
-        _row("gradients", [stage.state.gradients for stage in stages]),
-        _row("optimizer", [stage.state.optimizer for stage in stages]),
-        _row("inputs", [stage.inputs for stage in stages]),
-        *(_row(f"kept: {part}", [stage.kept[part] for stage in stages]) for part in stages[0].kept),
-        _row("buffers and temporaries", [stage.transient + stage.state.buffers for stage in stages]),
-        _row("at its fullest", [stage.peak for stage in stages]),
-        _row(f"with activation_checkpointing {other}", found.other_peaks),
+        [name, *(f"{size / UNITS[unit]:.2f}" if size else "0" for size in values)] for name, values in sizes.items()
     ]
     return [*out, *_table(head, rows)]
+
+
+def _unit(largest: int) -> str:
+    """GiB from 4 GiB on, MiB from 4 MiB on: in a larger unit most rows of a small model would read 0.00."""
+    return next((name for name, size in UNITS.items() if largest >= 4 * size), "KiB")
 
 
 def _fit(found: Estimate) -> list[str]:
     if found.limit is None:
         return []
     question = found.question
-    allowed = f"{found.limit / GIB:.1f} GiB ({question.gpu_memory:g} less a margin of {question.margin:.0%})"
+    held = "" if question.on_gpu else ", the libraries and what the C library holds on to"
+    allowed = f"{format_bytes(found.limit)} ({question.gpu_memory:g} GiB less a margin of {question.margin:.0%}{held})"
     out = [f"It {'fits' if found.fits else 'does NOT fit'} in {allowed}."]
     if found.largest:
         rows = ", ".join(
@@ -81,7 +91,7 @@ def _fit(found: Estimate) -> list[str]:
         out.append(f"  the largest micro_batch that fits: {rows}")
     if not found.fits and question.search:
         out += [
-            f"  it would with --set {' '.join(change.overrides)}: {change.peak / GIB:.1f} GiB ({change.cost})"
+            f"  it would with --set {' '.join(change.overrides)}: {format_bytes(change.peak)} ({change.cost})"
             for change in found.changes
         ] or ["  no micro_batch, activation_checkpointing, zero_stage 3 or offload_optimizer makes it fit"]
     return [*out, ""]
@@ -105,12 +115,14 @@ def _time(found: Estimate) -> list[str]:
 def _rest(found: Estimate) -> list[str]:
     config, question = found.config, found.question
     keep = config.checkpoint.keep_last
+    why = "each builds the whole model in float32 first"
+    if not question.on_gpu:
+        why = "at its fullest, with the libraries and what the C library holds on to"
     lines = [
         f"{found.tokens:,} tokens, {found.tokens / found.num_parameters:.1f} for each parameter",
         f"{format_bytes(found.checkpoint_bytes)} a checkpoint; {keep} kept and one being written: "
         f"{format_bytes((keep + 1) * found.checkpoint_bytes)}",
-        f"{format_bytes(found.host_bytes)} of host memory for a process (each builds the whole model in float32 "
-        "first), "
+        f"{format_bytes(found.host_bytes)} of host memory for a process ({why}), "
         f"{format_bytes(question.processes_per_node * found.host_bytes)} for {question.processes_per_node}",
     ]
     if found.data is None:
@@ -162,10 +174,6 @@ def as_dict(found: Estimate) -> dict[str, Any]:
 
 def _stage(memory: StageMemory) -> dict[str, Any]:
     return {**asdict(memory), "activations": memory.activations, "transient": memory.transient, "peak": memory.peak}
-
-
-def _row(name: str, sizes: Sequence[int]) -> list[str]:
-    return [name, *(f"{size / GIB:.2f}" for size in sizes)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
