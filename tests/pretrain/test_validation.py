@@ -30,7 +30,8 @@ class Engine:
 def validated(corpus: Path, objective: str, packing: str, seq_len: int) -> tuple[dict[str, Any], Any, ShardSet]:
     shards = ShardSet.open(corpus / "valid")
     data = {"train": str(corpus / "train"), "packing": packing}
-    changes = {"data": data, "model": {"objective": objective, "init_std": 0.3}}
+    whole = {"tokens": 10**9}
+    changes = {"data": data, "model": {"objective": objective, "init_std": 0.3}, "validation": whole}
     config = RunConfig.model_validate(settings(corpus, corpus, **changes))
     torch.manual_seed(0)
     model = build_model(ModelConfig.model_validate(config.model.model_dump() | {"vocab_size": shards.vocab_size}))

@@ -72,7 +72,7 @@ def test_a_batch_in_parts_trains_as_the_whole_batch(masked: Path, shards: ShardS
     assert max(sizes[:middle]) > 64 >= max(sizes[middle:])
     torch.testing.assert_close(weights[0], weights[1], atol=2e-4, rtol=0)
     start = torch.cat([p.detach().flatten() for p in subject_of(masked, shards).model.parameters()])
-    assert (weights[0][: len(start)] - start).abs().max() > 2e-3  # it did train
+    assert (weights[0][: len(start)] - start).abs().max() > 1e-3  # it did train
     assert curves[0] == pytest.approx(curves[1], abs=1e-3)
 
 
