@@ -32,7 +32,7 @@ LIBRARIES = 450_000_000
 without a GPU. CUDA's libraries add to it."""
 HEAP, RETURNED = 1.4, 1.2
 """On a CPU, resident bytes for each allocated one: glibc keeps freed blocks of up to 32 MiB that nothing else fits.
-Measured 1.17 to 1.36 over seven shapes; where they are returned, see :func:`resident_bytes`, 1.01 to 1.14."""
+Measured 1.17 to 1.36 over four shapes; where they are returned, see :func:`resident_bytes`, 1.01 to 1.14."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
