@@ -249,7 +249,7 @@ def _backward(grad: Tensor, read: _Read) -> tuple[Tensor, ...]:
                 source = d_columns[:, skip:, i * size : (i + 1) * size]
                 target.copy_(source) if i == read.back else target.add_(source)
             if tile.visible:
-                d_far[tile.heads, : tile.visible] += d_columns[:, :, near:].sum(1, dtype=d_far.dtype)
+                d_far[tile.heads, : tile.visible] += _sum(d_columns[:, :, near:], (1,), d_far.dtype)
 
         d_columns = space("d_columns", *keys.shape)
         scatter(torch.bmm(weights.transpose(1, 2), d_out, out=d_columns), d_v, d_far_v)
@@ -263,8 +263,13 @@ def _backward(grad: Tensor, read: _Read) -> tuple[Tensor, ...]:
         scatter(torch.bmm(d_logits.transpose(1, 2), part, out=d_columns), d_k, d_far_k)
         if tile.visible:
             by_segment = d_logits.view(tile.heads.stop - tile.heads.start, -1, *d_logits.shape[1:])
-            d_bias[tile.heads, : tile.visible] += by_segment[..., near:].sum((1, 2), dtype=d_bias.dtype)
+            d_bias[tile.heads, : tile.visible] += _sum(by_segment[..., near:], (1, 2), d_bias.dtype)
     return d_q, d_k, d_v, d_far_k.to(read.far_k.dtype), d_far_v.to(read.far_v.dtype), d_bias
+
+
+def _sum(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The sum in ``dtype``. On a CPU PyTorch makes a copy in it: here it is made where the plan of memory sees it."""
+    return x.to(dtype).sum(dims) if device_type(x) == "cpu" else x.sum(dims, dtype=dtype)
 
 
 def _minus_infinity_above(diagonal: int, rows: int, columns: int, like: Tensor) -> Tensor:
