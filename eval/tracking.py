@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.results.schema import ModelInfo, Result, Series
+from pretrain.telemetry.trackers import WANDB_MODE, init_wandb, wandb_mode
 
 if TYPE_CHECKING:
     from eval.subject import Subject
 
 PROJECT = "nystrom-eval"
 """Of results without a run; those of a run go to its telemetry.wandb_project."""
-WAIT_SECONDS = 30
-"""For a server, and for a key from a terminal: `online` continues offline after it."""
 
 
 class Tracking:
@@ -29,7 +28,12 @@ class Tracking:
     """
 
     def __init__(self, folder: Path, mode: str, subject: Subject | None = None) -> None:
-        self._folder, self._mode = folder, mode
+        self._folder = folder
+        self._mode = mode
+        if mode != "off":
+            self._mode, note = wandb_mode(mode, os.environ.get(WANDB_MODE), key="--wandb", ask="--wandb ")
+            if note is not None:
+                print(note)
         self._info = subject.info() if subject is not None else ModelInfo()
         self._project = subject.loaded.run_config.telemetry.wandb_project if subject is not None else PROJECT
         self._run: Any = None
@@ -67,18 +71,14 @@ class Tracking:
 
 def start(folder: Path, mode: str, info: ModelInfo, project: str) -> Any:
     """A run of wandb named after the trained run and its weights; its id follows from both and from the folder."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
     folder.mkdir(parents=True, exist_ok=True)
-    return wandb.init(
+    return init_wandb(
         project=project,
         name=f"eval {info.run or folder.resolve().name} {info.weights_hash[:8]}".strip(),
         id=hashlib.sha256(f"{folder.resolve()} {info.weights_hash}".encode()).hexdigest()[:12],
         job_type="eval",
-        resume="allow",
         dir=str(folder),
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
         config={
             "run": info.run,
             "weights": info.weights_hash,
@@ -87,7 +87,6 @@ def start(folder: Path, mode: str, info: ModelInfo, project: str) -> Any:
             "parameters": info.parameters,
             "tokens": info.tokens,
         },
-        settings=wandb.Settings(console="off", silent=True, init_timeout=WAIT_SECONDS, login_timeout=WAIT_SECONDS),
     )
 
 

@@ -22,6 +22,8 @@ TENSORBOARD = "tensorboard"
 """The package, the extra that brings it, and the folder below the run."""
 WANDB_MODE = "WANDB_MODE"
 """Environment variable of Weights & Biases, which may allow less than ``telemetry.wandb`` but not more."""
+WAIT_SECONDS = 30
+"""For a server, and for a key from a terminal: `online` continues offline after it."""
 _MODES = ("disabled", "offline", "online")
 _OLD_MODES = {"dryrun": "offline", "run": "online"}
 
@@ -106,23 +108,49 @@ class Trackers:
         self._say(f"{name} is left out: {type(error).__name__}: {first_line} (metrics.jsonl has everything)")
 
 
-def wandb_mode(configured: str, environment: str | None) -> tuple[str, str | None]:
+def wandb_mode(
+    configured: str, environment: str | None, *, key: str = "telemetry.wandb", ask: str = "--set telemetry.wandb="
+) -> tuple[str, str | None]:
     """Where Weights & Biases writes: the more private of both; and a line for the user if that is not ``configured``.
 
-    ``configured``: ``telemetry.wandb``; ``environment``: the variable WANDB_MODE, None or empty if unset. The variable
-    does not put a run online by itself: a configuration says offline unless somebody asked for more.
+    ``configured``: what ``key`` says, for which ``ask`` is the option; ``environment``: the variable WANDB_MODE, None
+    or empty if unset. The variable does not put a run online by itself: a configuration says offline unless somebody
+    asked for more.
     """
     asked = _OLD_MODES.get(environment or "", environment or configured)
     if asked == configured or configured == "disabled":
         return configured, None
     if asked not in _MODES:
-        return configured, f"{WANDB_MODE}={environment} is none of {', '.join(_MODES)}: telemetry.wandb decides"
+        return configured, f"{WANDB_MODE}={environment} is none of {', '.join(_MODES)}: {key} decides"
     if _MODES.index(asked) < _MODES.index(configured):
         return asked, f"wandb is {asked}, for the environment has {WANDB_MODE}={environment}"
     return configured, (
-        f"wandb stays {configured} though the environment has {WANDB_MODE}={environment}: ask for more with --set "
-        f"telemetry.wandb={asked}"
+        f"wandb stays {configured} though the environment has {WANDB_MODE}={environment}: ask for more with "
+        f"{ask}{asked}"
     )
+
+
+def init_wandb(**options: Any) -> Any:
+    """``wandb.init`` without output of its own; after an error another mode can be tried.
+
+    Raises whatever wandb does.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    # With a terminal but without a key, online asks for one: not for longer than that.
+    settings = wandb.Settings(console="off", silent=True, init_timeout=WAIT_SECONDS, login_timeout=WAIT_SECONDS)
+    try:
+        run = wandb.init(resume="allow", settings=settings, **options)
+    except Exception:
+        # Its service would keep the id as one in use, and refuse the offline run that is to follow.
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+        raise
+    # Its threads log too. What they can't write is no news: the program says that its disk is full.
+    for handler in logging.getLogger("wandb").handlers:
+        handler.handleError = lambda record: None  # type: ignore[method-assign]
+    return run
 
 
 class Wandb:
@@ -135,9 +163,6 @@ class Wandb:
 
     def __init__(self, run_dir: Path, config: RunConfig, mode: str, step: int) -> None:
         """``step``: the one that the run resumes from. Raises whatever wandb does."""
-        import wandb
-
-        os.environ.setdefault("WANDB_SILENT", "true")
         folder = run_dir / "wandb"
         folder.mkdir(exist_ok=True)
         id_file = folder / "run_id"
@@ -146,27 +171,14 @@ class Wandb:
         self._sent_file = folder / "last_steps.json"
         self._before, self._unknown = _read_sent(self._sent_file, step)
         self._sent = dict(self._before)  # the last step of each kind
-        # With a terminal but without a key, online asks for one: not for longer than that.
-        settings = wandb.Settings(console="off", silent=True, init_timeout=30, login_timeout=30)
-        try:
-            self._run = wandb.init(
-                project=config.telemetry.wandb_project,
-                name=config.name,
-                id=id_file.read_text().strip(),
-                resume="allow",
-                dir=str(run_dir),
-                mode=mode,  # type: ignore[arg-type]
-                config=config.model_dump(mode="json"),
-                settings=settings,
-            )
-        except Exception:
-            # Its service would keep the id as one in use, and refuse the offline run that is to follow.
-            with contextlib.suppress(Exception):
-                wandb.teardown()
-            raise
-        # Its threads log too. What they can't write is no news: the run says that its disk is full.
-        for handler in logging.getLogger("wandb").handlers:
-            handler.handleError = lambda record: None  # type: ignore[method-assign]
+        self._run = init_wandb(
+            project=config.telemetry.wandb_project,
+            name=config.name,
+            id=id_file.read_text().strip(),
+            dir=str(run_dir),
+            mode=mode,
+            config=config.model_dump(mode="json"),
+        )
 
     def numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Numbers of one step are one record there, which those of the next finish."""

@@ -40,7 +40,8 @@ def result(folder: Path) -> Result:
 
 class Broken:
     def __init__(self, at: str) -> None:
-        self.at, self.seen = at, []
+        self.at = at
+        self.seen: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         def method(*_: Any) -> None:
@@ -82,6 +83,7 @@ def test_online_without_an_answer_becomes_offline(tmp_path: Path, monkeypatch: p
             raise TimeoutError("nobody answers")
         return Broken("")
 
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(tracking, "start", start)
     monkeypatch.setattr(tracking, "payload", lambda *_: {})
     tracker = Tracking(tmp_path, "online")
@@ -124,3 +126,37 @@ def test_offline_files_hold_metrics_tables_curves_and_samples(tmp_path: Path) ->
     assert sorted(["1.0", "5.0", "t"]) in curves
     (page,) = tmp_path.glob("wandb/offline-run-*/files/media/html/**/*.html")
     assert "text: &lt;b&gt;" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "opened", "said"),
+    [
+        ("online", "offline", ["offline"], "wandb is offline, for the environment has WANDB_MODE=offline"),
+        ("offline", "disabled", [], "wandb is disabled"),
+        ("offline", "online", ["offline"], "ask for more with --wandb online"),
+        ("off", "online", [], ""),
+    ],
+)
+def test_the_environment_may_ask_for_less(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asked: str,
+    environment: str,
+    opened: list[str],
+    said: str,
+) -> None:
+    modes: list[str] = []
+
+    def start(folder: Path, mode: str, *_: Any) -> Broken:
+        modes.append(mode)
+        return Broken("")
+
+    monkeypatch.setenv("WANDB_MODE", environment)
+    monkeypatch.setattr(tracking, "payload", lambda name, result: {})
+    monkeypatch.setattr(tracking, "start", start)
+    Tracking(tmp_path, asked).log("lm", result(tmp_path))
+    assert modes == opened
+    out = capsys.readouterr().out
+    assert said in out
+    assert bool(out) == bool(said)
