@@ -201,7 +201,8 @@ def _crowd(probe: Probe) -> list[int]:
     """Lengths of up to :data:`CROWD` short documents, of one token and more."""
     rng = np.random.default_rng(probe.seed + 2)
     most = max(2, 2 * probe.length // CROWD)
-    lengths, left = [], probe.length - 2
+    lengths: list[int] = []
+    left = probe.length - 2
     while left > 0 and len(lengths) < CROWD:
         lengths.append(min(left, int(rng.integers(1, most))))
         left -= lengths[-1]
