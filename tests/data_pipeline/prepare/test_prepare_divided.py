@@ -188,7 +188,7 @@ def test_errors_name_the_file_and_its_line_and_leave_no_copies(
     assert not list((tmp_path / "out" / ".work").glob("copy*"))
 
 
-@pytest.mark.parametrize("kinds", [KINDS[:1] + KINDS[3:4], KINDS[-1:]])
+@pytest.mark.parametrize("kinds", [KINDS[:1] + KINDS[3:4], pytest.param(KINDS[-1:], marks=pytest.mark.slow)])
 def test_killed_at_any_write_it_ends_with_the_same_bytes(
     kinds: list[str], small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
