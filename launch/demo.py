@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing of the demo; returns the exit status of the first step that failed, or 0."""
     parser = argparse.ArgumentParser(
         prog="nystrom demo",
-        description="The whole road on a built-in corpus (the Python standard library's source and documentation): "
+        description="All of it on a built-in corpus (the Python standard library's source and documentation): "
         "tokenizer, shards, a masked and a causal Nyströmformer by DeepSpeed, evaluation, one HTML report. "
         "Takes minutes on two cores; run again, it does only what is missing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
