@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import common
 from benchmarks.common import check_file, check_positive, markdown, run
+from data_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import argparse
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a sound model")
     parser.add_argument("--data", metavar="SHARDS", help="held-out shards (default: data.valid of the run)")
     parser.add_argument("--length", type=int, default=640, metavar="N", help="the longest text that is scored, tokens")
+    parser.add_argument("--part", default="1/1", metavar="I/K", help="every K-th fault from the I-th on (default: all)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     return parser
 
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     check_positive(args, "length")
     check_file("--out", args.out)
+    part = part_of(args.part)
 
     from eval.subject import load_subject
     from eval.tasks.validity import ValiditySettings, checks
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subject = load_subject(args.checkpoint, args.data, args.device)
     settings = checks.resolve(subject, ValiditySettings(length=args.length))
     costs, wrong = measure_costs(subject, settings)
-    faults = plant_all(subject, settings)
+    faults = plant_all(subject, settings, part)
     print(markdown(("fault", "what it does", "found by"), [_row(fault) for fault in faults]))
     print(f"\nOn the sound model {len(wrong)} checks fail{': ' if wrong else '.'}{'; '.join(wrong)}\n")
     total = sum(cost["processor_seconds"] for cost in costs)
@@ -62,6 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     common.write_json(args.out, content)
     return 1 if wrong or not all(fault["found"] for fault in faults) else 0
+
+
+def part_of(text: str) -> slice:
+    """``2/3`` as the places of the second of three parts. Raises :class:`UserError` for what is none."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise UserError(f"--part {text}: it must be I/K, with I from 1 to K")
+    return slice(int(first) - 1, None, int(count))
 
 
 def measure_costs(subject: Subject, settings: ValiditySettings) -> tuple[list[dict[str, Any]], list[str]]:
@@ -83,14 +94,15 @@ def measure_costs(subject: Subject, settings: ValiditySettings) -> tuple[list[di
     return costs, wrong
 
 
-def plant_all(subject: Subject, settings: ValiditySettings) -> list[dict[str, Any]]:
-    """For each fault that this kind of model can have, the checks that fail with it: their names and lengths."""
+def plant_all(subject: Subject, settings: ValiditySettings, part: slice = slice(None)) -> list[dict[str, Any]]:
+    """For each fault of the part that this kind of model can have, the checks that fail with it: their names and
+    lengths."""
     from benchmarks.validity.plants import PLANTS, planted
     from eval.tasks.validity import checks
 
     objective = subject.loaded.model_config.objective
     faults = []
-    for plant in PLANTS:
+    for plant in list(PLANTS)[part]:
         if objective not in plant.objectives or (plant.name.startswith("bf16") and not checks.looks_at_bf16(subject)):
             continue
         print(f"planted: {plant.name}", file=sys.stderr, flush=True)
