@@ -212,7 +212,12 @@ def test_two_processes_compute_what_one_computes(labelled_run: list[str], tmp_pa
     two = python("launch", "local", "--nproc", "2", "--", *labelled_run, "--out", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     assert numbers("two") == numbers("one")
-    assert two.stdout == one.stdout.replace(str(tmp_path / "one"), str(tmp_path / "two"))  # said once
+
+    def said(text: str) -> list[str]:
+        """Without the progress of the fits, of which the first process tells its own."""
+        return [line for line in text.splitlines() if ", seed " not in line.partition(":")[0]]
+
+    assert said(two.stdout) == said(one.stdout.replace(str(tmp_path / "one"), str(tmp_path / "two")))  # said once
     again = python("launch", "local", "--nproc", "2", "--", *labelled_run, "--out", str(tmp_path / "two"))
     assert "classify: already there" in again.stdout
 
