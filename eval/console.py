@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.results.caution import few_items as caution_of
 from eval.results.records import samples_path
 from eval.results.schema import Metric, Result, Table
-from eval.results.statistics import FEW
 from eval.task import described
 
 
@@ -41,11 +41,7 @@ def verdict(result: Result) -> tuple[str, str]:
 
 def few_items(results: Sequence[tuple[str, Result, bool]]) -> list[str]:
     """A warning for each result whose intervals are over few items."""
-    return [
-        f"{name}: {result.records['count']} items are few: its intervals are wide, and only roughly of 95%"
-        for name, result, _ in results
-        if result.estimators and 0 < result.records["count"] < FEW
-    ]
+    return [f"{name}: {caution}" for name, result, _ in results if (caution := caution_of(result))]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
