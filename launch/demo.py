@@ -129,7 +129,7 @@ def _run(command: list[str]) -> int:
     SIGTERM, Ctrl-C and SIGHUP are passed on as SIGTERM, once, and waited for: training saves first (status 75). So is
     our end by -9. 75 also for a step that SIGTERM killed or did not reach: the same command resumes here as well.
     """
-    from launch.local import StopRequest
+    from launch.watch import StopRequest
     from pretrain.distributed.signals import EXIT_PREEMPTED
 
     request = StopRequest()

@@ -21,7 +21,7 @@ import psutil
 
 from data_pipeline.errors import UserError
 from data_pipeline.processes import available_cores, child_command
-from launch.local import REPOSITORY, StopRequest, become_subreaper, count_gpus, free_port
+from launch.watch import REPOSITORY, StopRequest, become_subreaper, count_gpus, free_port
 from pretrain.distributed.signals import LAUNCHER_PID
 from pretrain.finish import LAUNCH_ID
 

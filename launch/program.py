@@ -19,7 +19,7 @@ COMMANDS = {
     "config": ("pretrain.config.cli", "the keys of a run's YAML: type, default, meaning; what a file comes to"),
     "plan": ("pretrain.planning.cli", "before a run: its memory, time, cost, and whether it fits"),
     "train": ("pretrain.cli", "pretrain on this process, or as one rank of a launcher's"),
-    "launch": ("launch.cli", "start `train` or `eval` on several processes of this machine; stop a run"),
+    "launch": ("launch.cli", "start `train` or `eval` on several processes, here or on a cluster; look at a run, stop it"),
     "replay": ("pretrain.replay", "look again at the batch of a step that went wrong, row by row"),
     "eval": ("eval.cli", "evaluate a checkpoint: validity gate, loss, classification, long range, generation, ..."),
     "report": ("eval.report.cli", "one HTML page with the curves, tables and samples of runs"),
@@ -28,7 +28,7 @@ COMMANDS = {
 
 WITHIN = {
     **dict.fromkeys(("stdlib", "tokenizer", "prepare", "verify", "inspect", "contamination"), "data"),
-    **dict.fromkeys(("local", "array", "stop"), "launch"),
+    **dict.fromkeys(("local", "slurm", "hostfile", "kubernetes", "array", "doctor", "status", "stop"), "launch"),
     **dict.fromkeys(("validity", "lm", "classify", "generate", "compare", "list"), "eval"),
 }
 """Words that are commands of a command: those that are looked for most."""

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from processes_case import leftovers
 
-from launch import local, restarts
+from launch import restarts, watch
+from launch.places import local
 
 # The process tree that DeepSpeed makes: runner -> launch -> workers; a worker may have a helper of its own.
 STAND_IN = """
@@ -139,7 +140,7 @@ def test_the_launcher_corrects_the_status_of_a_run_that_was_killed(
     assert (status["state"], status["code"], status["step"], status["tokens"]) == ("killed", code, 7, 70)
     assert code == 137
     (tmp_path / "status.json").write_text(json.dumps({"launch_id": "earlier", "code": None, "state": "running"}))
-    assert local._exit_status(1, tmp_path, "id") == 1
+    assert watch.exit_status(1, tmp_path, "id") == 1
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"  # another start's
 
 
@@ -185,7 +186,7 @@ def test_signals_reach_the_workers_as_sigterm_and_not_their_helpers(
 def test_nohup_stays_in_force() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        request = local.StopRequest()
+        request = watch.StopRequest()
         os.kill(os.getpid(), signal.SIGHUP)
         assert request.number is None
         request.restore()
@@ -208,8 +209,8 @@ def test_sigterm_before_there_are_workers_is_not_lost(stand_in: Callable[..., in
 def test_nobody_outlives_a_lost_process_for_long(
     stand_in: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "LOSS_SECONDS", 0.6)
-    monkeypatch.setattr(local, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "LOSS_SECONDS", 0.6)
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.2)
     assert stand_in("loses one") == 137
     assert "still there 0.6 s after another one ended are killed" in capsys.readouterr().err
 
@@ -296,19 +297,19 @@ def test_getting_no_further_than_before_is_no_progress(
 
 
 def test_a_process_that_the_request_to_stop_killed_was_starting(tmp_path: Path) -> None:
-    assert local._exit_status(256 - signal.SIGTERM, tmp_path, "id", asked=True) == 75
-    assert local._exit_status(256 - signal.SIGTERM, tmp_path, "id") == 143
-    assert local._exit_status(256 - signal.SIGKILL, tmp_path, "id", asked=True) == 137
+    assert watch.exit_status(256 - signal.SIGTERM, tmp_path, "id", asked=True) == 75
+    assert watch.exit_status(256 - signal.SIGTERM, tmp_path, "id") == 143
+    assert watch.exit_status(256 - signal.SIGKILL, tmp_path, "id", asked=True) == 137
 
 
 @pytest.mark.parametrize(("code", "expected"), [(247, 137), (-9, 137), (2, 2), (1, 1), (0, 1)])
 def test_exit_status_without_a_word_from_the_run(tmp_path: Path, code: int, expected: int) -> None:
-    assert local._exit_status(code, tmp_path, "id") == expected
+    assert watch.exit_status(code, tmp_path, "id") == expected
 
 
 def test_visible_gpus_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
-    assert local.count_gpus() == 3
+    assert watch.count_gpus() == 3
     assert local.runner_command(2, [], 1, False)[4:8] == ["", "--include", "localhost:3,5", "--master_port"]
     with pytest.raises(local.UserError, match="names 3 GPU"):
         local.runner_command(4, [], 1, False)
@@ -318,7 +319,7 @@ def test_visible_gpus_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shared_memory_of_this_launch_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(local, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(watch, "SHARED_MEMORY", tmp_path)
     user = os.getuid()
     mine, other = (
         tmp_path / f"deepspeed_allreduce_buffer_{user}_127.0.0.1_1234_0",
@@ -326,7 +327,7 @@ def test_shared_memory_of_this_launch_is_removed(monkeypatch: pytest.MonkeyPatch
     )
     mine.touch()
     other.touch()
-    local._remove_shared_memory(1234)
+    watch.remove_shared_memory(1234)
     assert (mine.exists(), other.exists()) == (False, True)
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's launcher on this machine, with its gaps closed.
+"""Looking after the processes that DeepSpeed's launcher starts on one machine, with its gaps closed.
 
 What it does alone (0.19.8): SIGTERM to it ends it at once and orphans the workers, which never hear of it; when its
 middle process dies, it exits 0 with the workers still running. So here it runs in a session of its own, signals go to
@@ -16,16 +16,14 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
-from data_pipeline.errors import UserError
-from launch.restarts import Restarts, last_line, resumed, starts_anew
+from launch.restarts import last_line
 from pretrain.distributed.signals import EXIT_PREEMPTED, LAUNCHER_PID, stop_signals
 from pretrain.finish import LAUNCH_ID, STATES, STATUS
 from pretrain.telemetry.lines import write_or_warn
@@ -40,80 +38,39 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def launch_local(
-    nproc: int,
-    words: Sequence[str],
-    run_dir: Path,
-    *,
-    stop_timeout: float,
-    verbose: bool = False,
-    max_restarts: int = 0,
-) -> int:
-    """Run ``python -m pretrain *words`` on ``nproc`` processes of this machine; returns the run's own exit status.
-
-    On SIGTERM, SIGINT or SIGHUP the workers get SIGTERM and ``stop_timeout`` seconds to save; then all is killed. All
-    processes that this call started are gone when it returns. After a crash it starts again, ``max_restarts`` times.
-    """
-    become_subreaper()
-    request = StopRequest()
-    restarts = Restarts(run_dir, max_restarts, anew=starts_anew(words))
-    try:
-        while True:
-            launch_id = uuid.uuid4().hex
-            code = _attempt(nproc, words, run_dir, launch_id, request, stop_timeout, verbose)
-            if request.number is not None or not restarts.wanted(code):
-                return code
-            if restarts.pause(lambda: request.number is not None):
-                return EXIT_PREEMPTED
-            if _read_status(run_dir).get("launch_id") == launch_id:
-                words = resumed(words)
-    finally:
-        request.restore()
-
-
-def _attempt(
-    nproc: int,
-    words: Sequence[str],
-    run_dir: Path,
+def look_after(
+    runner: subprocess.Popen[bytes],
     launch_id: str,
     request: StopRequest,
     stop_timeout: float,
-    verbose: bool,
+    each_poll: Callable[[], None] = lambda: None,
 ) -> int:
-    port = free_port()
-    try:
-        command = runner_command(nproc, words, port, verbose)
-        runner = subprocess.Popen(command, env=_environment(launch_id), start_new_session=True)
-        watch = _Watch(launch_id, runner)
-        deadline: float | None = None
-        while runner.poll() is None or watch.alive():
-            if deadline is None and (request.number is not None or runner.poll() is not None):
-                # Asked to stop, or the launcher is gone and workers are not.
-                deadline = time.monotonic() + stop_timeout
-            if deadline is not None:
-                watch.signal_workers(signal.SIGTERM)
-            if deadline is not None and time.monotonic() > deadline:
-                watch.kill_all(f"{stop_timeout:g} s after SIGTERM")
-            elif watch.seconds_since_a_loss() > LOSS_SECONDS:
-                watch.kill_all(f"{LOSS_SECONDS:g} s after another one ended")
-            time.sleep(POLL_SECONDS)
-        return _exit_status(runner.wait(), run_dir, launch_id, asked=request.number is not None)
-    finally:
-        _remove_shared_memory(port)
+    """Wait until all processes of a launch are gone; returns the status of DeepSpeed's launcher, ``runner``.
 
-
-def runner_command(nproc: int, words: Sequence[str], port: int, verbose: bool) -> list[str]:
-    """DeepSpeed's launcher for this machine; an empty host file name keeps it from finding a cluster's."""
-    return [
-        *[sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "", *_placement(nproc)],
-        *["--master_port", str(port), "--log_level", "info" if verbose else "critical"],
-        *["--module", "pretrain", *words],
-    ]
+    Once ``request`` was asked to stop, each training process gets SIGTERM and ``stop_timeout`` seconds to save; then
+    all is killed. ``each_poll`` is called every :data:`POLL_SECONDS`.
+    """
+    watch = _Watch(launch_id, runner)
+    deadline: float | None = None
+    while runner.poll() is None or watch.alive():
+        each_poll()
+        if deadline is None and (request.number is not None or runner.poll() is not None):
+            # Asked to stop, or the launcher is gone and workers are not.
+            deadline = time.monotonic() + stop_timeout
+        if deadline is not None:
+            watch.signal_workers(signal.SIGTERM)
+        if deadline is not None and time.monotonic() > deadline:
+            watch.kill_all(f"{stop_timeout:g} s after SIGTERM")
+        elif watch.seconds_since_a_loss() > LOSS_SECONDS:
+            watch.kill_all(f"{LOSS_SECONDS:g} s after another one ended")
+        time.sleep(POLL_SECONDS)
+    each_poll()
+    return runner.wait()
 
 
 def count_gpus() -> int:
     """GPUs that this process may use, without importing torch: CUDA_VISIBLE_DEVICES, else the device files."""
-    visible = _visible_devices()
+    visible = visible_devices()
     return len(visible) if visible is not None else len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
@@ -212,17 +169,18 @@ def _is_rank(process: psutil.Process | None) -> bool:
         return False
 
 
-def _exit_status(runner_code: int, run_dir: Path, launch_id: str, asked: bool = False) -> int:
+def exit_status(runner_code: int, run_dir: Path, launch_id: str, asked: bool = False, *, corrects: bool = True) -> int:
     """The status that the run wrote for this launch; else the launcher's, never 0 for a run without a final word.
 
     ``asked``: the launch was asked to stop; then a process that SIGTERM killed had not come to the point of listening.
+    ``corrects``: write into ``status.json`` what became of a run that could not say so itself.
     """
-    status = _read_status(run_dir)
+    status = read_status(run_dir)
     ours = status.get("launch_id") == launch_id
     if ours and isinstance(status.get("code"), int):
         return int(status["code"])
     code = _unreported_status(runner_code, asked)
-    if ours:
+    if ours and corrects:
         # The process that writes it was killed: nobody else would correct "running".
         state = STATES.get(code, "killed" if code > 128 else "crashed")
         where = {key: value for key, value in last_line(run_dir).items() if key in ("step", "tokens")}
@@ -251,7 +209,8 @@ def _unreported_status(runner_code: int, asked: bool) -> int:
     return runner_code
 
 
-def _read_status(run_dir: Path) -> dict[str, Any]:
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """The ``status.json`` of a run folder; {} for none that can be read."""
     try:
         status = json.loads((run_dir / STATUS).read_text())
         return status if isinstance(status, dict) else {}
@@ -266,29 +225,21 @@ def _signal_name(number: int) -> str:
         return "unknown"
 
 
-def _environment(launch_id: str) -> dict[str, str]:
+def environment(launch_id: str) -> dict[str, str]:
+    """The environment of a launcher that this process starts and looks after."""
     env = dict(os.environ)
     env[LAUNCH_ID], env[LAUNCHER_PID] = launch_id, str(os.getpid())
     # Children look for ninja and each other's programs beside this Python, also when its environment is not activated.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(REPOSITORY)]))
-    if _visible_devices() is not None:
+    if visible_devices() is not None:
         del env["CUDA_VISIBLE_DEVICES"]  # said through --include; DeepSpeed would ignore it with a warning
     if count_gpus() == 0 and not Path("/dev/kfd").exists():
         env.setdefault("DS_ACCELERATOR", "cpu")  # else each of its processes warns that it found no GPU
     return env
 
 
-def _placement(nproc: int) -> list[str]:
-    visible = _visible_devices()
-    if visible is None:
-        return ["--num_accelerators", str(nproc)]
-    if len(visible) < nproc:
-        raise UserError(f"--nproc {nproc}, but CUDA_VISIBLE_DEVICES names {len(visible)} GPU(s): {','.join(visible)}")
-    return ["--include", "localhost:" + ",".join(visible[:nproc])]
-
-
-def _visible_devices() -> list[str] | None:
+def visible_devices() -> list[str] | None:
     """GPU numbers of CUDA_VISIBLE_DEVICES; None if it is unset, empty, or not a plain list of numbers."""
     parts = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     return parts if all(part.isdigit() for part in parts) else None
@@ -307,7 +258,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _remove_shared_memory(port: int) -> None:
+def remove_shared_memory(port: int) -> None:
     """Remove what DeepSpeed's shared-memory operator would leave (named by user and port; 69 MB a process)."""
     for path in SHARED_MEMORY.glob(f"deepspeed_*_{os.getuid()}_*_{port}*"):
         path.unlink(missing_ok=True)

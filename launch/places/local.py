@@ -1,0 +1,148 @@
+"""``nystrom launch local``: processes of this machine, through DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+from launch.places import PLACES, Place
+from launch.plan import LaunchPlan, Rendered, make_plan
+from launch.restarts import Restarts, resumed, starts_anew
+from launch.watch import (
+    StopRequest,
+    become_subreaper,
+    count_gpus,
+    environment,
+    exit_status,
+    free_port,
+    look_after,
+    read_status,
+    remove_shared_memory,
+    visible_devices,
+)
+from pretrain.distributed.signals import EXIT_PREEMPTED
+
+
+@PLACES.register
+class Local(Place):
+    """Several processes of this machine."""
+
+    name = "local"
+    summary = "processes of this machine, through DeepSpeed's launcher"
+    description = (
+        "Start `nystrom train` on several processes of this machine through DeepSpeed's launcher, look after them, and "
+        "answer with what became of the run."
+    )
+    epilog = (
+        "example: nystrom launch local --nproc 2 --config configs/demo-clm.yaml --set optimizer.lr=1e-3\n\n"
+        "SIGTERM, Ctrl-C or SIGHUP lets the processes save a checkpoint and end (exit status 75: the same command\n"
+        "resumes); those still there after --stop-timeout are killed. A process that hangs for stall_seconds ends the\n"
+        "run with status 77 and is named. No process outlives this command; if it is itself killed, they save and end\n"
+        "at the next step, or after 300 s at the latest.\n\n"
+        "`nystrom launch local --nproc 2 -- eval SUITE ...` runs an evaluation on several processes, which share its\n"
+        "work; SIGTERM, Ctrl-C or SIGHUP ends them at once, and the same command resumes with the rest."
+    )
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Only the number of processes."""
+        parser.add_argument("--nproc", type=int, default=None, help="processes (default: one for each GPU, or one)")
+
+    @staticmethod
+    def plan(args: argparse.Namespace) -> LaunchPlan:
+        """One node; see :func:`make_plan`."""
+        return make_plan(args, nodes=1, processes=args.nproc if args.nproc is not None else max(1, count_gpus()))
+
+    @staticmethod
+    def render(plan: LaunchPlan, args: argparse.Namespace) -> Rendered:
+        """DeepSpeed's command; the port is another at each start."""
+        command = runner_command(plan.processes, plan.words, free_port(), args.verbose)
+        return Rendered(commands=[(command, "in a session of its own")], exports=plan.environment)
+
+    @staticmethod
+    def start(plan: LaunchPlan, args: argparse.Namespace, rendered: Rendered) -> int:
+        """Start it, wait, and return the run's own status."""
+        return launch_local(
+            plan.processes,
+            plan.words,
+            plan.run_dir,
+            stop_timeout=plan.stop_timeout,
+            verbose=args.verbose,
+            max_restarts=plan.max_restarts,
+            variables=plan.environment,
+        )
+
+
+def launch_local(
+    nproc: int,
+    words: Sequence[str],
+    run_dir: Path,
+    *,
+    stop_timeout: float,
+    verbose: bool = False,
+    max_restarts: int = 0,
+    variables: Mapping[str, str] = {},
+) -> int:
+    """Run ``python -m pretrain *words`` on ``nproc`` processes of this machine; returns the run's own exit status.
+
+    On SIGTERM, SIGINT or SIGHUP the workers get SIGTERM and ``stop_timeout`` seconds to save; then all is killed. All
+    processes that this call started are gone when it returns. After a crash it starts again, ``max_restarts`` times.
+    """
+    become_subreaper()
+    request = StopRequest()
+    restarts = Restarts(run_dir, max_restarts, anew=starts_anew(words))
+    try:
+        while True:
+            launch_id = uuid.uuid4().hex
+            code = _attempt(nproc, words, run_dir, launch_id, request, stop_timeout, verbose, variables)
+            if request.number is not None or not restarts.wanted(code):
+                return code
+            if restarts.pause(lambda: request.number is not None):
+                return EXIT_PREEMPTED
+            if read_status(run_dir).get("launch_id") == launch_id:
+                words = resumed(words)
+    finally:
+        request.restore()
+
+
+def _attempt(
+    nproc: int,
+    words: Sequence[str],
+    run_dir: Path,
+    launch_id: str,
+    request: StopRequest,
+    stop_timeout: float,
+    verbose: bool,
+    variables: Mapping[str, str],
+) -> int:
+    port = free_port()
+    try:
+        command = runner_command(nproc, words, port, verbose)
+        runner = subprocess.Popen(command, env={**environment(launch_id), **variables}, start_new_session=True)
+        code = look_after(runner, launch_id, request, stop_timeout)
+        return exit_status(code, run_dir, launch_id, asked=request.number is not None)
+    finally:
+        remove_shared_memory(port)
+
+
+def runner_command(nproc: int, words: Sequence[str], port: int, verbose: bool) -> list[str]:
+    """DeepSpeed's launcher for this machine; an empty host file name keeps it from finding a cluster's."""
+    return [
+        *[sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "", *_placement(nproc)],
+        *["--master_port", str(port), "--log_level", "info" if verbose else "critical"],
+        *["--module", "pretrain", *words],
+    ]
+
+
+def _placement(nproc: int) -> list[str]:
+    visible = visible_devices()
+    if visible is None:
+        return ["--num_accelerators", str(nproc)]
+    if len(visible) < nproc:
+        raise UserError(f"--nproc {nproc}, but CUDA_VISIBLE_DEVICES names {len(visible)} GPU(s): {','.join(visible)}")
+    return ["--include", "localhost:" + ",".join(visible[:nproc])]
