@@ -19,7 +19,7 @@ COMMANDS = {
     "config": ("pretrain.config.cli", "the keys of a run's YAML: type, default, meaning; what a file comes to"),
     "plan": ("pretrain.planning.cli", "before a run: its memory, time, cost, and whether it fits"),
     "train": ("pretrain.cli", "pretrain on this process, or as one rank of a launcher's"),
-    "launch": ("launch.cli", "start `train` or `eval` on several processes, here or on a cluster; look at a run, stop it"),
+    "launch": ("launch.cli", "start `train` or `eval` on several processes, here or on a cluster; see, stop a run"),
     "replay": ("pretrain.replay", "look again at the batch of a step that went wrong, row by row"),
     "eval": ("eval.cli", "evaluate a checkpoint: validity gate, loss, classification, long range, generation, ..."),
     "report": ("eval.report.cli", "one HTML page with the curves, tables and samples of runs"),
