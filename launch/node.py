@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
 import json
 import os
 import socket
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError
 from launch.plan import STOP_SECONDS
-from launch.rank_logs import LOGS, Followers, first_error
+from launch.rank_logs import LOGS, Followers, make_folder, print_first_error
 from launch.watch import (
     StopRequest,
     become_subreaper,
@@ -116,10 +115,7 @@ def run_node(
     become_subreaper()
     request = StopRequest() if request is None else request
     logs = run_dir / LOGS / launch_id
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{logs} cannot be made on {socket.gethostname()}: {error.strerror or error}") from None
+    make_folder(logs)
     followers = Followers(logs, range(rank * nproc, (rank + 1) * nproc))
 
     def poll() -> None:
@@ -135,8 +131,8 @@ def run_node(
     finally:
         request.restore()
         remove_shared_memory(master_port)
-    if code not in (EXIT_DONE, EXIT_PREEMPTED):
-        _print_first_error(logs, rank)
+    if rank == 0 and code not in (EXIT_DONE, EXIT_PREEMPTED):
+        print_first_error(logs)
     return code
 
 
@@ -185,17 +181,3 @@ def _status(ended: int, rank: int, run_dir: Path, launch_id: str, request: StopR
     if 0 < ended <= 128:
         return ended
     return exit_status(ended, run_dir, launch_id, asked, corrects=False) if ended else EXIT_DONE
-
-
-def _print_first_error(logs: Path, rank: int) -> None:
-    """Say which rank failed first, of all nodes that share the run folder."""
-    error = first_error(logs)
-    if error is None or rank != 0:
-        return
-    lines = "\n".join(f"  {line}" for line in error.lines)
-    with contextlib.suppress(OSError):
-        print(
-            f"\nnystrom launch: the first error is that of rank {error.rank} ({error.path}):\n{lines}",
-            file=sys.stderr,
-            flush=True,
-        )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-LOGS = "logs"
-"""Folder of a run folder: a folder for each launch, with a file for each rank."""
+from data_pipeline.errors import UserError
+from pretrain.telemetry.folder import LOGS
+
 LAST_LINES = 30
 _ONLY_LOST_A_PEER = ("another process of this run went away", "a collective operation failed, most likely since")
 _ERROR = re.compile(
@@ -65,6 +67,25 @@ def first_error(folder: Path) -> RankError | None:
             elif lost is not None:
                 found.append((True, path.stat().st_mtime, RankError(rank, path, lines[lost:][:LAST_LINES])))
     return min(found, key=lambda each: each[:2])[2] if found else None
+
+
+def print_first_error(folder: Path) -> None:
+    """Say which rank failed first, of all nodes that share the run folder, and show the lines."""
+    error = first_error(folder)
+    if error is None:
+        return
+    lines = "\n".join(f"  {line}" for line in error.lines)
+    with contextlib.suppress(OSError):  # of a terminal that is gone
+        said = f"the first error is that of rank {error.rank} ({error.path})"
+        print(f"\nnystrom launch: {said}:\n{lines}", file=sys.stderr, flush=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a launch's logs; raises :class:`UserError` where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made on {socket.gethostname()}: {error.strerror or error}") from None
 
 
 class Followers:

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
@@ -36,9 +37,10 @@ from pretrain.distributed.signals import (
     StopFlag,
 )
 from pretrain.distributed.world import Rank
-from pretrain.finish import STATES, export_weights, is_finished, report_preempted, write_status
+from pretrain.finish import LAUNCH_ID, STATES, export_weights, is_finished, report_preempted, write_status
 from pretrain.machine import software
 from pretrain.sources import Inputs
+from pretrain.telemetry.folder import LOGS
 
 RESUME = ("auto", "extend", "never")
 
@@ -259,13 +261,18 @@ def _prepare_folder(inputs: Inputs, resume: str, lock: RunLock) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.take()
-        if resume == "never" and run_dir.is_dir() and any(path != lock.path for path in run_dir.iterdir()):
+        logs = Path(LOGS, os.environ.get(LAUNCH_ID, "none"))  # which the launcher has made already
+        earlier = [path for path in run_dir.rglob("*") if path.is_file() and path != lock.path]
+        if resume == "never" and any(run_dir / logs not in path.parents for path in earlier):
             number = 1
             while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
                 number += 1
             lock.release()  # with the folder it would be moved
             run_dir.rename(aside)
             run_dir.mkdir(exist_ok=True)
+            if (aside / logs).is_dir():
+                (run_dir / LOGS).mkdir(exist_ok=True)
+                (aside / logs).rename(run_dir / logs)
             lock.take()
             print(f"--resume never: the run that was there is now {aside}", flush=True)
         tokenizer = run_dir / "tokenizer"

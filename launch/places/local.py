@@ -12,6 +12,7 @@ from pathlib import Path
 from data_pipeline.errors import UserError
 from launch.places import PLACES, Place
 from launch.plan import LaunchPlan, Rendered, make_plan
+from launch.rank_logs import LOGS, Followers, make_folder, print_first_error
 from launch.restarts import Restarts, resumed, starts_anew
 from launch.watch import (
     StopRequest,
@@ -25,7 +26,7 @@ from launch.watch import (
     remove_shared_memory,
     visible_devices,
 )
-from pretrain.distributed.signals import EXIT_PREEMPTED
+from pretrain.distributed.signals import EXIT_DONE, EXIT_PREEMPTED
 
 
 @PLACES.register
@@ -50,8 +51,14 @@ class Local(Place):
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Only the number of processes."""
+        """The number of processes, and logs for each."""
         parser.add_argument("--nproc", type=int, default=None, help="processes (default: one for each GPU, or one)")
+        parser.add_argument(
+            "--rank-logs",
+            action="store_true",
+            help="a log for each process, RUN/logs/ID/rank-N.log, besides the output here; starts on several nodes "
+            "always write them",
+        )
 
     @staticmethod
     def plan(args: argparse.Namespace) -> LaunchPlan:
@@ -61,7 +68,8 @@ class Local(Place):
     @staticmethod
     def render(plan: LaunchPlan, args: argparse.Namespace) -> Rendered:
         """DeepSpeed's command; the port is another at each start."""
-        command = runner_command(plan.processes, plan.words, free_port(), args.verbose)
+        logs = plan.run_dir / LOGS / "ID" if args.rank_logs else None
+        command = runner_command(plan.processes, plan.words, free_port(), args.verbose, logs)
         return Rendered(commands=[(command, "in a session of its own")], exports=plan.environment)
 
     @staticmethod
@@ -75,6 +83,7 @@ class Local(Place):
             verbose=args.verbose,
             max_restarts=plan.max_restarts,
             variables=plan.environment,
+            rank_logs=args.rank_logs,
         )
 
 
@@ -87,6 +96,7 @@ def launch_local(
     verbose: bool = False,
     max_restarts: int = 0,
     variables: Mapping[str, str] = {},
+    rank_logs: bool = False,
 ) -> int:
     """Run ``python -m pretrain *words`` on ``nproc`` processes of this machine; returns the run's own exit status.
 
@@ -99,7 +109,8 @@ def launch_local(
     try:
         while True:
             launch_id = uuid.uuid4().hex
-            code = _attempt(nproc, words, run_dir, launch_id, request, stop_timeout, verbose, variables)
+            logs = run_dir / LOGS / launch_id if rank_logs else None
+            code = _attempt(nproc, words, run_dir, launch_id, request, stop_timeout, verbose, variables, logs)
             if request.number is not None or not restarts.wanted(code):
                 return code
             if restarts.pause(lambda: request.number is not None):
@@ -119,22 +130,33 @@ def _attempt(
     stop_timeout: float,
     verbose: bool,
     variables: Mapping[str, str],
+    logs: Path | None,
 ) -> int:
     port = free_port()
+    followers = None
+    if logs is not None:
+        make_folder(logs)
+        followers = Followers(logs, range(nproc))
     try:
-        command = runner_command(nproc, words, port, verbose)
+        command = runner_command(nproc, words, port, verbose, logs)
         runner = subprocess.Popen(command, env={**environment(launch_id), **variables}, start_new_session=True)
-        code = look_after(runner, launch_id, request, stop_timeout)
-        return exit_status(code, run_dir, launch_id, asked=request.number is not None)
+        ended = look_after(runner, launch_id, request, stop_timeout, followers.copy if followers else lambda: None)
+        code = exit_status(ended, run_dir, launch_id, asked=request.number is not None)
     finally:
         remove_shared_memory(port)
+    if followers is not None and logs is not None:
+        followers.finish()
+        if code not in (EXIT_DONE, EXIT_PREEMPTED):
+            print_first_error(logs)
+    return code
 
 
-def runner_command(nproc: int, words: Sequence[str], port: int, verbose: bool) -> list[str]:
+def runner_command(nproc: int, words: Sequence[str], port: int, verbose: bool, logs: Path | None = None) -> list[str]:
     """DeepSpeed's launcher for this machine; an empty host file name keeps it from finding a cluster's."""
     return [
         *[sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "", *_placement(nproc)],
         *["--master_port", str(port), "--log_level", "info" if verbose else "critical"],
+        *(["--enable_each_rank_log", str(logs)] if logs is not None else []),
         *["--module", "pretrain", *words],
     ]
 

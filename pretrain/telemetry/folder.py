@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pretrain.distributed.world import World
 
 STARTS = "starts.jsonl"
+LOGS = "logs"
+"""A folder for each launch that keeps a log for each rank."""
 README = """\
 This folder is a training run of nystrom. What is in it, as far as the run got and was asked to:
 
@@ -24,7 +26,7 @@ deepspeed.json    what DeepSpeed was given
 environment.json  machine, versions, code and command of the last start; starts.jsonl has those of every start
 metrics.jsonl     every number of the training, a JSON object a line: kind "train", "valid" or "event"
 status.json       how the last start ended, or that it is running
-logs/             of starts on several nodes: a folder for each, with one log for each rank
+logs/             of starts on several nodes or with --rank-logs: a folder for each, with a log for each rank
 run.lock          who trains in this folder now; removed at the end. `nystrom launch stop THIS_FOLDER` stops it
 checkpoints/      weights, optimizer and position, to resume from; only a folder with a manifest.json is whole.
                   zero_to_fp32.py and zero_to_torch.py in it are DeepSpeed's; nothing here needs them

@@ -64,6 +64,23 @@ def test_two_nodes_stop_together_resume_and_end_as_one_machine_does(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_local_keeps_a_log_for_each_rank_and_moves_only_the_old_run_aside(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    config = write_config(tmp_path / "run.yaml", settings(tmp_path, tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old.txt").touch()
+    command = [sys.executable, "-m", "launch", "local", "--nproc", "2", "--config", config, "--rank-logs"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([*command, "--resume", "never"], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in (tmp_path / "run" / "logs").glob("*/*")) == ["rank-0.log", "rank-1.log"]
+    assert sorted(path.name for path in (tmp_path / "run.old-1").iterdir()) == ["logs", "old.txt"]
+    log = next((tmp_path / "run" / "logs").glob("*/rank-0.log")).read_text()
+    assert "Done. Weights for use" in log
+    assert log == done.stdout
+
+
+@pytest.mark.slow
 def test_the_first_error_is_on_top(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     config = write_config(tmp_path / "run.yaml", settings(tmp_path, tmp_path, model={"vocab_size": 7}))
