@@ -6,8 +6,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-SILENT_SHARE = 0.25
-"""A process without a sign of life for this share of ``stall_seconds`` is called silent."""
+LOST_SECONDS = 30.0
+"""A process that has not been heard of for so long is lost, where the run stands still; see :func:`lost_after`."""
+LISTENED_SHARE = 0.5
+"""For this share of that time somebody must have listened to it. Clocks tell the rest; a sleep makes them wrong."""
+HOSTS_NAMED = 4
+"""A message about more hosts than this names only the first ones."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,11 @@ class ProcessStatus:
         """The process, so that a person finds it."""
         return f"process {self.rank} (host {self.host}, pid {self.pid})"
 
+    @property
+    def unheard(self) -> float:
+        """Seconds for which nothing was heard of it."""
+        return max(self.silence, self.since_beat)
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -50,38 +59,72 @@ class Diagnosis:
         return cls(body["reporter"], tuple(body["culprits"]), body["message"])
 
     @classmethod
-    def of_silent_holder(cls, holder: ProcessStatus, own: ProcessStatus, world_size: int) -> Diagnosis:
-        """The diagnosis of a process that cannot ask any more: process 0, which holds the store, does not answer."""
-        waiting = [rank for rank in range(world_size) if rank != holder.rank]
-        message = (
-            f"stalled: {holder.name} does not answer: it is stopped, frozen, or its machine or network is gone; "
-            f"{_wait(waiting)} for it ({_stands(own)})"
-        )
-        return cls(waiting[0], (holder.rank,), message)
+    def of_silent_store(cls, holder: ProcessStatus | None, own: ProcessStatus, silence: float, says: bool) -> Diagnosis:
+        """The diagnosis of a process that cannot ask any more: the store has not answered it for ``silence`` seconds.
+
+        ``holder`` is process 0, which holds the store; None where torchrun does. Each machine is on its own then:
+        ``says`` is whether this process is the one that reports for its machine.
+        """
+        if holder is None:
+            what = f"torchrun's store has not answered for {silence:.0f} s: its machine, its network or torchrun itself"
+        else:
+            what = f"{holder.name} {_unheard(silence)}: its machine, its network or the process itself"
+        message = f"stalled: {what} is gone; {_wait([own.rank])} for it ({own.place} at step {own.step})"
+        return cls(own.rank if says else NOBODY, (0,), message)
+
+
+NOBODY = -1
+"""The reporter of a diagnosis that another process of the machine reports."""
+
+
+def lost_after(stall_seconds: float) -> float:
+    """Seconds without a sign of life after which a process counts as lost."""
+    return min(LOST_SECONDS, stall_seconds)
+
+
+def lost_peers(seen: Sequence[ProcessStatus], reporter: int, stall_seconds: float) -> Diagnosis | None:
+    """The processes that have not been heard of for :func:`lost_after`; None if there is none.
+
+    Called by a process that has made no progress for so long itself. One that gives signs of life is never lost,
+    however long its main thread takes.
+    """
+    limit = lost_after(stall_seconds)
+    lost = [s for s in seen if s.silence >= LISTENED_SHARE * limit and s.unheard >= limit]
+    if not lost:
+        return None
+    hosts: dict[str, list[ProcessStatus]] = {}
+    for s in sorted(lost, key=lambda s: s.rank):
+        hosts.setdefault(s.host, []).append(s)
+    if len(hosts) <= HOSTS_NAMED:
+        parts = [_lost_host(processes) for processes in hosts.values()]
+    else:
+        named = ", ".join(list(hosts)[:HOSTS_NAMED])
+        least = min(s.unheard for s in lost)
+        parts = [
+            f"{format_processes([s.rank for s in lost])} ({len(hosts)} hosts: {named}, ...) {_unheard(least, True)}: "
+            "their machines, the network to them or the processes themselves are gone"
+        ]
+    ranks = tuple(sorted(s.rank for s in lost))
+    waiting = sorted({s.rank for s in seen} - set(ranks))
+    wait = f"; {_wait(waiting)} for {'it' if len(ranks) == 1 else 'them'}" if waiting else ""
+    return Diagnosis(reporter, ranks, f"stalled: {'; '.join(parts)}{wait}")
 
 
 def diagnose(seen: Sequence[ProcessStatus], reporter: int, stall_seconds: float) -> Diagnosis | None:
     """Which processes the others wait for, or None if some process still makes progress.
 
-    Called by a process that has made no progress for ``stall_seconds``. A culprit is a process without a sign of life.
-    If there is none, and no process has moved for ``stall_seconds``, it is each one that has entered fewer collective
-    operations than the others.
+    Called by a process that has made no progress for :func:`lost_after`, with what all have said. Culprits are those
+    that are lost. If there is none, and no process has moved for ``stall_seconds``, it is each one that has entered
+    fewer collective operations than the others.
     """
-    everyone = {s.rank: s for s in seen}
-    silent = [s for s in seen if s.silence >= SILENT_SHARE * stall_seconds]
-    if not silent and any(s.age < stall_seconds for s in seen):
-        return None
+    lost = lost_peers(seen, reporter, stall_seconds)
+    if lost is not None or any(s.age < stall_seconds for s in seen):
+        return lost
     most = max(s.collectives for s in seen)
-    culprits = silent or [s for s in seen if s.collectives < most] or (list(seen) if len(seen) == 1 else [])
+    culprits = [s for s in seen if s.collectives < most] or (list(seen) if len(seen) == 1 else [])
     culprits = sorted(culprits, key=lambda s: s.rank)
-    waiting = sorted(set(everyone) - {s.rank for s in culprits})
-    if silent:
-        parts = [
-            f"{s.name} has given no sign of life for {max(s.silence, s.since_beat):.0f} s (last seen {s.place} at step "
-            f"{s.step}): it is stopped, frozen, or its machine or network is gone"
-            for s in culprits
-        ]
-    elif culprits:
+    waiting = sorted({s.rank for s in seen} - {s.rank for s in culprits})
+    if culprits:
         parts = [f"{s.name} has been {s.place} at step {s.step} for {s.age:.0f} s" for s in culprits]
     else:
         parts = [
@@ -112,8 +155,20 @@ def _wait(ranks: Sequence[int]) -> str:
     return f"{format_processes(ranks)} {'wait' if len(ranks) > 1 else 'waits'}"
 
 
-def _stands(seen: ProcessStatus) -> str:
-    return f"process {seen.rank} has been {seen.place} at step {seen.step} for {seen.age:.0f} s"
+def _unheard(seconds: float, several: bool = False) -> str:
+    return f"{'have' if several else 'has'} not been heard of for {seconds:.0f} s"
+
+
+def _lost_host(processes: Sequence[ProcessStatus]) -> str:
+    """What is said of lost processes of one machine."""
+    first, several = processes[0], len(processes) > 1
+    name = f"{format_processes([s.rank for s in processes])} (host {first.host})" if several else first.name
+    gone = "their machine, its network or the processes themselves are" if several else None
+    gone = gone or "its machine, its network or the process itself is"
+    return (
+        f"{name} {_unheard(min(s.unheard for s in processes), several)}: {gone} gone (last seen {first.place} at step "
+        f"{first.step})"
+    )
 
 
 def _places(seen: Sequence[ProcessStatus]) -> list[str]:

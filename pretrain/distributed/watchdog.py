@@ -6,6 +6,11 @@ each process has two threads beside the main one. The first publishes every few 
 store of the rendezvous. The second notices when the main thread has made no progress for ``stall_seconds``, finds out
 which process the others wait for, and ends its own process with :data:`EXIT_STALLED`.
 
+A process whose threads are silent too is lost: its machine, its network or itself is gone. That is known after
+:data:`LOST_SECONDS` in which the main thread stood still. Process 0 holds the store. It alone reads what all say, and
+only while it stands still. Each other process reads what process 0 says, and sees whether the store answers. So both
+sides of a link that was cut end, each with a message.
+
 The main thread says where it is with :func:`at`, which costs well under a microsecond. Collective operations count as
 progress too. They tell the process that hangs from those that wait for it: PyTorch numbers them, and the one that hangs
 has entered fewer. NCCL's desynchronisation report in PyTorch rests on the same idea; this one works with any backend.
@@ -21,19 +26,23 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pretrain.distributed.signals import EXIT_STALLED, ORPHAN_SECONDS, StopFlag
-from pretrain.distributed.stall_diagnosis import Diagnosis, ProcessStatus, diagnose
+from pretrain.distributed.stall_diagnosis import Diagnosis, ProcessStatus, diagnose, lost_after, lost_peers
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 BEATS_PER_STALL = 20
-LONGEST_BEAT = 5.0
-"""Seconds between two signs of life: a twentieth of ``stall_seconds``, but no more than this."""
+LONGEST_BEAT = 2.0
+"""Seconds between two signs of life: a twentieth of ``stall_seconds``, but no more than this.
+
+A lost process is known after :data:`LOST_SECONDS` and three beats; all others have ended four beats later."""
+LISTEN_SHARE = 0.25
+"""Process 0 begins to listen when it has stood still for this share of the time after which a process is lost."""
 REPORT_SECONDS = 10.0
 """How long message, status and stack may take: the file system or the terminal may be what hangs."""
 _DIAGNOSIS = "stalled"
@@ -89,9 +98,12 @@ def status_of(rank: int, record: str | bytes) -> ProcessStatus:
 class Watchdog:
     """The two threads of one process. ``store`` is None for a single process."""
 
-    def __init__(self, rank: int, world_size: int, stall_seconds: float, stop: StopFlag | None = None) -> None:
-        """Make it; nothing runs before :meth:`start`."""
-        self.rank, self.world_size, self.stall_seconds = rank, world_size, stall_seconds
+    def __init__(
+        self, rank: int, world_size: int, stall_seconds: float, stop: StopFlag | None = None, *, local_rank: int = 0
+    ) -> None:
+        """Make it; nothing runs before :meth:`start`. ``local_rank`` counts the processes of this machine from 0."""
+        self.rank, self.world_size, self.local_rank, self.stall_seconds = rank, world_size, local_rank, stall_seconds
+        self.lost_seconds = lost_after(stall_seconds)
         self.interval = min(stall_seconds / BEATS_PER_STALL, LONGEST_BEAT)
         self.on_stall: Callable[[], None] = lambda: None
         """Called by the process that reports for all, before the end: to write the status."""
@@ -104,6 +116,7 @@ class Watchdog:
         self._began = time.monotonic()
         self._seen: dict[int, ProcessStatus] = {}
         self._answers, self._store_silence = 0, 0.0
+        self._before, self._answers_before, self._looked = (-1, -1), -1, time.monotonic()
         self._proposed: Diagnosis | None = None
         self._agreed: Diagnosis | None = None
 
@@ -153,24 +166,25 @@ class Watchdog:
         assert self._store is not None
         # A store that is gone (its process has ended) shows as silence.
         with contextlib.suppress(RuntimeError):
-            self._listen(self._store, first=True)
+            self._listen(self._store, [0])  # it cannot be asked any more when it hangs
             while not self._closed.wait(self.interval):
-                self._beat += 1
-                self._store.set(process_key(self.rank), self.record())
-                if self._proposed is not None and self._agreed is None:
-                    # All agree with the first one, which also reports.
-                    agreed = self._store.compare_set(_DIAGNOSIS, "", self._proposed.to_json())
-                    self._agreed = Diagnosis.from_json(agreed)
-                elif self._age >= self.stall_seconds / 2:
-                    self._listen(self._store)
-                self._answers += 1
+                self._speak(self._store)
 
-    def _listen(self, store: dist.Store, first: bool = False) -> None:
-        """Read what the others say; once at the start, then only while this process stands still."""
-        if not first and self._agreed is None and store.check([_DIAGNOSIS]):
+    def _speak(self, store: dist.Store) -> None:
+        """One sign of life. The store's answer is one of process 0's: writing alone is not answered."""
+        self._beat += 1
+        store.set(process_key(self.rank), self.record())
+        if self._proposed is not None and self._agreed is None:
+            # All agree with the first one, which also reports.
+            self._agreed = Diagnosis.from_json(store.compare_set(_DIAGNOSIS, "", self._proposed.to_json()))
+        elif self._agreed is None and store.check([_DIAGNOSIS]):
             self._agreed = Diagnosis.from_json(store.get(_DIAGNOSIS))
-        # At the start only the one that holds the store: it cannot be asked any more when it hangs.
-        ranks = range(1 if first else self.world_size)
+        elif self._age >= LISTEN_SHARE * self.lost_seconds:
+            self._listen(store, range(self.world_size) if self.rank == 0 else [0])
+        self._answers += 1
+
+    def _listen(self, store: dist.Store, ranks: Sequence[int]) -> None:
+        """Read what these processes say."""
         for rank, text in zip(ranks, store.multi_get([process_key(rank) for rank in ranks]), strict=True):
             values = json.loads(text)
             before = self._seen.get(rank)
@@ -183,34 +197,42 @@ class Watchdog:
     # --- the thread that decides --------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        before, answers, last = (-1, -1), -1, time.monotonic()
+        self._looked = time.monotonic()
         while not self._closed.wait(self.interval):
-            now = time.monotonic()
-            # Time in which the whole process was stopped (a suspended job, a laptop asleep) is nobody's hang.
-            passed, last = min(now - last, 2 * self.interval), now
-            position = (_here.moves, collectives_entered())
-            self._age = 0.0 if position != before else self._age + passed
-            before = position
-            self._store_silence = 0.0 if self._answers != answers else self._store_silence + passed
-            answers = self._answers
-            self._orphan_age = self._orphan_age + passed if self._orphaned() else 0.0
-            if self._orphan_age >= ORPHAN_SECONDS:
-                self._end(f"process {self.rank}: its launcher is gone, and it could not save and end by itself", True)
-            if self._agreed is not None:
-                self._obey(self._agreed)
-            elif self._age >= self.stall_seconds:
-                self._decide()
+            self._look()
+
+    def _look(self) -> None:
+        """One look at how long nothing has moved; ends this process if it must."""
+        now = time.monotonic()
+        # Time in which the whole process was stopped (a suspended job, a laptop asleep) is nobody's hang.
+        passed, self._looked = min(now - self._looked, 2 * self.interval), now
+        position = (_here.moves, collectives_entered())
+        self._age = 0.0 if position != self._before else self._age + passed
+        self._before = position
+        self._store_silence = 0.0 if self._answers != self._answers_before else self._store_silence + passed
+        self._answers_before = self._answers
+        self._orphan_age = self._orphan_age + passed if self._orphaned() else 0.0
+        if self._orphan_age >= ORPHAN_SECONDS:
+            self._end(f"process {self.rank}: its launcher is gone, and it could not save and end by itself", True)
+        if self._agreed is not None:
+            self._obey(self._agreed)
+        elif self._age >= self.lost_seconds:
+            self._decide()
 
     def _decide(self) -> None:
-        """Propose a diagnosis; without a store to agree through, it holds at once."""
+        """Propose a diagnosis, if there is one; without a store to agree through, it holds at once."""
         own = status_of(self.rank, self.record())
         if self._store is None:
             self._obey(diagnose([own], self.rank, self.stall_seconds))
-        elif self._store_silence >= self.stall_seconds / 4:
-            if self.rank == 0 or torchrun_holds_store():
-                return  # no process of the run is the culprit; the time-out of the groups remains
-            holder = self._seen.get(0) or ProcessStatus(rank=0)
-            self._obey(Diagnosis.of_silent_holder(holder, own, self.world_size))
+        elif self._store_silence >= self.lost_seconds:
+            if self.rank == 0 and not torchrun_holds_store():
+                return  # its own; the time-out of the groups remains
+            holder = None if torchrun_holds_store() else self._seen.get(0) or ProcessStatus(rank=0)
+            # Whoever lives on this machine cannot be asked: it is the first one, or the next where that is process 0.
+            first = 1 if holder is not None and holder.host == own.host else 0
+            self._obey(Diagnosis.of_silent_store(holder, own, self._store_silence, self.local_rank <= first))
+        elif self._proposed is None and self.rank != 0:
+            self._proposed = lost_peers([*self._others(), own], self.rank, self.stall_seconds)
         elif self._proposed is None and len(self._seen) == self.world_size:
             self._proposed = diagnose([*self._others(), own], self.rank, self.stall_seconds)
 

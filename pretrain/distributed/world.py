@@ -125,7 +125,7 @@ class World:
         }.items():
             os.environ.setdefault(name, str(value))
         self.timeout = group_timeout(stall_seconds)
-        self.watchdog = Watchdog(rank.rank, rank.world_size, stall_seconds, stop)
+        self.watchdog = Watchdog(rank.rank, rank.world_size, stall_seconds, stop, local_rank=rank.local_rank)
         if rank.world_size == 1:
             # A store in memory: no port to find, none to collide with.
             store: dist.Store = dist.HashStore()

@@ -117,7 +117,7 @@ def test_a_process_that_was_stopped_is_named(corpus: Path, tmp_path: Path, zero_
     said = ended[1 - who].output
     assert said.count("stalled: ") == 1
     assert f"stalled: process {who} (host " in said
-    assert ("has given no sign of life" if who else "does not answer") in said
+    assert "has not been heard of for" in said
     assert f"; process {1 - who} waits for it" in said
     assert "stands here" in said
     assert status(tmp_path)["state"] == "stalled"
@@ -294,10 +294,13 @@ def test_diagnose() -> None:
     assert two is not None
     assert two.culprits == (1, 2)
     assert two.message.endswith("; process 0 waits for them")
-    silent = verdict(seen(0), seen(1, silence=4.0), seen(2, age=1.0))  # even while another moves
+    silent = verdict(seen(0), seen(1, silence=6.0, since_beat=11.0), seen(2, age=1.0))  # even while another moves
     assert silent is not None
     assert silent.culprits == (1,)
-    assert "no sign of life for 4 s (last seen training at step 5)" in silent.message
+    assert "process 1 (host h, pid 0) has not been heard of for 11 s: " in silent.message
+    assert "(last seen training at step 5)" in silent.message
+    # A clock that stood still accuses nobody who was not listened to as well.
+    assert verdict(seen(0), seen(1, silence=1.0, since_beat=99.0), seen(2, age=1.0)) is None
     together = verdict(seen(0), seen(1))
     assert together is not None
     assert together.culprits == ()
@@ -327,14 +330,14 @@ def test_silence_counts_from_the_last_sign_of_life(monkeypatch: pytest.MonkeyPat
     now[0] += 5
     other._beat = own._beat = 3
     store.records = {"process/0": own.record(), "process/1": other.record()}
-    now[0] += 20  # the other is stopped now; after half of stall_seconds this one begins to listen
-    for _ in range(8):
-        own._listen(store)
+    now[0] += 18  # the other is stopped now; this one begins to listen when it has stood still for a while
+    for _ in range(9):
+        own._listen(store, [0, 1])
         now[0] += 2
-    message = diagnose([own._seen[0], own._seen[1]], 0, 40.0)
+    message = diagnose([watchdog.status_of(0, own.record()), own._seen[1]], 0, 40.0)
     assert message is not None
     assert "process 1 " in message.message
-    assert "has given no sign of life for 34 s" in message.message
+    assert "has not been heard of for 34 s" in message.message
 
 
 def test_ranks_in_words() -> None:
