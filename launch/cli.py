@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from launch import array, node, stop
+from launch import array, node, status, stop
 from launch.places import PLACES
 from launch.plan import add_plan_arguments
 
@@ -35,6 +35,18 @@ def build_parser() -> argparse.ArgumentParser:
             "example: nystrom launch stop runs/demo-clm\n\n"
             "exit status: 0 if the run has saved or was done, else its own",
             lambda args: stop.stop(args.run, args.timeout),
+        )
+    )
+    status.add_arguments(
+        _command(
+            commands,
+            "status",
+            "what a run does now, wherever it runs",
+            "Say what a run does now: whether it runs, where and how far it is, its newest checkpoint, its first "
+            "error, and what to do next. All of it is read from the files of the run folder.",
+            "examples:\n  nystrom launch status runs/demo-clm\n  nystrom launch status runs/* --json\n\n"
+            "exit status: 0 whatever the run does, 2 where there is no run",
+            status.run,
         )
     )
     array.add_arguments(

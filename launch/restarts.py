@@ -91,20 +91,27 @@ def standing(run_dir: Path) -> Standing:
 
 def last_line(run_dir: Path) -> dict[str, Any]:
     """The last whole line of training metrics; {} for none."""
+    lines = last_lines(run_dir)
+    return lines[-1] if lines else {}
+
+
+def last_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole lines of training metrics near the end of the file, in its order; a torn file has fewer."""
     try:
         with open(run_dir / METRICS, "rb") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
             lines = stream.read().splitlines()
     except OSError:
-        return {}
-    for line in reversed(lines):
+        return []
+    found = []
+    for line in lines:
         try:
             row = json.loads(line)
             if row["kind"] == "train":
-                return {**row, "step": int(row["step"])}
+                found.append({**row, "step": int(row["step"])})
         except (ValueError, TypeError, KeyError):
             continue
-    return {}
+    return found
 
 
 def _reason(code: int) -> str:
