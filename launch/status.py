@@ -8,6 +8,7 @@ holder of ``run.lock`` moves its time every five seconds, by the clock of the fi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -29,7 +30,7 @@ from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest
 from pretrain.checkpoint.lock import LOCK, Holder, read_holder
 from pretrain.finish import STATUS
-from pretrain.telemetry.folder import STARTS
+from pretrain.telemetry.folder import LOGS, STARTS
 from pretrain.telemetry.progress import RATE_STEPS
 from pretrain.telemetry.telemetry import METRICS
 
@@ -37,7 +38,9 @@ STALE_LOCK_SECONDS = 60.0
 """A lock on another machine that has not moved for so long is of a process that is gone; it moves every 5 s."""
 SILENT_SECONDS = 300.0
 """A living run that has written no number for so long is called silent; it writes one every 10 s, or each step."""
-SIGNS = ("config.yaml", STATUS, METRICS, LOCK, "checkpoints", "logs")
+SLURM_JOB = "slurm.job"
+"""The number of a job that was submitted: there is no other trace of one that has not started yet."""
+SIGNS = ("config.yaml", STATUS, METRICS, LOCK, "checkpoints", LOGS)
 """What makes a folder a run's: any of them."""
 
 
@@ -148,7 +151,7 @@ def _is_gone(found: RunStatus, holder: Holder, run_dir: Path, now: float) -> boo
 
 def _judge_living(found: RunStatus, holder: Holder, status: dict[str, Any], now: float) -> None:
     at = f"on {holder.host}, process {holder.pid}"
-    at += f", Slurm job {found.slurm_job}" if found.slurm_job else ""
+    at += f", Slurm job {found.slurm_job}" if (found.launch_id or "").startswith("slurm-") else ""
     written = _real(status.get("time")) or 0.0
     found.next = f"to save and stop: nystrom launch stop {found.run}"
     if written < holder.since - 1:
@@ -310,8 +313,7 @@ def _read_logs(found: RunStatus, run_dir: Path, status: dict[str, Any]) -> None:
     found.launch_id = folder.name if folder is not None else name if isinstance(name, str) else None
     if folder is not None:
         found.logs, found.ranks = str(folder), len(rank_logs(folder))
-    job = re.match(r"slurm-(\d+)(?:-|$)", found.launch_id or "")
-    found.slurm_job = job[1] if job else None
+    found.slurm_job = _slurm_job(run_dir, found.launch_id)
     try:
         with open(run_dir / STARTS, "rb") as stream:
             found.starts = sum(1 for _ in stream)
@@ -321,6 +323,17 @@ def _read_logs(found: RunStatus, run_dir: Path, status: dict[str, Any]) -> None:
         found.disk_free_gib = round(shutil.disk_usage(run_dir).free / 2**30, 1)
     except OSError as error:
         found.notes.append(f"the file system does not say how much is free: {error.strerror or error}")
+
+
+def _slurm_job(run_dir: Path, launch_id: str | None) -> str | None:
+    """The newest job: its log, the launch's name, or, of one that never ran, ``logs/slurm.job``."""
+    names = [launch_id or ""]
+    with contextlib.suppress(OSError):
+        names += [path.name for path in (run_dir / LOGS).glob("slurm-*.log")]
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        names.append(f"slurm-{(run_dir / LOGS / SLURM_JOB).read_text().strip()}-")
+    jobs = [int(found[1]) for name in names if (found := re.match(r"slurm-(\d+)[-.]", name))]
+    return str(max(jobs)) if jobs else None
 
 
 def _read_first_error(found: RunStatus, run_dir: Path) -> None:

@@ -213,6 +213,11 @@ def test_a_requeued_job_waits(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.what == "in the queue as Slurm job 17: Resources"
     assert asked[0][:4] == ["squeue", "--noheader", "--jobs", "17"]
 
+    # One that was submitted and never ran has left nothing else.
+    (run / "logs").mkdir()
+    (run / "logs" / "slurm.job").write_text("18\n")
+    assert read_run(run, NOW).slurm_job == "18"
+
     def missing(words: list[str], **options: Any) -> None:
         raise FileNotFoundError
 
