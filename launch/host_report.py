@@ -110,9 +110,10 @@ def gpu_memory() -> list[int]:
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=GPU_SECONDS)
-        return [int(line) for line in done.stdout.split()] if done.returncode == 0 else []
-    except (OSError, subprocess.TimeoutExpired, ValueError):
+    except (OSError, subprocess.TimeoutExpired):
         return []
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return [int(line) if line.strip().isdigit() else 0 for line in lines]  # [N/A] where it shares the host's memory
 
 
 def living_launches(ids: Sequence[str]) -> list[str]:

@@ -119,6 +119,7 @@ class LifeLine:
     def _cut(self, why: str, grace: float | None = None) -> None:
         """Nobody reads the output any more; writing to it would fail, or wait for ever."""
         with contextlib.suppress(OSError):
+            self._log.parent.mkdir(parents=True, exist_ok=True)
             log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             for stream in (1, 2):
                 os.dup2(log, stream)

@@ -141,20 +141,30 @@ def test_hosts_that_are_not_ready_are_named_and_nothing_is_started(cluster: Clus
     old, empty = folder / "METADATA", folder / "empty"
     old.write_text(re.sub(r"(?m)^Version: .*", "Version: 2.4.0", other.read_text()))
     empty.mkdir()
-    Path(cluster.hostfile).with_name("four").write_text(Path(cluster.hostfile).read_text() + "n9 slots=1\n")
+    # The first host again, but without a key that it takes, and without a host key that is known here.
+    address, config_file = cluster.address("n0"), cluster.folder / "six_config"
+    config_file.write_text(
+        f"Host n7\n  HostName {address}\n  HostKeyAlias n0\n  PubkeyAuthentication no\n"
+        f"Host n8\n  HostName {address}\n  HostKeyAlias n8\n"
+        f"Host *\n  Include {cluster.folder / 'ssh_config'}\n"
+    )
+    six = cluster.folder / "six"
+    six.write_text(Path(cluster.hostfile).read_text() + "n7 slots=1\nn8 slots=1\nn9 slots=1\n")
     cluster.cut("n2")
     try:
         with cluster.covered("n0", folder / "train", empty), cluster.covered("n1", other, old):
-            process = start(cluster, config, "--hostfile", str(cluster.folder / "four"))
+            process = start(cluster, config, "--hostfile", str(six), "--ssh-args", f"-F {config_file}")
             said = process.communicate(timeout=120)[0]
     finally:
         cluster.mend("n2")
     assert process.returncode == 2, said
-    assert "nothing was started, since 4 of 4 hosts are not ready" in said
+    assert "nothing was started, since 6 of 6 hosts are not ready" in said
     assert f"n0: {folder / 'train'} is not the one that is here" in said
     version = metadata.version("torch")
     assert f"n1: package torch is 2.4.0 instead of {version}: install the same code and packages on all hosts" in said
     assert "n2: it does not answer: is it switched on" in said
+    assert "n7: it asks for a password: put your public key there with ssh-copy-id" in said
+    assert "n8: its host key is not known here: compare it and add it with ssh-keyscan" in said
     assert "n9: its name is not known here: correct the hostfile" in said
     assert "Traceback" not in said
     assert not (folder / "refused").exists()
