@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from launch import array, node, stop
+from launch.doctor import cli as doctor
 from launch.places import PLACES
 from launch.plan import add_plan_arguments
 
@@ -35,6 +36,16 @@ def build_parser() -> argparse.ArgumentParser:
             "example: nystrom launch stop runs/demo-clm\n\n"
             "exit status: 0 if the run has saved or was done, else its own",
             lambda args: stop.stop(args.run, args.timeout),
+        )
+    )
+    doctor.add_arguments(
+        _command(
+            commands,
+            "doctor",
+            "measure and judge this machine or a cluster before a run",
+            doctor.DESCRIPTION,
+            doctor.EPILOG,
+            doctor.run,
         )
     )
     array.add_arguments(
