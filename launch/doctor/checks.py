@@ -30,6 +30,7 @@ def check_machine(machine: Mapping[str, Any], *, several: bool, in_use_by_us: bo
     if not in_use_by_us:
         found += _gpus_in_use(machine)
     found += _variables(machine)
+    found += _port(machine)
     if several:
         found += _own_name(machine)
         found += _interfaces(machine)
@@ -207,23 +208,32 @@ def _variables(machine: Mapping[str, Any]) -> Iterator[Finding]:
             )
 
 
+def _port(machine: Mapping[str, Any]) -> Iterator[Finding]:
+    if machine["busy_port"] is not None:
+        yield warning(
+            "port",
+            machine["host"],
+            f"port {machine['busy_port']} is in use, at which processes meet by default",
+            "name a free one (--master-port, MASTER_PORT) where this is the first host, or end what listens there",
+        )
+
+
 def _own_name(machine: Mapping[str, Any]) -> Iterator[Finding]:
     if machine["variables"].get("GLOO_SOCKET_IFNAME"):
         return
     name, route = machine["name"], machine["route"]
     interface = (route or {}).get("interface")
+    first = (name["addresses"] or [""])[0]
     said = {
-        "loopback": f"resolves to {', '.join(name['addresses'])}, which other hosts cannot reach",
-        "foreign": f"resolves to {', '.join(name['addresses'])}, which is no address of this machine",
+        "loopback": f"resolves to {first}, which other hosts cannot reach",
+        "foreign": f"resolves to {first}, which is no address of this machine",
         "none": "resolves to nothing",
     }.get(name["kind"])
     remedy = f"set GLOO_SOCKET_IFNAME={interface or 'INTERFACE'}, or correct /etc/hosts"
     if said is not None:
-        yield problem(
-            "own name", machine["host"], f"its own name {name['name']} {said}; gloo takes that address", remedy
-        )
+        yield problem("own name", machine["host"], f"its own name {said}; gloo takes that address", remedy)
         return
-    taken = next((each["name"] for each in machine["interfaces"] if name["addresses"][0] in each["addresses"]), None)
+    taken = next((each["name"] for each in machine["interfaces"] if first in each["addresses"]), None)
     if interface is not None and taken != interface:
         yield warning(
             "own name",

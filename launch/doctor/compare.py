@@ -26,7 +26,7 @@ millisecond to the shortest of 37."""
 FAR = 0.005
 """Seconds of a round trip, above which hosts are too far apart or their network is overloaded."""
 SLOW_SPEED = 0.5
-"""Of the others' bytes/s: a link that fell back to a lower rate is at a tenth, one that shares its switch above half."""
+"""Of the others' bytes/s: a link at a lower rate is at a tenth, one that shares a switch above half."""
 
 
 def compare_software(machines: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
@@ -89,7 +89,7 @@ def compare_devices(devices: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
             for each in alike:
                 share = each["speeds"][precision] / usual
                 if share < SLOW_DEVICE:
-                    slow.setdefault((each["host"], each["device"]), []).append(f"{share:.2f} in {precision}")
+                    slow.setdefault((each["host"], each["device"]), []).append(f"{share:.2g} in {precision}")
         for (host, device), said in slow.items():
             gpu = device != "cpu"
             make = problem if gpu else warning

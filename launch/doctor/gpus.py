@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 
 def find_gpus() -> dict[str, Any]:
-    """``devices`` (see :func:`parse_devices`), ``error`` in words, and torch's ``cuda``, ``nccl`` and ``usable`` devices.
+    """``devices`` (see :func:`parse_devices`), ``error``, and torch's ``cuda``, ``nccl`` and number of ``usable`` ones.
 
     A machine without ``nvidia-smi`` has no devices and no error.
     """

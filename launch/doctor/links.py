@@ -160,7 +160,7 @@ def _next_size(size: int, took: float) -> int:
 
 
 def _fastest(transfers: Iterator[tuple[int, float]], budget: float) -> float:
-    """Bytes/s of the fastest transfer within ``budget`` seconds, of three at least, so that passing load does not count."""
+    """Bytes/s of the fastest transfer within ``budget`` seconds, of three at least: passing load is not counted."""
     end, best = time.monotonic() + budget, 0.0
     for number, (size, seconds) in enumerate(transfers, 1):
         best = max(best, size / seconds)

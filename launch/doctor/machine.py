@@ -35,6 +35,8 @@ INSTRUCTIONS = {
 }
 VIRTUAL = ("docker", "br-", "veth", "cni", "flannel", "cali", "virbr", "tailscale", "tun", "tap", "vnet", "dummy")
 """Beginnings of the names of interfaces that do not lead to other hosts."""
+DEFAULT_PORT = 29500
+"""Of torchrun and DeepSpeed, where processes meet."""
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_DEBUG")
 
 
@@ -55,6 +57,7 @@ def describe_machine(host: str, master: str | None) -> dict[str, Any]:
         "name": resolve_own_name(socket.gethostname()),
         "interfaces": interfaces(),
         "route": route_to(master) if master else None,
+        "busy_port": busy_port(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
@@ -219,6 +222,17 @@ def candidates(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for each in found
         if not each["loopback"] and not each["name"].startswith(VIRTUAL) and any(map(leads, each["addresses"]))
     ]
+
+
+def busy_port(port: int = DEFAULT_PORT) -> int | None:
+    """``port`` if something else than this examination listens there."""
+    if os.environ.get("MASTER_PORT") == str(port):
+        return None
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        return port
+    return None
 
 
 def route_to(master: str) -> dict[str, Any] | None:

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from data_pipeline.errors import UserError
 from launch.doctor.findings import Finding, merged, problem, verdict
 from launch.doctor.machine import is_loopback
@@ -61,7 +63,12 @@ def examine_hosts(args: argparse.Namespace) -> dict[str, Any]:
         return done[host.name]
 
     with ThreadPoolExecutor(min(AT_ONCE, len(answering))) as pool:
-        outcomes = dict(zip((host.name for host in answering), pool.map(start, range(len(answering))), strict=True))
+        try:
+            outcomes = dict(zip((host.name for host in answering), pool.map(start, range(len(answering))), strict=True))
+        except KeyboardInterrupt:
+            for child in psutil.Process().children(recursive=True):  # the pool would wait for them
+                child.kill()
+            raise
     return combine(outcomes, findings)
 
 
