@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
-from launch.doctor.ranks import RAW, adopt_allocation, own_name, read_own_rank
+from launch.doctor.ranks import RAW, REPORT_MARK, adopt_allocation, own_name, read_own_rank
 from launch.doctor.report import render
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from pretrain.config import RunConfig
     from pretrain.distributed.world import Rank
 
-MARK = "nystrom-doctor-report "
-"""Before the JSON of :data:`RAW`, among whatever else libraries print."""
 SIZES = "4K,256K,16M"
 DESCRIPTION = (
     "Measure and judge this machine, or a cluster, before a run is started on it: software, devices, limits, folders, "
@@ -149,7 +147,7 @@ def _meet(rank: Rank, options: Options, patience: float) -> dict[str, Any] | int
 
 def _tell(report: dict[str, Any], file: Path | None) -> int:
     if os.environ.get(RAW):
-        print("\n" + MARK + json.dumps(report), flush=True)
+        print("\n" + REPORT_MARK + json.dumps(report), flush=True)
         return int(report["status"])
     print(render(report), flush=True)
     if file is not None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.02
 SLOW_POLL_SECONDS = 0.2
 FAREWELL_SECONDS = 5.0
+GRACE_SECONDS = 2.0
+"""For the answer of a process whose own limit has just passed."""
 STORE_SECONDS = 30.0
 """Limit of a single call on the store, of which all are small."""
 Work = Callable[[dict[str, Any]], Any]
@@ -75,13 +77,13 @@ class Meeting:
     def _arrive(self, rank: Rank, host: str) -> None:
         own = json.dumps({"host": host, "world_size": rank.world_size, "key": time.time_ns()})
         first = json.loads(self.store.compare_set("world", "", own).decode())
-        before = self.store.compare_set(f"here/{rank.rank}", "", own).decode()
         remedy = "All processes need the same WORLD_SIZE and each a RANK of its own"
         if first["world_size"] != rank.world_size:
             raise UserError(
                 f"{host} was started with WORLD_SIZE {rank.world_size}, and {first['host']} with WORLD_SIZE "
                 f"{first['world_size']}. {remedy}"
             )
+        before = self.store.compare_set(f"here/{rank.rank}", "", own).decode()
         if before != own:
             raise UserError(
                 f"two processes have RANK {rank.rank}: on {json.loads(before)['host']} and {host}. {remedy}"
@@ -114,8 +116,7 @@ class Meeting:
             for rank in here:
                 self._sort(done, rank, json.loads(self.store.get(self._answer(rank))))
             waiting = [rank for rank in waiting if rank not in here]
-            # A grace for the answer of one whose own limit has just passed.
-            if waiting and time.monotonic() > deadline + 2.0:
+            if waiting and time.monotonic() > deadline + GRACE_SECONDS:
                 break
             if waiting:
                 time.sleep(POLL_SECONDS)

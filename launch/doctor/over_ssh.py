@@ -16,7 +16,7 @@ import psutil
 from data_pipeline.errors import UserError
 from launch.doctor.findings import Finding, merged, problem, verdict
 from launch.doctor.machine import is_loopback
-from launch.doctor.ranks import HOST, RAW
+from launch.doctor.ranks import HOST, RAW, REPORT_MARK
 from launch.hosts import AT_ONCE, Host, Outcome, choose_hosts, read_hostfile, run_on, ssh_problem
 from launch.plan import crossing_environment
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import argparse
 
 PROBE_SECONDS = 30.0
-MARK = "nystrom-doctor-address "
+ADDRESS_MARK = "nystrom-doctor-address "
 
 
 def examine_hosts(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def probe(
     hosts: Sequence[Host], ssh_args: Sequence[str], env: Mapping[str, str]
 ) -> tuple[dict[str, str], list[Finding]]:
     """The hosts that have the program, with the address at which ssh reached each; findings of the others."""
-    code = f"import os, launch.doctor; print({MARK!r} + os.environ.get('SSH_CONNECTION', ''))"
+    code = f"import os, launch.doctor; print({ADDRESS_MARK!r} + os.environ.get('SSH_CONNECTION', ''))"
     words = [sys.executable, "-c", code]
     done = run_on(hosts, words, ssh_args=ssh_args, timeout=PROBE_SECONDS, directory=Path.cwd(), env=env)
     there: dict[str, str] = {}
@@ -86,7 +86,7 @@ def probe(
         if said is not None:
             findings.append(problem("host", name, f"it cannot be reached over ssh: {said}", f"try: ssh {name} true"))
             continue
-        marked = [line for line in outcome.output.splitlines() if line.startswith(MARK)]
+        marked = [line for line in outcome.output.splitlines() if line.startswith(ADDRESS_MARK)]
         if outcome.code or not marked:
             findings.append(
                 problem(
@@ -97,20 +97,18 @@ def probe(
                 )
             )
             continue
-        fields = marked[-1].removeprefix(MARK).split()
+        fields = marked[-1].removeprefix(ADDRESS_MARK).split()
         there[name] = fields[2] if len(fields) == 4 else name.rpartition("@")[2]
     return there, findings
 
 
 def combine(outcomes: Mapping[str, Outcome], findings: Sequence[Finding]) -> dict[str, Any]:
     """The first host's report with ``findings`` in it; where it gave none, what each host said instead."""
-    from launch.doctor.cli import MARK as REPORT
-
     report: dict[str, Any] | None = None
     for outcome in outcomes.values():
         for line in outcome.output.splitlines():
-            if line.startswith(REPORT):
-                report = json.loads(line.removeprefix(REPORT))
+            if line.startswith(REPORT_MARK):
+                report = json.loads(line.removeprefix(REPORT_MARK))
     extra = list(findings)
     if report is None:
         extra += [

@@ -16,6 +16,8 @@ HOST = "NYSTROM_DOCTOR_HOST"
 """What this host is called in the report: its name in the hostfile."""
 RAW = "NYSTROM_DOCTOR_RAW"
 """Set: the first process prints JSON on one line, for the command that started it over ssh."""
+REPORT_MARK = "nystrom-doctor-report "
+"""Before that JSON, among whatever else libraries print."""
 FIRST_PORT, PORTS = 22_000, 8_000
 """Of an examination within a Slurm job: another than those of runs, and another for each job."""
 
