@@ -128,7 +128,7 @@ def clock_offsets(hosts: Sequence[str], links: Sequence[Mapping[str, Any]]) -> l
 
 
 def compare_shared(folder: str, seen: Mapping[str, float | None], first: str) -> Iterator[Finding]:
-    """``seen``: seconds after which each host saw the file that the first one wrote, None for never."""
+    """``seen``: seconds after which each host saw a new file of the first one, None for never."""
     for host, seconds in seen.items():
         if seconds is None:
             yield problem(
@@ -137,11 +137,17 @@ def compare_shared(folder: str, seen: Mapping[str, float | None], first: str) ->
                 f"a file that {first} wrote into {folder} is not there",
                 f"mount the same file system at {folder} on all hosts, or name a folder that all share (--run-dir)",
             )
-        elif seconds > VISIBLE_SECONDS:
+
+
+def compare_cached(folder: str, seen: Mapping[str, float | None], limit: float) -> Iterator[Finding]:
+    """``seen``: as above, of a file that the hosts had looked for before it was there; ``limit`` of the wait."""
+    for host, seconds in seen.items():
+        if seconds is None or seconds > VISIBLE_SECONDS:
+            after = f"after {seconds:.1f} s" if seconds is not None else f"not within {limit:g} s"
             yield warning(
                 "shared folder",
                 host,
-                f"a file that {first} wrote into {folder} was seen after {seconds:.1f} s",
+                f"a new file in {folder}, looked for before, was seen {after}",
                 "mount it with a shorter cache of attributes (NFS: actimeo=1 or lookupcache=positive)",
             )
 

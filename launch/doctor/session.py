@@ -5,6 +5,7 @@ Everything is gathered as one dictionary that JSON can write (:func:`examine`); 
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 import time
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from pretrain.config import RunConfig
 
 FORMAT = 1
-LOOK_SECONDS = 15.0
-"""How long a host looks for the file that the first one wrote."""
+LOOK_SECONDS, CACHED_SECONDS = 5.0, 40.0
+"""How long a host looks for a file that the first one wrote, of a new name, and of one that it has looked for before:
+what was not there is remembered (NFS: 30 s by default)."""
 LIMITS = {
     "machine": 60.0,
     "look": 20.0,
-    "shared": LOOK_SECONDS + 5.0,
+    "shared": CACHED_SECONDS + 5.0,
     "folders": 40.0,
     "config": 90.0,
     "matrices": 90.0,
@@ -91,7 +93,7 @@ class Local:
         if self.rank.is_first:
             file.write_text(call["text"])
             return 0.0
-        while time.monotonic() - began < LOOK_SECONDS:
+        while time.monotonic() - began < call["look_for"]:
             try:
                 if file.read_text() == call["text"]:
                     return time.monotonic() - began
@@ -236,15 +238,26 @@ class _Examination:
 
     def _shared(self, leaders: Sequence[int]) -> None:
         folder = speed.existing(needs.folders_of(self.options.config, self.options.run_dir)[0][1])
-        args = {"folder": str(folder), "name_of_file": f".nystrom-doctor-{self.local.token}", "text": self.local.token}
+        fresh = self._seen(folder, "fresh", leaders, LOOK_SECONDS)
+        self.findings += compare.compare_shared(str(folder), fresh, self._host(leaders[0]))
+        self.out["shared"] = {"folder": str(folder), "seconds": fresh}
+        if not self.options.quick and None not in fresh.values():
+            late = self._seen(folder, "late", leaders, CACHED_SECONDS)
+            self.findings += compare.compare_cached(str(folder), late, CACHED_SECONDS)
+            self.out["shared"]["seconds"] = late
+
+    def _seen(self, folder: Path, name: str, leaders: Sequence[int], limit: float) -> dict[str, float | None]:
+        """Seconds until a file of the first host is seen by each other, None for never; for ``late`` they look before."""
+        file = folder / f".nystrom-doctor-{self.local.token}-{name}"
+        args = {"folder": str(folder), "name_of_file": file.name, "text": self.local.token, "look_for": limit}
         try:
-            self._phase("look", args, leaders)
+            if name == "late":
+                self._phase("look", args, leaders)
             done = self._phase("shared", args, leaders)
         finally:
-            (folder / args["name_of_file"]).unlink(missing_ok=True)
-        seen = {self._host(rank): seconds for rank, seconds in done.results.items() if rank != leaders[0]}
-        self.out["shared"] = {"folder": str(folder), "seconds": seen}
-        self.findings += compare.compare_shared(str(folder), seen, self._host(leaders[0]))
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+        return {self._host(rank): seconds for rank, seconds in done.results.items() if rank != leaders[0]}
 
     def _folders(self, leaders: Sequence[int], ratios: Mapping[str, float]) -> None:
         done = self._phase("folders", {}, leaders)

@@ -125,10 +125,13 @@ def test_clocks_are_judged_by_what_is_certain() -> None:
 
 
 def test_a_folder_that_is_not_shared_or_late() -> None:
-    found = list(compare.compare_shared("/s", {"n1": 0.1, "n2": None, "n3": 7.0}, "n0"))
-    assert [(each.level, each.where) for each in found] == [("problem", "n2"), ("warning", "n3")]
-    assert "a file that n0 wrote into /s is not there" in found[0].message
-    assert "was seen after 7.0 s" in found[1].message
+    (found,) = compare.compare_shared("/s", {"n1": 0.1, "n2": None, "n3": 4.0}, "n0")
+    assert (found.level, found.where) == ("problem", "n2")
+    assert "a file that n0 wrote into /s is not there" in found.message
+    late = list(compare.compare_cached("/s", {"n1": 0.1, "n2": None, "n3": 7.0}, 40.0))
+    assert [(each.level, each.where) for each in late] == [("warning", "n2"), ("warning", "n3")]
+    assert "looked for before, was seen not within 40 s" in late[0].message
+    assert "was seen after 7.0 s" in late[1].message
 
 
 def device(host: str, speed: float, name: str = "gpu 0", kind: str = H100) -> dict[str, Any]:

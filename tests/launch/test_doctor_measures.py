@@ -101,9 +101,7 @@ def pair() -> Iterator[Any]:
     """Measure over the loopback: ``pair(answer's key)`` returns what both sides say."""
     with links.listen() as listening:
 
-        def both(
-            theirs: str = "key", budget: float = 0.02, seconds: float = 10.0
-        ) -> tuple[dict[str, Any], dict[str, Any]]:
+        def both(theirs: str = "key", budget: float = 0.02, seconds: float = 10.0) -> Any:
             said: dict[str, Any] = {}
             thread = threading.Thread(target=lambda: said.update(links.answer(listening, theirs, seconds)))
             thread.start()
@@ -254,7 +252,7 @@ def test_processes_that_contradict_each_other(meet: Any) -> None:
         """Others that come while process 1 is there."""
 
         def __getitem__(self, name: str) -> Any:
-            with pytest.raises(UserError, match="n1 was started with WORLD_SIZE 3, and n[01] with WORLD_SIZE 2"):
+            with pytest.raises(UserError, match=r"n1 was started with WORLD_SIZE 3, and n[01] with WORLD_SIZE 2"):
                 Meeting(Rank(1, 3), 5.0, "n1")
             with pytest.raises(UserError, match="two processes have RANK 1: on n1 and n2"):
                 Meeting(Rank(1, 2), 5.0, "n2")
