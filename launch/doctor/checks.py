@@ -22,13 +22,12 @@ GPU_USED = 0.05
 """Share of a GPU's memory that nobody should hold before the run: the driver itself takes less than 2%."""
 
 
-def check_machine(machine: Mapping[str, Any], *, several: bool, in_use_by_us: bool = False) -> list[Finding]:
-    """All findings of a machine. ``several``: there are other hosts; ``in_use_by_us``: its GPUs have our own work."""
+def check_machine(machine: Mapping[str, Any], *, several: bool) -> list[Finding]:
+    """All findings of a machine. ``several``: there are other hosts."""
     found: list[Finding] = []
     for check in (_cores, _memory, _shared_memory, _limits, _core_dumps, _gpus):
         found += check(machine, several)
-    if not in_use_by_us:
-        found += _gpus_in_use(machine)
+    found += _gpus_in_use(machine)
     found += _variables(machine)
     found += _port(machine)
     if several:

@@ -97,7 +97,7 @@ def _as_rank(args: argparse.Namespace, config: RunConfig | None, sizes: list[int
 
     quiet_libraries()
     names = adopt_allocation() if args.in_allocation else []
-    rank = read_own_rank()
+    rank = read_own_rank(args.in_allocation)
     from launch.doctor.session import Options
 
     options = Options(

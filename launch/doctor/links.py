@@ -41,6 +41,11 @@ def rounds(hosts: Sequence[int]) -> list[list[tuple[int, int]]]:
     return [pairs for pairs in out if pairs]
 
 
+def spread(every: list[list[tuple[int, int]]], most: int) -> list[list[tuple[int, int]]]:
+    """At most ``most`` of the rounds, evenly taken."""
+    return every if len(every) <= most else [every[i * len(every) // most] for i in range(most)]
+
+
 def listen() -> socket.socket:
     """A socket that other hosts can connect to, at a port that the system chose."""
     if socket.has_dualstack_ipv6():

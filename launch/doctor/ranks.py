@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -45,7 +46,7 @@ def adopt_allocation(environ: Mapping[str, str] = os.environ) -> list[str]:
     if int(size) > 1:
         if not nodes:
             raise UserError("--in-allocation: Slurm named no nodes (SLURM_JOB_NODELIST); set MASTER_ADDR yourself")
-        os.environ.setdefault("MASTER_ADDR", nodes[0])
+        os.environ.setdefault("MASTER_ADDR", node_address(nodes[0]))
         os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + job % PORTS))
     return nodes if len(nodes) == int(size) else []
 
@@ -60,10 +61,30 @@ def expand_nodes(text: str) -> list[str]:
     return done.stdout.split()
 
 
-def read_own_rank() -> Rank:
-    """This process's rank; raises :class:`UserError` for contradictions, and where each host would meet itself."""
+def node_address(name: str) -> str:
+    """A node's name if it resolves here, else the address that Slurm has for it (NodeAddr)."""
+    try:
+        socket.getaddrinfo(name, None)
+        return name
+    except OSError:
+        pass
+    if shutil.which("scontrol") is not None:
+        shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, timeout=30).stdout
+        found = re.search(r"\bNodeAddr=(\S+)", shown)
+        if found is not None:
+            return found[1]
+    return name
+
+
+def read_own_rank(in_allocation: bool = False) -> Rank:
+    """This process's rank; raises :class:`UserError` for contradictions, and where each host would meet itself.
+
+    ``in_allocation``: the address is what Slurm has for the node, which several nodes of one machine may share.
+    """
     rank = read_rank()
     address = os.environ.get("MASTER_ADDR", "")
+    if in_allocation:
+        return rank
     if rank.world_size > 1 and not rank.is_first and is_loopback(address) and rank.local_size < rank.world_size:
         raise UserError(
             f"MASTER_ADDR is {address}, and process {rank.rank} is on another host than the first, where it would meet "

@@ -29,7 +29,7 @@ def render(report: Mapping[str, Any]) -> str:
     if report.get("run"):
         parts.append(_run(report["run"]))
     if report.get("links"):
-        parts.append(_links(report["links"]))
+        parts.append(_links(report["links"], report.get("pairs_left_out", 0)))
         parts.append(_clocks(machines, report["links"]))
     if report.get("group"):
         parts.append(_group(report["group"]))
@@ -153,11 +153,13 @@ def _run(run: Mapping[str, Any]) -> str:
     return f"\nRun {run['name']} on {run['processes']} process(es): {size}"
 
 
-def _links(links: Sequence[Mapping[str, Any]]) -> str:
+def _links(links: Sequence[Mapping[str, Any]], left_out: int) -> str:
     shown, title = links, "Between hosts (TCP; > is from the first to the second)"
     if len(links) > MOST_LINKS:
         shown = sorted(links, key=lambda each: each.get("speed", 0.0))[:MOST_LINKS]
         title += f": the slowest {MOST_LINKS} of {len(links)} pairs"
+    if left_out:
+        title += f"; {left_out} pairs were not measured"
     rows = []
     for each in shown:
         # The second one measured: it received what the first sent.

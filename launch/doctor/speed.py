@@ -69,7 +69,7 @@ def _speed(device: torch.device, precision: str, quick: bool) -> float:
                 side = QUICK_GPU_SIDE if quick else GPU_SIDE
             else:
                 side, wanted = SLOW_SIDE, QUICK_CPU_SIDE if quick else CPU_SIDE
-                taken = min(_products(device, dtype, SLOW_SIDE, 3, seconds))
+                taken = min(_products(device, dtype, SLOW_SIDE, 10, seconds))
                 if taken * (wanted / SLOW_SIDE) ** 3 * 3 < seconds:
                     side = wanted
             times = _products(device, dtype, side, REPETITIONS, seconds)

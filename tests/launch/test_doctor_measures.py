@@ -96,6 +96,14 @@ def test_each_two_hosts_meet_once_and_nobody_twice_in_a_round(number: int) -> No
     assert links.rounds([3]) == []
 
 
+def test_of_many_hosts_each_meets_some() -> None:
+    every = links.rounds(range(64))
+    chosen = links.spread(every, 15)
+    assert [len(pairs) for pairs in chosen] == 15 * [32]
+    assert len({pair for pairs in chosen for pair in pairs}) == 15 * 32
+    assert links.spread(every[:15], 15) == every[:15]
+
+
 @pytest.fixture
 def pair() -> Iterator[Any]:
     """Measure over the loopback: ``pair(answer's key)`` returns what both sides say."""

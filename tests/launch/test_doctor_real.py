@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,11 @@ def test_alone_with_a_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert str(corpus / "train") in said.replace("\n         ", "")
 
 
+def environment() -> dict[str, str]:
+    """This process's, for commands of this repository anywhere."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))}
+
+
 def doctor(variables: dict[str, str], words: list[str]) -> None:
     """This process's part; it ends itself with the status."""
     os.environ.update(variables)
@@ -74,19 +80,34 @@ def doctor(variables: dict[str, str], words: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_as_ranks_of_one_machine(tmp_path: Path) -> None:
-    """As torchrun or srun starts them; the first one prints and writes."""
-    words = ["--json", str(tmp_path / "report.json"), "--sizes", "4K,256K"]
-    first, *others = run_ranks(doctor, 3, variables={}, words=words)
+def test_as_ranks_of_torchrun(tmp_path: Path) -> None:
+    """The first one prints and writes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "launch", "doctor"]
+    command += ["--quick", "--json", str(tmp_path / "report.json"), "--sizes", "4K,256K"]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": a run may start  (1 host examined in ") == 1
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [end.code for end in (first, *others)] == 3 * [report["status"]] == [0, 0, 0], first.output
-    assert "0 problems" in first.output
-    assert [end.output for end in others] == ["", ""]
-    assert len(report["machines"]) == 1
-    assert (report["group"]["backend"], report["group"]["processes"]) == ("gloo", 3)
+    assert (len(report["machines"]), len(report["devices"])) == (1, 1)
+    assert (report["group"]["backend"], report["group"]["processes"]) == ("gloo", 2)
     assert [each["bytes"] for each in report["group"]["all_reduce"]] == SIZES
     for each in report["group"]["all_reduce"]:
-        assert each["bus"] == pytest.approx(2 * 2 / 3 * each["bytes"] / each["seconds"])
+        assert each["bus"] == pytest.approx(each["bytes"] / each["seconds"])  # 2 (n - 1) / n is 1 for two
+
+
+@pytest.mark.slow
+def test_on_the_nodes_of_a_slurm_allocation(tmp_path: Path) -> None:
+    """Both nodes are this machine, so it is one host, which the tasks find out."""
+    slurm_case = pytest.importorskip("slurm_case")
+    (tmp_path / "slurm").mkdir()
+    with slurm_case.slurm(tmp_path / "slurm") as cluster:
+        words = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "launch", "doctor"]
+        words += ["--in-allocation", "--quick", "--json", tmp_path / "report.json", "--sizes", "4K,256K"]
+        done = cluster.call(*words, PYTHONPATH=environment()["PYTHONPATH"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [each["host"] for each in report["machines"]] == ["n0"]
+    assert report["group"]["processes"] == 2
 
 
 @pytest.mark.slow
@@ -157,8 +178,7 @@ def examine(cluster: Cluster, report: Path, *words: str) -> tuple[int, str, dict
     ssh_args = f"{cluster.ssh_args} -o ConnectTimeout=3"
     command = [sys.executable, "-m", "launch", "doctor", "--hostfile", cluster.hostfile, "--ssh-args", ssh_args]
     command += ["--quick", "--sizes", "4K,256K", "--json", str(report), *words]
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    status, said = cluster.run(command, timeout=240, cwd=report.parent, env={**os.environ, "PYTHONPATH": path})
+    status, said = cluster.run(command, timeout=240, cwd=report.parent, env=environment())
     assert report.exists(), said
     return status, said, json.loads(report.read_text())
 
