@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
-from launch.doctor.ranks import RAW, REPORT_MARK, adopt_allocation, own_name, read_own_rank
+from launch.doctor.ranks import HOSTS, RAW, REPORT_MARK, adopt_allocation, own_name, read_own_rank
 from launch.doctor.report import render
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ def _as_rank(args: argparse.Namespace, config: RunConfig | None, sizes: list[int
     from pretrain.distributed.world import quiet_libraries
 
     quiet_libraries()
-    names = adopt_allocation() if args.in_allocation else []
+    names = (
+        adopt_allocation() if args.in_allocation else [name for name in os.environ.get(HOSTS, "").split(",") if name]
+    )
     rank = read_own_rank(args.in_allocation)
     from launch.doctor.session import Options
 

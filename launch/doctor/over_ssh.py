@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ import psutil
 from data_pipeline.errors import UserError
 from launch.doctor.findings import Finding, merged, problem, verdict
 from launch.doctor.machine import is_loopback
-from launch.doctor.ranks import HOST, RAW, REPORT_MARK
-from launch.hosts import AT_ONCE, Host, Outcome, choose_hosts, read_hostfile, run_on, ssh_problem
+from launch.doctor.ranks import HOST, HOSTS, RAW, REPORT_MARK
+from launch.hosts import AT_ONCE, SSH_FAILED, Host, Outcome, choose_hosts, read_hostfile, run_on, ssh_problem
 from launch.plan import crossing_environment
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def examine_hosts(args: argparse.Namespace) -> dict[str, Any]:
         own = {
             **env,
             HOST: host.name,
+            HOSTS: ",".join(each.name for each in answering),
             RAW: "1",
             "RANK": str(rank),
             "WORLD_SIZE": str(len(answering)),
@@ -116,8 +118,19 @@ def combine(outcomes: Mapping[str, Outcome], findings: Sequence[Finding]) -> dic
             for name, outcome in outcomes.items()
         ]
         report = {"findings": [], "seconds": max(outcome.seconds for outcome in outcomes.values())}
-    found = merged([*extra, *(Finding(**each) for each in report["findings"])])
+    told = [_with_output(Finding(**each), outcomes) for each in report["findings"]]
+    found = merged([*extra, *told])
     return {**report, "findings": [each.as_dict() for each in found], "status": verdict(found)}
+
+
+def _with_output(finding: Finding, outcomes: Mapping[str, Outcome]) -> Finding:
+    """Of a host that did not come or stopped answering, also what its own process or ssh said last."""
+    outcome = outcomes.get(finding.where)
+    if finding.check != "missing" or outcome is None or not outcome.code:
+        return finding
+    lost = outcome.code == SSH_FAILED and not outcome.output.strip()
+    said = "ssh lost the connection" if lost else _last_line(outcome)
+    return replace(finding, message=f"{finding.message}; there: {said} (status {outcome.code})")
 
 
 def _last_line(outcome: Outcome) -> str:

@@ -15,6 +15,8 @@ from pretrain.distributed.world import Rank, read_rank
 
 HOST = "NYSTROM_DOCTOR_HOST"
 """What this host is called in the report: its name in the hostfile."""
+HOSTS = "NYSTROM_DOCTOR_HOSTS"
+"""All of them by rank, with commas: to name who does not come."""
 RAW = "NYSTROM_DOCTOR_RAW"
 """Set: the first process prints JSON on one line, for the command that started it over ssh."""
 REPORT_MARK = "nystrom-doctor-report "

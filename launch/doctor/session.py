@@ -135,7 +135,7 @@ class Local:
         low, high = mine
         key = f"{call['key']}:{low:08d}:{high:08d}"
         if self.rank.rank == low:
-            return links.answer(self.listening, key, call["seconds"] - 2.0)
+            return links.answer(self.listening, key, links.CONNECT_SECONDS + 5.0)
         address, port = call["addresses"][str(low)]
         return {"address": address, **links.measure(address, port, key, call["budget"])}
 

@@ -68,15 +68,25 @@ def _speed(device: torch.device, precision: str, quick: bool) -> float:
             if device.type == "cuda":
                 side = QUICK_GPU_SIDE if quick else GPU_SIDE
             else:
-                side, wanted = SLOW_SIDE, QUICK_CPU_SIDE if quick else CPU_SIDE
-                taken = min(_products(device, dtype, SLOW_SIDE, 10, seconds))
-                if taken * (wanted / SLOW_SIDE) ** 3 * 3 < seconds:
-                    side = wanted
+                side = _cpu_side(dtype, QUICK_CPU_SIDE if quick else CPU_SIDE, seconds)
             times = _products(device, dtype, side, REPETITIONS, seconds)
             # Threads that wait for each other on a busy CPU take 20 times as long; the load is a finding of its own.
             return 2 * side**3 / (statistics.median(times) if device.type == "cuda" else min(times))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _cpu_side(dtype: torch.dtype, wanted: int, seconds: float) -> int:
+    """``wanted``, or :data:`SLOW_SIDE` where three products of that side would take longer than ``seconds``."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small products on several threads wait for each other more than they compute
+    try:
+        taken = min(_products(torch.device("cpu"), dtype, SLOW_SIDE, 3, seconds))
+    finally:
+        torch.set_num_threads(threads)
+    return wanted if 3 * taken * (wanted / SLOW_SIDE) ** 3 / threads < seconds else SLOW_SIDE
 
 
 def _products(device: torch.device, dtype: torch.dtype, side: int, repetitions: int, seconds: float) -> list[float]:

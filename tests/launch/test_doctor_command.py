@@ -201,6 +201,20 @@ def test_the_first_hosts_report_gets_what_ssh_found() -> None:
     assert (combined["status"], [each["where"] for each in combined["findings"]]) == (1, ["n2", "n0, n1"])
 
 
+def test_of_a_host_that_did_not_come_its_own_words_are_told() -> None:
+    lost = {
+        "level": "problem",
+        "check": "missing",
+        "where": "n1",
+        "message": "process 1 did not come",
+        "remedy": "look",
+    }
+    first = {**report(findings=[lost], status=1), "format": 1}
+    outcomes = {"n0": outcome(1, f"{REPORT_MARK}{json.dumps(first)}\n"), "n1": outcome(137, "no\nKilled\n")}
+    (found,) = over_ssh.combine(outcomes, [])["findings"]
+    assert found["message"] == "process 1 did not come; there: Killed (status 137)"
+
+
 def test_no_report_tells_what_each_host_said() -> None:
     combined = over_ssh.combine({"n0": outcome(2, "error: no port\n"), "n1": outcome(124)}, [])
     assert combined["status"] == 1
