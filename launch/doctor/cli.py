@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
 from launch.doctor.ranks import HOSTS, RAW, REPORT_MARK, adopt_allocation, own_name, read_own_rank
 from launch.doctor.report import render
+from pretrain.distributed.signals import stop_signals
 
 if TYPE_CHECKING:
     from launch.doctor.session import Options
@@ -66,8 +70,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@contextlib.contextmanager
+def ends_at_once() -> Iterator[None]:
+    """SIGTERM and SIGHUP are as Ctrl-C in it, so that files and processes of ours do not stay."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns 0 if a run may start, 1 for a problem."""
+    with ends_at_once():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     sizes = read_sizes(args.sizes)
     for name in ("patience", "timeout"):
         if not 0 < getattr(args, name) < float("inf"):
@@ -112,23 +132,25 @@ def _as_rank(args: argparse.Namespace, config: RunConfig | None, sizes: list[int
         processes=args.processes,
         names=names,
     )
-    if rank.world_size == 1:
-        report = _meet(rank, options, args.patience)
-        assert not isinstance(report, int)
-        return _tell(report, args.json)
     from data_pipeline.processes import immediate_exit
 
-    # Whatever hangs in C code, this process ends: the last second of the first one's limits, and some for its answer.
-    last = threading.Timer(args.patience + args.timeout + 15.0, os._exit, (1,))
-    last.daemon = True
-    last.start()
+    if rank.world_size > 1:
+        # Whatever hangs in C code, this process ends: after the last of the limits, and some seconds for the answer.
+        last = threading.Timer(args.patience + args.timeout + 15.0, os._exit, (1,))
+        last.daemon = True
+        last.start()
     try:
         report = _meet(rank, options, args.patience)
         status = report if isinstance(report, int) else _tell(report, args.json)
+    except KeyboardInterrupt:
+        print("nystrom launch doctor: interrupted", file=sys.stderr)
+        immediate_exit(130)  # a measurement is still at work on its thread
     except UserError as error:
+        if rank.world_size == 1:
+            raise
         print(f"nystrom launch doctor: error: {error}", file=sys.stderr)
         status = 2
-    return immediate_exit(status)
+    return status if rank.world_size == 1 else immediate_exit(status)
 
 
 def _meet(rank: Rank, options: Options, patience: float) -> dict[str, Any] | int:

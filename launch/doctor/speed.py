@@ -7,7 +7,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,7 @@ def existing(folder: Path) -> Path:
 
 
 def write_speed(folder: Path, quick: bool) -> dict[str, Any]:
-    """Write a file, have the disk take it (fsync), and remove it: ``speed`` in bytes/s, or ``error``.
+    """Write a file that has no name any more and have the disk take it (fsync): ``speed`` in bytes/s, or ``error``.
 
     Written is in ``folder``, or in the nearest above it that exists (``path``). ``sync`` is how long the last fsync
     took, in seconds.
@@ -124,8 +124,11 @@ def write_speed(folder: Path, quick: bool) -> dict[str, Any]:
     path = existing(folder)
     out: dict[str, Any] = {"path": str(path)}
     block, size, written = os.urandom(CHUNK), QUICK_WRITE_BYTES if quick else WRITE_BYTES, 0
+    file = path / f".nystrom-doctor-{os.uname().nodename}-{os.getpid()}-{time.time_ns()}"
     try:
-        with _temporary(path) as file, file.open("wb", buffering=0) as stream:
+        with file.open("xb", buffering=0) as stream:
+            with contextlib.suppress(OSError):  # SMB refuses it
+                file.unlink()  # it lives while it is open, so nothing stays of it however this process ends
             began = time.monotonic()
             while written < size and time.monotonic() - began < WRITE_SECONDS:
                 written += stream.write(block)
@@ -134,16 +137,10 @@ def write_speed(folder: Path, quick: bool) -> dict[str, Any]:
             out |= {"speed": written / (time.monotonic() - began), "sync": time.monotonic() - syncing}
     except OSError as error:
         out["error"] = error.strerror or str(error)
-    return out
-
-
-@contextlib.contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    file = folder / f".nystrom-doctor-{os.uname().nodename}-{os.getpid()}-{time.time_ns()}"
-    try:
-        yield file
     finally:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+    return out
 
 
 def read_speed(folder: Path, quick: bool) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +244,26 @@ def test_hosts_that_ssh_reaches_at_the_loopback(tmp_path: Path, monkeypatch: pyt
         UserError, match=r"ssh reaches n0 at 127.0.0.1, where other hosts meet themselves: give --master"
     ):
         main(["doctor", "--hostfile", str(tmp_path / "hosts")])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_what_was_started(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for ssh, which is in a session of its own."""
+    (tmp_path / "hosts").write_text("n0 slots=1\n")
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run_on(hosts: list[Host], words: list[str], **more: Any) -> dict[str, Outcome]:
+        if words[1] == "-c":  # the question whether it answers
+            return {"n0": outcome(output="nystrom-doctor-address 10.0.0.9 51234 10.0.0.1 22\n")}
+        started.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        os.kill(os.getpid(), number)
+        started[0].wait()
+        return {"n0": outcome(1)}
+
+    monkeypatch.setattr(over_ssh, "run_on", run_on)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run_cli(main, "nystrom launch", ["doctor", "--hostfile", str(tmp_path / "hosts")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert started[0].wait(timeout=5) == -signal.SIGKILL

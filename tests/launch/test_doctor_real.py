@@ -112,7 +112,7 @@ def test_on_the_nodes_of_a_slurm_allocation(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_does_not_come_and_tasks_of_slurm(tmp_path: Path) -> None:
-    words = ["--json", str(tmp_path / "report.json"), "--patience", "3"]
+    words = ["--json", str(tmp_path / "report.json"), "--patience", "1.5"]
     (end,) = run_ranks(doctor, 1, variables={"WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, words=words)
     assert end.code == 1, end.output
     report = json.loads((tmp_path / "report.json").read_text())
