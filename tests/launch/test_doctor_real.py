@@ -184,11 +184,17 @@ def examine(cluster: Cluster, report: Path, *words: str) -> tuple[int, str, dict
 
 
 @pytest.mark.slow
-def test_the_host_with_a_slow_link_is_named(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_host_with_a_slow_link_and_the_one_with_other_code_are_named(cluster: Cluster, tmp_path: Path) -> None:
     cluster.slow("n1", "20mbit")
-    status, said, report = examine(cluster, tmp_path / "report.json", "--env", "GLOO_SOCKET_IFNAME=eth0")
+    module = REPOSITORY / "pretrain" / "checks.py"
+    other = tmp_path / "checks.py"
+    other.write_text(module.read_text() + "\n# changed\n")
+    with cluster.covered("n2", module, other):
+        status, said, report = examine(cluster, tmp_path / "report.json", "--env", "GLOO_SOCKET_IFNAME=eth0")
     assert status == 1
-    assert [(each["check"], each["where"]) for each in problems(report)] == [("network", "n1")], said
+    found = [(each["check"], each["where"]) for each in problems(report)]
+    assert found == [("versions", "n2"), ("network", "n1")], said
+    assert "n2: it has other software than the other hosts: code is " in said
     assert "n1: its link is slow: at most " in said
     speeds = {(each["a"], each["b"]): each["speed"] for each in report["links"]}
     assert speeds.keys() == {("n0", "n1"), ("n0", "n2"), ("n1", "n2")}
