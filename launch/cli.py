@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from launch import array, node, status, stop
+from launch.doctor import cli as doctor
 from launch.places import PLACES
 from launch.plan import add_plan_arguments
 
@@ -17,8 +18,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments; ``command_run`` of what they parse to is the command."""
     parser = argparse.ArgumentParser(
         prog="nystrom launch",
-        description="Start `nystrom train` or `nystrom eval` on several processes of this machine or of a cluster, "
-        "stop a run, or write the job array that prepares text on a Slurm cluster.",
+        description="Start `nystrom train` or `nystrom eval` on several processes of this machine or of a cluster; "
+        "examine machines before a run; look at a run or stop it; write the job array that prepares text.",
     )
     commands = parser.add_subparsers(dest="place", required=True, metavar="PLACE")
     for place in PLACES.all().values():
@@ -47,6 +48,16 @@ def build_parser() -> argparse.ArgumentParser:
             "examples:\n  nystrom launch status runs/demo-clm\n  nystrom launch status runs/* --json\n\n"
             "exit status: 0 whatever the run does, 2 where there is no run",
             status.run,
+        )
+    )
+    doctor.add_arguments(
+        _command(
+            commands,
+            "doctor",
+            "measure and judge this machine or a cluster before a run",
+            doctor.DESCRIPTION,
+            doctor.EPILOG,
+            doctor.run,
         )
     )
     array.add_arguments(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import socket
@@ -17,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from launch.life_line import KINDS, LifeLine
+from launch.network import choose_interface
 from launch.plan import STOP_SECONDS
 from launch.rank_logs import LOGS, Followers, make_folder, print_first_error
 from launch.watch import (
@@ -53,6 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"from SIGTERM to SIGKILL (default: {STOP_SECONDS:g})",
     )
+    parser.add_argument(
+        "--interface",
+        metavar="IF",
+        help="network interface for gloo and NCCL; auto: the one towards the first node (default: what they choose)",
+    )
+    parser.add_argument(
+        "--life-line",
+        choices=KINDS,
+        help="save and end when the launcher is gone: it speaks on standard input, or is behind the parent process",
+    )
     parser.add_argument("command", nargs="+", metavar="WORD", help="the arguments of `nystrom train`, behind --")
 
 
@@ -68,18 +81,25 @@ def run(args: argparse.Namespace) -> int:
     rank = node_rank(args.node_rank, args.nodes)
     train = build_parser().parse_args(args.command)
     config = load_config(train.config, train.overrides)
-    return run_node(
-        args.nodes,
-        rank,
-        args.nproc,
-        args.master_addr,
-        args.master_port,
-        args.command,
-        config.run_dir,
-        launch_id=args.launch_id,
-        stop_timeout=args.stop_timeout,
-        verbose=train.verbose,
-    )
+    if args.interface is not None:
+        choose_interface(args.interface, args.master_addr)
+    request = StopRequest()
+    logs = config.run_dir / LOGS / args.launch_id
+    line = contextlib.nullcontext() if args.life_line is None else LifeLine(args.life_line, request, logs, rank)
+    with line:
+        return run_node(
+            args.nodes,
+            rank,
+            args.nproc,
+            args.master_addr,
+            args.master_port,
+            args.command,
+            config.run_dir,
+            launch_id=args.launch_id,
+            stop_timeout=args.stop_timeout,
+            verbose=train.verbose,
+            request=request,
+        )
 
 
 def node_rank(word: str, nodes: int) -> int:

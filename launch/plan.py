@@ -17,7 +17,7 @@ CROSSING = ("WANDB_", "HF_", "NCCL_", "GLOO_", "UCX_", "TORCH_", "OMP_", "MKL_",
 """Beginnings of environment variables that every process of a run gets from the one that was launched from."""
 ALSO_CROSSING = ("PYTHONPATH", "DS_ACCELERATOR", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING", "TMPDIR")
 NOT_CROSSING = ("NYSTROM_LAUNCH_ID", "NYSTROM_LAUNCHER_PID")
-SECRETS = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+SECRETS = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSWORD", re.IGNORECASE)
 """Names of variables whose values are not shown."""
 STOP_SECONDS = 120.0
 

@@ -16,7 +16,7 @@ from pretrain.telemetry.folder import LOGS
 LAST_LINES = 30
 _ONLY_LOST_A_PEER = ("another process of this run went away", "a collective operation failed, most likely since")
 _ERROR = re.compile(
-    r"error:|^Traceback |process \d+ failed:|stalled: |has not been heard of|Fatal Python error|did not come within"
+    r"[Ee]rror:|^Traceback |process \d+ failed:|stalled: |has not been heard of|Fatal Python error|did not come within"
 )
 
 

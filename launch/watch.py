@@ -51,16 +51,17 @@ def look_after(
     all is killed. ``each_poll`` is called every :data:`POLL_SECONDS`.
     """
     watch = _Watch(launch_id, runner)
-    deadline: float | None = None
+    ending: float | None = None
     while runner.poll() is None or watch.alive():
         each_poll()
-        if deadline is None and (request.number is not None or runner.poll() is not None):
+        if ending is None and (request.number is not None or runner.poll() is not None):
             # Asked to stop, or the launcher is gone and workers are not.
-            deadline = time.monotonic() + stop_timeout
-        if deadline is not None:
+            ending = time.monotonic()
+        if ending is not None:
             watch.signal_workers(signal.SIGTERM)
-        if deadline is not None and time.monotonic() > deadline:
-            watch.kill_all(f"{stop_timeout:g} s after SIGTERM")
+        grace = stop_timeout if request.grace is None else min(stop_timeout, request.grace)
+        if ending is not None and time.monotonic() > ending + grace:
+            watch.kill_all(f"{grace:g} s after SIGTERM")
         elif watch.seconds_since_a_loss() > LOSS_SECONDS:
             watch.kill_all(f"{LOSS_SECONDS:g} s after another one ended")
         time.sleep(POLL_SECONDS)
@@ -79,6 +80,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.grace: float | None = None
+        """Seconds from SIGTERM to SIGKILL where they are to be fewer than usual."""
         self._before = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -61,7 +61,8 @@ def parts(words: list[str]) -> Iterator[list[str]]:
     """A command, and the one that it starts behind ``--``."""
     yield words
     if words[0] == "launch" and "--" in words:
-        yield words[words.index("--") + 1 :]
+        inner = words[words.index("--") + 1 :]
+        yield ["train", *inner] if words[1] == "node" else inner
 
 
 @pytest.mark.parametrize("page", PAGES)

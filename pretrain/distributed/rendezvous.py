@@ -56,31 +56,8 @@ def rendezvous(
     :class:`StoppedWhileWaiting`, and :class:`UserError` that names a process that was started differently, two with the
     same RANK, or an address or port that process 0 cannot be reached at.
     """
-    import torch.distributed as dist
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    holds = rank == 0 and not torchrun_holds_store()
     deadline = time.monotonic() + patience
-    listening = _listen(address, port, deadline, stop) if holds else None
-    if listening is None:
-        _wait_for_port(address, port, deadline, patience, rank, stop)
-    try:
-        # The number of processes is left out: the constructor would wait for them without saying who is missing.
-        store: dist.Store = dist.TCPStore(
-            address,
-            port,
-            is_master=holds,
-            timeout=timeout,
-            wait_for_workers=False,
-            multi_tenant=True,
-            master_listen_fd=None if listening is None else listening.detach(),
-        )
-    except dist.DistNetworkError as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise UserError(f"process {rank} cannot meet the others at {address}:{port}: {first_line}") from None
-    if torchrun_holds_store():
-        # It outlives the processes: after torchrun's restart it still holds what they said the last time.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store, holds = open_store(rank, patience, timeout, stop)
     _announce(store, rank, world_size, arrival, holds)
     if facts is not None:
         store.set(facts_key(rank), json.dumps(facts))
@@ -115,6 +92,39 @@ def rendezvous(
                 time.sleep(5 * POLL_SECONDS)  # so that the others read it before the store is gone
             raise
     return store
+
+
+def open_store(rank: int, patience: float, timeout: timedelta, stop: StopFlag | None = None) -> tuple[dist.Store, bool]:
+    """The store at MASTER_ADDR:MASTER_PORT, and whether this process holds it; says nothing of who else is there.
+
+    See :func:`rendezvous` for the arguments and what is raised.
+    """
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    holds = rank == 0 and not torchrun_holds_store()
+    deadline = time.monotonic() + patience
+    listening = _listen(address, port, deadline, stop) if holds else None
+    if listening is None:
+        _wait_for_port(address, port, deadline, patience, rank, stop)
+    try:
+        # The number of processes is left out: the constructor would wait for them without saying who is missing.
+        store: dist.Store = dist.TCPStore(
+            address,
+            port,
+            is_master=holds,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+            master_listen_fd=None if listening is None else listening.detach(),
+        )
+    except dist.DistNetworkError as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise UserError(f"process {rank} cannot meet the others at {address}:{port}: {first_line}") from None
+    if torchrun_holds_store():
+        # It outlives the processes: after torchrun's restart it still holds what they said the last time.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store, holds
 
 
 def _announce(store: dist.Store, rank: int, world_size: int, arrival: str, holds: bool) -> None:

@@ -31,6 +31,10 @@ def test_a_loss_alone_is_better_than_nothing(tmp_path: Path) -> None:
     assert error.rank == 3
     write(tmp_path / "rank-3.log", "step 1: loss 3.2\n", age=1)
     assert first_error(tmp_path) is None
+    write(tmp_path / "rank-3.log", "step 1: loss 3.2\ntorch.OutOfMemoryError: CUDA out of memory\n", age=1)
+    error = first_error(tmp_path)
+    assert error is not None
+    assert error.lines == ["torch.OutOfMemoryError: CUDA out of memory"]
 
 
 def test_lines_are_copied_whole_and_once(tmp_path: Path) -> None:

@@ -1,0 +1,311 @@
+"""The agents of a launch on other hosts: started over ssh or pdsh, spoken to, and waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TextIO
+
+from data_pipeline.errors import UserError
+from launch.hosts import SSH_FAILED, SSH_OPTIONS, Host, Outcome, ssh_command, ssh_problem
+from launch.life_line import BEAT_SECONDS, LOST_GRACE_SECONDS, ORDERS
+from launch.watch import LOSS_SECONDS, POLL_SECONDS, StopRequest
+from pretrain.distributed.signals import EXIT_DONE, EXIT_PREEMPTED
+
+FILES_PER_HOST = 4
+OUTPUT_SECONDS = 2.0
+MARGIN_SECONDS = 30.0
+"""How much longer than its processes may take an agent is waited for."""
+
+
+class Fleet:
+    """One agent on each host. ``ended`` has the exit status of those that are over: 255 where the host is lost."""
+
+    def __init__(self, hosts: Sequence[Host]) -> None:
+        self.hosts = list(hosts)
+        self.ended: dict[str, int] = {}
+        self._last: dict[str, str] = {}
+        self._threads: list[tuple[str, threading.Thread]] = []
+
+    @property
+    def alive(self) -> list[str]:
+        """Hosts whose agent is not over."""
+        return [host.name for host in self.hosts if host.name not in self.ended]
+
+    @property
+    def lost(self) -> list[str]:
+        """Hosts whose connection is gone, so that nobody knows what became of their processes."""
+        return [name for name, code in self.ended.items() if code == SSH_FAILED]
+
+    def why(self, name: str) -> str:
+        """What ssh said when it lost a host."""
+        text = self._last.get(name, "")
+        return ssh_problem(Outcome(SSH_FAILED, text, 0.0)) or text if text else "its connection is gone"
+
+    def tell(self, words: str) -> None:
+        """Say a line to every agent; one that does not hear it is dealt with by its own life line."""
+        raise NotImplementedError
+
+    def poll(self) -> None:
+        """Look which have ended."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the connections; agents that are still there notice."""
+        raise NotImplementedError
+
+    def _follow(
+        self, of: str, stream: IO[bytes] | None, to: TextIO, each: Callable[[str], bool] = lambda line: True
+    ) -> None:
+        """Copy the lines of a stream ``of`` a host, in a thread of its own; ``each`` says whether one is shown."""
+
+        def copy() -> None:
+            assert stream is not None
+            for raw in stream:
+                line = raw.decode(errors="replace")
+                if each(line.rstrip("\n")):
+                    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone: the run goes its way
+                        to.write(line)
+                        to.flush()
+
+        thread = threading.Thread(target=copy, daemon=True)
+        thread.start()
+        self._threads.append((of, thread))
+
+    def _finish_output(self, of: Sequence[str] | None = None) -> None:
+        """Wait a little for what these have written to be shown; None: all of them."""
+        # Not for ever: a master connection of ssh's, which outlives the first ssh, holds its stream of errors.
+        deadline = time.monotonic() + OUTPUT_SECONDS
+        for name, thread in self._threads:
+            if of is None or name in of:
+                thread.join(timeout=max(0.0, deadline - time.monotonic()))
+
+
+class SshFleet(Fleet):
+    """A connection to each host; an agent hears what is said on its standard input."""
+
+    def __init__(
+        self,
+        hosts: Sequence[Host],
+        lines: Mapping[str, str],
+        ssh_args: Sequence[str] = (),
+        secrets: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start ``lines`` of the hosts; ``secrets`` are environment variables that no command line may show."""
+        super().__init__(hosts)
+        allow_files(FILES_PER_HOST * len(hosts))
+        self._processes = {}
+        for host in hosts:
+            process = subprocess.Popen(
+                ssh_command(host.name, lines[host.name], ssh_args),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the launcher, which asks the agents to save
+            )
+            assert process.stdin is not None
+            os.set_blocking(process.stdin.fileno(), False)
+            self._processes[host.name] = process
+            self._follow(host.name, process.stdout, sys.stdout)
+            self._follow(host.name, process.stderr, sys.stderr, self._rememberer(host.name))
+        for name, value in (secrets or {}).items():
+            self.tell(f"env {name}={value}")
+        self.tell("go")
+
+    def _rememberer(self, name: str) -> Callable[[str], bool]:
+        def remember(line: str) -> bool:
+            self._last[name] = line
+            return True
+
+        return remember
+
+    def tell(self, words: str) -> None:
+        """Write the line into each connection; a full one is of a host that does not answer."""
+        for process in self._processes.values():
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):
+                os.write(process.stdin.fileno(), f"{words}\n".encode())
+
+    def poll(self) -> None:
+        """Ask each ssh."""
+        codes = {name: self._processes[name].poll() for name in self.alive}
+        over = {name: code for name, code in codes.items() if code is not None}
+        if over:
+            self._finish_output(list(over))  # the last line says why
+        for name, code in over.items():
+            self.ended[name] = code if code >= 0 else SSH_FAILED
+
+    def close(self) -> None:
+        """Kill what is left of ssh."""
+        for process in self._processes.values():
+            _kill(process)
+            with contextlib.suppress(OSError):
+                process.stdin.close()  # type: ignore[union-attr]
+        self._finish_output()
+
+
+class PdshFleet(Fleet):
+    """One pdsh for all hosts, which replaces ``%n`` in the line by the number of the host.
+
+    It passes nothing on to its agents, which read what is said to them in a file of the run folder.
+    """
+
+    _ENDED = re.compile(r"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
+
+    def __init__(self, hosts: Sequence[Host], line: str, orders: Path, ssh_args: Sequence[str] = ()) -> None:
+        """Start ``line`` on all hosts; ``orders`` is the folder of the launch's logs."""
+        super().__init__(hosts)
+        self._orders = orders / ORDERS
+        self._process = subprocess.Popen(
+            pdsh_command(hosts, line),
+            env={**os.environ, **pdsh_environment(ssh_args)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self._follow("pdsh", self._process.stdout, sys.stdout)
+        self._follow("pdsh", self._process.stderr, sys.stderr, self._note)
+
+    def _note(self, line: str) -> bool:
+        match = self._ENDED.match(line)
+        if match is not None:
+            self.ended[match[1]] = int(match[2])
+        else:
+            for host in self.hosts:
+                if line.startswith(f"{host.name}: "):
+                    self._last[host.name] = line
+        return match is None
+
+    def tell(self, words: str) -> None:
+        """Replace the file; signs of life are not written, since no agent waits for them."""
+        if words == "beat":
+            return
+        draft = self._orders.with_name(f".{ORDERS}")
+        with contextlib.suppress(OSError):
+            self._orders.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(f"{words}\n")
+            draft.replace(self._orders)
+
+    def poll(self) -> None:
+        """Once pdsh is over, those of which it has said nothing have ended well."""
+        if self._process.poll() is not None:
+            self._finish_output()
+            quiet = EXIT_DONE if self._process.returncode >= 0 else SSH_FAILED
+            for name in self.alive:
+                self.ended[name] = quiet
+
+    def close(self) -> None:
+        """Kill pdsh and its connections."""
+        _kill(self._process)
+        self._finish_output()
+
+
+def pdsh_command(hosts: Sequence[Host], line: str) -> list[str]:
+    """The command that has ``line`` run on all hosts: ``%n`` in it is the number of the host."""
+    return ["pdsh", "-R", "ssh", "-S", "-N", "-f", str(len(hosts)), "-w", ",".join(host.name for host in hosts), line]
+
+
+def pdsh_environment(ssh_args: Sequence[str]) -> dict[str, str]:
+    """What pdsh reads the options of ssh from; raises :class:`UserError` for one that it would take apart."""
+    for word in ssh_args:
+        if any(c.isspace() for c in word):
+            raise UserError(
+                f"--ssh-args {word!r}: pdsh takes no spaces within a word; put the option into ~/.ssh/config"
+            )
+    ours = [word for option in SSH_OPTIONS for word in ("-o", option)]
+    return {"PDSH_SSH_ARGS_APPEND": " ".join([*ssh_args, *ours])}
+
+
+def allow_files(number: int) -> None:
+    """Raise this process's limit of open files by ``number``, as far as it may; 1,024 is a usual one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + number if hard == resource.RLIM_INFINITY else min(soft + number, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@dataclass
+class Ended:
+    """How a launch over hosts ended."""
+
+    codes: dict[str, int]
+    lost: list[str] = field(default_factory=list)
+    lost_at: float = 0.0
+    """On the monotonic clock."""
+
+    def code(self) -> int:
+        """The status of the first host, unless only another knows what was wrong."""
+        known = [code for name, code in self.codes.items() if name not in self.lost]
+        return next(
+            (code for code in known if code not in (EXIT_DONE, EXIT_PREEMPTED)), known[0] if known else SSH_FAILED
+        )
+
+
+def look_after(fleet: Fleet, request: StopRequest, stop_timeout: float) -> Ended:
+    """Wait for all agents; passes a request to stop on, and ends the others when a host is lost or has failed."""
+    asked: float | None = None
+    failed: float | None = None
+    result = Ended(fleet.ended)
+    told, beaten = False, 0.0
+    try:
+        while True:
+            fleet.poll()
+            if not fleet.alive:
+                return result
+            now = time.monotonic()
+            if now - beaten >= BEAT_SECONDS:
+                beaten = now
+                fleet.tell("beat")
+            if asked is None and request.number is not None:
+                asked = now
+                fleet.tell("stop")
+            if fleet.lost and not told:
+                told, result.lost, result.lost_at = True, fleet.lost, now
+                _say_lost(fleet)
+                fleet.tell(f"lost {','.join(result.lost)}")
+            if failed is None and any(code not in (EXIT_DONE, EXIT_PREEMPTED) for code in fleet.ended.values()):
+                failed = now
+            if failed is not None and not told and now - failed > LOSS_SECONDS:
+                told = True
+                fleet.tell("lost")
+            late = asked is not None and now - asked > stop_timeout + MARGIN_SECONDS
+            late |= failed is not None and now - failed > LOSS_SECONDS + LOST_GRACE_SECONDS + MARGIN_SECONDS
+            if late:
+                _say(f"{', '.join(fleet.alive)}: no word that the processes there have ended; look there")
+                return result
+            time.sleep(POLL_SECONDS)
+    finally:
+        fleet.close()
+        if fleet.lost and not result.lost:
+            result.lost_at = time.monotonic()
+            _say_lost(fleet)
+        result.lost = fleet.lost
+
+
+def _say_lost(fleet: Fleet) -> None:
+    for name in fleet.lost:
+        _say(f"host {name} is lost: {fleet.why(name)}")
+    if fleet.alive:
+        _say(f"the processes of {', '.join(fleet.alive)} are ended, since none can go on without it")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"nystrom launch: {text}", file=sys.stderr, flush=True)
