@@ -46,7 +46,8 @@ def submit(
     """
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not found: give this command where Slurm is installed, or print the file: --dry-run")
-    for warning in check_folders(plan, config, overrides, shared):
+    waits = any("\n#SBATCH --dependency=" in text for text in rendered.files.values())
+    for warning in check_folders(plan, config, overrides, shared, waits):
         print(f"nystrom launch: warning: {warning}", file=sys.stderr)
     env = slurm_environment(rendered.exports)
     for path, text in rendered.files.items():
@@ -76,18 +77,20 @@ def submit(
     return 0
 
 
-def check_folders(plan: LaunchPlan, config: str, overrides: Sequence[str], shared: Sequence[str]) -> list[str]:
+def check_folders(
+    plan: LaunchPlan, config: str, overrides: Sequence[str], shared: Sequence[str], waits: bool = False
+) -> list[str]:
     """Warnings about folders that other nodes may not see.
 
     Raises :class:`UserError` for shards that are not there, and for folders that are certainly local. ``shared`` names
-    folders that all nodes see.
+    folders that all nodes see. ``waits``: the run waits for another job, which may be about to make the shards.
     """
     from data_pipeline.shards.manifest import read_manifest
     from pretrain.config import load_config
 
     data = load_config(config, overrides).data
     shards = [Path(source.path) for source in data.sources] + ([Path(data.valid)] if data.valid else [])
-    for folder in shards:
+    for folder in [] if waits else shards:
         read_manifest(folder)
     known = [Path(each).resolve() for each in shared]
     local = []

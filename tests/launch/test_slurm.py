@@ -333,6 +333,9 @@ def test_shards_that_are_not_there_are_told(place: Path, capsys: pytest.CaptureF
     assert launch() == 2
     assert "shard folder train does not exist" in capsys.readouterr().err
     assert calls(place) == []
+    # Unless the run waits for the job that makes them.
+    (place / "cluster.yaml").write_text(f"shared: [{place}]\n")
+    assert launch("--cluster", "cluster.yaml", "--sbatch=--dependency=afterok:6") == 0
 
 
 def test_without_slurm_it_says_so(

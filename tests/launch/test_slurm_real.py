@@ -217,6 +217,11 @@ def test_the_array_prepares_and_is_finished(cluster: Cluster) -> None:
         ["bash", cluster.folder / "jobs" / "submit.sh"], env=cluster.env, capture_output=True, text=True, check=True
     ).stdout
     finish = said.split("finishing: job ")[1].strip()
+    # A run may wait for the shards that the array makes.
+    words = ["--config", config(cluster, "after", data={"train": "parts"}), f"--sbatch=--dependency=afterok:{finish}"]
+    after = submit(cluster, *words)
+    assert cluster.job(after)["JobState"] in ("PENDING", "RUNNING")
+    cluster.run("scancel", after)
     ended = cluster.wait(finish)
     assert ended["ExitCode"] == "0:0", Path(ended["StdOut"]).read_text()
     alone = [sys.executable, "-m", "launch.program", *prepare, "--out", "alone"]
