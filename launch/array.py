@@ -9,28 +9,15 @@ dropped. The bytes are those of a single machine.
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from launch.batch_file import Resources, batch_file, change_directory, job_name
 
 ARRAY, FINISH, SUBMIT = "array.sbatch", "finish.sbatch", "submit.sh"
 COMMAND = ["nystrom", "data", "prepare"]
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What each job asks Slurm for; None leaves it to the cluster's default."""
-
-    time: str | None = None
-    cpus: int | None = None
-    mem: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    options: tuple[str, ...] = ()  # further options of sbatch, as they stand: "--qos=long"
 
 
 def write_array(
@@ -58,10 +45,10 @@ def write_array(
     if resources.cpus is not None and resources.cpus < 1:
         raise UserError(f"--cpus {resources.cpus}: at least one")
     arguments, twice = check_command(words, resources.cpus)
-    name = re.sub(r"[^\w.-]+", "-", folder.absolute().name)
+    name = job_name(folder.absolute().name)
     logs = directory / log_dir
     throttle = "" if max_running is None else f"%{max_running}"
-    shared = _options(resources)
+    shared = resources.as_options()
     run = shlex.join([*COMMAND, *arguments])
     array = _script(
         [f"--job-name={name}", f"--array=0-{num_shards - 1}{throttle}", f"--output={logs}/%x-%A-%a.log", *shared],
@@ -139,32 +126,9 @@ def idle_tasks(words: Sequence[str], num_shards: int, directory: Path) -> list[i
     return Deal.of(units, num_shards).idle()
 
 
-def _options(resources: Resources) -> list[str]:
-    named = {
-        "--time": resources.time,
-        "--cpus-per-task": resources.cpus,
-        "--mem": resources.mem,
-        "--partition": resources.partition,
-        "--account": resources.account,
-    }
-    return [f"{name}={value}" for name, value in named.items() if value is not None] + list(resources.options)
-
-
 def _script(options: Sequence[str], directory: Path, setup: Sequence[str], command: str) -> str:
-    for option in options:
-        # sbatch reads its comments by itself, not through the shell: a quote would be part of the value.
-        if not option.startswith("-") or any(not c.isprintable() or c in " \"'\\" for c in option):
-            raise UserError(f"{option!r} cannot stand in an sbatch file: it must be --NAME=VALUE without white space")
-    lines = [
-        "#!/bin/bash",
-        *(f"#SBATCH {option}" for option in options),
-        "",
-        "set -eo pipefail",  # without -u: activation scripts of environments often read variables that are not set
-        f"cd {shlex.quote(str(directory))}",
-        *setup,
-        f"exec {command}",
-    ]
-    return "\n".join(lines) + "\n"
+    # Without -u: activation scripts of environments often read variables that are not set.
+    return batch_file(options, ["set -eo pipefail", change_directory(directory), *setup, f"exec {command}"])
 
 
 def _submit(logs: Path, twice: bool) -> str:
