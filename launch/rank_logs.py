@@ -13,8 +13,12 @@ from typing import NamedTuple, TextIO
 from data_pipeline.errors import UserError
 from pretrain.telemetry.folder import LOGS
 
+SLURM_JOB = "slurm.job"
+"""In the folder of logs: the number of a Slurm job that was submitted. One that waits has left no other trace."""
 LAST_LINES = 30
+LAST_WORDS = 5
 _ONLY_LOST_A_PEER = ("another process of this run went away", "a collective operation failed, most likely since")
+_SILENT = "(it ended without a word, as after kill -9 or where memory ran out; its last lines follow)"
 _ERROR = re.compile(
     r"[Ee]rror:|^Traceback |process \d+ failed:|stalled: |has not been heard of|Fatal Python error|did not come within"
 )
@@ -54,9 +58,9 @@ def first_error(folder: Path) -> RankError | None:
     """The error that came first in the logs of a launch; None if no log has one.
 
     A rank that only lost a peer is named last. Among the others the one whose log ended first counts: the rest end
-    because of it.
+    because of it. Where all that say something lost a peer, it is one that says nothing.
     """
-    found = []
+    found, silent = [], []
     for rank, path in rank_logs(folder).items():
         with contextlib.suppress(OSError):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -66,7 +70,13 @@ def first_error(folder: Path) -> RankError | None:
                 found.append((False, path.stat().st_mtime, RankError(rank, path, lines[begin:][:LAST_LINES])))
             elif lost is not None:
                 found.append((True, path.stat().st_mtime, RankError(rank, path, lines[lost:][:LAST_LINES])))
-    return min(found, key=lambda each: each[:2])[2] if found else None
+            else:
+                silent.append(RankError(rank, path, [_SILENT, *lines[-LAST_WORDS:]]))
+    first = min(found, key=lambda each: each[:2], default=None)
+    if first is None:
+        return None
+    only_lost, _, error = first
+    return silent[0] if only_lost and silent else error
 
 
 def print_first_error(folder: Path) -> None:

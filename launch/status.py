@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from launch.rank_logs import LAST_LINES, first_error, newest_launch, rank_logs
+from launch.rank_logs import LAST_LINES, SLURM_JOB, first_error, newest_launch, rank_logs
 from launch.restarts import last_lines
 from launch.status_text import table, text
 from launch.watch import read_status
@@ -38,8 +38,6 @@ STALE_LOCK_SECONDS = 60.0
 """A lock on another machine that has not moved for so long is of a process that is gone; it moves every 5 s."""
 SILENT_SECONDS = 300.0
 """A living run that has written no number for so long is called silent; it writes one every 10 s, or each step."""
-SLURM_JOB = "slurm.job"
-"""The number of a job that was submitted: there is no other trace of one that has not started yet."""
 SIGNS = ("config.yaml", STATUS, METRICS, LOCK, "checkpoints", LOGS)
 """What makes a folder a run's: any of them."""
 

@@ -15,7 +15,7 @@ import psutil
 
 from data_pipeline.errors import UserError
 from launch.plan import LaunchPlan, Rendered
-from launch.rank_logs import LOGS
+from launch.rank_logs import LOGS, SLURM_JOB
 
 JOB = "JOB"
 DEPENDENCY = (f"--dependency=afterok:{JOB}", "--kill-on-invalid-dep=yes")
@@ -73,6 +73,7 @@ def submit(
                 + ("The run's job was cancelled again" if jobs else "Nothing was submitted")
             )
         jobs.append(done.stdout.strip().split(";")[0])
+    (logs / SLURM_JOB).write_text(f"{jobs[0]}\n", encoding="utf-8")
     _tell(plan, rendered, jobs, logs, env)
     return 0
 

@@ -23,6 +23,16 @@ def test_the_culprit_is_named_and_not_those_that_lost_it(tmp_path: Path) -> None
     assert (error.rank, error.lines[0], error.lines[-1]) == (1, "process 1 failed:", "boom")
 
 
+def test_a_rank_that_was_killed_says_nothing_and_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "rank-0.log", "process 0: another process of this run went away; ending\n", age=2)
+    write(tmp_path / "rank-1.log", "step 6\nstep 7\n", age=9)
+    error = first_error(tmp_path)
+    assert error is not None
+    assert error.rank == 1
+    assert "without a word" in error.lines[0]
+    assert error.lines[1:] == ["step 6", "step 7"]
+
+
 def test_a_loss_alone_is_better_than_nothing(tmp_path: Path) -> None:
     assert first_error(tmp_path) is None
     write(tmp_path / "rank-3.log", "process 3: another process of this run went away; ending\n", age=1)
