@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from data_pipeline.errors import UserError
-from launch.fleet import Ended, Fleet, PdshFleet, SshFleet, look_after, pdsh_command, pdsh_environment
+from launch.fleet import Ended, Fleet, SshFleet, look_after
 from launch.host_checks import Checked, check_hosts, config_of, refuse, say_left_out
 from launch.hosts import Host, choose_hosts, read_hostfile, remote_line, ssh_command
 from launch.life_line import SILENCE_GRACE_SECONDS, SILENCE_SECONDS
+from launch.pdsh import PdshFleet, pdsh_command, pdsh_environment
 from launch.places import PLACES, Place
 from launch.plan import SECRETS, LaunchPlan, Rendered, make_plan
 from launch.rank_logs import LOGS
