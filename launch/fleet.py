@@ -1,10 +1,12 @@
-"""The agents of a launch on other hosts: started over ssh or pdsh, spoken to, and waited for."""
+"""The agents of a launch on other hosts: started over ssh, spoken to, and waited for.
+
+:mod:`launch.pdsh` starts them another way.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -13,12 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, TextIO
 
-from data_pipeline.errors import UserError
-from launch.hosts import SSH_FAILED, SSH_OPTIONS, Host, Outcome, ssh_command, ssh_problem
-from launch.life_line import BEAT_SECONDS, LOST_GRACE_SECONDS, ORDERS
+from launch.hosts import SSH_FAILED, Host, Outcome, ssh_command, ssh_problem
+from launch.life_line import BEAT_SECONDS, LOST_GRACE_SECONDS
 from launch.watch import LOSS_SECONDS, POLL_SECONDS, StopRequest
 from pretrain.distributed.signals import EXIT_DONE, EXIT_PREEMPTED
 
@@ -152,79 +152,6 @@ class SshFleet(Fleet):
             with contextlib.suppress(OSError):
                 process.stdin.close()  # type: ignore[union-attr]
         self._finish_output()
-
-
-class PdshFleet(Fleet):
-    """One pdsh for all hosts, which replaces ``%n`` in the line by the number of the host.
-
-    It passes nothing on to its agents, which read what is said to them in a file of the run folder.
-    """
-
-    _ENDED = re.compile(r"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
-
-    def __init__(self, hosts: Sequence[Host], line: str, orders: Path, ssh_args: Sequence[str] = ()) -> None:
-        """Start ``line`` on all hosts; ``orders`` is the folder of the launch's logs."""
-        super().__init__(hosts)
-        self._orders = orders / ORDERS
-        self._process = subprocess.Popen(
-            pdsh_command(hosts, line),
-            env={**os.environ, **pdsh_environment(ssh_args)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self._follow("pdsh", self._process.stdout, sys.stdout)
-        self._follow("pdsh", self._process.stderr, sys.stderr, self._note)
-
-    def _note(self, line: str) -> bool:
-        match = self._ENDED.match(line)
-        if match is not None:
-            self.ended[match[1]] = int(match[2])
-        else:
-            for host in self.hosts:
-                if line.startswith(f"{host.name}: "):
-                    self._last[host.name] = line
-        return match is None
-
-    def tell(self, words: str) -> None:
-        """Replace the file; signs of life are not written, since no agent waits for them."""
-        if words == "beat":
-            return
-        draft = self._orders.with_name(f".{ORDERS}")
-        with contextlib.suppress(OSError):
-            self._orders.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(f"{words}\n")
-            draft.replace(self._orders)
-
-    def poll(self) -> None:
-        """Once pdsh is over, those of which it has said nothing have ended well."""
-        if self._process.poll() is not None:
-            self._finish_output()
-            quiet = EXIT_DONE if self._process.returncode >= 0 else SSH_FAILED
-            for name in self.alive:
-                self.ended[name] = quiet
-
-    def close(self) -> None:
-        """Kill pdsh and its connections."""
-        _kill(self._process)
-        self._finish_output()
-
-
-def pdsh_command(hosts: Sequence[Host], line: str) -> list[str]:
-    """The command that has ``line`` run on all hosts: ``%n`` in it is the number of the host."""
-    return ["pdsh", "-R", "ssh", "-S", "-N", "-f", str(len(hosts)), "-w", ",".join(host.name for host in hosts), line]
-
-
-def pdsh_environment(ssh_args: Sequence[str]) -> dict[str, str]:
-    """What pdsh reads the options of ssh from; raises :class:`UserError` for one that it would take apart."""
-    for word in ssh_args:
-        if any(c.isspace() for c in word):
-            raise UserError(
-                f"--ssh-args {word!r}: pdsh takes no spaces within a word; put the option into ~/.ssh/config"
-            )
-    ours = [word for option in SSH_OPTIONS for word in ("-o", option)]
-    return {"PDSH_SSH_ARGS_APPEND": " ".join([*ssh_args, *ours])}
 
 
 def allow_files(number: int) -> None:

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from data_pipeline.errors import UserError
-from launch.fleet import Ended, Fleet, PdshFleet, SshFleet, look_after, pdsh_command, pdsh_environment
+from launch.fleet import Ended, Fleet, SshFleet, look_after
 from launch.host_checks import Checked, check_hosts, config_of, refuse, say_left_out
 from launch.hosts import Host, choose_hosts, read_hostfile, remote_line, ssh_command
 from launch.life_line import SILENCE_GRACE_SECONDS, SILENCE_SECONDS
+from launch.pdsh import PdshFleet, pdsh_command, pdsh_environment
 from launch.places import PLACES, Place
 from launch.plan import SECRETS, LaunchPlan, Rendered, make_plan
 from launch.rank_logs import LOGS
@@ -31,8 +32,7 @@ from pretrain.checks import check_inputs
 from pretrain.curriculum.plan import build_plan, check_world_size
 from pretrain.distributed.signals import EXIT_DONE, EXIT_PREEMPTED, EXIT_STALLED
 
-FENCE_SECONDS = SILENCE_SECONDS + SILENCE_GRACE_SECONDS + 5.0
-"""After so long no process lives on a host that was cut off: its agent ends them when it hears nothing any more."""
+FENCE_MARGIN_SECONDS = 5.0
 HOST_WAIT_SECONDS = 300.0
 LOOK_AGAIN_SECONDS = 5.0
 _NUMBER = "@NUMBER@"
@@ -166,6 +166,11 @@ def elastic_range(text: str | None, hosts: int) -> tuple[int, int]:
     return int(parts[0]), min(int(parts[1]), hosts)
 
 
+def fence_seconds(stop_timeout: float) -> float:
+    """After so long no process lives on a host that was cut off: its agent ends them when it hears nothing any more."""
+    return SILENCE_SECONDS + min(SILENCE_GRACE_SECONDS, stop_timeout) + FENCE_MARGIN_SECONDS
+
+
 def numbers_of_hosts(plan: LaunchPlan) -> list[int]:
     """The numbers of hosts whose processes can share every batch evenly; raises :class:`UserError` if none can."""
     config = config_of(plan)
@@ -285,7 +290,7 @@ class _Launch:
     def _gather(self, hosts: Sequence[Host], ended: Ended, request: StopRequest) -> Checked | None:
         """Hosts enough to start again; None if they do not come, or if asked to stop while waiting."""
         deadline = time.monotonic() + self.args.host_wait
-        fence = ended.lost_at + FENCE_SECONDS if ended.lost else 0.0
+        fence = ended.lost_at + fence_seconds(self.plan.stop_timeout) if ended.lost else 0.0
         said = ""
         while True:
             checked = self._check(hosts)

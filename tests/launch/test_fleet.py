@@ -11,14 +11,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from processes_case import REPOSITORY
+from processes_case import REPOSITORY, survivors
 
 from data_pipeline.errors import UserError
 from launch import fleet, life_line
-from launch.fleet import PdshFleet, SshFleet, look_after
+from launch.fleet import SshFleet, look_after
 from launch.hosts import SSH_FAILED, Host
 from launch.life_line import LifeLine
+from launch.pdsh import PdshFleet, pdsh_environment
 from launch.watch import StopRequest
 
 HOSTS = [Host("a", 1), Host("b", 1)]
@@ -132,10 +134,31 @@ def test_orders_for_agents_behind_pdsh_are_a_file(tmp_path: Path, request_to_sto
     assert orders.read_text() == "stop\n"
 
 
+def test_pdsh_and_its_connections_end_with_the_launcher(tmp_path: Path) -> None:
+    # As pdsh does it: the connection is in a session of its own.
+    (tmp_path / "bin" / "pdsh").write_text("#!/bin/sh\nsetsid sleep 30 &\nwait\n")
+    agents = PdshFleet(HOSTS, "true", tmp_path / "logs")
+    keeper = psutil.Process(agents._process.pid)
+    deadline = time.monotonic() + 10
+    while len(below := keeper.children(recursive=True)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    agents.close()  # which closes its end of the pipe, as its own end does
+    assert survivors(below) == []
+    agents.poll()
+    assert agents.lost == ["a", "b"]
+
+
+def test_pdsh_that_fails_by_itself(tmp_path: Path, request_to_stop: StopRequest) -> None:
+    (tmp_path / "bin" / "pdsh").write_text("#!/bin/sh\necho 'no such module'\nexit 1\n")
+    ended = look_after(PdshFleet(HOSTS, "true", tmp_path / "logs"), request_to_stop, 10)
+    assert ended.codes == {"a": 1, "b": 1}
+    assert ended.lost == []
+
+
 def test_pdsh_takes_no_spaces_within_an_option() -> None:
-    assert fleet.pdsh_environment(["-p", "22"])["PDSH_SSH_ARGS_APPEND"].startswith("-p 22 -o BatchMode=yes")
+    assert pdsh_environment(["-p", "22"])["PDSH_SSH_ARGS_APPEND"].startswith("-p 22 -o BatchMode=yes")
     with pytest.raises(UserError, match="pdsh takes no spaces"):
-        fleet.pdsh_environment(["-oProxyCommand=a b"])
+        pdsh_environment(["-oProxyCommand=a b"])
 
 
 # --- the other end ---------------------------------------------------------------------------------------------------
@@ -184,6 +207,7 @@ CUT = """
 import sys
 from pathlib import Path
 from launch import life_line
+from launch.pdsh import PdshFleet, pdsh_environment
 from launch.watch import StopRequest
 import time
 life_line.SILENCE_SECONDS, life_line._POLL_SECONDS = 0.2, 0.05

@@ -115,6 +115,11 @@ def test_elastic_ranges() -> None:
     assert elastic_range("1:64", 3) == (1, 3)
 
 
+def test_a_lost_host_is_left_alone_until_its_agent_has_ended_all() -> None:
+    assert hostfile.fence_seconds(120) == 30 + 25 + 5
+    assert hostfile.fence_seconds(10) == 30 + 10 + 5
+
+
 # --- attempts, with hosts that are made up ---------------------------------------------------------------------------
 
 
@@ -150,7 +155,7 @@ class Session:
         monkeypatch.setattr(hostfile, "check_hosts", self.check)
         monkeypatch.setattr(hostfile._Launch, "_start", self.start)
         monkeypatch.setattr(hostfile, "LOOK_AGAIN_SECONDS", 0.01)
-        monkeypatch.setattr(hostfile, "FENCE_SECONDS", 0.05)
+        monkeypatch.setattr(hostfile, "fence_seconds", lambda stop_timeout: 0.05)
         monkeypatch.setattr(restarts, "PAUSE_SECONDS", 0.0)
         self.run = folder / "runs" / "run"
 
