@@ -16,7 +16,7 @@ with this, where 0.53 are in use. A step takes 4.8 s and 5.8 s of processor time
 anew. 1 MiB gives the same as 4; 8 MiB holds on to half of what 32 does.
 """
 _M_MMAP_THRESHOLD = -3
-_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
+VARIABLE = "MALLOC_MMAP_THRESHOLD_"
 
 
 def return_freed_blocks() -> bool:
@@ -24,7 +24,7 @@ def return_freed_blocks() -> bool:
 
     Nothing is done where the environment says ``MALLOC_MMAP_THRESHOLD_``, or where the C library has no such setting.
     """
-    if _VARIABLE in os.environ or sys.platform != "linux":
+    if VARIABLE in os.environ or sys.platform != "linux":
         return False
     with contextlib.suppress(AttributeError, OSError):
         return ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD) == 1
