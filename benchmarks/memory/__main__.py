@@ -76,7 +76,7 @@ def _measure(case: Any, *, on_gpu: bool) -> list[dict[str, Any]]:
     # On a CPU what is offloaded stays where everything else is.
     allocated = stage.peak + (0 if on_gpu else stage.state.host_optimizer)
     # The worker measures what comes on top of the libraries.
-    predictions = {"allocated": allocated, "resident": resident_bytes(config, allocated) - LIBRARIES}
+    predictions = {"allocated": allocated, "resident": resident_bytes(config, stage) - LIBRARIES}
     ways = ["allocated", "resident"] if case.resident and not on_gpu else ["allocated"]
     return [
         {

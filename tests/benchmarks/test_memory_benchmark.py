@@ -38,11 +38,11 @@ def test_predictions_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.slow
 def test_resident_memory_on_a_cpu_is_what_was_planned() -> None:
-    """Two steps instead of 20, which have 5% more. Measured: planned 1.04 times what was resident, and 0.77 times if
+    """Two steps instead of 20, which have 5% more. Measured: planned 1.08 times what was resident, and 0.79 times if
     freed blocks were kept."""
     (case,) = (case for case in CASES if case.name == "clm-four-fp32-checkpointing")
     config = case.config()
-    planned = resident_bytes(config, plan_memory(config, 1, on_gpu=False)[0].peak) - LIBRARIES
+    planned = resident_bytes(config, plan_memory(config, 1, on_gpu=False)[0]) - LIBRARIES
     assert abs(planned / run_case(case, "resident", steps=2)["bytes"] - 1) < GOAL
 
 
