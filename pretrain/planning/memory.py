@@ -32,7 +32,7 @@ LIBRARIES = 450_000_000
 without a GPU. CUDA's libraries add to it."""
 HEAP, RETURNED = 1.5, 1.3
 """On a CPU, resident bytes for each one that comes and goes in a step: glibc keeps freed blocks of up to 32 MiB that
-nothing else fits. Measured over 20 steps: 1.35 to 1.61 for three shapes, and 1.20 to 1.26 for two where freed blocks
+nothing else fits. Measured over 20 steps: 1.39 to 1.61 for three shapes, and 1.26 and 1.33 for two where freed blocks
 are returned (``python -m benchmarks.memory``). Weights and the optimizer's state are allocated once."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
