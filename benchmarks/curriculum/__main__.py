@@ -96,7 +96,7 @@ def pair(args: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
 def train_pair(runs: dict[str, dict[str, Any]], work: Path, steps: int, seed: int) -> dict[str, list[dict[str, float]]]:
     """Both runs in turns of ``steps`` steps; each one's curve."""
     from benchmarks.curriculum.curves import curve
-    from benchmarks.gate import Turns, serve_run
+    from benchmarks.turns import Turns, serve_run
 
     with Turns(multiprocessing.get_context("spawn"), work) as turns:
         for name, one in runs.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,14 @@ RUNS = {"curriculum": "curriculum of lengths", "fixed": "longest length througho
 def curve(metrics: Path, times: list[float]) -> list[Point]:
     """Held-out loss at the longest length after each validation: {tokens, seconds, loss}.
 
-    ``times`` are the seconds of each step, with what the trainer did after it before it asked for the next one; the
-    validations' own time, which is in the metrics, is taken off. The last step has no time of its own and gets the
-    median of the 20 before it.
+    ``times`` are the seconds of each step, with what the trainer did between the step before and this one. The
+    validations' own time, which is in the metrics, is taken off.
     """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    seconds = [*times, 0.0]
+    seconds = [*times, 0.0]  # the last validation has no step behind it
     valid = [line for line in lines if line["kind"] == "valid"]
     for line in valid:
-        seconds[line["step"] - 1] -= line["took"]
-    seconds[-1] = statistics.median(seconds[-21:-1])
+        seconds[line["step"]] -= line["took"]
     points = []
     for line in valid:
         loss = line.get("longest_loss", line["loss"])

@@ -59,6 +59,7 @@ SMALL = _model("clm", hidden_size=64, num_layers=2, vocab_size=2000)
 """For CPUs without bfloat16 instructions, where a step of the others takes minutes."""
 WIDE = _model("clm", hidden_size=384, num_heads=6)
 SMALLER_BUCKET = {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 50_000}}}
+FOUR = _model("clm", hidden_size=384, num_layers=4, num_heads=6, vocab_size=8192)
 AGAIN = {"activation_checkpointing": True}
 
 CASES = (
@@ -79,6 +80,8 @@ CASES = (
     Case("clm-documents", CLM, 4, 512, more={"data": {"train": "none", "packing": "documents"}}),
     Case("clm-offload", CLM, 4, 512, more={"offload_optimizer": True}),
     Case("clm-base-zero2", _base("clm"), 2, 512, micro_batches=1, resident=True),
+    Case("clm-four-fp32", FOUR, 4, 1024, "fp32", 0, micro_batches=1, resident=True),
+    Case("clm-four-fp32-checkpointing", FOUR, 4, 1024, "fp32", 0, micro_batches=1, resident=True, more=AGAIN),
     Case("clm-wide-fp32-checkpointing", WIDE, 4, 1024, "fp32", 0, micro_batches=1, resident=True, more=AGAIN),
     Case("mlm-base-fp32", _base("mlm"), 4, 512, "fp32", 0, micro_batches=1, resident=True),
 )

@@ -1,11 +1,13 @@
-"""One process of one case: ``python -m benchmarks.memory.worker NAME {allocated,resident}``, its rank from the
-environment; prints a JSON line."""
+"""One process of one case: ``python -m benchmarks.memory.worker NAME {allocated,resident,kept,returned} STEPS``, its
+rank from the environment; prints a JSON line."""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -15,35 +17,39 @@ import torch
 from benchmarks.memory.cases import CASES, Case
 from data_pipeline.batches import IGNORE
 from pretrain.distributed.world import World, quiet_libraries, read_rank
+from pretrain.engine.heap import VARIABLE, return_freed_blocks
 from pretrain.engine.training import TrainingEngine
 from pretrain.planning.memory import typical_documents
-
-STEPS = 3
-"""The optimizer's state is made in the first."""
 
 
 def main() -> None:
     """Train for some steps and say how much memory that took at its fullest."""
-    name, what = sys.argv[1:]
+    name, what, steps = sys.argv[1:]
     case = next(case for case in CASES if case.name == name)
     quiet_libraries()
     world = World(read_rank(None))
     if world.device.type == "cuda":
         train(tiny(case), world, 1)  # the libraries' own memory, once
         torch.cuda.reset_peak_memory_stats(world.device)
-        train(case, world, STEPS)
+        took = train(case, world, int(steps))
         found = torch.cuda.max_memory_allocated(world.device)
-    elif what == "resident":
+    elif what != "allocated":
+        if what == "kept":
+            os.environ[VARIABLE] = (
+                "131072"  # a run leaves the heap alone then; the C library reads it at its start only
+            )
+        if what == "returned":
+            return_freed_blocks()
         train(tiny(case), world, 1)  # everything is imported and every library has its own memory
         before = psutil.Process().memory_info().rss
-        train(case, world, STEPS - 1)
+        took = train(case, world, int(steps))
         found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     else:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            train(case, world, STEPS)
+            took = train(case, world, int(steps))
         found = allocated_peak(profile)
     if world.is_first:
-        print(json.dumps({"bytes": found}), flush=True)
+        print(json.dumps({"bytes": found, "processor_seconds": took}), flush=True)
     world.close()
 
 
@@ -54,8 +60,8 @@ def tiny(case: Case) -> Case:
     return replace(case, model={**case.model, **small}, rows=1, length=512, more={**case.more, "deepspeed": block})
 
 
-def train(case: Case, world: World, steps: int) -> None:
-    """Steps on random tokens with as many targets as are to be expected."""
+def train(case: Case, world: World, steps: int) -> float:
+    """Steps on random tokens with as many targets as are to be expected; processor seconds of the last one."""
     config = case.config()
     engine = TrainingEngine(config, world)
     engine.train()
@@ -64,7 +70,9 @@ def train(case: Case, world: World, steps: int) -> None:
     documents = None
     if config.data.packing == "documents":
         documents = document_ids(case)
+    began = time.process_time()
     for _ in range(steps):
+        began = time.process_time()
         ids = torch.randint(0, config.model.vocab_size or 1, shape, generator=generator)
         labels = ids.clone()
         if config.model.objective == "mlm":
@@ -75,7 +83,9 @@ def train(case: Case, world: World, steps: int) -> None:
         for some_ids, some_labels in zip(ids.split(case.rows), labels.split(case.rows), strict=True):
             engine.backward(some_ids, some_labels, 1e-4, documents)
         engine.step(1e-4)
+    took = time.process_time() - began
     engine.close()
+    return took
 
 
 def document_ids(case: Case) -> torch.Tensor:

@@ -82,9 +82,9 @@ def run_settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _run(args: argparse.Namespace, arguments: list[str], names: list[str]) -> int:
     import torch
 
-    from benchmarks.gate import Turns
     from benchmarks.loading.corpus import write_corpus
     from benchmarks.training.contenders import serve
+    from benchmarks.turns import Turns
 
     made = common.provenance("training", arguments, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     times: dict[str, list[float]] = {name: [] for name in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.gate import Gate, serve_run
+from benchmarks.turns import TurnTaker, serve_run
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ OURS = (
 CONTENDERS = {contender.name: contender for contender in (*PLAIN, *OURS)}
 
 
-def serve(raw: dict[str, Any], gate: Gate) -> None:
+def serve(raw: dict[str, Any], taker: TurnTaker) -> None:
     """Runs in a process of its own."""
     contender = CONTENDERS[raw["name"]]
     if contender.zero_stage is None:
-        plain_loop({**raw, "precision": contender.precision, "zero_stage": 1}, gate)
+        plain_loop({**raw, "precision": contender.precision, "zero_stage": 1}, taker)
     else:
-        serve_run({**raw, "precision": contender.precision, "zero_stage": contender.zero_stage}, gate)
+        serve_run({**raw, "precision": contender.precision, "zero_stage": contender.zero_stage}, taker)
 
 
-def plain_loop(raw: dict[str, Any], gate: Gate) -> None:
+def plain_loop(raw: dict[str, Any], taker: TurnTaker) -> None:
     """The loop that one would write: the same rows, micro-batches, AdamW, clipping; bf16 by autocast.
 
     Autocast keeps the weights in float32, as ZeRO's 16-bit modes do beside theirs; weights in bfloat16 alone train
@@ -70,8 +70,8 @@ def plain_loop(raw: dict[str, Any], gate: Gate) -> None:
         cast = torch.autocast(device.type, torch.bfloat16)
     masking = config.data.masking.build()
     loader = TrainLoader(inputs.train, plan, objective=config.model.objective, seed=config.seed, masking=masking)
+    taker.begin()
     for batch in loader:
-        gate()
         input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
         targets = max(int((batch.labels != IGNORE).sum()), 1)
         total = torch.zeros((), device=device)
@@ -87,3 +87,4 @@ def plain_loop(raw: dict[str, Any], gate: Gate) -> None:
         optimizer.step()
         optimizer.zero_grad()
         float(total)
+        taker.step_done()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from data_pipeline.files import TMP_SUFFIX, write_atomic
 from data_pipeline.prepare.plan import Unit, json_sha256
+from data_pipeline.sources.format import by_name
 from data_pipeline.sources.pieces import Excerpt
 from data_pipeline.sources.reading import Wanted
 from data_pipeline.sources.records import read_chunks
@@ -112,4 +113,6 @@ def _part(unit: Unit, number: int) -> Unit:
 
 
 def _key(unit: Unit) -> str:
-    return json_sha256(unit.identity, unit.divide)
+    [piece] = unit.pieces
+    division = by_name(piece.format, piece.location).division
+    return json_sha256(unit.identity, unit.divide, *([division] if division > 1 else []))

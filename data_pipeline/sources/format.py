@@ -122,6 +122,8 @@ class Format:
     """Whether records are made of fields with names."""
     version: ClassVar[int] = 1
     """Raised when the same file gives other records than before: shards of the earlier reading are then not reused."""
+    division: ClassVar[int] = 1
+    """Raised when :meth:`chunks` has other edges than before: an unfinished preparation then makes its parts anew."""
 
     def read(self, source: Source, wanted: Wanted) -> Iterator[Found]:
         """The records of a piece in order; broken ones as :class:`Bad`, so that reading continues after them.

@@ -72,7 +72,11 @@ class Progress:
 
 @contextlib.contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """A block in which bars of libraries too are drawn on a terminal only: tqdm's default draws them into files."""
+    """A block in which bars of libraries too are drawn on a terminal only: tqdm's default draws them into files.
+
+    lm-eval 0.4.13 gives no choice: ``Task.build_all_requests`` draws one without an option for it. tqdm's own switch,
+    ``TQDM_DISABLE``, is read when tqdm is imported, which whoever calls this has done long before.
+    """
     own, drawn = vars(tqdm)["__init__"], tqdm.__init__
 
     def init(self: tqdm, *args: Any, **options: Any) -> None:

@@ -11,12 +11,12 @@ MMAP_THRESHOLD = 4 << 20
 """Bytes from which a block is returned to the system as soon as it is freed.
 
 By default glibc raises this to 32 MiB, and smaller holes stay resident unless what comes next fits them. Causal, 4
-layers of 384, fp32, 4 rows of 1,024 tokens, ``activation_checkpointing``: 0.95 GiB over the libraries by default, 0.60
-with this, where 0.53 are in use. A step takes 4.8 s and 5.8 s of processor time then: returned pages have to be cleared
-anew. 1 MiB gives the same as 4; 8 MiB holds on to half of what 32 does.
+layers of 384, fp32, 4 rows of 1,024 tokens, ``activation_checkpointing``: 1.02 GiB over the libraries by default, 0.67
+with this, where 0.53 are in use (``python -m benchmarks.memory.heap``). A step takes 4.5 s and 5.6 s of processor time
+then: returned pages have to be cleared anew. 1 MiB gives the same as 4; 8 MiB holds on to half of what 32 does.
 """
 _M_MMAP_THRESHOLD = -3
-_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
+VARIABLE = "MALLOC_MMAP_THRESHOLD_"
 
 
 def return_freed_blocks() -> bool:
@@ -24,7 +24,7 @@ def return_freed_blocks() -> bool:
 
     Nothing is done where the environment says ``MALLOC_MMAP_THRESHOLD_``, or where the C library has no such setting.
     """
-    if _VARIABLE in os.environ or sys.platform != "linux":
+    if VARIABLE in os.environ or sys.platform != "linux":
         return False
     with contextlib.suppress(AttributeError, OSError):
         return ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD) == 1

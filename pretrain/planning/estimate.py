@@ -144,7 +144,7 @@ def estimate(config: RunConfig, question: Question) -> Estimate:
     if question.gpu_memory is not None:
         limit = int(question.gpu_memory * 2**30 * (1 - question.margin))
         if not question.on_gpu:
-            limit = allocatable_bytes(config, limit)
+            limit = allocatable_bytes(config, limit, memory[0].state)
         budget = MemoryBudget(question.gpus, limit, question.on_gpu)
         if question.search:
             largest = [largest_micro_batch(config, stage, budget) for stage in range(len(memory))]
@@ -152,7 +152,7 @@ def estimate(config: RunConfig, question: Question) -> Estimate:
     state = memory[0].state
     host = LIBRARIES + max(FLOAT32 * total, state.host_optimizer)
     if not question.on_gpu:
-        host = max(host, resident_bytes(config, peak(memory) + state.host_optimizer))
+        host = max(host, *(resident_bytes(config, stage) for stage in memory))
     other = config.model_copy(update={"activation_checkpointing": not config.activation_checkpointing})
     return Estimate(
         config=config,

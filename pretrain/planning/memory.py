@@ -30,9 +30,10 @@ SHORTEST_SHARE = 64
 LIBRARIES = 450_000_000
 """Bytes of a process that has imported Python, PyTorch and DeepSpeed and trained next to nothing. Measured: 443 MB
 without a GPU. CUDA's libraries add to it."""
-HEAP, RETURNED = 1.4, 1.2
-"""On a CPU, resident bytes for each allocated one: glibc keeps freed blocks of up to 32 MiB that nothing else fits.
-Measured 1.17 to 1.36 over four shapes; where they are returned, see :func:`resident_bytes`, 1.01 to 1.14."""
+HEAP, RETURNED = 1.5, 1.3
+"""On a CPU, resident bytes for each one that comes and goes in a step: glibc keeps freed blocks of up to 32 MiB that
+nothing else fits. Measured over 20 steps: 1.39 to 1.61 for three shapes, and 1.26 and 1.33 for two where freed blocks
+are returned (``python -m benchmarks.memory``). Weights and the optimizer's state are allocated once."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,17 +72,22 @@ class StageMemory:
         return max(0, self.peak - self.state.total - self.inputs - self.activations)
 
 
-def resident_bytes(config: RunConfig, allocated: int) -> int:
-    """Bytes of memory that a process on CPUs takes from its machine while it has ``allocated`` ones in use.
+def resident_bytes(config: RunConfig, stage: StageMemory) -> int:
+    """Bytes of memory that a process on CPUs takes from its machine in this stage.
 
     With ``activation_checkpointing`` the engine has freed blocks returned (:mod:`pretrain.engine.heap`).
     """
-    return LIBRARIES + int((RETURNED if config.activation_checkpointing else HEAP) * allocated)
+    return LIBRARIES + stage.state.lasting + int(_for_each(config) * (stage.peak - stage.state.lasting_on_device))
 
 
-def allocatable_bytes(config: RunConfig, resident: int) -> int:
-    """The inverse of :func:`resident_bytes`: what may be allocated in so many bytes of memory."""
-    return max(0, int((resident - LIBRARIES) / (RETURNED if config.activation_checkpointing else HEAP)))
+def allocatable_bytes(config: RunConfig, resident: int, state: StateBytes) -> int:
+    """The inverse of :func:`resident_bytes`: the highest peak of a stage for which so many bytes of memory suffice."""
+    left = max(0, resident - LIBRARIES - state.lasting)
+    return state.lasting_on_device + int(left / _for_each(config)) if left else 0
+
+
+def _for_each(config: RunConfig) -> float:
+    return RETURNED if config.activation_checkpointing else HEAP
 
 
 def plan_memory(config: RunConfig, processes: int, *, on_gpu: bool = True) -> list[StageMemory]:

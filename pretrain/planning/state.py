@@ -128,7 +128,17 @@ class StateBytes:
     @property
     def total(self) -> int:
         """On the device."""
-        return self.weights + self.gradients + self.optimizer + self.buffers
+        return self.lasting_on_device + self.gradients
+
+    @property
+    def lasting_on_device(self) -> int:
+        """Without the gradients, which come and go."""
+        return self.weights + self.optimizer + self.buffers
+
+    @property
+    def lasting(self) -> int:
+        """That and what is in the host's memory."""
+        return self.lasting_on_device + self.host_optimizer
 
 
 def state_bytes(groups: Sequence[Group], config: RunConfig, processes: int) -> StateBytes:

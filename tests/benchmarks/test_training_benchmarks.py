@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from training_case import settings, write_config, write_corpus
 from benchmarks.curriculum import __main__ as curriculum
 from benchmarks.curriculum.curves import curve, reached, summary
 from benchmarks.training import __main__ as training
+from benchmarks.turns import TurnTaker
 from data_pipeline.errors import UserError
+from pretrain.callbacks import find_class
+from pretrain.config import CallbackConfig
 
 
 def points(*pairs: tuple[float, float]) -> list[dict[str, float]]:
@@ -43,11 +47,32 @@ def test_validation_does_not_count_as_training(tmp_path: Path) -> None:
     ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    # The second of the steps was followed by a validation; the last has no time.
-    assert curve(path, [1.0, 8.0, 3.0]) == [
-        {"tokens": 20, "seconds": 2.0, "loss": 6.0},
-        {"tokens": 40, "seconds": 6.0, "loss": 4.0},
+    # The validation after the second step falls into the third one's time; behind the last there is none.
+    assert curve(path, [1.0, 1.5, 8.0, 3.0]) == [
+        {"tokens": 20, "seconds": 2.5, "loss": 6.0},
+        {"tokens": 40, "seconds": 6.5, "loss": 4.0},
     ]
+
+
+def test_a_process_steps_when_it_is_its_turn() -> None:
+    """Both ends in one process: turns are sent before they are waited for."""
+    ours, theirs = Pipe()
+    taker = TurnTaker(theirs)
+    ours.send(2)
+    taker.begin()
+    assert ours.recv() == []
+    ours.send(3)
+    taker.step_done()
+    taker.step_done()
+    first = ours.recv()
+    taker.step_done()
+    taker.report()  # the training ended within its turn
+    assert (len(first), len(ours.recv())) == (2, 1)
+    assert all(seconds > 0 for seconds in first)
+
+
+def test_the_callback_is_one_that_a_run_accepts() -> None:
+    find_class(CallbackConfig(call="benchmarks.turns:StepInTurn"))
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ class Parquet(Format):
     unit = "row"
     cut = "own"
     opens = "path"
+    division = 2
 
     def pieces(self, file: CorpusFile, codec: str, target_bytes: int, wanted: Wanted) -> list[Piece]:
         """Runs of row groups with about ``target_bytes`` in the columns that are wanted. Reads the footer only.
@@ -80,24 +81,49 @@ class Parquet(Format):
             yield from _numbered(batches, before, wanted)
 
     def chunks(self, source: Source, wanted: Wanted, target_bytes: int) -> Iterator[Chunk]:
-        """See :class:`Format`. Arrow IPC streams, all of one number of rows, with the columns that are wanted."""
+        """See :class:`Format`. Arrow IPC streams, with the columns that are wanted.
 
+        All are of one number of rows, but where rows are uneven a chunk ends before it has twice ``target_bytes``.
+        """
         with _row_run(source, wanted) as (before, rows, batches):
             each = max(1, rows * target_bytes // max(source.piece.size, 1))
             held: list[pa.RecordBatch] = []
-            count = 0
+            count = size = 0
             for batch in batches:
                 begin = 0
                 while begin < batch.num_rows:
-                    held.append(batch.slice(begin, each - count))
-                    begin += held[-1].num_rows
-                    count += held[-1].num_rows
-                    if count == each:
+                    rest = batch.slice(begin, each - count)
+                    fit = _rows_within(rest, 2 * target_bytes - size)
+                    if fit or not held:
+                        held.append(rest.slice(0, max(fit, 1)))
+                        begin += held[-1].num_rows
+                        count += held[-1].num_rows
+                        size += _bytes_of(held[-1], held[-1].num_rows)
+                    if count == each or fit < rest.num_rows:
                         yield Chunk(_copy(held), before)
                         before += count
-                        held, count = [], 0
+                        held, count, size = [], 0, 0
             if held:
                 yield Chunk(_copy(held), before)
+
+
+def _rows_within(batch: pa.RecordBatch, room: int) -> int:
+    """How many of its first rows have at most ``room`` bytes."""
+    low, high = 0, batch.num_rows + 1  # low fits, high does not
+    if _bytes_of(batch, batch.num_rows) <= room:
+        return batch.num_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _bytes_of(batch, middle) <= room:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _bytes_of(batch: pa.RecordBatch, rows: int) -> int:
+    """Of its first rows, without what they share, as a dictionary."""
+    return batch.slice(0, rows).nbytes - batch.slice(0, 0).nbytes
 
 
 def _numbered(batches: Iterable[pa.RecordBatch], before: int, wanted: Wanted) -> Iterator[Found]:

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from data_pipeline.quality.duplicates import Dedup
 from data_pipeline.quality.filters import Filters
 from data_pipeline.sources.corpus import open_corpus
 from data_pipeline.sources.documents import iter_documents, read_piece
+from data_pipeline.sources.formats.parquet import Parquet
 from data_pipeline.sources.pieces import Excerpt, Piece
 from data_pipeline.sources.reading import Reading
 from data_pipeline.sources.records import read_chunks
@@ -296,6 +298,45 @@ def test_parquet_rows_keep_their_values_and_numbers(tmp_path: Path) -> None:
     assert [d.record for d in expected] == list(range(1, 2401))
     assert 7 <= count <= 8
     assert not bad
+
+
+def test_uneven_rows_of_parquet_are_cut_by_bytes(tmp_path: Path) -> None:
+    """Short rows and then long ones, one of them above a part: equal numbers of rows had 20 times the text."""
+    path = tmp_path / "a.parquet"
+    texts = [f"row {i}" for i in range(5000)] + [f"{i} " * 400 for i in range(300)] + ["x" * 50_000, "end"]
+    pq.write_table(pa.table({"text": texts}), path, use_dictionary=False)
+    [piece] = open_corpus([path]).pieces(1 << 30, READING)
+    target = 16_000
+    found: list[str | None] = []
+    chunks = list(read_chunks(piece, READING.wanted, target, found.append))
+    before = [chunk.before for chunk in chunks]
+    assert before[0] == 0
+    assert before == sorted(set(before))
+    sizes = [sum(map(len, texts[a:b])) for a, b in pairwise([*before, len(texts)])]
+    assert max(sizes) == 50_000
+    assert sorted(sizes)[-2] <= 2 * target
+    assert sum(sizes) // len(sizes) > target // 2
+    documents, bad, count, _ = read_all(piece, READING, target, tmp_path)
+    assert ([d.text for d in documents], bad, count) == (texts, [], len(chunks))
+    assert [d.record for d in documents] == list(range(1, len(texts) + 1))
+
+
+def test_a_division_by_other_rules_is_not_taken_up(
+    small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unfinished folder of a version that cut Parquet otherwise: its parts are made anew."""
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": [*LONG, "x" * 9000] * 2}), folder / "a.parquet", use_dictionary=False)
+    monkeypatch.setattr("data_pipeline.prepare.plan.unit_bytes", lambda size: 4000)
+    planned = plan(folder / "a.parquet", small_tokenizer)
+    now = Parquet.division
+    monkeypatch.setattr(Parquet, "division", 1)
+    crash_after(3, planned, tmp_path / "out", LOOSE)
+    monkeypatch.setattr(Parquet, "division", now)
+    assert prepare(planned, tmp_path / "out", LOOSE).units_reused == 0
+    prepare(planned, tmp_path / "whole", LOOSE)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_file_goes_to_as_many_jobs_as_it_has_shares(small_tokenizer: Tokenizer, tmp_path: Path) -> None:

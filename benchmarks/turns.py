@@ -17,36 +17,51 @@ from data_pipeline.processes import die_with_parent
 JOIN_SECONDS = 60.0
 
 
-class Gate:
-    """Called once before every step; lets the steps of a turn pass, reports their times, waits for the next turn."""
+class TurnTaker:
+    """In one of the processes: waits for a turn, lets its steps pass, reports their seconds, waits for the next one.
+
+    A step's seconds begin where the step before it ended, or the turn began: its data are part of it.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._left = 0
         self._times: list[float] = []
-        self._last = time.perf_counter()
+        self._since = 0.0
 
-    def __call__(self) -> None:
-        """Return when the step may be taken; when no further turn comes, end the process."""
+    def begin(self) -> None:
+        """Called once, before the first step: say that this process is there, and wait for its first turn."""
+        self.report()
+        self._wait()
+
+    def step_done(self) -> None:
+        """Called after each step; waits where the turn is over. When no further turn comes, the process ends."""
         now = time.perf_counter()
-        if self._left:
-            self._times.append(now - self._last)
-            self._left -= 1
+        self._times.append(now - self._since)
+        self._since = now
+        self._left -= 1
         if not self._left:
             self.report()
-            self._left = self._connection.recv()
-            if not self._left:
-                os._exit(0)
-            now = time.perf_counter()
-        self._last = now
+            self._wait()
 
     def report(self) -> None:
-        """Send the times of the turn's steps."""
+        """Send the seconds of the steps that have not been reported."""
         self._connection.send(self._times)
         self._times = []
 
+    def _wait(self) -> None:
+        try:
+            self._left = self._connection.recv()
+        except EOFError:
+            self._left = 0
+        if not self._left:
+            os._exit(0)
+        self._since = time.perf_counter()
 
-Serve = Callable[[dict[str, Any], Gate], None]
+
+Serve = Callable[[dict[str, Any], TurnTaker], None]
+_takers: list[TurnTaker] = []
+"""Of this process: a run makes its callbacks itself, from names."""
 
 
 def _serve(serve: Serve, config: dict[str, Any], connection: Connection, log: Path) -> None:
@@ -54,27 +69,32 @@ def _serve(serve: Serve, config: dict[str, Any], connection: Connection, log: Pa
     with open(log, "w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    gate = Gate(connection)
-    serve(config, gate)
-    gate.report()
+    taker = TurnTaker(connection)
+    serve(config, taker)
+    taker.report()
 
 
-def serve_run(raw: dict[str, Any], gate: Gate) -> None:
-    """``nystrom train``, with data, telemetry and everything, that waits at the gate before each step."""
+class StepInTurn:
+    """The callback of a run that takes turns (``pretrain/callbacks.py``)."""
+
+    def on_start(self, event: object) -> None:
+        """Wait for the first turn."""
+        _takers[-1].begin()
+
+    def on_step(self, event: object) -> None:
+        """A step is done; what follows it, as a validation, falls into the next one's time."""
+        _takers[-1].step_done()
+
+
+def serve_run(raw: dict[str, Any], taker: TurnTaker) -> None:
+    """``nystrom train``, with data, telemetry and everything, whose steps are taken in turns."""
     from pretrain.config import parse_config
     from pretrain.distributed.world import Rank, quiet_libraries
     from pretrain.run import train
-    from pretrain.trainer import Trainer
 
     quiet_libraries()
-    step = Trainer._train_step
-
-    def step_in_turn(self: Trainer, *args: Any) -> None:
-        gate()
-        step(self, *args)
-
-    setattr(Trainer, "_train_step", step_in_turn)  # noqa: B010
-    train(parse_config(raw), Rank())
+    _takers.append(taker)
+    train(parse_config({**raw, "callbacks": [f"{__name__}:{StepInTurn.__name__}"]}), Rank())
 
 
 class Turns:
@@ -112,7 +132,7 @@ class Turns:
     def turn(self, name: str, steps: int) -> list[float]:
         """Let it take ``steps`` steps; the seconds of each.
 
-        Fewer if the training ended: its last step has no time, for what follows is not another step but its end.
+        Fewer if the training ended.
         """
         self._lines[name].send(steps)
         return self._receive(name)
