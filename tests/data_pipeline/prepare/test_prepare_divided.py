@@ -80,6 +80,8 @@ def write(path: Path) -> None:
 
 KINDS = ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.csv", "a.csv.gz", "a.tsv", "a.parquet"]
 READING = Reading(text_unit="line")
+ALL_MOMENTS = [*(i / 10 for i in range(10)), 0.97, 1.0]
+"""Shares of the writes of a preparation, at which it is killed."""
 
 
 @pytest.fixture(params=KINDS)
@@ -190,9 +192,16 @@ def test_errors_name_the_file_and_its_line_and_leave_no_copies(
     assert not list((tmp_path / "out" / ".work").glob("copy*"))
 
 
-@pytest.mark.parametrize("kinds", [KINDS[:1] + KINDS[3:4], pytest.param(KINDS[-1:], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kinds", "moments"),
+    [
+        (KINDS[:1], [0.2, 0.6, 0.97]),
+        pytest.param(KINDS[:1] + KINDS[3:4], ALL_MOMENTS, marks=pytest.mark.slow),
+        pytest.param(KINDS[-1:], ALL_MOMENTS, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_any_write_it_ends_with_the_same_bytes(
-    kinds: list[str], small_tokenizer: Tokenizer, tmp_path: Path
+    kinds: list[str], moments: list[float], small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     inputs = tmp_path / "inputs"
     inputs.mkdir()
@@ -205,7 +214,7 @@ def test_killed_at_any_write_it_ends_with_the_same_bytes(
             (inputs / kind).write_text("text\n" + "".join(f'"{text},\n"\n' for text in LONG))
         else:
             pq.write_table(pa.table({"text": LONG}), inputs / kind)
-    kill_at([i / 10 for i in range(10)] + [0.97, 1.0], inputs, small_tokenizer, tmp_path)
+    kill_at(moments, inputs, small_tokenizer, tmp_path)
 
 
 def read_all(
