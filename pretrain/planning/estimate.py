@@ -16,7 +16,6 @@ from pretrain.planning.fit import Change, MemoryBudget, changes_that_fit, larges
 from pretrain.planning.memory import (
     LIBRARIES,
     StageMemory,
-    allocatable_bytes,
     plan_memory,
     resident_bytes,
     target_share,
@@ -142,10 +141,8 @@ def estimate(config: RunConfig, question: Question) -> Estimate:
     largest: list[int] = []
     changes: list[Change] = []
     if question.gpu_memory is not None:
-        limit = int(question.gpu_memory * 2**30 * (1 - question.margin))
-        if not question.on_gpu:
-            limit = allocatable_bytes(config, limit, memory[0].state)
-        budget = MemoryBudget(question.gpus, limit, question.on_gpu)
+        budget = MemoryBudget(question.gpus, int(question.gpu_memory * 2**30 * (1 - question.margin)), question.on_gpu)
+        limit = budget.limit(config, memory[0].state)
         if question.search:
             largest = [largest_micro_batch(config, stage, budget) for stage in range(len(memory))]
             changes = changes_that_fit(config, budget) if peak(memory) > limit else []

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from pretrain.config import RunConfig
 from pretrain.curriculum.plan import build_plan
-from pretrain.planning.memory import StageMemory, plan_memory
+from pretrain.planning.memory import StageMemory, allocatable_bytes, plan_memory
+from pretrain.planning.state import StateBytes
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,13 @@ class MemoryBudget:
     """What there is to fit into."""
 
     processes: int
-    limit: int
-    """Bytes that PyTorch may allocate on one GPU: its memory less the margin."""
+    memory: int
+    """Bytes for one process less the margin: that PyTorch may allocate on a GPU, or of resident memory on CPUs."""
     on_gpu: bool = True
+
+    def limit(self, config: RunConfig, state: StateBytes) -> int:
+        """The highest peak of a stage that fits; on CPUs it depends on the state and on what freed blocks keep."""
+        return self.memory if self.on_gpu else allocatable_bytes(config, self.memory, state)
 
     def peaks(self, config: RunConfig) -> list[StageMemory]:
         """Of each stage."""
@@ -25,7 +30,8 @@ class MemoryBudget:
 
     def holds(self, config: RunConfig) -> bool:
         """Every stage fits."""
-        return peak(self.peaks(config)) <= self.limit
+        stages = self.peaks(config)
+        return peak(stages) <= self.limit(config, stages[0].state)
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,10 @@ def largest_micro_batch(config: RunConfig, stage: int, budget: MemoryBudget) -> 
     what has been tried is followed.
     """
     most = build_plan(config).stages[stage].rows // budget.processes
-    tried: dict[int, int] = {}
+    guess = min(config.curriculum[stage].micro_batch, most)
+    first = budget.peaks(config)[stage]
+    tried = {guess: first.peak}
+    limit = budget.limit(config, first.state)  # rows do not change it
 
     def need(rows: int) -> int:
         if rows not in tried:
@@ -64,13 +73,12 @@ def largest_micro_batch(config: RunConfig, stage: int, budget: MemoryBudget) -> 
         return tried[rows]
 
     low, high = 0, most + 1  # low fits, high does not
-    guess = min(config.curriculum[stage].micro_batch, most)
     while high - low > 1:
-        if need(guess) <= budget.limit:
+        if need(guess) <= limit:
             low = guess
         else:
             high = guess
-        guess = _on_the_line(tried, budget.limit) if len(tried) < LINE_GUESSES else (low + high) // 2
+        guess = _on_the_line(tried, limit) if len(tried) < LINE_GUESSES else (low + high) // 2
         guess = min(max(guess, low + 1), high - 1)
     return low
 
@@ -153,7 +161,7 @@ def _smaller_micro_batches(config: RunConfig, budget: MemoryBudget) -> tuple[tup
     """The stages that do not fit with the largest micro-batch that does; None if one row does not."""
     overrides = []
     for index, stage in enumerate(budget.peaks(config)):
-        if stage.peak <= budget.limit:
+        if stage.peak <= budget.limit(config, stage.state):
             continue
         rows = largest_micro_batch(config, index, budget)
         if rows == 0:

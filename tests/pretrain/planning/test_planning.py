@@ -19,7 +19,7 @@ from pretrain.model.attention.layout import Layout
 from pretrain.planning import cli
 from pretrain.planning.estimate import Question, estimate, parameters_by_part, plan_time
 from pretrain.planning.fit import MemoryBudget, changes_that_fit, largest_micro_batch, peak, with_micro_batch
-from pretrain.planning.memory import HEAP, LIBRARIES, RETURNED, plan_memory, typical_documents
+from pretrain.planning.memory import HEAP, LIBRARIES, RETURNED, plan_memory, resident_bytes, typical_documents
 from pretrain.planning.state import parameter_sizes, state_bytes
 from pretrain.planning.trace import trace_micro_batch
 
@@ -270,6 +270,22 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     assert largest_micro_batch(config, 0, MemoryBudget(2, 10**6)) == 0
 
 
+def test_on_a_cpu_a_change_is_judged_by_what_it_keeps_of_freed_blocks() -> None:
+    config = run_config(
+        model={"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512, "segment_length": 32},
+        curriculum=[{"until_tokens": 65536, "seq_len": 128, "micro_batch": 64}],
+        batch_tokens=8192,
+    )
+    less = config.model_copy(update={"activation_checkpointing": True})
+    (stage,) = plan_memory(less, 1, on_gpu=False)
+    needed = resident_bytes(less, stage) + 1024  # for what rounding takes
+    budget = MemoryBudget(1, needed, on_gpu=False)
+    assert budget.holds(less)
+    assert not budget.holds(config)
+    assert not MemoryBudget(1, needed - 2**20, on_gpu=False).holds(less)
+    assert ("activation_checkpointing=true",) in {change.overrides for change in changes_that_fit(config, budget)}
+
+
 @pytest.mark.slow
 def test_changes_that_make_it_fit_do() -> None:
     config = run_config(**BIG, zero_stage=1)
@@ -284,7 +300,7 @@ def test_changes_that_make_it_fit_do() -> None:
     (together,) = changes_that_fit(config, tight)
     assert together.overrides[0] == "activation_checkpointing=true"
     assert len(together.overrides) > 1
-    assert together.peak <= tight.limit
+    assert together.peak <= tight.memory
     assert changes_that_fit(config, MemoryBudget(2, 1000)) == []
 
 
