@@ -79,7 +79,7 @@ def converse(handle: Callable[[Given], None], hello: str) -> None:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
-            print(flush=True)
+            print(file=sys.stderr, flush=True)  # standard output is for texts
 
 
 def _of_file(file: str, field: str) -> Iterator[Given]:
