@@ -22,6 +22,8 @@ COMMANDS = {
     "launch": ("launch.cli", "start `train` or `eval` on several processes, here or on a cluster; see, stop a run"),
     "replay": ("pretrain.replay", "look again at the batch of a step that went wrong, row by row"),
     "eval": ("eval.cli", "evaluate a checkpoint: validity gate, loss, classification, long range, generation, ..."),
+    "generate": ("eval.shell.generate", "a causal model continues prompts, in the shell"),
+    "fill": ("eval.shell.fill", "a masked model names the likeliest words for a mask, in the shell"),
     "report": ("eval.report.cli", "one HTML page with the curves, tables and samples of runs"),
     "demo": ("launch.demo", "all of the above on a built-in corpus, in minutes"),
 }
@@ -29,7 +31,7 @@ COMMANDS = {
 WITHIN = {
     **dict.fromkeys(("stdlib", "tokenizer", "prepare", "verify", "inspect", "contamination"), "data"),
     **dict.fromkeys(("local", "slurm", "hostfile", "kubernetes", "array", "doctor", "status", "stop"), "launch"),
-    **dict.fromkeys(("validity", "lm", "classify", "generate", "compare", "list"), "eval"),
+    **dict.fromkeys(("validity", "lm", "classify", "compare", "list"), "eval"),
 }
 """Words that are commands of a command: those that are looked for most."""
 

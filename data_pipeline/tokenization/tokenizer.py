@@ -94,6 +94,10 @@ class Tokenizer:
         """:meth:`decode` for each of several documents, on all cores."""
         return list(self._backend.decode_batch([list(ids) for ids in batch], skip_special_tokens=True))
 
+    def name_of(self, token: int) -> str:
+        """What the vocabulary calls a token id, such as ``<mask>`` or ``Ġthe``; "" for an id that it does not have."""
+        return self._backend.id_to_token(token) or ""
+
     def to_json(self) -> str:
         """The canonical ``tokenizer.json``."""
         return self._json

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import cast, overload
@@ -15,6 +15,9 @@ from pretrain.model.attention.layout import Layout
 from pretrain.model.decoding import DecodingCache, decode, prefill
 from pretrain.model.sampling import Sampling, uniform_noise
 from pretrain.model.transformer import NystromformerLM
+
+OnTokens = Callable[[list[int], list[int]], Collection[int]]
+"""Is given the rows that are being written and the token of each; returns the rows that end with this token."""
 
 
 @overload
@@ -29,6 +32,7 @@ def generate(
     repetition_penalty: float = ...,
     seed: int | Sequence[int] = ...,
     stop_id: int | Sequence[int] | None = ...,
+    on_tokens: OnTokens | None = ...,
 ) -> list[int]: ...
 
 
@@ -44,6 +48,7 @@ def generate(
     repetition_penalty: float = ...,
     seed: int | Sequence[int] = ...,
     stop_id: int | Sequence[int] | None = ...,
+    on_tokens: OnTokens | None = ...,
 ) -> list[list[int]]: ...
 
 
@@ -59,6 +64,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int | Sequence[int] = 0,
     stop_id: int | Sequence[int] | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> list[int] | list[list[int]]:
     """Continue a prompt, or a batch of prompts of any lengths: the new tokens of each, at most ``max_new_tokens``.
 
@@ -67,6 +73,9 @@ def generate(
     batch, as far as its logits are. Those are equal up to rounding, which can decide between two tokens that are nearly
     equally likely. The random state of torch is left alone. ``stop_id``: a row ends before the first of these tokens
     and leaves the batch.
+
+    ``on_tokens`` is called at each step with the tokens just chosen, those of ``stop_id`` too: for streaming, and for
+    ends that are not a single token. A row that it returns ends after its token.
 
     A model with learned positions sees the last ``max_positions`` tokens of a text only; beyond them every step runs
     all of those through the model again, for their positions change.
@@ -91,12 +100,14 @@ def generate(
         for step in range(max_new_tokens):
             logits = text.logits()
             tokens = sampling.choose(logits, noise[active, step], None if seen is None else seen[active])
-            going = ~torch.isin(tokens, torch.tensor(stops, dtype=torch.int64))
+            ended = () if on_tokens is None else on_tokens(active.tolist(), tokens.tolist())
+            kept = ~torch.isin(tokens, torch.tensor(stops, dtype=torch.int64))
+            written[active[kept], step] = tokens[kept]
+            counts[active[kept]] += 1
+            going = kept & ~torch.isin(active, torch.tensor(sorted(ended), dtype=torch.int64))
             active, tokens = active[going], tokens[going]
             if not len(active):
                 break
-            written[active, step] = tokens
-            counts[active] += 1
             if seen is not None:
                 seen[active, tokens] = True
             text.append(tokens, going.nonzero().flatten())

@@ -18,7 +18,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "meant"), [("trian", "train"), ("generate", "eval generate"), ("preparre", "data prepare"), ("xyz", None)]
+    ("word", "meant"), [("trian", "train"), ("classify", "eval classify"), ("preparre", "data prepare"), ("xyz", None)]
 )
 def test_unknown_command(word: str, meant: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main([word]) == 2

@@ -138,3 +138,33 @@ def test_mistakes_are_named() -> None:
         generate(decoder(), [1], max_new_tokens=1, stop_id=[2, 23])
     with pytest.raises(UserError, match="1 seeds for 2 prompts"):
         generate(decoder(), [[1], [2]], max_new_tokens=1, seed=[7])
+
+
+def test_tokens_are_told_as_they_are_chosen_and_change_nothing() -> None:
+    model = decoder()
+    settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 2.0, "seed": 3, "stop_id": [0, 1, 5]}
+    told: list[list[int]] = [[] for _ in PROMPTS]
+
+    def on_tokens(rows: list[int], tokens: list[int]) -> list[int]:
+        for row, token in zip(rows, tokens, strict=True):
+            told[row].append(token)
+        return []
+
+    plain = generate(model, PROMPTS, **settings)
+    assert generate(model, PROMPTS, on_tokens=on_tokens, **settings) == plain
+    assert [[t for t in row if t not in (0, 1, 5)] for row in told] == plain
+    assert any(len(row) > len(text) for row, text in zip(told, plain, strict=True))  # the stops are told too
+
+
+def test_a_row_ends_after_the_token_when_it_is_told_to() -> None:
+    model = decoder()
+    settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 2.0, "seed": 3, "repetition_penalty": 1.2}
+    plain = generate(model, PROMPTS, **settings)
+    steps = iter(range(12))
+
+    def on_tokens(rows: list[int], tokens: list[int]) -> set[int]:
+        return {1: {0, 2}, 4: {1}, 6: {3}}.get(next(steps), set())
+
+    cut = generate(model, PROMPTS, on_tokens=on_tokens, **settings)
+    assert cut == [row[:length] for row, length in zip(plain, [2, 5, 2, 7], strict=True)]
+    assert next(steps) == 7  # nothing is left to write

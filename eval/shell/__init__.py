@@ -1,0 +1,1 @@
+"""Text from a checkpoint in the shell: ``nystrom generate`` and ``nystrom fill``."""
