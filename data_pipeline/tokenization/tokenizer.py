@@ -94,6 +94,10 @@ class Tokenizer:
         """:meth:`decode` for each of several documents, on all cores."""
         return list(self._backend.decode_batch([list(ids) for ids in batch], skip_special_tokens=True))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Text of each token, special ones included -> its id."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
     def to_json(self) -> str:
         """The canonical ``tokenizer.json``."""
         return self._json
