@@ -27,6 +27,7 @@ from pretrain.sources import Inputs
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from pretrain.distributed.world import World
 
@@ -45,7 +46,6 @@ class Source:
     config: RunConfig  # of the new run, with what follows from the source
     entries: tuple[Entry, ...]
     notes: tuple[str, ...]
-    trained_rows: int | None  # of its table of positions
     values: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Float32 on the CPU, by the names of the new model; on the first process only."""
 
@@ -69,19 +69,8 @@ class Source:
 
     def value_of(self, world: World) -> Callable[[str], torch.Tensor | None]:
         """For :meth:`TrainingEngine.set_weights`: the first process hands out each tensor, and lets go of it."""
-        taken = {entry.name: entry for entry in self.entries if entry.fate == "taken"}
-
-        def value(name: str) -> torch.Tensor | None:
-            if name not in taken:
-                return None
-            own = None
-            if world.is_first:
-                own = self.values.pop(name)
-                if name == POSITIONS:
-                    own = resized_positions(own, self.trained_rows, taken[name].shape[0])
-            return world.broadcast(own)
-
-        return value
+        taken = {entry.name for entry in self.entries if entry.fate == "taken"}
+        return lambda name: world.broadcast(self.values.pop(name, None)) if name in taken else None
 
 
 def check_place(config: RunConfig, moved_aside: bool) -> None:
@@ -110,7 +99,7 @@ def read_source(inputs: Inputs, world: World) -> Source:
     values: dict[str, Any] = {}
 
     def read() -> Source:
-        source, found = _read(inputs)
+        source, found = _read(inputs.config, inputs.train.shards.tokenizer())
         values.update(found)
         return source
 
@@ -119,26 +108,44 @@ def read_source(inputs: Inputs, world: World) -> Source:
     return source
 
 
-def _read(inputs: Inputs) -> tuple[Source, dict[str, torch.Tensor]]:
-    config = inputs.config
+def load_initial(model: nn.Module, config: RunConfig, tokenizer: Tokenizer, run_dir: Path) -> None:
+    """Give a model, as its seed drew it, the weights that the run in ``run_dir`` began with.
+
+    Raises :class:`UserError` if the source is gone or has other weights by now.
+    """
+    source, values = _read(config, tokenizer)
+    try:
+        began = json.loads((run_dir / FILE).read_text())["weights_hash"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{run_dir / FILE} cannot be read: {error}") from None
+    if source.weights_hash != began:
+        raise UserError(
+            f"init_from: {source.path} has other weights by now than those that the run in {run_dir} began with"
+        )
+    model.load_state_dict(values, strict=False)
+
+
+def _read(config: RunConfig, tokenizer: Tokenizer) -> tuple[Source, dict[str, torch.Tensor]]:
+    """The source, and what the run takes of it: float32 on the CPU, by name and in the shape of the new model."""
     assert config.init_from is not None
     path = Path(config.init_from)
     try:
         loaded = load_model(_folder_to_load(path))
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
-    notes = [check_tokenizer(loaded.tokenizer, inputs.train.shards.tokenizer(), str(path))]
+    notes = [check_tokenizer(loaded.tokenizer, tokenizer, str(path))]
     config, settled = settle(config, loaded)
     here = stage_model(config, 0)
-    weights = unique_weights(loaded.model)
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    shapes = {name: tuple(value.shape) for name, value in unique_weights(loaded.model).items()}
     entries = account(shapes, target_shapes(config), loaded.model_config, here, f"init_from {path}")
     differ = other_settings(loaded.model_config, here)
     notes += [f"other settings: {'; '.join(differ)}" if differ else None, *settled]
-    taken = [entry.name for entry in entries if entry.fate == "taken"]
-    # A head that has a matrix of its own here and shared the word table there starts as that table.
+    # With a tied head under both its names: a head that has a matrix of its own here starts as the word table there.
     everything = loaded.model.state_dict()
-    values = {name: weights[name] if name in weights else everything[name].clone() for name in taken}
+    values = {entry.name: everything[entry.name].clone() for entry in entries if entry.fate == "taken"}
+    if POSITIONS in values:
+        rows = next(entry.shape[0] for entry in entries if entry.name == POSITIONS)
+        values[POSITIONS] = resized_positions(values[POSITIONS], loaded.model_config.trained_positions, rows)
     source = Source(
         path=str(path),
         weights_hash=loaded.weights_hash,
@@ -147,7 +154,6 @@ def _read(inputs: Inputs) -> tuple[Source, dict[str, torch.Tensor]]:
         config=config,
         entries=entries,
         notes=tuple(note for note in notes if note),
-        trained_rows=loaded.model_config.trained_positions,
     )
     return source, values
 

@@ -10,16 +10,23 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks, values
+from torch import nn
 from training_case import STAGES, events, metrics, settings, write_config
 
 from data_pipeline.errors import UserError, run_cli
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from data_pipeline.tokenization.training import train_tokenizer
 from pretrain.checkpoint.account import Entry, account, in_words
+from pretrain.checkpoint.commit import Manifest, TrainState
+from pretrain.checkpoint.load import LoadedModel
+from pretrain.checkpoint.resume import check_resume, identity
+from pretrain.checks import check_inputs
 from pretrain.config import parse_config
 from pretrain.config.load import load_config
 from pretrain.curriculum.stages import stage_model
-from pretrain.initialize import check_tokenizer, resized_positions, target_shapes
+from pretrain.initialize import check_tokenizer, load_initial, resized_positions, settle, target_shapes
 from pretrain.model.config import ModelConfig
+from pretrain.model.transformer import build_model
 
 POSITIONS = "embeddings.position_embeddings.weight"
 NO_STEP = {"lr": 1e-30, "weight_decay": 0.0}
@@ -111,11 +118,9 @@ def fates(there: dict[str, Any], here: dict[str, Any]) -> dict[str, dict[str, En
     out: dict[str, dict[str, Entry]] = {"taken": {}, "new": {}, "left over": {}}
     for entry in account(old[0], new[0], old[1], new[1], "there"):
         out[entry.fate][entry.name] = entry
-    # Every tensor of both models has one fate.
+    # Nothing of either model is without a fate.
     assert out["taken"].keys() | out["new"].keys() == new[0].keys()
-    assert (old[0].keys() - out["taken"].keys()) == out["left over"].keys() | (
-        old[0].keys() & out["new"].keys() - out["left over"].keys()
-    )
+    assert out["left over"].keys() == old[0].keys() - out["taken"].keys()
     return out
 
 
@@ -222,6 +227,60 @@ def test_rules_for_rotary_angles_begin_at_the_length_of_the_source(rule: str) ->
     assert len(set(whole)) == (1 if rule == "none" else 3)
 
 
+def loaded(model: dict[str, Any], length: int) -> LoadedModel:
+    """A model at the end of a run of a stage of 32 tokens and one of ``length``, without weights."""
+    stages = [STAGES[0], {**STAGES[1], "seq_len": length, "until_tokens": 8192}]
+    run = parse_config({**minimal(model), "curriculum": stages, "batch_tokens": length * 4})
+    config = stage_model(run, 1)
+    return LoadedModel(nn.Module(), config, run, train_tokenizer(["a b"], 270), "hash", 10**6, Path("books"), None)
+
+
+def minimal(model: dict[str, Any]) -> dict[str, Any]:
+    small = {"hidden_size": 16, "num_heads": 2, **model}
+    return {"name": "t", "model": small, "data": {"train": "x"}, "curriculum": STAGES, "batch_tokens": 256}
+
+
+def test_rotary_angles_continue_from_where_the_source_ended() -> None:
+    books = loaded({"rope_scaling": "ntk"}, 128)
+    ended = books.model_config.rope_theta
+    assert ended == pytest.approx(10_000 * 4 ** (8 / 6))
+    run = parse_config({**minimal({}), "init_from": "books"})
+    settled, notes = settle(run, books)
+    assert (settled.model.rope_theta, settled.init_length) == (ended, 128)
+    assert "continue from 128 tokens: base 63,49" in notes[0]
+    # What the configuration names wins, and is told.
+    settled, notes = settle(parse_config({**minimal({"rope_theta": 5e5}), "init_from": "books"}), books)
+    assert settled.model.rope_theta == 5e5
+    assert "base 500,000, scale 1; the source ended with base 63,49" in notes[0]
+    # Other positions have nothing to continue.
+    settled, notes = settle(parse_config({**minimal({"positions": "learned"}), "init_from": "books"}), books)
+    assert settled.init_length is None
+    assert "rotary there and learned here" in notes[0]
+
+
+def test_a_resume_keeps_what_the_start_settled_and_old_checkpoints_know_nothing_of_it(corpus: Path) -> None:
+    inputs = check_inputs(parse_config(settings(corpus, corpus, init_from="books")), 1)
+    began, _ = settle(inputs.config, loaded({"rope_scaling": "ntk"}, 128))
+    facts = {"path": "books", "weights_hash": "hash"}
+
+    def resume(kept: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        now = check_inputs(parse_config(settings(corpus, corpus, **changes)), 1)
+        manifest = Manifest("step4", TrainState(step=4, tokens=1024), kept, {})
+        return check_resume(manifest, now.config, now.plan, now.fingerprint, 1)
+
+    kept = json.loads(json.dumps(identity(began, inputs.fingerprint, 1, source=facts)))
+    assert kept["init_from"] == facts
+    assert resume(kept, init_from="books") == {}
+    with pytest.raises(UserError, match=r"curriculum.0.rope_theta was 63496.* and is now 20000"):
+        resume(kept, init_from="books", model={"rope_theta": 2e4})
+    plain = parse_config(settings(corpus, corpus))
+    old = json.loads(json.dumps(identity(check_inputs(plain, 1).config, inputs.fingerprint, 1)))
+    del old["config"]["init_from"], old["config"]["init_length"]
+    assert resume(old) == {}
+    with pytest.raises(UserError, match="init_from was None and is now 'books'"):
+        resume(old, init_from="books")
+
+
 # Runs.
 
 
@@ -244,6 +303,14 @@ def test_a_run_that_does_not_move_has_the_loss_of_its_source(corpus: Path, sourc
     assert {tensor["fate"] for tensor in account["tensors"]} == {"taken"}
     before = exported(source)
     assert all((value == before[name]).all() for name, value in exported(tmp_path / "same").items())
+    # What `nystrom replay` computes with where a run has no checkpoint.
+    run = load_config(tmp_path / "same/config.yaml")
+    fresh, tokenizer = build_model(stage_model(run, 0)), Tokenizer.load(source / "tokenizer")
+    load_initial(fresh, run, tokenizer, tmp_path / "same")
+    assert all((value.detach().numpy() == before[name]).all() for name, value in fresh.named_parameters())
+    (tmp_path / "same/init_from.json").write_text(json.dumps({**account, "weights_hash": "0"}))
+    with pytest.raises(UserError, match="has other weights by now"):
+        load_initial(fresh, run, tokenizer, tmp_path / "same")
 
 
 @pytest.mark.parametrize(
@@ -306,7 +373,9 @@ def test_a_causal_run_from_a_masked_one_resumes_without_it(corpus: Path, source:
     assert manifest["identity"]["init_from"]["weights_hash"] == expected
 
 
-def test_a_source_that_cannot_be_used_is_refused_before_anything_is_written(corpus: Path, source: Path, tmp_path: Path) -> None:
+def test_a_source_that_cannot_be_used_is_refused_before_anything_is_written(
+    corpus: Path, source: Path, tmp_path: Path
+) -> None:
     """Missing, damaged, of another model, or in the folder of the run itself."""
     damaged = tmp_path / "damaged"
     shutil.copytree(source / "export", damaged)
@@ -339,6 +408,17 @@ def test_a_source_that_cannot_be_used_is_refused_before_anything_is_written(corp
     assert "own folder" in ended.output
     assert "which --resume never moves aside: give the new run another `name`" in ended.output
     assert [path.name for path in (tmp_path / "fresh").iterdir()] == ["export"]
+
+
+@pytest.mark.slow
+def test_all_processes_end_for_a_source_that_one_cannot_read(corpus: Path, source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source / "export", tmp_path / "damaged")
+    (tmp_path / "damaged/model.safetensors").write_bytes(b"")
+    config = run_of(corpus, tmp_path, "fresh", model={"positions": "learned"}, init_from=str(tmp_path / "damaged"))
+    ended = run_ranks(train, 2, config=config, grace=1)  # the second waits for the first one's message to be seen
+    assert ended[0].value == 2
+    assert "model.safetensors cannot be read" in ended[0].output
+    assert not (tmp_path / "fresh").exists()
 
 
 @pytest.mark.slow
