@@ -172,11 +172,15 @@ def _initial(run_dir: Path) -> tuple[NystromformerLM, Tokenizer]:
     from pretrain.config import load_config
     from pretrain.curriculum.stages import stage_model
     from pretrain.distributed import randomness
+    from pretrain.initialize import load_initial
     from pretrain.model.transformer import build_model
 
     config = load_config(run_dir / "config.yaml")
     randomness.seed_everything(config.seed)
-    return build_model(stage_model(config, 0)), Tokenizer.load(run_dir / "tokenizer")
+    model, tokenizer = build_model(stage_model(config, 0)), Tokenizer.load(run_dir / "tokenizer")
+    if config.init_from is not None:
+        load_initial(model, config, tokenizer, run_dir)
+    return model, tokenizer
 
 
 def compute(model: NystromformerLM, rows: Sequence[Row], targets: int) -> Iterator[Row]:

@@ -23,9 +23,10 @@ from pretrain.checkpoint.resume import (
     identity,
     rate_jump,
     refuse_extension,
+    with_start_of,
 )
 from pretrain.checks import check_inputs
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, parse_config
 from pretrain.curriculum.plan import validation_tokens
 from pretrain.distributed import watchdog
 from pretrain.distributed.immediate_exit import ImmediateExit
@@ -38,6 +39,7 @@ from pretrain.distributed.signals import (
 )
 from pretrain.distributed.world import Rank
 from pretrain.finish import LAUNCH_ID, STATES, export_weights, is_finished, report_preempted, write_status
+from pretrain.initialize import check_place, read_source
 from pretrain.machine import software
 from pretrain.sources import Inputs
 from pretrain.telemetry.folder import LOGS
@@ -56,6 +58,10 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
         raise UserError(f"--resume {resume}: choose {', '.join(RESUME)}")
     inputs = check_inputs(config, rank.world_size)
     config = inputs.config
+    # The source of a new run's weights is read before anything is written; a resume does not need it.
+    is_new = config.init_from is not None and (resume == "never" or not commit.had_any(config.run_dir / "checkpoints"))
+    if is_new:
+        check_place(config, resume == "never")
     if resume != "never":
         # Read only, and by every process alike: nobody writes before all have met in the process group below.
         found = commit.newest(config.run_dir / "checkpoints")
@@ -91,14 +97,21 @@ def train(config: RunConfig, rank: Rank, *, resume: str = "auto", verbose: bool 
                 print(error, file=sys.stderr, flush=True)
             return EXIT_STALLED
         try:
-            return _train_together(inputs, world, stop, immediate_exit, lock, resume, verbose)
+            return _train_together(inputs, world, stop, immediate_exit, lock, resume, verbose, is_new)
         finally:
             lock.release()
             world.close()
 
 
 def _train_together(
-    inputs: Inputs, world: Any, stop: StopFlag, immediate_exit: ImmediateExit, lock: RunLock, resume: str, verbose: bool
+    inputs: Inputs,
+    world: Any,
+    stop: StopFlag,
+    immediate_exit: ImmediateExit,
+    lock: RunLock,
+    resume: str,
+    verbose: bool,
+    is_new: bool,
 ) -> int:
     from pretrain.callbacks import Callbacks, Ended, Started
     from pretrain.checkpoint.store import Checkpoints
@@ -114,6 +127,8 @@ def _train_together(
     run_dir = inputs.config.run_dir
     callbacks = Callbacks(inputs.config, world)
     immediate_exit.before_exit = lock.release
+    watchdog.at("reading the weights to start with")
+    source = read_source(inputs, world) if world.broadcast(is_new) else None
     run_on_first(world, lambda: _prepare_folder(inputs, resume, lock))
     state = TrainState()
 
@@ -141,6 +156,16 @@ def _train_together(
             # What came of the steps before says nothing about those to come.
             state = dataclasses.replace(state, bad_in_row=0)
     began = None if found is None else found[1].identity["config"]
+    origin: dict[str, Any] | None = None
+    if found is not None:
+        origin = found[1].identity.get("init_from")
+        source = None  # another start has trained meanwhile
+        old = parse_config(found[1].identity["config"], where=str(found[0]))
+        inputs = dataclasses.replace(inputs, config=with_start_of(inputs.config, old))
+    elif inputs.config.init_from is not None:
+        source = source or read_source(inputs, world)
+        origin = source.identity()
+        inputs = dataclasses.replace(inputs, config=source.config)
     precision = resolve_precision(inputs.config, world, began and began["precision"])
     # From here on, in the folder's config.yaml and in every checkpoint, nothing is left open.
     config = precision.config
@@ -155,6 +180,8 @@ def _train_together(
     watchdog.at("building the model", state.step)
     engine = TrainingEngine(config, world, verbose)
     watchdog.at("loading a checkpoint")
+    if source is not None:
+        engine.set_weights(source.value_of(world))
     loaded = checkpoints.load(engine, *found) if found is not None else []
 
     def describe_folder() -> None:
@@ -163,6 +190,8 @@ def _train_together(
             write_atomic(run_dir / "deepspeed.json", _json(engine.deepspeed_config))
             write_start(run_dir, world, state)
             write_readme(run_dir)
+            if source is not None:
+                source.write(run_dir)
             truncate_metrics(run_dir / METRICS, state.step)
         except OSError as error:
             raise UserError(f"run folder {run_dir} cannot be written: {error}") from None
@@ -182,7 +211,13 @@ def _train_together(
         world,
         checkpoints,
         telemetry,
-        identity(config, inputs.fingerprint, world.world_size, _valid_fingerprint(inputs)),
+        identity(
+            config,
+            inputs.fingerprint,
+            world.world_size,
+            _valid_fingerprint(inputs),
+            origin,
+        ),
         state,
         stop,
         callbacks,
@@ -194,6 +229,7 @@ def _train_together(
             telemetry.say(line)
         telemetry.say(describe(config, inputs.plan, inputs.train, engine.num_parameters, world, precision.text))
         telemetry.say(precision.note)
+        telemetry.say(None if source is None else source.in_words())
         telemetry.say(config.checkpoint.describe())
         telemetry.say(None if inputs.valid is None else config.validation.describe())
         telemetry.say(

@@ -98,6 +98,10 @@ class Tokenizer:
         """What the vocabulary calls a token id, such as ``<mask>`` or ``Ġthe``; "" for an id that it does not have."""
         return self._backend.id_to_token(token) or ""
 
+    def vocabulary(self) -> dict[str, int]:
+        """Text of each token, special ones included -> its id."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
     def to_json(self) -> str:
         """The canonical ``tokenizer.json``."""
         return self._json

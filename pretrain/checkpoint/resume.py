@@ -17,13 +17,15 @@ from pretrain.optim.schedule import learning_rate
 
 # Dotted keys that the weights, the optimizer's state or the order of the data depend on. What only decides where the
 # same numbers lie or are computed (processes, zero_stage, offload_optimizer, compile ...) may change.
-FIXED = ("model", "seed", "optimizer.kind", "data.masking", "data.packing")
+FIXED = ("init_from", "init_length", "model", "seed", "optimizer.kind", "data.masking", "data.packing")
 MOST_RISE = 1.1
 """A learning rate that is higher after a resume than before it by more than this factor is told."""
 # Where something is, not what it is (the contents are compared by fingerprint), and what has a comparison of its own.
 _ELSEWHERE = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
 # What may change without the steps to come being other ones.
 _IMMATERIAL = ("checkpoint", "validation", "telemetry", "callbacks", "stall_seconds", "max_bad_steps", "data.valid")
+ROTARY_KEYS = ("rope_theta", "rope_position_scale")
+"""Keys of the model that a run takes from the source of its weights (``init_from``) if they are left out."""
 COMPARED_BY_STAGE = ("batch_tokens", "model.rope_theta", "model.rope_scaling", "model.rope_position_scale")
 """Keys of the configuration outside ``curriculum`` that matter through the stages only."""
 
@@ -36,10 +38,18 @@ def changes_training(changed: Iterable[str]) -> bool:
 
 
 def identity(
-    config: RunConfig, data_fingerprint: str, world_size: int, valid_fingerprint: str | None = None
+    config: RunConfig,
+    data_fingerprint: str,
+    world_size: int,
+    valid_fingerprint: str | None = None,
+    source: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its run, to be compared at a resume. Plain JSON values."""
+    """What a checkpoint keeps of its run, to be compared at a resume. Plain JSON values.
+
+    ``source``: of the weights that it started with (``init_from``), with their hash.
+    """
     return {
+        **({} if source is None else {"init_from": source}),
         "config": config.model_dump(mode="json"),
         "data_fingerprint": data_fingerprint,
         "valid_fingerprint": valid_fingerprint,
@@ -70,6 +80,7 @@ def check_resume(
         config = config.model_copy(update={"precision": old_config.precision})
     if config.validation.tokens is None:
         config = config.with_validation_tokens(old_config.validation.tokens)
+    config = with_start_of(config, old_config)
     # What the checkpoint's version did not know yet had its default value.
     before, now = _flatten(old_config.model_dump(mode="json")), _flatten(config.model_dump(mode="json"))
     changed: dict[str, Any] = {}
@@ -109,6 +120,16 @@ def check_resume(
             "old folder is moved aside)"
         )
     return changed
+
+
+def with_start_of(config: RunConfig, began: RunConfig) -> RunConfig:
+    """``config`` with what the run settled when it took trained weights (``init_from``), where it leaves that out."""
+    if began.init_from is None:
+        return config
+    left_out = [key for key in ROTARY_KEYS if key not in config.model.model_fields_set]
+    model = config.model.model_copy(update={key: getattr(began.model, key) for key in left_out})
+    length = began.init_length if config.init_length is None else config.init_length
+    return config.model_copy(update={"model": model, "init_length": length})
 
 
 def describe_change(key: str, old: Any, new: Any) -> list[str]:

@@ -77,6 +77,20 @@ class RunConfig(Strict):
     seed: int = Field(
         1234, ge=0, lt=2**63, description="Decides the initial weights, the order of the data, the masks and dropout."
     )
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of a run, a checkpoint or an export whose weights a new run starts with. A resume does not "
+        "need it again.",
+        json_schema_extra={"left_out": "weights drawn by seed"},
+    )
+    init_length: int | None = Field(
+        None,
+        gt=0,
+        description="Only with `init_from`: the longest sequence that those weights were trained on, in tokens. Rules "
+        "for positions begin there.",
+        json_schema_extra={"left_out": "as the source says"},
+    )
     model: ModelConfig = Field(description="The network. A resume takes no other one.")
     data: DataConfig = Field(description="Where the tokens are, and how they become rows.")
     curriculum: tuple[StageConfig, ...] = Field(
@@ -172,6 +186,8 @@ class RunConfig(Strict):
         self._check_batch("batch_tokens", self.batch_tokens)
         if self.model.trained_positions is not None:
             raise ValueError("model.trained_positions follows from the curriculum: leave it out")
+        if self.init_length is not None and self.init_from is None:
+            raise ValueError("init_length has no effect without init_from")
         if self.zero_stage == 0 and self.precision not in ("auto", "fp32"):
             raise ValueError(
                 f"zero_stage 0 with {self.precision} is refused: DeepSpeed 0.19.8 takes a phantom optimizer step there "

@@ -12,6 +12,8 @@ width of a head and L / L0 the growth of the length:
   fastest as it is ("NTK-aware" interpolation: Peng et al. 2023, YaRN, arXiv 2309.00071, section 3.1).
 - ``linear``: positions are multiplied by L0 / L (position interpolation: Chen et al. 2023, arXiv 2306.15595, eq. 4).
 
+A run that starts with trained weights (``init_from``) continues as if a stage of ``init_length`` came before its first.
+
 A stage's own ``rope_theta`` replaces the rule's base. Later stages keep it, and under ``ntk`` it grows with the length
 from there.
 
@@ -37,20 +39,23 @@ def stage_model(config: RunConfig, index: int) -> ModelConfig:
     """
     model = config.model
     stages = config.curriculum[: index + 1]
-    longest = max(stage.seq_len for stage in stages)
+    before = config.init_length or 0
+    longest = max(before, *(stage.seq_len for stage in stages))
     if model.positions == "learned":
         # For the block and not for the longest stage: stages to come may be given up to this length at a resume.
         rows = max(model.max_positions, config.block_length)
-        return model.model_copy(update={"max_positions": rows, "trained_positions": longest})
+        return model.model_copy(update={"max_positions": rows, "trained_positions": min(longest, rows)})
     if model.positions == "none":
         return model
     chosen = max((i for i, stage in enumerate(stages) if stage.rope_theta is not None), default=0)
     theta, scale = stages[chosen].rope_theta or model.rope_theta, model.rope_position_scale
+    first = before or stages[0].seq_len
     if model.rope_scaling == "ntk":
-        growth = longest / max(stage.seq_len for stage in stages[: chosen + 1])
+        own = stages[chosen].rope_theta is not None
+        growth = longest / (max(before, *(stage.seq_len for stage in stages[: chosen + 1])) if own else first)
         theta *= growth ** (model.head_dim / (model.head_dim - 2))
     elif model.rope_scaling == "linear":
-        scale *= stages[0].seq_len / longest
+        scale *= first / longest
     return model.model_copy(update={"rope_theta": theta, "rope_position_scale": scale})
 
 

@@ -34,7 +34,7 @@ from pretrain.engine.repairs import (
     keep_scale_until_applied,
     zero_optimizer_at_stage_1,
 )
-from pretrain.engine.state.fragments import full_shape, places
+from pretrain.engine.state.fragments import MASTER, full_shape, places, set_full, sync_model_weights
 from pretrain.engine.state.reshard import group_names, restore, zero_layout
 from pretrain.engine.state.saved import GROUPS, SavedStates
 from pretrain.engine.state.writing import Writes
@@ -185,6 +185,18 @@ class TrainingEngine:
         self.model.set_positions(model)
         if extend_from is not None:
             extend_positions(self._engine, self.model, extend_from)
+
+    def set_weights(self, value_of: Callable[[str], torch.Tensor | None]) -> None:
+        """Put float32 weights into a fresh engine, into the master weights themselves, to the bit.
+
+        ``value_of`` a parameter's name: its whole value, or None to leave it. All processes must call it alike. Not
+        into the model before the engine is built: DeepSpeed makes the masters from weights in bf16 or fp16.
+        """
+        for name, parameter in self.model.named_parameters():
+            value = value_of(name)
+            if value is not None:
+                set_full(self._engine, parameter, MASTER, value)
+        sync_model_weights(self._engine)
 
     def train(self) -> None:
         """Put the model into training mode."""

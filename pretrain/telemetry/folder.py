@@ -24,6 +24,7 @@ This folder is a training run of nystrom. What is in it, as far as the run got a
 config.yaml       the configuration with nothing left open; `nystrom train --config config.yaml` resumes the run
 deepspeed.json    what DeepSpeed was given
 environment.json  machine, versions, code and command of the last start; starts.jsonl has those of every start
+init_from.json    with init_from: where the first weights are from, and what became of each tensor
 metrics.jsonl     every number of the training, a JSON object a line: kind "train", "valid" or "event"
 status.json       how the last start ended, or that it is running
 logs/             of starts on several nodes or with --rank-logs: a folder for each, with a log for each rank
