@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,19 +271,32 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     assert largest_micro_batch(config, 0, MemoryBudget(2, 10**6)) == 0
 
 
-def test_on_a_cpu_a_change_is_judged_by_what_it_keeps_of_freed_blocks() -> None:
-    config = run_config(
-        model={"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512, "segment_length": 32},
-        curriculum=[{"until_tokens": 65536, "seq_len": 128, "micro_batch": 64}],
-        batch_tokens=8192,
-    )
+CPU_RUN: dict[str, Any] = {
+    "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512, "segment_length": 32},
+    "curriculum": [{"until_tokens": 65536, "seq_len": 128, "micro_batch": 64}],
+    "batch_tokens": 8192,
+}
+
+
+def cpu_budget(config: RunConfig) -> MemoryBudget:
+    """Just enough for this run on a CPU."""
+    (stage,) = plan_memory(config, 1, on_gpu=False)
+    return MemoryBudget(1, resident_bytes(config, stage) + 1024, on_gpu=False)  # 1,024 for what rounding takes
+
+
+def test_on_a_cpu_a_run_is_judged_by_what_it_keeps_of_freed_blocks() -> None:
+    config = run_config(**CPU_RUN)
     less = config.model_copy(update={"activation_checkpointing": True})
-    (stage,) = plan_memory(less, 1, on_gpu=False)
-    needed = resident_bytes(less, stage) + 1024  # for what rounding takes
-    budget = MemoryBudget(1, needed, on_gpu=False)
+    budget = cpu_budget(less)
     assert budget.holds(less)
     assert not budget.holds(config)
-    assert not MemoryBudget(1, needed - 2**20, on_gpu=False).holds(less)
+    assert not replace(budget, memory=budget.memory - 2**20).holds(less)
+
+
+@pytest.mark.slow
+def test_on_a_cpu_so_is_each_change() -> None:
+    config = run_config(**CPU_RUN)
+    budget = cpu_budget(config.model_copy(update={"activation_checkpointing": True}))
     assert ("activation_checkpointing=true",) in {change.overrides for change in changes_that_fit(config, budget)}
 
 
