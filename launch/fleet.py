@@ -19,6 +19,7 @@ from typing import IO, TextIO
 
 from launch.hosts import SSH_FAILED, Host, Outcome, ssh_command, ssh_problem
 from launch.life_line import BEAT_SECONDS, LOST_GRACE_SECONDS
+from launch.restarts import say
 from launch.watch import LOSS_SECONDS, POLL_SECONDS, StopRequest
 from pretrain.distributed.signals import EXIT_DONE, EXIT_PREEMPTED
 
@@ -215,7 +216,7 @@ def look_after(fleet: Fleet, request: StopRequest, stop_timeout: float) -> Ended
             late = asked is not None and now - asked > stop_timeout + MARGIN_SECONDS
             late |= failed is not None and now - failed > LOSS_SECONDS + LOST_GRACE_SECONDS + MARGIN_SECONDS
             if late:
-                _say(f"{', '.join(fleet.alive)}: no word that the processes there have ended; look there")
+                say(f"{', '.join(fleet.alive)}: no word that the processes there have ended; look there")
                 return result
             time.sleep(POLL_SECONDS)
     finally:
@@ -228,11 +229,6 @@ def look_after(fleet: Fleet, request: StopRequest, stop_timeout: float) -> Ended
 
 def _say_lost(fleet: Fleet) -> None:
     for name in fleet.lost:
-        _say(f"host {name} is lost: {fleet.why(name)}")
+        say(f"host {name} is lost: {fleet.why(name)}")
     if fleet.alive:
-        _say(f"the processes of {', '.join(fleet.alive)} are ended, since none can go on without it")
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):
-        print(f"nystrom launch: {text}", file=sys.stderr, flush=True)
+        say(f"the processes of {', '.join(fleet.alive)} are ended, since none can go on without it")

@@ -49,14 +49,14 @@ class Restarts:
         self._best = max(self._best, now)
         why = f"attempt {self._made + 1} of {self._limit + 1} {_reason(code)} at {_stands(now)}"
         if self._without_progress >= ATTEMPTS_WITHOUT_PROGRESS:
-            _say(f"{why}; {ATTEMPTS_WITHOUT_PROGRESS} attempts in a row got no further, so there is no other")
+            say(f"{why}; {ATTEMPTS_WITHOUT_PROGRESS} attempts in a row got no further, so there is no other")
             return False
         if self._made == self._limit:
-            _say(f"{why}; it was the last")
+            say(f"{why}; it was the last")
             return False
         self._made += 1
         goes_on = f"from the checkpoint of step {now.checkpoint}" if now.checkpoint else "from the beginning"
-        _say(f"{why}; the next starts in {PAUSE_SECONDS:g} s {goes_on}")
+        say(f"{why}; the next starts in {PAUSE_SECONDS:g} s {goes_on}")
         return True
 
     def pause(self, stopped: Callable[[], bool]) -> bool:
@@ -64,7 +64,7 @@ class Restarts:
         deadline = time.monotonic() + PAUSE_SECONDS
         while time.monotonic() < deadline:
             if stopped():
-                _say("asked to stop; the same command resumes from the last checkpoint")
+                say("asked to stop; the same command resumes from the last checkpoint")
                 return True
             time.sleep(0.05)
         return stopped()
@@ -124,6 +124,7 @@ def _stands(now: Standing) -> str:
     return f"step {max(now)}" if max(now) else "the start"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """One line of the launcher's own, on standard error."""
     with contextlib.suppress(OSError):  # of a terminal that is gone
         print(f"nystrom launch: {text}", file=sys.stderr, flush=True)

@@ -8,10 +8,8 @@ the ranks by DeepSpeed's launcher for one node, and whose connection is a life l
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shlex
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -26,7 +24,7 @@ from launch.pdsh import PdshFleet, pdsh_command, pdsh_environment
 from launch.places import PLACES, Place
 from launch.plan import SECRETS, LaunchPlan, Rendered, make_plan
 from launch.rank_logs import LOGS
-from launch.restarts import Restarts, resumed, starts_anew
+from launch.restarts import Restarts, resumed, say, starts_anew
 from launch.watch import REPOSITORY, StopRequest, exit_status, read_status
 from pretrain.checks import check_inputs
 from pretrain.curriculum.plan import build_plan, check_world_size
@@ -226,7 +224,7 @@ class _Launch:
     def run(self, hosts: Sequence[Host], request: StopRequest) -> int:
         """All attempts."""
         if self.secrets and self.args.transport == "pdsh":
-            _say(f"{', '.join(self.secrets)} cannot cross over pdsh without being seen: use --transport ssh if needed")
+            say(f"{', '.join(self.secrets)} cannot cross over pdsh without being seen: use --transport ssh if needed")
         self.numbers = numbers_of_hosts(self.plan)
         restarts = Restarts(self.plan.run_dir, self.plan.max_restarts, anew=starts_anew(self.words))
         checked = self._check(hosts)
@@ -236,7 +234,7 @@ class _Launch:
         refuse(checked, self.numbers[0])
         while True:
             if request.number is not None:
-                _say("asked to stop; nothing was started")
+                say("asked to stop; nothing was started")
                 return EXIT_PREEMPTED
             say_left_out(checked)
             ended, code = self._attempt(checked, request)
@@ -261,11 +259,11 @@ class _Launch:
         hosts = checked.ready[:number]
         idle = [host.name for host in checked.ready[number : self.plan.max_nodes]]
         if idle:
-            _say(f"{', '.join(idle)} stays idle: the rows of a batch cannot be shared evenly with more processes")
+            say(f"{', '.join(idle)} stays idle: the rows of a batch cannot be shared evenly with more processes")
         launch_id = uuid.uuid4().hex
         self.launches.append(launch_id)
         where = f"{checked.master_address}, port {checked.master_port}"
-        _say(
+        say(
             f"{len(hosts) * self.plan.processes} processes on {', '.join(host.name for host in hosts)}, which meet at "
             f"{where}; logs in {self.plan.run_dir / LOGS / launch_id}"
         )
@@ -301,20 +299,15 @@ class _Launch:
             if enough and not fenced:
                 return checked
             if left <= 0:
-                _say(f"gives up: {self.numbers[0]} hosts are needed, but after {self.args.host_wait:g} s:")
-                _say(checked.message())
+                say(f"gives up: {self.numbers[0]} hosts are needed, but after {self.args.host_wait:g} s:")
+                say(checked.message())
                 return None
             if checked.message() != said:
                 said = checked.message()
                 what = "what was lost has ended" if enough else f"{self.numbers[0]} hosts are ready"
-                _say(f"waits until {what}:\n{said}")
+                say(f"waits until {what}:\n{said}")
             pause = time.monotonic() + LOOK_AGAIN_SECONDS
             while time.monotonic() < pause:
                 if request.number is not None:
                     return None
                 time.sleep(0.1)
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # of a terminal that is gone
-        print(f"nystrom launch: {text}", file=sys.stderr, flush=True)

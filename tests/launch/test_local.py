@@ -253,14 +253,14 @@ def test_a_run_that_crashes_at_once_is_given_up(
 def test_sigterm_between_two_attempts_ends_it_all(
     stand_in: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    say = restarts._say
+    say = restarts.say
 
     def say_and_stop(text: str) -> None:
         say(text)
         if "the next starts" in text:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(restarts, "_say", say_and_stop)
+    monkeypatch.setattr(restarts, "say", say_and_stop)
     began = time.monotonic()
     assert stand_in("crashes", max_restarts=5) == 75
     assert time.monotonic() - began < 4.9  # less than the pause alone
