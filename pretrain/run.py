@@ -298,8 +298,7 @@ def _prepare_folder(inputs: Inputs, resume: str, lock: RunLock) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.take()
         logs = Path(LOGS, os.environ.get(LAUNCH_ID, "none"))  # which the launcher has made already
-        earlier = [path for path in run_dir.rglob("*") if path.is_file() and path != lock.path]
-        if resume == "never" and any(run_dir / logs not in path.parents for path in earlier):
+        if resume == "never" and _holds_a_run(run_dir, {lock.path, run_dir / logs}):
             number = 1
             while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
                 number += 1
@@ -316,6 +315,12 @@ def _prepare_folder(inputs: Inputs, resume: str, lock: RunLock) -> None:
         inputs.train.shards.tokenizer().save(tokenizer)
     except OSError as error:
         raise UserError(f"run folder {run_dir} cannot be written: {error}") from None
+
+
+def _holds_a_run(run_dir: Path, ours: set[Path]) -> bool:
+    """Whether there is a file in the folder besides what this start has made; ends at the first."""
+    files = (path for path in run_dir.rglob("*") if path.is_file())
+    return any(ours.isdisjoint([path, *path.parents]) for path in files)
 
 
 def _json(value: Any) -> bytes:
