@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": ("eval.cli", "evaluate a checkpoint: validity gate, loss, classification, long range, generation, ..."),
     "generate": ("eval.shell.generate", "a causal model continues prompts, in the shell"),
     "fill": ("eval.shell.fill", "a masked model names the likeliest words for a mask, in the shell"),
+    "convert": ("pretrain.convert.cli", "a checkpoint to another library's format, or from it"),
     "report": ("eval.report.cli", "one HTML page with the curves, tables and samples of runs"),
     "demo": ("launch.demo", "all of the above on a built-in corpus, in minutes"),
 }

@@ -13,6 +13,12 @@ from pretrain.distributed.signals import EXIT_STALLED
 
 ERROR_WAIT_SECONDS = 10.0
 """How long the other processes wait for the first one to print the error that they share with it."""
+LOST_PEER_WAIT_SECONDS = 3.0
+"""How long a process that lost another one stays, so that the launcher sees the lost one's end first.
+
+DeepSpeed's launcher looks once a second and reports any one of the processes that it finds ended. Without the wait that
+may be a survivor with status 1, and not the one that signal 9 killed.
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -114,6 +120,7 @@ def _report_crash(error: Exception, rank: int) -> int:
         return EXIT_STALLED
     if isinstance(error, RuntimeError) and any(sign in text for sign in LOST_PEER):
         print(f"process {rank}: another process of this run went away; ending", file=sys.stderr, flush=True)
+        time.sleep(LOST_PEER_WAIT_SECONDS)
     elif isinstance(error, RuntimeError) and _is_of_collective(error):
         first_line = (text.splitlines() or [""])[0]
         print(
@@ -122,6 +129,7 @@ def _report_crash(error: Exception, rank: int) -> int:
             file=sys.stderr,
             flush=True,
         )
+        time.sleep(LOST_PEER_WAIT_SECONDS)
     else:
         print(f"process {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     return 1

@@ -1,0 +1,1 @@
+"""Checkpoints for other libraries, and theirs for this one."""

@@ -1,0 +1,1 @@
+"""The commands of ``nystrom convert``: each module here registers one."""
