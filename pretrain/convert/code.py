@@ -14,6 +14,7 @@ The copy needs torch and transformers (which brings numpy). Blocks under ``TYPE_
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,10 +29,17 @@ if TYPE_CHECKING:
 
 CARRIED = "pretrain.convert.carried."
 ROOT = CARRIED + "modeling_nystrom"
+CONFIGURATION = CARRIED + "configuration_nystrom"
 CONFIG, REGISTRY = "pretrain.model.config", "pretrain.model.attention.registry"
 _FOLDERS = ("data_pipeline", "pretrain")
 _PREFIXES = (CARRIED, "pretrain.model.", "data_pipeline.")
 """Left out of the names of copies: pretrain.model.attention.ring is attention_ring.py there."""
+_FINGERPRINT = '''
+CODE = "{}"
+"""Of all files here. transformers finds the model's class by that of the configuration: two folders of unlike code that
+are loaded in one process must not share it.
+"""
+'''
 _ERRORS = '''"""The one exception of the model: something that the caller can mend."""
 
 
@@ -56,6 +64,8 @@ def carried_code(config: ModelConfig) -> dict[str, str]:
             continue
         files[name], needed = _relative(replaced.get(module) or _source(module), module)
         waiting += needed
+    digest = hashlib.sha256("".join(name + text for name, text in sorted(files.items())).encode()).hexdigest()
+    files[file_name(CONFIGURATION)] += _FINGERPRINT.format(digest)
     return dict(sorted(files.items()))
 
 
