@@ -40,10 +40,10 @@ def to_ours(weights: Mapping[str, Value]) -> dict[str, Value]:
 def write_own(loaded: LoadedModel, out: Path, *, dtype: str = "fp32", max_shard_size: str = SHARD_SIZE) -> None:
     """Write configuration, code, weights and tokenizer into the empty folder ``out``."""
     from pretrain.checkpoint.load import unique_weights
-    from pretrain.curriculum.stages import trained_length
+    from pretrain.initialize import source_length
 
     config, causal = loaded.model_config, loaded.model_config.objective == "clm"
-    length = max(trained_length(loaded.run_config, loaded.tokens), loaded.run_config.init_length or 0)
+    length = source_length(loaded)
     files, changes = tokenizer_files(loaded.tokenizer, causal=causal, max_length=length)
     for name, text in carried_code(config).items():
         (out / name).write_text(text, encoding="utf-8")

@@ -37,16 +37,26 @@ class ToHf(Command):
 
     def run(self, args: argparse.Namespace) -> int:
         from pretrain.checkpoint.load import load_model
+        from pretrain.convert.check import largest_difference, some_lengths
         from pretrain.convert.own import write_own
+        from pretrain.initialize import source_length
 
         loaded = load_model(args.checkpoint)
+        differences = []
 
         def fill(folder: Path) -> None:
             write_own(loaded, folder, dtype=args.dtype, max_shard_size=args.max_shard_size)
+            lengths = some_lengths(loaded, source_length(loaded))
+            differences.append(largest_difference(folder, loaded, args.dtype, lengths))
 
         write_folder(args.out, fill, overwrite=args.overwrite)
         size = sum(path.stat().st_size for path in args.out.iterdir())
         kind = "AutoModelForCausalLM" if loaded.model_config.objective == "clm" else "AutoModelForMaskedLM"
-        print(f"{args.out}: {args.dtype} weights and their code, {size / 2**20:,.1f} MiB. In Python:")
+        print(f"{args.out}: {args.dtype} weights and their code, {size / 2**20:,.1f} MiB")
+        if differences[0] is None:
+            print("not compared: transformers is not installed here")
+        else:
+            print(f"loaded in transformers: largest difference of a logit {differences[0]:.2g}")
+        print("in Python:")
         print(f'  {kind}.from_pretrained("{args.out}", trust_remote_code=True)')
         return 0

@@ -246,13 +246,19 @@ def test_the_tokenizer_gives_the_ids_of_training(causal: tuple[Any, Any, Path], 
     assert mlm("the <mask> of")["input_ids"] == [*encode("the"), masked.tokenizer.mask_id, *encode(" of")]
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import pretrain.checkpoint.load as load_module
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every checkpoint is a tiny causal one."""
+    monkeypatch.setattr("pretrain.checkpoint.load.load_model", lambda path: loaded_model(objective="clm"))
 
-    monkeypatch.setattr(load_module, "load_model", lambda path: loaded_model(objective="clm"))
+
+@pytest.mark.usefixtures("found")
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.convert.check.largest_difference", lambda *_: None)
     out = tmp_path / "hf"
     assert main(["to-hf", "run", str(out), "--dtype", "bf16"]) == 0
     said = capsys.readouterr().out
+    assert "not compared: transformers is not installed here" in said
     assert f'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)' in said
     with pytest.raises(UserError, match="exists already"):
         main(["to-hf", "run", str(out)])
@@ -269,6 +275,19 @@ def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it is no folder of a model"):
         write_folder(tmp_path / "notes", lambda out: None, overwrite=True)
     assert (tmp_path / "notes" / "mine.txt").read_text() == "x"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("found")
+def test_the_command_loads_what_it_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["to-hf", "run", str(tmp_path / "hf")]) == 0
+    assert "largest difference of a logit 0\n" in capsys.readouterr().out
+    monkeypatch.setattr("pretrain.convert.own.to_theirs", lambda weights: {n: 2 * w for n, w in weights.items()})
+    with pytest.raises(UserError, match=r"the folder does not load|logits in transformers differ by"):
+        main(["to-hf", "run", str(tmp_path / "wrong")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
 BARE = """
