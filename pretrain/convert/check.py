@@ -56,7 +56,7 @@ def largest_difference(folder: Path, loaded: LoadedModel, dtype: str, lengths: S
         save_file({"input_ids": ids, "attention_mask": real.long(), "logits": logits.contiguous()}, expected)
         env = {**os.environ, "HF_HOME": scratch, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         env.pop("PYTHONPATH", None)
-        command = [sys.executable, "-P", str(SCRIPT), str(folder), str(expected), kind]
+        command = [sys.executable, "-P", str(SCRIPT), str(folder.resolve()), str(expected), kind]
         done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
