@@ -86,7 +86,7 @@ def card(
         _summary(loaded, folder_kind),
         card_results.banner(verdict),
         *_model(loaded, dtype),
-        *loading(loaded, folder_kind, stock_length),
+        *loading(loaded, folder_kind, stock_length, failed=verdict is not None and not verdict.passed),
         *card_training.data(loaded, record),
         *card_training.training(loaded, record),
         *card_results.results(record),

@@ -26,8 +26,8 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 """
 
 
-def loading(loaded: LoadedModel, folder_kind: str, stock_length: int | None) -> Iterator[str]:
-    """The blocks of "Loading"."""
+def loading(loaded: LoadedModel, folder_kind: str, stock_length: int | None, failed: bool) -> Iterator[str]:
+    """The blocks of "Loading". ``failed``: the validity gate found a fault, so that nothing is promised."""
     causal = loaded.model_config.objective == "clm"
     auto = "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM"
     mask = loaded.tokenizer.mask_id
@@ -39,7 +39,10 @@ def loading(loaded: LoadedModel, folder_kind: str, stock_length: int | None) -> 
             "before you trust it: `trust_remote_code=True` runs it."
         )
         yield block(OPENING.format(auto=auto, trust=", trust_remote_code=True") + use)
-        yield "Padding masks are obeyed, any length is taken, and bf16 works (`dtype=torch.bfloat16`)."
+        if not failed:
+            longest = loaded.model_config.max_positions if loaded.model_config.positions == "learned" else None
+            lengths = f"texts can have up to {longest:,} tokens" if longest else "texts can have any length"
+            yield f"Padding masks are obeyed, {lengths}, and bf16 works (`dtype=torch.bfloat16`)."
     if folder_kind == "both":
         yield (
             "Without `trust_remote_code` transformers takes its own Nyströmformer, which agrees on single texts "

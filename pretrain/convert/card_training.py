@@ -37,6 +37,8 @@ def data(loaded: LoadedModel, record: RunRecord) -> Iterator[str]:
     yield table(["source", "share", "documents", "tokens", "text"], rows)
     for source in (*sources, *([record.held_out] if record.held_out else [])):
         yield _inputs(source)
+    if _held_out_is_read(record):
+        yield "**The held-out text is also training text**: a loss on it says nothing about new text."
     if len(sources) == 1 and sources[0].manifest and loaded.tokens:
         times = loaded.tokens / sources[0].manifest.num_tokens
         yield f"Training read {times:.2f} times the tokens of the source."
@@ -47,6 +49,12 @@ def data(loaded: LoadedModel, record: RunRecord) -> Iterator[str]:
         "documents": "Rows hold whole documents, and none attends to another. Padding counts as tokens.",
     }
     yield packing[loaded.run_config.data.packing]
+
+
+def _held_out_is_read(record: RunRecord) -> bool:
+    held_out = record.held_out.manifest if record.held_out else None
+    read = [source.manifest.fingerprint for source in record.sources if source.manifest]
+    return held_out is not None and held_out.fingerprint in read
 
 
 def _inputs(source: SourceRecord) -> str:
