@@ -35,8 +35,10 @@ def data(loaded: LoadedModel, record: RunRecord) -> Iterator[str]:
             ]
         )
     yield table(["source", "share", "documents", "tokens", "text"], rows)
-    for source in (*sources, *([record.held_out] if record.held_out else [])):
-        yield _inputs(source)
+    for source in sources:
+        yield _inputs(source, "Source")
+    if record.held_out:
+        yield _inputs(record.held_out, "Held-out text")
     if _held_out_is_read(record):
         yield "**The held-out text is also training text**: a loss on it says nothing about new text."
     if len(sources) == 1 and sources[0].manifest and loaded.tokens:
@@ -57,11 +59,11 @@ def _held_out_is_read(record: RunRecord) -> bool:
     return held_out is not None and held_out.fingerprint in read
 
 
-def _inputs(source: SourceRecord) -> str:
+def _inputs(source: SourceRecord, what: str) -> str:
     manifest = source.manifest
     if manifest is None:
         return (
-            f"Of source {code(source.name)} the shards were not found when this card was written: which texts it has, "
+            f"{what} {code(source.name)}: the shards were not found when this card was written: which texts it has, "
             "and under which licence, is unknown."
         )
     # Pieces of one dataset of the hub (NAME@COMMIT/CONFIG/SPLIT/0-of-8) are one input.
@@ -72,7 +74,7 @@ def _inputs(source: SourceRecord) -> str:
     if dropped:
         prepared += f"; {count(dropped, 'document')} left out"
     return (
-        f"Source {code(source.name)}: {listed(names, MOST_INPUTS)}. {prepared}. Fingerprint of the shards: "
+        f"{what} {code(source.name)}: {listed(names, MOST_INPUTS)}. {prepared}. Fingerprint of the shards: "
         f"{code(manifest.fingerprint[:12])}."
     )
 

@@ -178,6 +178,11 @@ def _explained(error: BaseException, repo: str, endpoint: str) -> str:
             return _refusal(found, repo, endpoint)
         if isinstance(found, OfflineModeIsEnabled):
             return f"{endpoint} is not asked, since HF_HUB_OFFLINE is set: unset it to push"
+        if "/xet-" in str(found):  # the address that a transfer by Xet begins with
+            return (
+                f"{endpoint} does not take files by Xet ({_line(found)}): if it is a server without Xet, set "
+                "HF_HUB_DISABLE_XET=1"
+            )
         if isinstance(found, HTTPError | ConnectionError | TimeoutError):
             return f"{endpoint} cannot be reached ({_line(found)}): is the network there, and --endpoint right?"
     return f"pushing to {repo} failed: {_line(error)}"

@@ -27,6 +27,8 @@ from pretrain.checkpoint.load import LoadedModel
 
 SCHEMA = 2
 GATE = "validity"
+FINISHED = "finished"
+"""Folder with every result that was ever computed, below the one that has the last of each suite."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,15 @@ def read_record(loaded: LoadedModel) -> RunRecord:
     run = loaded.run_dir
     environment = _json(run / "environment.json") if run else {}
     found = [result for folder in _result_folders(loaded) for result in _results(folder)]
-    own = [result for result in found if _is_of(result, loaded)]
+    own = [result for _, result in found if _is_of(result, loaded)]
+    # What was last asked for under a suite's name counts before what is only kept, then the newest.
+    shown = sorted(found, key=lambda item: (item[0], str(item[1].get("created"))))
     # A result without weights is of models that its suite trained from nothing.
-    others = [r for r in found if r["task"] != GATE and r["model"].get("weights_hash")]
+    others = [r for _, r in found if r["task"] != GATE and r["model"].get("weights_hash")]
     newest: dict[str, dict[str, Any]] = {}
-    for result in sorted((r for r in own if r["task"] != GATE), key=lambda r: str(r.get("created"))):
-        newest[result["suite"]] = result
+    for _, result in shown:
+        if result["task"] != GATE and _is_of(result, loaded):
+            newest[result["suite"]] = result
     verdicts = [result for result in own if result["task"] == GATE]
     return RunRecord(
         sources=tuple(_sources(loaded, environment)),
@@ -126,15 +131,15 @@ def _result_folders(loaded: LoadedModel) -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
-def _results(folder: Path) -> Iterator[dict[str, Any]]:
-    """The results below a folder, of whichever weights."""
+def _results(folder: Path) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """The results below a folder, of whichever weights, each with whether people see it under its suite's name."""
     for path in sorted(folder.rglob("*.json")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue  # parts of an evaluation that is not finished
         raw = _json(path)
         shaped = isinstance(raw.get("model"), dict) and isinstance(raw.get("metrics"), dict)
         if raw.get("schema") == SCHEMA and shaped and isinstance(raw.get("suite"), str) and "task" in raw:
-            yield raw
+            yield FINISHED not in path.relative_to(folder).parts, raw
 
 
 def _is_of(result: dict[str, Any], loaded: LoadedModel) -> bool:

@@ -196,7 +196,7 @@ def test_what_is_not_known_is_said_to_be_unknown(make: Make, tmp_path: Path) -> 
     assert "language" not in metadata
     assert metadata["tags"][-1] == "validity-gate-not-run"
     assert rows(text)["`books`"] == ["100.0%", "unknown", "unknown", "unknown"]
-    assert "Of source `books` the shards were not found" in text
+    assert "Source `books`: the shards were not found" in text
     assert rows(text)["software"][0].startswith("unknown")
     assert "No evaluation of these weights is recorded: how good they are is unknown." in text
     assert text.index("> **Not examined.**") < text.index("## The model")
@@ -231,14 +231,16 @@ def test_results_of_other_weights_are_not_shown(make: Make, tmp_path: Path) -> N
     add_result(loaded, "cola", {"mcc": Metric(0.125, True)}, model=replace(own, tokenizer_hash="0" * 64))
     add_result(loaded, "lra", {"accuracy": Metric(0.75, True)}, model=ModelInfo())
     add_result(loaded, "validity", {"passed": Metric(1.0, True, n=17)}, model=older)
-    add_result(loaded, "sst2", {"accuracy": Metric(0.5, True)}, created="2026-01-01")
-    add_result(loaded, "sst2", {"accuracy": Metric(0.625, True)}, created="2026-01-03", place="step8/sst2.json")
+    add_result(loaded, "sst2", {"accuracy": Metric(0.5, True)}, created="2026-01-01", place="step8/sst2.json")
+    add_result(loaded, "sst2", {"accuracy": Metric(0.625, True)}, created="2026-01-03")
+    add_result(loaded, "sst2", {"accuracy": Metric(0.75, True)}, created="2026-01-04", place="finished/a/result.json")
+    add_result(loaded, "mnli", {"accuracy": Metric(0.875, True)}, place="finished/b/result.json")
     assert loaded.run_dir is not None
     (loaded.run_dir / "eval" / "broken.json").write_text('{"schema": 2, "suite"')
     (loaded.run_dir / "eval" / "old.json").write_text('{"schema": 1, "suite": "old"}')
     record = read_record(loaded)
-    assert [result["suite"] for result in record.results] == ["sst2"]
-    assert record.results[0]["metrics"]["accuracy"]["value"] == 0.625
+    assert [result["suite"] for result in record.results] == ["mnli", "sst2"]
+    assert record.results[1]["metrics"]["accuracy"]["value"] == 0.625
     assert record.other_results == ("cola", "lm", "rte")
     assert record.verdict is None
     _, text = card(loaded, tmp_path)

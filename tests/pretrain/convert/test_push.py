@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -334,6 +337,26 @@ def test_no_hub_is_one_line(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused(capsys, hub, folder)
+
+
+@pytest.mark.slow
+def test_a_server_without_xet_is_named(hub: Hub, folder: Path) -> None:
+    """In a process of its own, since hf_xet starts threads that never end."""
+    pytest.importorskip("hf_xet")
+    env = {**os.environ, "HF_TOKEN": WRITER, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    words = [sys.executable, "-m", "launch.program", "push", str(folder), REPO]
+
+    def run(disabled: str) -> subprocess.CompletedProcess[str]:
+        own = {**env, "HF_HUB_DISABLE_XET": disabled}
+        return subprocess.run(words, env=own, capture_output=True, text=True, timeout=120, check=False)
+
+    refused = run("0")
+    assert refused.returncode == 2
+    assert "if it is a server without Xet, set HF_HUB_DISABLE_XET=1" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert len(hub.commits(REPO)) == 1
+    assert run("1").returncode == 0
+    assert contents(folder).items() <= hub.files(REPO).items()
 
 
 def test_the_page_can_be_followed(
