@@ -129,8 +129,13 @@ def _parameters(loaded: LoadedModel, *, embeddings: bool = True) -> int:
 def _summary(loaded: LoadedModel, folder_kind: Kind) -> str:
     model = loaded.model_config
     kind = "causal language model" if model.objective == "clm" else "masked language model"
+    what = f"A {kind} of {_parameters(loaded):,} parameters with {_form_name(model)}"
+    if not loaded.tokens:
+        return (
+            f"{what}. Nystrom-pretrain has not trained these weights: they are from elsewhere, or as they were drawn."
+        )
     return (
-        f"A {kind} of {_parameters(loaded):,} parameters with {_form_name(model)}, pretrained on "
+        f"{what}, pretrained on "
         f"{loaded.tokens:,} tokens with nystrom-pretrain, at lengths of up to "
         f"{trained_length(loaded.run_config, loaded.tokens):,} tokens."
     )
@@ -211,8 +216,9 @@ def _limits(loaded: LoadedModel, record: RunRecord, language: str | None) -> Ite
     corpus = (
         f" ({sum(m.num_documents for m in known):,} documents)" if known and len(known) == len(record.sources) else ""
     )
+    trained = f"It was trained on rows of up to {longest:,} tokens" if loaded.tokens else "Trained lengths are unknown"
     items = [
-        f"**Length.** It was trained on rows of up to {longest:,} tokens. {beyond}",
+        f"**Length.** {trained}. {beyond}",
         f"**Corpus.** It knows what its training text{corpus} says, with the errors and prejudices of that text, and "
         "nothing else.",
         "**Language.** "

@@ -20,6 +20,9 @@ MOST_INPUTS = 24
 def data(loaded: LoadedModel, record: RunRecord) -> Iterator[str]:
     """The blocks of "Training data"."""
     yield "## Training data"
+    if not loaded.tokens:
+        yield "Unknown: these weights were not trained by nystrom-pretrain."
+        return
     sources, total = record.sources, sum(source.weight for source in record.sources)
     rows = []
     for source in (*sources, *([record.held_out] if record.held_out else [])):
@@ -82,6 +85,9 @@ def _inputs(source: SourceRecord, what: str) -> str:
 def training(loaded: LoadedModel, record: RunRecord) -> Iterator[str]:
     """The blocks of "Training"."""
     yield "## Training"
+    if not loaded.tokens:
+        yield "**Tokens seen with nystrom-pretrain: 0.** If and how the weights were trained elsewhere is unknown."
+        return
     yield from _start(loaded, record)
     stages = build_plan(loaded.run_config).stages
     planned = stages[-1].end_tokens
@@ -144,9 +150,6 @@ def _curriculum(loaded: LoadedModel, stages: Sequence[Stage]) -> Iterator[str]:
             weights = config.stage_weights(index)
             row.append(", ".join(f"{code(name)} {w / sum(weights.values()):.1%}" for name, w in weights.items()))
         rows.append(row)
-    if not rows:
-        yield "These weights have not been through any stage of a curriculum."
-        return
     columns = ["stage", "length", "tokens of a step", "until tokens"]
     yield table([*columns, *(["masked"] if masked else []), *(["sources"] if several else [])], rows)
     if masked:

@@ -57,14 +57,15 @@ def open_folder(path: Path) -> HubFolder:
         )
     problems: list[str] = []
     files = dict(_files(path, problems))
-    problems += _missing(files)
+    problems += [f"there is no {name} ({what})" for name, what in _missing(path, files)]
     metadata = _metadata(path, files, problems)
     problems += _config_problems(path, files)
     problems += _weight_problems(path, files)
     if problems:
         more = f" (and {len(problems) - MOST_NAMED} more)" if len(problems) > MOST_NAMED else ""
         raise UserError(f"{path} cannot be pushed: {'; '.join(problems[:MOST_NAMED])}{more}")
-    tags = metadata.get("tags") or ()
+    tags = metadata.get("tags")
+    tags = tags if isinstance(tags, list) else [tags]
     # A failure counts, whatever else a card that was edited says.
     passed = next((verdict for verdict in (False, True) if GATE_TAGS[verdict] in tags), None)
     return HubFolder(path, tuple(sorted(files.items())), passed, str(metadata.get("license", UNKNOWN)))
@@ -113,12 +114,13 @@ def _why_not(path: Path, name: str) -> str:
     return ""
 
 
-def _missing(files: dict[str, int]) -> Iterator[str]:
+def _missing(folder: Path, files: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """Files that a folder must have and that are not even there in a bad state, each with what it is."""
     for name, what in ((CONFIG, "the configuration"), (CARD, "the model card"), (TOKENIZER, "the tokenizer")):
-        if name not in files:
-            yield f"there is no {name} ({what})"
-    if WEIGHTS not in files and INDEX not in files:
-        yield f"there is no {WEIGHTS} (the weights)"
+        if name not in files and not (folder / name).exists():
+            yield name, what
+    if WEIGHTS not in files and not (folder / INDEX).exists():
+        yield WEIGHTS, "the weights"
 
 
 def _metadata(folder: Path, files: dict[str, int], problems: list[str]) -> dict[str, Any]:
@@ -144,7 +146,11 @@ def _config_problems(folder: Path, files: dict[str, int]) -> Iterator[str]:
     if not isinstance(config, dict) or not ({"model_type", "architectures"} & set(config)):
         yield f"{CONFIG} names no model"
         return
-    for target in (config.get("auto_map") or {}).values():
+    auto_map = config.get("auto_map") or {}
+    if not isinstance(auto_map, dict):
+        yield f"{CONFIG} has an auto_map that names no code"
+        return
+    for target in auto_map.values():
         for name in target if isinstance(target, list) else [target]:
             # REPO--MODULE.CLASS is code of another repository.
             module = str(name).split(".")[0] + ".py"
@@ -187,7 +193,7 @@ def _weight_problems(folder: Path, files: dict[str, int]) -> Iterator[str]:
         return
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     placed = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(placed, dict) or not placed:
+    if not isinstance(placed, dict) or not placed or not all(isinstance(shard, str) for shard in placed.values()):
         yield f"{INDEX} has no weight_map"
         return
     for shard in sorted(set(placed.values()) | {name for name in tensors if "/" not in name}):

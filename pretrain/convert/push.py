@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "only with --although-invalid"
         )
     if folder.passed is None:
-        print("note: the card does not say that the validity gate has looked at this model")
+        print("note: the card does not say that the validity gate has looked at this model", file=sys.stderr)
     if folder.licence == "unknown":
-        print("note: the card names no licence (nystrom convert to-hf --license)")
+        print("note: the card names no licence (nystrom convert to-hf --license)", file=sys.stderr)
     if args.dry_run:
         _list(folder, args.repo)
         return 0

@@ -280,6 +280,15 @@ def test_several_sources_and_a_run_that_goes_on(make: Make, tmp_path: Path, corp
     assert "started with trained weights, of which nothing else is recorded here" in card(loaded, tmp_path)[1]
 
 
+def test_weights_from_elsewhere_promise_no_training(make: Make, tmp_path: Path) -> None:
+    _, text = card(make(tokens=0), tmp_path)
+    assert "Nystrom-pretrain has not trained these weights" in text[: text.index("## The model")]
+    assert section(text, "Training data").strip() == "Unknown: these weights were not trained by nystrom-pretrain."
+    assert "**Tokens seen with nystrom-pretrain: 0.**" in section(text, "Training")
+    assert "learning rate" not in text
+    assert "Trained lengths are unknown." in section(text, "Limits")
+
+
 @pytest.mark.parametrize("kind", ["stock", "custom", "both"])
 def test_how_to_load_it_fits_the_folder(kind: str, make: Make, tmp_path: Path) -> None:
     metadata, text = card(make(), tmp_path, folder_kind=kind, stock_length=64)

@@ -155,11 +155,14 @@ def test_who_sees_it_is_as_asked(hub: Hub, folder: Path, capsys: pytest.CaptureF
 def test_a_dry_run_asks_nobody(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "README.md").write_text(CARD.format(licence="unknown", gate="not-run"))
     assert push(hub, folder, "--dry-run") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "note: the card does not say that the validity gate has looked at this model"
-    assert lines[1] == "note: the card names no licence (nystrom convert to-hf --license)"
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert said.err.splitlines() == [
+        "note: the card does not say that the validity gate has looked at this model",
+        "note: the card names no licence (nystrom convert to-hf --license)",
+    ]
     sizes = {name: f"{len(data)} bytes" for name, data in contents(folder).items()}
-    assert {line.split()[0]: " ".join(line.split()[1:]) for line in lines[2:-1]} == sizes
+    assert {line.split()[0]: " ".join(line.split()[1:]) for line in lines[:-1]} == sizes
     assert lines[-1] == f"7 files, {sum(map(len, contents(folder).values()))} bytes, would be pushed to {REPO}"
     assert hub.asked == []
 
@@ -216,6 +219,12 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "no tensor": (lambda f: save_file({}, f / "model.safetensors"), "model.safetensors holds no tensor"),
     "config of text": (write("config.json", "{"), "config.json is damaged: its contents are not JSON"),
     "config of nothing": (write("config.json", "[]"), "config.json names no model"),
+    "config of odd code": (write("config.json", '{"model_type": "x", "auto_map": ["y"]}'), "an auto_map that names no"),
+    "odd index": (sharded(write(INDEX, '{"weight_map": {"a": ["b"]}}')), f"{INDEX} has no weight_map"),
+    "odd tags": (
+        lambda f: [write("README.md", "---\ntags: {a: [1]}\n---\n")(f), remove("config.json")(f)],
+        "no config",
+    ),
     "no code": (remove("modeling_tiny.py"), "config.json names code in modeling_tiny.py, which is not there"),
     "no imported code": (remove("layers_tiny.py"), "modeling_tiny.py imports layers_tiny.py, which is not there"),
     "broken code": (write("modeling_tiny.py", "def"), "modeling_tiny.py is damaged: its contents are not Python"),
