@@ -6,6 +6,7 @@ those do not say is called unknown.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -30,12 +31,15 @@ _LICENCES = (
     "bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 "
     "cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 "
     "cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
-    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl "
+    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl "
     "gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql "
     "ofl-1.1 ncsa unlicense zlib pddl lgpl-lr unknown"
 )
 LICENCES = frozenset(_LICENCES.split())
-"""Identifiers that the hub knows; it refuses a card with another one, except as the name of an ``other`` licence."""
+"""Identifiers that the hub knows (huggingface.co/docs/hub/repositories-licenses), without those of single models.
+
+It refuses a card with another one, except as the name of an ``other`` licence.
+"""
 CITATION = """
 @inproceedings{xiong2021nystromformer,
   title     = {Nystr{\\"o}mformer: A Nystr{\\"o}m-based Algorithm for Approximating Self-Attention},
@@ -79,12 +83,13 @@ def card(
     stock_length: int | None = None,
 ) -> str:
     """The card's text; see :func:`write_card`."""
+    licence = " ".join(licence.split()) or UNKNOWN
     verdict, causal = record.verdict, loaded.model_config.objective == "clm"
     head = yaml.safe_dump(_metadata(loaded, verdict, folder_kind, licence, language), sort_keys=False)
     blocks = [
         f"# {loaded.run_config.name}",
-        _summary(loaded, folder_kind),
         card_results.banner(verdict),
+        _summary(loaded),
         *_model(loaded, dtype),
         *loading(loaded, folder_kind, stock_length, failed=verdict is not None and not verdict.passed),
         *card_training.data(loaded, record),
@@ -102,14 +107,15 @@ def _metadata(
 ) -> dict[str, Any]:
     """The front matter, which the hub reads."""
     causal = loaded.model_config.objective == "clm"
-    known = licence.strip().lower()
+    known = licence.lower()
     out: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation" if causal else "fill-mask",
         "license": known if known in LICENCES else "other",
     }
     if known not in LICENCES:
-        out["license_name"] = licence.strip()
+        # As the names that are in use on the hub are written; the whole name stands in the card's section.
+        out["license_name"] = re.sub(r"[^a-z0-9.]+", "-", known).strip("-.") or "unnamed"
     if language:
         out["language"] = [code.strip() for code in language.split(",") if code.strip()]
     out["tags"] = [
@@ -126,7 +132,7 @@ def _parameters(loaded: LoadedModel, *, embeddings: bool = True) -> int:
     return int(model.num_parameters(embeddings=embeddings))
 
 
-def _summary(loaded: LoadedModel, folder_kind: Kind) -> str:
+def _summary(loaded: LoadedModel) -> str:
     model = loaded.model_config
     kind = "causal language model" if model.objective == "clm" else "masked language model"
     what = f"A {kind} of {_parameters(loaded):,} parameters with {_form_name(model)}"
@@ -216,11 +222,12 @@ def _limits(loaded: LoadedModel, record: RunRecord, language: str | None) -> Ite
     corpus = (
         f" ({sum(m.num_documents for m in known):,} documents)" if known and len(known) == len(record.sources) else ""
     )
+    before = ", and what the weights knew that it started with" if loaded.run_config.init_from else ", and nothing else"
     trained = f"It was trained on rows of up to {longest:,} tokens" if loaded.tokens else "Trained lengths are unknown"
     items = [
         f"**Length.** {trained}. {beyond}",
-        f"**Corpus.** It knows what its training text{corpus} says, with the errors and prejudices of that text, and "
-        "nothing else.",
+        f"**Corpus.** It knows what its training text{corpus} says, with the errors and prejudices of that text"
+        f"{before}.",
         "**Language.** "
         + (f"Said to be {language}." if language else "Which languages the text is in is not recorded."),
         "**Safety.** It had no training for safety, truthfulness or instructions. What it writes is not filtered.",
@@ -233,10 +240,10 @@ def _limits(loaded: LoadedModel, record: RunRecord, language: str | None) -> Ite
 
 def _licence(folder_kind: Kind, licence: str) -> Iterator[str]:
     yield "## Licence"
-    if licence.strip().lower() == UNKNOWN:
+    if licence.lower() == UNKNOWN:
         yield "The licence of the weights is unknown: whoever made this folder named none."
     else:
-        yield f"The weights: {' '.join(licence.split())}, as named by whoever made this folder."
+        yield f"The weights: {licence}, as named by whoever made this folder."
     if folder_kind != "stock":
         yield "The Python files of this folder are part of nystrom-pretrain, under Apache-2.0."
     yield "## Citation"

@@ -157,6 +157,7 @@ def test_a_masked_run_in_full(make: Make, corpus: Path, tmp_path: Path) -> None:
         "tags": ["nystromformer", "masked-lm", "custom_code", "validity-gate-passed"],
     }
     assert text.startswith("\n# small\n\nA masked language model of ")
+    assert "prejudices of that text, and nothing else." in text
     found = rows(text)
     parameters = sum(p.numel() for p in loaded.model.parameters())
     assert found["parameters"][0].startswith(f"{parameters:,} (")
@@ -215,7 +216,7 @@ def test_a_model_that_failed_the_gate_says_so_at_the_top(make: Make, tmp_path: P
     assert metadata["tags"][-1] == "validity-gate-failed"
     assert metadata["pipeline_tag"] == "text-generation"
     top = text[: text.index("## The model")]
-    assert "> **This model FAILED the validity gate.**" in top
+    assert text.startswith("\n# small\n\n> **This model FAILED the validity gate.**")
     assert "> - causality: x: 0.25, must be <= 0.0001" in top
     assert "padding" not in top
     assert "Padding masks are obeyed" not in text
@@ -274,6 +275,7 @@ def test_several_sources_and_a_run_that_goes_on(make: Make, tmp_path: Path, corp
     assert "\n| 2 |" not in text
     assert "started with the weights of `first` (hash `ffffffffffff`), which had seen 5,000 tokens" in text
     assert "at lengths of up to 16" in text
+    assert "prejudices of that text, and what the weights knew that it started with." in text
     assert "loss on held-out text" not in text  # the last validation was later
     assert "secret" not in text
     (loaded.run_dir / "init_from.json").unlink()
@@ -316,8 +318,9 @@ def test_stock_faults_of_exact_attention_are_others(make: Make, tmp_path: Path) 
     ("licence", "metadata"),
     [
         ("unknown", {"license": "unknown"}),
+        (" ", {"license": "unknown"}),
         ("Apache-2.0", {"license": "apache-2.0"}),
-        ("Books of ours, 2026", {"license": "other", "license_name": "Books of ours, 2026"}),
+        ("Books of ours, 2026", {"license": "other", "license_name": "books-of-ours-2026"}),
     ],
 )
 def test_a_licence_is_one_that_the_hub_takes(
@@ -325,11 +328,12 @@ def test_a_licence_is_one_that_the_hub_takes(
 ) -> None:
     from huggingface_hub import ModelCard
 
-    found, _ = card(make(), tmp_path, licence=licence)
+    found, text = card(make(), tmp_path, licence=licence)
     assert {k: v for k, v in found.items() if k.startswith("license")} == metadata
     read = ModelCard.load(tmp_path / "out" / "README.md").data  # as the hub's own library reads it
     assert read.license == metadata["license"]
     assert read.pipeline_tag == "fill-mask"
+    assert f"The weights: {licence}, as named" in text or metadata["license"] == "unknown"
     assert "mit" in LICENCES
 
 
