@@ -18,14 +18,11 @@ from pretrain.checkpoint.load import LoadedModel
 from pretrain.convert import card_results, card_training
 from pretrain.convert.card_loading import loading
 from pretrain.convert.markdown import block, number, table
+from pretrain.convert.names import CARD, GATE_TAGS, UNKNOWN
 from pretrain.convert.run_record import RunRecord, Verdict, read_record
 from pretrain.curriculum.stages import trained_length
 from pretrain.model.config import ModelConfig
 
-CARD = "README.md"
-GATE_TAGS = {True: "validity-gate-passed", False: "validity-gate-failed", None: "validity-gate-not-run"}
-"""One of these is among the card's tags; ``nystrom push`` reads it."""
-UNKNOWN = "unknown"
 _LICENCES = (
     "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 "
     "bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 "

@@ -19,8 +19,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import TMP_SUFFIX
-from pretrain.checkpoint.load import INFO
-from pretrain.convert.card import CARD, GATE_TAGS, UNKNOWN
+from pretrain.convert.names import CARD, GATE_TAGS, UNKNOWN
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 BELONGING = ("*.json", "*.safetensors", "*.py", "*.md", "*.txt", "*.jinja", "*.onnx", "*.onnx_data", "*.onnx.data",
@@ -49,6 +48,8 @@ def open_folder(path: Path) -> HubFolder:
     """Check ``path``; raises :class:`UserError` with all that is wrong with it, on one line."""
     if not path.is_dir():
         raise UserError(f"{path} does not exist: give a folder that `nystrom convert to-hf` wrote")
+    from pretrain.checkpoint.load import INFO
+
     kind = "an export" if (path / INFO).is_file() else "a run" if (path / "checkpoints").is_dir() else ""
     if kind:
         raise UserError(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.errors import UserError
 from data_pipeline.units import count, format_bytes
 from pretrain.convert.hub_folder import HubFolder, open_folder
+from pretrain.convert.names import UNKNOWN
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if folder.passed is None:
         print("note: the card does not say that the validity gate has looked at this model", file=sys.stderr)
-    if folder.licence == "unknown":
+    if folder.licence == UNKNOWN:
         print("note: the card names no licence (nystrom convert to-hf --license)", file=sys.stderr)
     if args.dry_run:
         _list(folder, args.repo)

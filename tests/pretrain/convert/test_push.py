@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hub_case import READER, WRITER, Hub, Repo, serve, use
+from huggingface_hub.utils import close_session
 from safetensors.numpy import save_file
 
 from launch import program
@@ -52,6 +53,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     use(monkeypatch, tmp_path)
     with serve() as found:
         yield found
+        close_session()  # its threads end with its connections
 
 
 def contents(folder: Path) -> dict[str, bytes]:
