@@ -51,7 +51,7 @@ TASKS = {
     "`..._window` and `..._pooled` are the same weights with another attention.",
     "induction": "Random text twice: `exact` is the share of repeated tokens that are guessed, `gain` what the first "
     "copy adds, in nats a token.",
-    "generate": "What the model writes, or fills in, beside real text.",
+    "generate": "What the model writes, or fills in. The rows of real text to read it against are not shown here.",
 }
 SHOWN_SETTINGS = ("length", "max_length", "stride", "epochs", "seeds", "decodings")
 
@@ -71,8 +71,9 @@ def results(record: RunRecord) -> Iterator[str]:
     elif record.results:
         yield (
             "From the run's own result files, of exactly these weights. Intervals are 95%, over the items of the test "
-            "data; ± is the standard deviation over seeds of fine-tuning. Each table has all metrics of its suite, "
-            "baselines included. The evaluation guide of nystrom-pretrain defines them."
+            "data; ± is the standard deviation over seeds of fine-tuning. Each table has every metric that the "
+            "file names, good or bad; its tables and curves are left out. The evaluation guide of nystrom-pretrain "
+            "defines them."
         )
     if record.validation:
         yield _validation(record.validation)
