@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": ("eval.shell.generate", "a causal model continues prompts, in the shell"),
     "fill": ("eval.shell.fill", "a masked model names the likeliest words for a mask, in the shell"),
     "convert": ("pretrain.convert.cli", "a checkpoint to another library's format, or from it"),
+    "push": ("pretrain.convert.push", "a converted folder to the Hugging Face hub"),
     "report": ("eval.report.cli", "one HTML page with the curves, tables and samples of runs"),
     "demo": ("launch.demo", "all of the above on a built-in corpus, in minutes"),
 }
