@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eval.shared.pooling import Pooling, pooled_states
 from eval.shared.training import (
     Best,
     accuracy_and_loss,
@@ -20,9 +21,7 @@ from eval.shared.training import (
     micro_batches,
     train_steps,
 )
-from pretrain.model.attention.layout import Layout
 
-Pooling = Literal["mean", "cls", "last"]
 # Texts whose pooled states give the centre and the spread: more of them cost a forward pass each and change little.
 STANDARDISE_ON = 512
 EVALUATIONS = 10  # of a run that is bounded by steps, at most
@@ -107,14 +106,7 @@ class Classifier(nn.Module):
 
     def pool(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Pooled hidden states (B, hidden_size), float32; padding never enters."""
-        layout = Layout.from_lengths(lengths, input_ids.shape[1])
-        hidden = self.backbone(input_ids, layout=layout, hidden=True).hidden.float()
-        if self.pooling == "cls":
-            return hidden[:, 0]
-        if self.pooling == "last":
-            return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
-        real = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
-        return (hidden * real[..., None]).sum(1) / lengths[:, None]
+        return pooled_states(self.backbone, input_ids, lengths, self.pooling)
 
     @torch.no_grad()
     def standardise(self, pooled: Tensor) -> None:

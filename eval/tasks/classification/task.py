@@ -15,6 +15,7 @@ from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Metric, Outcome, Result, Table
 from eval.results.statistics import bootstrap
+from eval.shared.pooling import check_pooling
 from eval.subject import Subject, choose_precision
 from eval.tasks.classification import MAJORITY_ROW, MODEL_ROW, TABLE, ClassifySettings
 from eval.tasks.classification.dataset import ClassifyData, overlap_warning, sources
@@ -43,10 +44,7 @@ SEEDS_TABLE = "by seed"
 def resolve(subject: Subject, settings: ClassifySettings) -> ClassifySettings:
     """The data, the length, the learning rate and the precision filled in; raises for what is missing or cannot be."""
     settings = sources(settings)
-    if settings.pooling == "cls" and subject.causal:
-        raise UserError(
-            "--pooling cls reads the first token, which in a causal model has seen nothing but itself: use last or mean"
-        )
+    check_pooling(settings.pooling, subject.causal)
     max_length = subject.check_length(settings.max_length or subject.trained_length, "--max-length")
     if settings.text_b_field and max_length < 3:
         raise UserError(f"--max-length {max_length} is too short for pairs: at least 3 tokens")

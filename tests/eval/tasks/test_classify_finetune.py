@@ -16,9 +16,10 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from data_pipeline.shards.shardset import ShardSet
 from eval.shared.labelled import Labelled
+from eval.shared.pooling import Pooling
 from eval.shared.training import micro_batches
 from eval.tasks.classification.encode import cut_pair, encode
-from eval.tasks.classification.finetune import Classifier, Examples, Pooling, Recipe, fit, predict
+from eval.tasks.classification.finetune import Classifier, Examples, Recipe, fit, predict
 
 CPU: dict[str, Any] = {"device": torch.device("cpu"), "precision": "fp32"}
 
