@@ -35,9 +35,9 @@ def correlations(
     whole: tuple[str, ...],
     unit: str,
 ) -> tuple[Table, dict[str, Metric], list[str]]:
-    """The table (without a name), the metrics (of the rows ``whole`` both correlations, of the others Spearman's) and, in words, which
-    rows have none.
+    """The table (without a name), the metrics, and in words which rows have no correlation.
 
+    Metrics are both correlations of the rows ``whole``, and Spearman's of the others.
     ``rows``: for each the predictions (n,) of one network or of several, whose correlations are averaged.
     """
     cells: list[list[Any]] = []
