@@ -200,7 +200,8 @@ def _label(label: Any, where: str, score: bool) -> str:
             raise UserError(f"{where} holds {label!r}, not a finite number: mend the record or leave it out")
         return repr(value)
     if not isinstance(label, str | int | np.generic):
-        raise UserError(f"{where} holds {label!r}, not a label (text or integer)")
+        hint = "; `nystrom eval regress` learns scores" if isinstance(label, float) else ""
+        raise UserError(f"{where} holds {label!r}, not a label (text or integer{hint})")
     _check_unicode(str(label), where)
     return str(label)
 
