@@ -62,7 +62,7 @@ def test_the_influences_give_the_interval_of_the_bootstrap(kind: Kind) -> None:
     found = bootstrap(records, Estimator("value"))
     whole = LIBRARY[kind](x, y)[0]
     assert low < whole < high
-    # They are first-order equal: the widths differed by at most 6% in 20 such draws.
+    # They are equal to first order: the widths differed by at most 5% in 80 such draws.
     assert found.high - found.low == pytest.approx(high - low, rel=0.15)
 
 
