@@ -17,6 +17,10 @@ CAPITALS = {
     "mauve": "MAUVE",
     "bleu": "BLEU",
     "auc": "AUC",
+    "ndcg@10": "nDCG@10",
+    "mrr@10": "MRR@10",
+    "spearman": "Spearman",
+    "pearson": "Pearson",
     "gpu": "GPU",
 }
 

@@ -65,7 +65,7 @@ def bootstrap(
     if len(sums) > 1 and _is_proportion(sums, estimator):
         low, high = wilson(_value(sums, estimator), float(sums[:, 1].sum() ** 2 / np.square(sums[:, 1]).sum()))
     else:
-        low, high = _quantiles(_statistic(_resample(sums, resamples, seed), estimator), len(sums))
+        low, high = percentiles(_statistic(_resample(sums, resamples, seed), estimator), len(sums))
     return Interval(_value(sums, estimator), low, high, len(sums))
 
 
@@ -94,7 +94,7 @@ def paired_bootstrap(
     draws = _resample(np.concatenate([a, b], 1), resamples, seed)
     with np.errstate(invalid="ignore"):  # two perplexities beyond the range of floats
         change = _statistic(draws[:, 2:], estimator) - _statistic(draws[:, :2], estimator)
-    low, high = _quantiles(change, len(a))
+    low, high = percentiles(change, len(a))
     value = _value(b, estimator) - _value(a, estimator)
     p = float("nan")
     if np.isfinite(change).all() and len(a) > 1:
@@ -148,7 +148,9 @@ def _is_proportion(sums: Floats, estimator: Estimator) -> bool:
     return plain and bool((bottom > 0).all() and ((top == 0) | (top == bottom)).all())
 
 
-def _quantiles(draws: Floats, n: int) -> tuple[float, float]:
+def percentiles(draws: Floats, n: int) -> tuple[float, float]:
+    """The interval of a statistic from its ``draws`` over ``n`` items, expanded for few; NaN where one is not
+    finite."""
     if n < 2 or not np.isfinite(draws).all():
         return float("nan"), float("nan")
     tail = (1 - LEVEL) / 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -39,6 +40,11 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def scores(self) -> np.ndarray:
+        """(n,) float64: the labels as numbers, which they are where they were read as scores."""
+        return np.array([float(label) for label in self.labels])
+
     def take(self, indices: np.ndarray) -> Labelled:
         """Some of the records; the hash tells which."""
         seconds = None if self.seconds is None else [self.seconds[i] for i in indices]
@@ -61,18 +67,45 @@ def read_labelled(
     label_field: str = "label",
     text_b_field: str | None = None,
     quotes: Quotes = "auto",
+    *,
+    scores: bool = False,
 ) -> Labelled:
     """Read every record of a file whose records have fields, of any kind that ``nystrom data prepare`` reads, or of
     ``hub:OWNER/NAME[@REVISION][/CONFIG]:SPLIT`` (see :func:`hub_dataset`).
 
-    Labels may be text, integers or booleans, class labels of a dataset give their names. Raises :class:`UserError`
-    naming source and place for what is missing or broken: the file, its format, a record, a field, a label.
+    Labels may be text, integers or booleans, class labels of a dataset give their names. With ``scores`` they are
+    finite numbers (:attr:`Labelled.scores`), and no text may be blank. Raises :class:`UserError` naming source and
+    place for what is missing or broken: the file, its format, a record, a field, a label.
     """
     fields = tuple(name for name in (text_field, text_b_field, label_field) if name)
     if str(source).startswith(HUB):
-        return _hub_split(hub_dataset(str(source)), fields)
-    options = ("--text-field", *(["--text-b-field"] if text_b_field else []), "--label-field")
-    return _collect(str(source), read_records(source, fields, options, quotes=quotes), fields)
+        return _hub_split(hub_dataset(str(source)), fields, scores)
+    option = "--score-field" if scores else "--label-field"
+    options = ("--text-field", *(["--text-b-field"] if text_b_field else []), option)
+    return _collect(str(source), read_records(source, fields, options, quotes=quotes), fields, scores)
+
+
+def read_texts(
+    source: str, fields: tuple[str, ...], options: tuple[str, ...], quotes: Quotes = "auto"
+) -> tuple[list[list[str]], str]:
+    """The texts of every record, a list for each of the ``fields``, and a hash of them; sources and errors as in
+    :func:`read_labelled`. No text may be blank.
+    """
+    rows: Iterable[tuple[Mapping[str, Any], str]]
+    if source.startswith(HUB):
+        rows = ((row, f"row {number}") for number, row in enumerate(read_rows(hub_dataset(source), fields), 1))
+    else:
+        rows = read_records(source, fields, options, quotes=quotes)
+    columns: list[list[str]] = [[] for _ in fields]
+    digest = hashlib.sha256()
+    for record, where in rows:
+        texts = [_text(record[name], f"{source}, {where}: field '{name}'", filled=True) for name in fields]
+        for column, text in zip(columns, texts, strict=True):
+            column.append(text)
+        digest.update(json.dumps(texts).encode())
+    if not columns[0]:
+        raise UserError(f"{source} holds no record")
+    return columns, digest.hexdigest()
 
 
 def hub_dataset(source: str) -> HubDataset:
@@ -114,41 +147,63 @@ def pinned(source: str | None) -> str | None:
 
 
 @functools.lru_cache(maxsize=4)  # read when the suite is keyed and when it is run; the dataset is pinned
-def _hub_split(dataset: HubDataset, fields: tuple[str, ...]) -> Labelled:
+def _hub_split(dataset: HubDataset, fields: tuple[str, ...], scores: bool) -> Labelled:
     rows = ((row, f"row {number}") for number, row in enumerate(read_rows(dataset, fields), 1))
-    return _collect(f"dataset {dataset.name}", rows, fields)
+    return _collect(f"dataset {dataset.name}", rows, fields, scores)
 
 
-def _collect(source: str, records: Iterable[tuple[Mapping[str, Any], str]], fields: tuple[str, ...]) -> Labelled:
+def _collect(
+    source: str, records: Iterable[tuple[Mapping[str, Any], str]], fields: tuple[str, ...], scores: bool
+) -> Labelled:
     *text_fields, label_field = fields
     columns: list[list[str]] = [[] for _ in text_fields]
     labels: list[str] = []
     digest = hashlib.sha256()
     for record, where in records:
         for column, name in zip(columns, text_fields, strict=True):
-            text = record[name]
-            if not isinstance(text, str):
-                raise UserError(f"{source}, {where}: field '{name}' is {type(text).__name__}, not text")
-            column.append(text)
-        label = record[label_field]
-        if label is None or label == "":
-            raise UserError(
-                f"{source}, {where}: field '{label_field}' is empty, every record needs a label (the test labels of "
-                "GLUE are not public: test on the validation split)"
-            )
-        if not isinstance(label, str | int | np.generic):
-            raise UserError(f"{source}, {where}: field '{label_field}' holds {label!r}, not a label (text or integer)")
-        for column, name in zip((*columns, [str(label)]), fields, strict=True):
-            _check_unicode(column[-1], f"{source}, {where}: field '{name}'")
-        labels.append(str(label))
-        digest.update(json.dumps([*(column[-1] for column in columns), str(label)]).encode())
+            column.append(_text(record[name], f"{source}, {where}: field '{name}'", filled=scores))
+        label = _label(record[label_field], f"{source}, {where}: field '{label_field}'", scores)
+        labels.append(label)
+        digest.update(json.dumps([*(column[-1] for column in columns), label]).encode())
     if not labels:
         raise UserError(f"labelled data {source} holds no record")
-    if set(labels) == {"-1"}:
+    if set(labels) in ({"-1"}, {"-1.0"}):
         raise UserError(
             f"{source}: every label is -1, which stands for labels that are not public: test on the validation split"
         )
     return Labelled(columns[0], labels, source, digest.hexdigest(), columns[1] if len(columns) > 1 else None)
+
+
+def _text(text: Any, where: str, *, filled: bool) -> str:
+    """``filled``: whether a blank text is refused."""
+    if not isinstance(text, str):
+        raise UserError(f"{where} is {type(text).__name__}, not text")
+    if filled and not text.strip():
+        raise UserError(f"{where} is blank: there is nothing to compare; leave the record out")
+    _check_unicode(text, where)
+    return text
+
+
+def _label(label: Any, where: str, score: bool) -> str:
+    """A label as text; of a ``score`` the number, so that 1, 1.0 and "1" are one."""
+    if label is None or label == "":
+        raise UserError(
+            f"{where} is empty, every record needs a label (the test labels of GLUE are not public: test on the "
+            "validation split)"
+        )
+    if score:
+        try:
+            value = math.nan if isinstance(label, bool) else float(label)
+        except (TypeError, ValueError):
+            raise UserError(f"{where} holds {label!r}, not a number") from None
+        if not math.isfinite(value):
+            raise UserError(f"{where} holds {label!r}, not a finite number: mend the record or leave it out")
+        return repr(value)
+    if not isinstance(label, str | int | np.generic):
+        hint = "; `nystrom eval regress` learns scores" if isinstance(label, float) else ""
+        raise UserError(f"{where} holds {label!r}, not a label (text or integer{hint})")
+    _check_unicode(str(label), where)
+    return str(label)
 
 
 def _check_unicode(text: str, where: str) -> None:

@@ -17,7 +17,7 @@ TFIDF_CUT_ROW = f"{TFIDF_ROW}, the same tokens"
 MAJORITY_ROW = "majority class"
 
 
-class ClassifySettings(Settings):
+class FineTuneSettings(Settings):
     """Data, and the recipe of fine-tuning."""
 
     train: str | None = Field(
@@ -36,11 +36,7 @@ class ClassifySettings(Settings):
     local_name: str | None = Field(None, description="the suite's folder in --local-dir; left out: the folder itself")
     text_field: str = Field("text", description="field or column with the text")
     text_b_field: str | None = Field(None, description="field with the second text, where the task is about pairs")
-    label_field: str = Field("label", description="field or column with the label")
     quotes: Quotes = quotes_field()
-    positive_label: tuple[str, ...] = Field(
-        (), description="names of the class whose F1 is reported too (the first that the data has); left out: none"
-    )
     train_records: int | None = Field(
         None, ge=2, description="train on so many records, drawn at random once, by class; left out: all"
     )
@@ -77,6 +73,15 @@ class ClassifySettings(Settings):
     weight_decay: float = Field(0.01, ge=0, description="of the backbone's matrices")
     dropout: float = Field(0.1, ge=0, lt=1, description="before the head")
     grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+
+
+class ClassifySettings(FineTuneSettings):
+    """Of fine-tuning on classes."""
+
+    label_field: str = Field("label", description="field or column with the label")
+    positive_label: tuple[str, ...] = Field(
+        (), description="names of the class whose F1 is reported too (the first that the data has); left out: none"
+    )
 
 
 @register

@@ -6,14 +6,16 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.sources.format import suffixes, supported
 from eval.shared.labelled import HUB, Labelled, pinned, read_labelled
-from eval.tasks.classification import ClassifySettings
+from eval.tasks.classification import ClassifySettings, FineTuneSettings
+
+AnyFineTune = TypeVar("AnyFineTune", bound=FineTuneSettings)
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,12 @@ class ClassifyData:
         Compared in small letters with white space as one space; of pairs both texts must be the same. Labels are not
         looked at: a text with another label there is no less known.
         """
-        known = {key for part in (self.train, self.dev) if part is not None for key in _contents(part)}
-        return np.array([key in known for key in _contents(self.test)], dtype=bool)
+        return stands_in(self.test, self.train, self.dev)
+
+    @property
+    def outputs(self) -> int:
+        """Of the head: one for each class."""
+        return len(self.classes)
 
     def numbers(self, part: Labelled) -> np.ndarray:
         """Class numbers (n,) int64."""
@@ -84,23 +90,29 @@ class ClassifyData:
         )
 
 
+def stands_in(test: Labelled, *others: Labelled | None) -> np.ndarray:
+    """(n,) bool: which records of ``test`` have a text that one of the others has; see :meth:`ClassifyData.seen`."""
+    known = {key for part in others if part is not None for key in _contents(part)}
+    return np.array([key in known for key in _contents(test)], dtype=bool)
+
+
 def _contents(part: Labelled) -> list[tuple[str, ...]]:
     columns = [texts for texts in (part.texts, part.seconds) if texts is not None]
     return list(zip(*([" ".join(text.casefold().split()) for text in texts] for texts in columns), strict=True))
 
 
-def overlap_warning(seen: np.ndarray, settings: ClassifySettings) -> str:
+def overlap_warning(seen: np.ndarray, settings: FineTuneSettings, figure: str = "accuracy") -> str:
     """What is to be said of test texts that were trained on, "" where there are none. ``seen``: (n,) bool."""
     if not seen.any():
         return ""
     where = settings.train if not settings.dev else f"{settings.train} or {settings.dev}"
     return (
-        f"{int(seen.sum()):,} of {len(seen):,} test texts ({seen.mean():.1%}) stand in {where} too: accuracy on texts "
+        f"{int(seen.sum()):,} of {len(seen):,} test texts ({seen.mean():.1%}) stand in {where} too: {figure} on texts "
         "that were trained on says little. Take them out of one of the two."
     )
 
 
-def sources(settings: ClassifySettings) -> ClassifySettings:
+def sources(settings: AnyFineTune) -> AnyFineTune:
     """Settings with the files of ``local_dir`` and pinned hub datasets in place.
 
     Raises :class:`UserError` where no data is named, files are not there, or files and ``local_dir`` are named both.
@@ -123,7 +135,7 @@ def sources(settings: ClassifySettings) -> ClassifySettings:
         return settings.model_copy(update=found)
     if not (settings.train and settings.test):
         raise UserError(
-            "classify needs labelled text: --train FILE --test FILE (JSONL, CSV, TSV or Parquet), or --local-dir DIR"
+            "no labelled text is named: --train FILE --test FILE (JSONL, CSV, TSV or Parquet), or --local-dir DIR"
         )
     named = {part: getattr(settings, part) for part in ("train", "test", "dev")}
     if not named["train"].startswith(HUB) and (named["dev"] or "").startswith(HUB):

@@ -6,28 +6,49 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from eval.results.parts import Job
 from eval.shared.labelled import Labelled
 from eval.shared.progress import Progress, about
 from eval.shared.training import carve
 from eval.subject import Subject
-from eval.tasks.classification import MODEL_ROW, SCRATCH_ROW, TFIDF_CUT_ROW, TFIDF_ROW, ClassifySettings
-from eval.tasks.classification.dataset import ClassifyData
+from eval.tasks.classification import MODEL_ROW, SCRATCH_ROW, TFIDF_CUT_ROW, TFIDF_ROW, FineTuneSettings
 from eval.tasks.classification.encode import Encoded, encode
-from eval.tasks.classification.finetune import Classifier, Evaluation, Examples, Recipe, fit, predict
+from eval.tasks.classification.finetune import CLASSES, Classifier, Evaluation, Examples, Goal, Recipe, fit, predict
 from eval.tasks.classification.metrics import Predictions
 from pretrain.model.transformer import build_model
 
 
-class Fits:
-    """The data as tokens, and the jobs on it."""
+class FineTuneData(Protocol):
+    """The parts of the data, and what of a record is learned."""
 
-    def __init__(self, subject: Subject, settings: ClassifySettings, data: ClassifyData) -> None:
+    @property
+    def train(self) -> Labelled: ...
+    @property
+    def test(self) -> Labelled: ...
+    @property
+    def dev(self) -> Labelled | None: ...
+    @property
+    def outputs(self) -> int:
+        """Of the head."""
+
+    def numbers(self, part: Labelled) -> np.ndarray:
+        """The targets (n,): class numbers int64, or scores float32."""
+
+
+class Fits:
+    """The data as tokens, and the jobs on it. A subclass has another goal than classes."""
+
+    goal: ClassVar[Goal] = CLASSES
+    tfidf_rows: ClassVar[tuple[str, str]] = (TFIDF_ROW, TFIDF_CUT_ROW)
+    """TF-IDF on whole texts, and on what the network reads."""
+
+    def __init__(self, subject: Subject, settings: FineTuneSettings, data: FineTuneData) -> None:
         assert settings.lr
         assert settings.scratch_seeds is not None
         self.subject, self.settings, self.data = subject, settings, data
@@ -59,9 +80,10 @@ class Fits:
         for seed in range(self.settings.seeds):
             for row in (MODEL_ROW, SCRATCH_ROW) if seed < self.scratch_seeds else (MODEL_ROW,):
                 found.append((row, seed, (fit_name(row, seed), partial(self.network, row, seed))))
-        found.append((TFIDF_ROW, 0, (TFIDF_ROW, self.words)))
+        whole, cut = self.tfidf_rows
+        found.append((whole, 0, (whole, self.words)))
         if self.train.cut.any() or self.test.cut.any():
-            found.append((TFIDF_CUT_ROW, 0, (TFIDF_CUT_ROW, self.words_read)))
+            found.append((cut, 0, (cut, self.words_read)))
         return found
 
     def network(self, row: str, seed: int) -> dict[str, Any]:
@@ -72,7 +94,7 @@ class Fits:
         backbone = copy.deepcopy(self.subject.model) if row == MODEL_ROW else build_model(config)
         backbone.requires_grad_(True)
         network = Classifier(
-            backbone, config.hidden_size, len(self.data.classes), self.recipe.dropout, self.settings.pooling
+            backbone, config.hidden_size, self.data.outputs, self.recipe.dropout, self.settings.pooling
         )
         examples, train, dev = self.split(seed)
         how: dict[str, Any] = {"device": self.subject.device, "precision": self.settings.precision}
@@ -86,6 +108,7 @@ class Fits:
                 dev,
                 self.recipe,
                 seed=seed,
+                goal=self.goal,
                 on_batch=progress.update,
                 on_evaluation=said,
                 **how,
@@ -94,15 +117,18 @@ class Fits:
         how["micro_tokens"] = self.recipe.micro_tokens
         logits, _ = predict(fitted.model, self.test.examples, np.arange(len(self.data.test)), **how)
         return {
-            "predicted": logits.argmax(-1).tolist(),
-            "probabilities": logits.double().softmax(-1).tolist(),
+            **self.told(logits),
             "chosen": asdict(fitted.best),
             "curve": [asdict(place) for place in fitted.curve],
         }
 
+    def told(self, outputs: Tensor) -> dict[str, Any]:
+        """The predictions from the head's outputs (n, outputs) on the test items, as plain values."""
+        return {"predicted": outputs.argmax(-1).tolist(), "probabilities": outputs.double().softmax(-1).tolist()}
+
     def _announced(self, progress: Progress, train: int, dev: int) -> Callable[[Evaluation], None]:
         """Say that a fit begins, and return what says each look at the development split, with the time to come."""
-        fits = [name for name in self.share if name not in (TFIDF_ROW, TFIDF_CUT_ROW)]
+        fits = [name for name in self.share if name not in self.tfidf_rows]
         after = len(fits) - fits.index(progress.title) - 1 if progress.title in fits else 0
         most = f"at most {self.recipe.epochs} epochs" if self.recipe.steps is None else f"{self.recipe.steps} steps"
         more = f"; {after} {'fit' if after == 1 else 'fits'} to follow" if after else ""
@@ -112,7 +138,7 @@ class Fits:
             rest = f"{about(progress.left())} left"
             if after:
                 rest += f", {about(progress.left() + after * progress.whole())} for all fits"
-            progress.say(f"epoch {found.epoch:g}: accuracy {found.accuracy:.3f}, loss {found.loss:.3f}, {rest}")
+            progress.say(f"epoch {found.epoch:g}: {self.goal.figure} {found.figure:.3f}, loss {found.loss:.3f}, {rest}")
 
         return said
 
@@ -121,7 +147,7 @@ class Fits:
         examples = self.train.examples
         if self.dev is None:
             share = min(self.settings.dev_share, self.settings.dev_records / len(examples.labels))
-            return examples, *carve(examples.labels, share, seed)
+            return examples, *self.carve(examples.labels, share, seed)
         chosen = np.arange(len(self.dev.examples.labels))
         if len(chosen) > self.settings.dev_records:
             drawn = np.random.default_rng(seed).choice(chosen, self.settings.dev_records, replace=False)
@@ -133,20 +159,25 @@ class Fits:
         )
         return both, np.arange(len(examples.labels)), chosen + len(examples.labels)
 
+    def carve(self, labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices to train on, and those held out."""
+        return carve(labels, share, seed)
+
     def words(self) -> dict[str, Any]:
         """TF-IDF on the whole texts."""
         train, test = (
             [texts for texts in (part.texts, part.seconds) if texts is not None]
             for part in (self.data.train, self.data.test)
         )
-        return self._tfidf(train, test)
+        return self.tfidf(train, test)
 
     def words_read(self) -> dict[str, Any]:
         """TF-IDF on what the network reads of them."""
         tokenizer = self.subject.loaded.tokenizer
-        return self._tfidf(self.train.texts(tokenizer), self.test.texts(tokenizer))
+        return self.tfidf(self.train.texts(tokenizer), self.test.texts(tokenizer))
 
-    def _tfidf(self, train: list[list[str]], test: list[list[str]]) -> dict[str, Any]:
+    def tfidf(self, train: list[list[str]], test: list[list[str]]) -> dict[str, Any]:
+        """What TF-IDF predicts of the test items; one list of texts for each text of a record."""
         found = tfidf(train, self.train.examples.labels, test)
         return {"predicted": found.classes.tolist(), "probabilities": found.probabilities.tolist()}
 
@@ -173,9 +204,23 @@ def tfidf(train: Sequence[Sequence[str]], labels: np.ndarray, test: Sequence[Seq
     ``train`` and ``test``: one list of texts, or two for pairs, whose features stand side by side. Fitted on all of the
     training records: it has nothing to choose, and so more of them than a network whose epoch is chosen. Deterministic.
     """
+    from sklearn.linear_model import LogisticRegression
+
+    classes = int(labels.max()) + 1
+    found = word_features(train, test)
+    if found is None:
+        return majority(labels, classes, len(test[0]))
+    features, held_out = found
+    model = LogisticRegression(C=10.0, max_iter=1000).fit(features, labels)
+    probabilities = np.asarray(model.predict_proba(held_out), dtype=np.float64)
+    return Predictions(model.classes_[probabilities.argmax(1)].astype(np.int64), probabilities)
+
+
+def word_features(train: Sequence[Sequence[str]], test: Sequence[Sequence[str]]) -> tuple[Any, Any] | None:
+    """Sparse TF-IDF features (n, words) of training and test records, those of the texts of a pair side by side; None
+    where no text has a word."""
     import scipy.sparse
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
 
     columns: list[tuple[Any, Any]] = []
     for first, second in zip(train, test, strict=True):
@@ -184,10 +229,7 @@ def tfidf(train: Sequence[Sequence[str]], labels: np.ndarray, test: Sequence[Seq
             columns.append((vectorizer.fit_transform(first), vectorizer.transform(second)))
         except ValueError:  # texts without a single word: nothing to count
             continue
-    classes = int(labels.max()) + 1
     if not columns:
-        return majority(labels, classes, len(test[0]))
+        return None
     features, held_out = (scipy.sparse.hstack(side, format="csr") for side in zip(*columns, strict=True))
-    model = LogisticRegression(C=10.0, max_iter=1000).fit(features, labels)
-    probabilities = np.asarray(model.predict_proba(held_out), dtype=np.float64)
-    return Predictions(model.classes_[probabilities.argmax(1)].astype(np.int64), probabilities)
+    return features, held_out

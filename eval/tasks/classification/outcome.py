@@ -238,7 +238,7 @@ def dev_curves(curves: dict[str, list[list[dict[str, float]]]]) -> list[Series]:
         at: dict[float, list[float]] = {}
         for run in runs:
             for place in run:
-                at.setdefault(place["epoch"], []).append(place["accuracy"])
+                at.setdefault(place["epoch"], []).append(place["figure"])
         x = sorted(at)
         series.append(
             Series(

@@ -9,14 +9,15 @@ from __future__ import annotations
 import textwrap
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Metric, Outcome, Result, Table
 from eval.results.statistics import bootstrap
+from eval.shared.pooling import check_pooling
 from eval.subject import Subject, choose_precision
-from eval.tasks.classification import MAJORITY_ROW, MODEL_ROW, TABLE, ClassifySettings
+from eval.tasks.classification import MAJORITY_ROW, MODEL_ROW, TABLE, ClassifySettings, FineTuneSettings
 from eval.tasks.classification.dataset import ClassifyData, overlap_warning, sources
 from eval.tasks.classification.finetune import default_lr
 from eval.tasks.classification.jobs import Fits, majority, predictions
@@ -37,16 +38,14 @@ from eval.tasks.classification.outcome import (
 )
 
 VERSION = 4
+AnyFineTune = TypeVar("AnyFineTune", bound=FineTuneSettings)
 SEEDS_TABLE = "by seed"
 
 
-def resolve(subject: Subject, settings: ClassifySettings) -> ClassifySettings:
+def resolve(subject: Subject, settings: AnyFineTune) -> AnyFineTune:
     """The data, the length, the learning rate and the precision filled in; raises for what is missing or cannot be."""
     settings = sources(settings)
-    if settings.pooling == "cls" and subject.causal:
-        raise UserError(
-            "--pooling cls reads the first token, which in a causal model has seen nothing but itself: use last or mean"
-        )
+    check_pooling(settings.pooling, subject.causal)
     max_length = subject.check_length(settings.max_length or subject.trained_length, "--max-length")
     if settings.text_b_field and max_length < 3:
         raise UserError(f"--max-length {max_length} is too short for pairs: at least 3 tokens")
@@ -89,7 +88,7 @@ def run(subject: Subject, settings: ClassifySettings, parts: Parts) -> Outcome:
             curves.setdefault(row, []).append(value["curve"])
             chosen, score = value["chosen"], scores(truth, found)
             epoch = int(chosen["epoch"]) if float(chosen["epoch"]).is_integer() else chosen["epoch"]
-            seed_rows.append([row, seed, epoch, chosen["accuracy"], score["accuracy"], score["macro_f1"], score["mcc"]])
+            seed_rows.append([row, seed, epoch, chosen["figure"], score["accuracy"], score["macro_f1"], score["mcc"]])
     ids = data.test.item_ids()
     scored.rows[MAJORITY_ROW] = [majority(fits.train.examples.labels, len(data.classes), len(truth))]
 

@@ -16,9 +16,10 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from data_pipeline.shards.shardset import ShardSet
 from eval.shared.labelled import Labelled
+from eval.shared.pooling import Pooling
 from eval.shared.training import micro_batches
 from eval.tasks.classification.encode import cut_pair, encode
-from eval.tasks.classification.finetune import Classifier, Examples, Pooling, Recipe, fit, predict
+from eval.tasks.classification.finetune import Classifier, Examples, Recipe, fit, predict
 
 CPU: dict[str, Any] = {"device": torch.device("cpu"), "precision": "fp32"}
 
@@ -96,10 +97,10 @@ def test_steps_bound_the_run_and_patience_ends_it(causal: Path, shards: ShardSet
         network = Classifier(copy.deepcopy(subject_of(causal, shards).model), 32, 3, 0.0)
         recipe = Recipe(**({"batch_size": 8} | settings))
         fitted = fit(network, data, np.arange(16), np.arange(16, 24), recipe, seed=0, **CPU)
-        best = max(fitted.curve, key=lambda place: (place.accuracy, -place.loss))
+        best = max(fitted.curve, key=lambda place: (place.figure, -place.loss))
         assert fitted.best == best
         logits, labels = predict(fitted.model, data, np.arange(16, 24), **CPU)
-        assert float((logits.argmax(-1) == labels).float().mean()) == best.accuracy  # the weights are that place's
+        assert float((logits.argmax(-1) == labels).float().mean()) == best.figure  # the weights are that place's
         assert torch.nn.functional.cross_entropy(logits, labels).item() == pytest.approx(best.loss, rel=1e-4)
         return [place.epoch for place in fitted.curve]
 
