@@ -161,7 +161,7 @@ def _group(members: list[Member], label: str, number: int, heading: str) -> Grou
         metrics=metric_rows(members),
         differences=difference_rows(members),
         bars=_bars(members, drawn, context) if drawn else None,
-        bars_of=title(drawn.value) if drawn else "",
+        bars_of=_capital(drawn.value) if drawn else "",
         charts=charts_of(members, context),
         heatmaps=_heatmaps(members),
         tables=joined_tables(members),
@@ -209,6 +209,11 @@ def _bars(members: Sequence[Member], drawn: Bars, context: str) -> Markup | None
                 others.setdefault(name, (value, std))
     bars += [(name, *found, None) for name, found in sorted(others.items(), key=lambda pair: -pair[1][0])]
     return charts.bars(bars, f"{context}: {drawn.value}", f"{drawn.value} on the test file") if tables else None
+
+
+def _capital(value: str) -> str:
+    """The name of a figure at the beginning of a sentence; one with capitals of its own (nDCG) as it is."""
+    return title(value) if value.islower() else value
 
 
 def _label(name: str, what: str) -> str:
