@@ -91,7 +91,8 @@ class Bars:
     """A table of the results that the report draws as bars.
 
     Its first column names a predictor, the second is the ``value``, the third its standard deviation or None. The rows
-    ``model`` and ``control`` are drawn for each run, under these labels; all other rows once.
+    ``model`` and ``control`` are drawn for each run, under these labels. All other rows are drawn once, but for those
+    ``left_out``, which depend on the run too.
     """
 
     table: str
@@ -100,6 +101,7 @@ class Bars:
     model_label: str
     control: str
     control_label: str
+    left_out: tuple[str, ...] = ()
 
 
 class Task:

@@ -38,8 +38,11 @@ def dash(index: int) -> Any:
     return (0, DASHES[index % len(DASHES)]) if DASHES[index % len(DASHES)] else "-"
 
 
-def bars(rows: Sequence[tuple[str, float, float | None, int | None]], title: str) -> Markup | None:
-    """Horizontal bars from 0 to 1, the label above each: (label, value, std, run's colour or None for a control)."""
+def bars(rows: Sequence[tuple[str, float, float | None, int | None]], title: str, xlabel: str) -> Markup | None:
+    """Horizontal bars from 0 to 1, the label above each: (label, value, std, run's colour or None for a control).
+
+    A negative value, of a correlation, goes to the left of 0.
+    """
     if not rows:
         return None
 
@@ -53,11 +56,11 @@ def bars(rows: Sequence[tuple[str, float, float | None, int | None]], title: str
             axes.text(0, y + 0.26, label, va="bottom", color=INK, fontsize=11)
             shown = f"{value:.3f}" + (f" ± {std:.3f}" if std is not None else "")
             axes.text(1.0, y + 0.26, shown, va="bottom", ha="right", color=INK, fontsize=11)
-        axes.set_xlim(0, 1)
+        axes.set_xlim(min(0.0, *(1.05 * value for _, value, _, _ in rows)), 1)
         axes.set_ylim(-len(rows) + 0.6, 0.75)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel("accuracy on the test file")
+        axes.set_xlabel(xlabel)
 
     return picture(draw, title, height=0.62 + 0.5 * len(rows))
 

@@ -67,6 +67,7 @@ class Group:
     metrics: list[MetricRow]
     differences: list[tuple[str, Difference]]
     bars: Markup | None
+    bars_of: str
     charts: list[Chart]
     heatmaps: list[HeatMaps]
     tables: list[Joined]
@@ -160,6 +161,7 @@ def _group(members: list[Member], label: str, number: int, heading: str) -> Grou
         metrics=metric_rows(members),
         differences=difference_rows(members),
         bars=_bars(members, drawn, context) if drawn else None,
+        bars_of=_capital(drawn.value) if drawn else "",
         charts=charts_of(members, context),
         heatmaps=_heatmaps(members),
         tables=joined_tables(members),
@@ -203,10 +205,15 @@ def _bars(members: Sequence[Member], drawn: Bars, context: str) -> Markup | None
                 bars.append((_label(member.run.name, f", {drawn.model_label}{mark}"), value, std, member.index))
             elif name == drawn.control:
                 bars.append((_label(member.run.name, f", {drawn.control_label}"), value, std, None))
-            else:
+            elif name not in drawn.left_out:
                 others.setdefault(name, (value, std))
     bars += [(name, *found, None) for name, found in sorted(others.items(), key=lambda pair: -pair[1][0])]
-    return charts.bars(bars, f"{context}: {drawn.value}") if tables else None
+    return charts.bars(bars, f"{context}: {drawn.value}", f"{drawn.value} on the test file") if tables else None
+
+
+def _capital(value: str) -> str:
+    """The name of a figure at the beginning of a sentence; one with capitals of its own (nDCG) as it is."""
+    return title(value) if value.islower() else value
 
 
 def _label(name: str, what: str) -> str:

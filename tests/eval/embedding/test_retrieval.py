@@ -281,3 +281,23 @@ def test_equal_predictions_are_said_to_have_no_correlation(causal: Path, shards:
     assert "tfidf_spearman" not in outcome.metrics
     assert "gain_over_tfidf" not in outcome.metrics
     assert np.isfinite([metric.value for metric in outcome.metrics.values()]).all()
+
+
+def test_the_report_draws_the_table(causal: Path, shards: ShardSet, pairs: str) -> None:
+    """Rows that depend on the run are its own bars or none; the others are drawn once."""
+    from eval.report import charts
+    from eval.task import task_of
+
+    about = task_of("retrieval").bars
+    assert about is not None
+    table = find(subject_of(causal, shards), RetrievalSettings(test=pairs, random_networks=1, max_length=16)).tables[0]
+    assert (table.name, table.columns[1], table.columns[2]) == (about.table, about.value, "± std")
+    names = {row[0] for row in table.rows}
+    assert {about.model, about.control, *about.left_out} <= names
+    assert names - {about.model, about.control, *about.left_out} == {TFIDF_ROW, TFIDF_CUT_ROW, CHANCE_ROW}
+    similar = task_of("sts").bars
+    assert similar is not None
+    assert similar.left_out == about.left_out
+    drawn = charts.bars([("a run", -0.2, None, 0), ("TF-IDF", 0.5, 0.1, None)], "title", "Spearman on the test file")
+    assert "Spearman on the test file" in str(drawn)
+    assert "-0.200" in str(drawn)
