@@ -61,6 +61,7 @@ def _index(file: Path) -> dict[str, str]:
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
     if file.suffix == ".safetensors":
+        _refuse_pointer(file)
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -76,24 +77,31 @@ def load_pickle(file: Path) -> Any:
 
     Raises :class:`UserError` for a file that needs more than that, is damaged, or is none.
     """
-    import pickle
-
     import torch
 
+    _refuse_pointer(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, KeyError and others, by what is wrong
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it holds {found[1]}, which" if found else "it"
+        if found:
+            raise UserError(
+                f"{file} is refused: it holds {found[1]}, which is no tensor, and loading it could run a program. In "
+                "the environment that wrote it, save the tensors alone: "
+                "torch.save({'model_state_dict': model.state_dict()}, FILE)"
+            ) from None
+        words = next(iter(re.findall(r"(?:WeightsUnpickler error:\s*)([^\n]+)", str(error))), str(error).split("\n")[0])
         raise UserError(
-            f"{file} is refused: {what} is more than tensors, and loading it could run a program. In the environment "
-            "that wrote it, save the tensors alone: torch.save({'model_state_dict': model.state_dict()}, FILE)"
+            f"{file} cannot be read as tensors of torch.save ({type(error).__name__}: {words}): it is damaged, only "
+            "partly copied, or another kind of file"
         ) from None
-    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError and others, by what is broken
-        words = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{file} cannot be read as a file of PyTorch: {words}: it is damaged or of another kind"
-        ) from None
+
+
+def _refuse_pointer(file: Path) -> None:
+    """What `git clone` leaves in place of a large file if Git LFS is not installed."""
+    with open(file, "rb") as opened:
+        if opened.read(40).startswith(b"version https://git-lfs"):
+            raise UserError(f"{file} is a pointer of Git LFS and not the file itself: run `git lfs pull` in its folder")
 
 
 def only_tensors(found: Any, file: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from pretrain.convert.names import BERT, ROBERTA, Names
 from pretrain.convert.source import SOURCES, Converted, Source
 from pretrain.convert.taking import take_all
 from pretrain.convert.tensor_files import read_tensors
-from pretrain.convert.their_config import CONFIG, TheirConfig, model_type, read_json, their_model
+from pretrain.convert.their_config import CONFIG, TheirConfig, exact_gelu_note, model_type, read_json, their_model
 
 DEFAULTS = {
     "vocab_size": 30522,
@@ -50,13 +50,17 @@ class Bert(Source):
         """Row of position 0."""
         return 0
 
+    def activation(self, theirs: TheirConfig) -> list[str]:
+        """A note where the activation is another form of GELU; refuses others."""
+        return theirs.activation()
+
     def read(self, path: Path) -> Converted:
         """See :meth:`Source.read`."""
         theirs = TheirConfig(path / CONFIG, read_json(path / CONFIG), self.defaults)
         for key in ("add_cross_attention", "is_decoder"):
             theirs.refuse(key, False, why="an encoder alone can be converted")
         theirs.refuse("position_embedding_type", "absolute", None, why="learned absolute positions alone are read")
-        notes = theirs.activation()
+        notes = self.activation(theirs)
         first = self.first_position(theirs)
         positions = theirs.whole("max_position_embeddings") - first
         if positions < 2:
@@ -96,3 +100,7 @@ class Roberta(Bert):
     def first_position(self, theirs: TheirConfig) -> int:
         """Behind the padding token's row."""
         return theirs.whole("pad_token_id", least=0) + 1
+
+    def activation(self, theirs: TheirConfig) -> list[str]:
+        """Its head has the exact GELU whatever the configuration says."""
+        return theirs.activation() or [exact_gelu_note("the head's activation")]

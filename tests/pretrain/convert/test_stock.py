@@ -25,6 +25,12 @@ def tokenizer() -> Tokenizer:
     return tiny_tokenizer()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Importing takes seconds and belongs to no test."""
+    _ = transformers.NystromformerForMaskedLM, transformers.AutoModelForMaskedLM, transformers.pipeline
+
+
 FORMS: dict[str, tuple[dict[str, Any], int]] = {
     "landmarks": ({}, 64),
     "one-for-two": ({}, 16),
