@@ -41,6 +41,11 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MAX_SHARD_SIZE = "5GB"
 """Transformers' own default until 4.x, and huggingface_hub's: a larger file is cut into several with an index."""
 
+ORIGINAL_NOTE = (
+    "inverse_init is original, as there: a text's result depends on the batch, and the gate of `nystrom eval` says so "
+    "(--force). `block` in OUT/config.yaml, another function, does not depend on it"
+)
+
 
 def why_not_stock(config: ModelConfig, length: int | None = None) -> list[str]:
     """Why transformers' Nyströmformer cannot compute what this model does; empty if it can.
@@ -152,10 +157,10 @@ def model_config(theirs: Mapping[str, Any], file: Path) -> tuple[ModelConfig, li
         )
     else:
         form = {"attention": "nystrom", "num_landmarks": landmarks, "inverse_init": "original"}
-        notes.append(
-            f"transformers computes landmarks for {segment} tokens alone, here for any {2 * landmarks} tokens or more; "
-            "inverse_init is original, with which a text's result depends on the batch"
-        )
+        notes += [
+            f"transformers computes landmarks for {segment} tokens alone, here for any {2 * landmarks} tokens or more",
+            ORIGINAL_NOTE,
+        ]
     config = their_model(
         file,
         objective="mlm",

@@ -6,7 +6,7 @@ is no error: checkpoints of other tasks have none, and training makes a new one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,11 +69,14 @@ class Taking:
             self.faults.append(f"{name} has values that are not finite")
         return out
 
-    def finish(self, names: Names) -> None:
-        """Account for what is left on both sides. Raises :class:`UserError` that names tensors."""
+    def finish(self, why_unused: Callable[[str], str] = lambda name: "") -> None:
+        """Account for what is left on both sides. Raises :class:`UserError` that names tensors.
+
+        ``why_unused``: why one of their tensors has no place here; "" for one that should have, which is a fault.
+        """
         used = {name for theirs in self.origin.values() for name in theirs}
         for name in sorted(self.there.keys() - used):
-            why = names.why_unused(name)
+            why = why_unused(name)
             if why:
                 self.leave(name, why)
             else:
@@ -110,7 +113,11 @@ class Taking:
 
 def take_all(there: Mapping[str, torch.Tensor], config: ModelConfig, names: Names, where: str) -> Taking:
     """All tensors of a masked model by its table of names. Raises :class:`UserError` that names what does not fit."""
-    there = {_modern(name): tensor for name, tensor in there.items()}
+    modern = {_modern(name): tensor for name, tensor in there.items()}
+    if len(modern) < len(there):
+        raise UserError(f"{where} has a layer norm twice, with weight and bias and with gamma and beta")
+    renamed = sorted(there.keys() - modern.keys())
+    there = modern
     if not any(name.startswith(names.base) for name in there):
         names = names.without_head()
     taking = Taking(there, config, where)
@@ -121,7 +128,9 @@ def take_all(there: Mapping[str, torch.Tensor], config: ModelConfig, names: Name
             taking.take(ours, theirs)
     if has_head:
         _take_decoder(taking, config, names)
-    taking.finish(names)
+    taking.finish(names.why_unused)
+    if renamed:
+        taking.notes.append(f"gamma and beta of layer norms are named weight and bias here, as {renamed[0]}")
     return taking
 
 
@@ -156,7 +165,7 @@ def _take_positions(taking: Taking, names: Names) -> None:
         if bool(row.any()):  # x + 0 is another number for x = -0
             table = table + row
             words.append("with token type 0 added")
-        if taking.there[types].shape[0] > 1:
+        if bool((taking.there[types] != taking.there[types][:1]).any()):
             taking.notes.append("texts of a pair are not told apart here: token types other than 0 are not used")
     taking.take(POSITIONS, positions, types, value=table, why=", ".join(words))
 

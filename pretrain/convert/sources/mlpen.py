@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.errors import UserError
 from pretrain.convert.names import WORDS, Names, mlpen
 from pretrain.convert.source import SOURCES, Converted, Source
+from pretrain.convert.stock import ORIGINAL_NOTE
 from pretrain.convert.taking import take_all
 from pretrain.convert.tensor_files import load_pickle, only_tensors
 from pretrain.convert.their_config import CONFIG, TheirConfig, read_json, their_model
@@ -155,4 +156,4 @@ def _attention(theirs: TheirConfig, length: int) -> tuple[dict[str, Any], list[s
     # Their program looks for one key and reads the value of another.
     original = "inv_coeff_init_option" not in theirs.values or theirs.values.get("inv_init_coeff_option") == "original"
     form = {"attention": "nystrom", "num_landmarks": landmarks, "inverse_init": "original" if original else "block"}
-    return form, notes
+    return form, [*notes, ORIGINAL_NOTE] if original else notes

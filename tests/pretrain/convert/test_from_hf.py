@@ -125,6 +125,12 @@ def test_an_encoder_saved_alone_has_no_prefix(folder: Path, loaded: LoadedModel)
     ]
 
 
+def test_a_layer_norm_of_both_names_is_refused(folder: Path) -> None:
+    name = BASE + "LayerNorm.gamma"
+    change_tensors(folder, lambda t: t.update({name: torch.ones(16)}))
+    assert "has a layer norm twice" in refusal(folder)
+
+
 def test_token_type_0_goes_into_the_positions(folder: Path, loaded: LoadedModel) -> None:
     types = torch.randn(2, 16)
     change_tensors(folder, lambda t: t.update({"nystromformer.embeddings.token_type_embeddings.weight": types}))

@@ -151,6 +151,7 @@ def test_bert_of_its_own_pretraining_leaves_pooler_and_next_sentence(tmp_path: P
         "cls.predictions.decoder.weight",
         "cls.predictions.bias",
     }
+    assert any(note.startswith("gamma and beta of layer norms") for note in account["notes"])
     norm = state["bert.encoder.layer.0.output.LayerNorm.weight"]
     assert loaded.model.layers[0].feed_forward_norm.weight.equal(norm)
 
