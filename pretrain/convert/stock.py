@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.errors import UserError
 from data_pipeline.files import apply_umask, write_atomic
 from data_pipeline.tokenization.folder import CONFIG_FILE
-from pretrain.convert.names import BIAS, DECODER, NYSTROMFORMER, POSITIONS
+from pretrain.convert.tensor_names import BIAS, DECODER, NYSTROMFORMER, POSITIONS
 from pretrain.convert.their_config import CONFIG, their_model
 from pretrain.model.config import ModelConfig
 

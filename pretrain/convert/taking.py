@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
 from pretrain.checkpoint.account import Entry
-from pretrain.convert.names import BIAS, DECODER, POSITIONS, WORDS, Names
+from pretrain.convert.tensor_names import BIAS, DECODER, POSITIONS, WORDS, Names
 from pretrain.convert.source import Converted
 from pretrain.model.config import ModelConfig
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from data_pipeline.errors import UserError
-from pretrain.convert.names import BERT, ROBERTA, Names
+from pretrain.convert.tensor_names import BERT, ROBERTA, Names
 from pretrain.convert.source import SOURCES, Converted, Source
 from pretrain.convert.taking import take_all
 from pretrain.convert.tensor_files import read_tensors

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
-from pretrain.convert.names import WORDS, Names, mlpen
+from pretrain.convert.tensor_names import WORDS, Names, mlpen
 from pretrain.convert.source import SOURCES, Converted, Source
 from pretrain.convert.stock import ORIGINAL_NOTE
 from pretrain.convert.taking import take_all

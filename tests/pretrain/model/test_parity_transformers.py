@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.convert.names import DECODER, WORDS
+from pretrain.convert.tensor_names import DECODER, WORDS
 from pretrain.convert.stock import from_stock
 from pretrain.model import ModelConfig, build_model
 
