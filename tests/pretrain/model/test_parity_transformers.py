@@ -5,45 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pretrain.convert.tensor_names import DECODER, WORDS
+from pretrain.convert.stock import from_stock
 from pretrain.model import ModelConfig, build_model
 
 transformers = pytest.importorskip("transformers")
-
-LAYER = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "output": "attention.output.dense",
-}
-
-
-def renamed(theirs: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
-    """Their names to ours. Their single token type is a constant on every token, so it goes into the positions."""
-    ours: dict[str, torch.Tensor] = {}
-
-    def both(to: str, of: str) -> None:
-        for part in ("weight", "bias"):
-            ours[f"{to}.{part}"] = theirs[f"{of}.{part}"]
-
-    base = "nystromformer.embeddings."
-    ours["embeddings.word_embeddings.weight"] = ours["head.decoder.weight"] = theirs[base + "word_embeddings.weight"]
-    ours["embeddings.position_embeddings.weight"] = (
-        theirs[base + "position_embeddings.weight"] + theirs[base + "token_type_embeddings.weight"][0]
-    )
-    both("embeddings.norm", base + "LayerNorm")
-    for i in range(layers):
-        of, to = f"nystromformer.encoder.layer.{i}.", f"layers.{i}."
-        for name, source in LAYER.items():
-            both(f"{to}attention.{name}", of + source)
-        ours[to + "attention.conv_weight"] = theirs[of + "attention.self.conv.weight"]
-        both(to + "attention_norm", of + "attention.output.LayerNorm")
-        both(to + "feed_forward.intermediate", of + "intermediate.dense")
-        both(to + "feed_forward.output", of + "output.dense")
-        both(to + "feed_forward_norm", of + "output.LayerNorm")
-    both("head.dense", "cls.predictions.transform.dense")
-    both("head.norm", "cls.predictions.transform.LayerNorm")
-    ours["head.decoder.bias"] = theirs["cls.predictions.bias"]
-    return ours
 
 
 @pytest.mark.parametrize(("n", "m"), [(64, 8), (128, 16), (96, 32), (320, 64), (16, 16)])
@@ -79,7 +45,8 @@ def test_logits_and_gradients_equal(n: int, m: int, rows: int) -> None:
             inverse_init="original",
         )
     ).eval()
-    ours.load_state_dict(renamed(theirs.state_dict(), 2))
+    weights = from_stock(theirs.state_dict(), ours.config, "theirs").weights
+    ours.load_state_dict({**weights, DECODER: weights[WORDS]})
     ids = torch.randint(0, 50, (rows, n))
 
     expected = theirs(input_ids=ids).logits

@@ -1,0 +1,62 @@
+"""``nystrom convert from-hf``: another library's checkpoint as an export folder of ours."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pretrain.convert.command import COMMANDS, Command
+from pretrain.convert.source import SOURCES, find_source
+
+
+@COMMANDS.register
+class FromHF(Command):
+    """Reads what :data:`~pretrain.convert.source.SOURCES` knows."""
+
+    name = "from-hf"
+    summary = "a checkpoint of transformers or of mlpen/Nystromformer as an export folder"
+    description = (
+        "Read a checkpoint of another library from this machine and write an export folder, which `nystrom eval`, "
+        "`nystrom fill` and `init_from` of a run take. Every tensor is accounted for; nothing in the source is run."
+    )
+
+    @property
+    def epilog(self) -> str:  # type: ignore[override]
+        """The kinds of sources and examples."""
+        kinds = "".join(f"\n  {kind.description}" for kind in SOURCES.all().values())
+        return (
+            f"SOURCE is one of:{kinds}\n\nexamples:\n"
+            "  nystrom convert from-hf nystromformer-512 converted\n"
+            "  nystrom convert from-hf nystrom-512/model/cp-0099.model converted --tokenizer roberta-base\n"
+        )
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """SOURCE, OUT and the tokenizer."""
+        parser.add_argument("source", type=Path, metavar="SOURCE", help="folder or file of the checkpoint")
+        parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not be there yet")
+        parser.add_argument(
+            "--tokenizer",
+            type=Path,
+            metavar="FOLDER",
+            help="the tokenizer of the weights, where SOURCE has none (default: SOURCE's own)",
+        )
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Convert, and say what became of each tensor."""
+        from pretrain.checkpoint.account import in_words
+        from pretrain.convert.converted import check_out, read_tokenizer, write_folder
+
+        source = find_source(args.source)
+        check_out(args.out)
+        converted = source.read(args.source)
+        tokenizer = read_tokenizer(converted, args.source, args.tokenizer)
+        digest = write_folder(converted, tokenizer, args.source, source.name, args.out)
+        model = converted.model
+        print(
+            f"{args.out}: {model.objective} of {model.num_layers} layers of {model.hidden_size}, attention "
+            f"{model.attention}, up to {converted.length:,} tokens, from {args.source} ({source.name}); "
+            f"weights {digest[:12]}"
+        )
+        for line in [*in_words(converted.entries), *(f"note: {note}" for note in converted.notes)]:
+            print(f"  {line}")
+        return 0

@@ -1,0 +1,264 @@
+"""Our masked model and transformers' own Nyströmformer: the same names, configuration and function, both ways.
+
+``NystromformerForMaskedLM`` is the published block. Where our model computes the same, a folder for it needs no custom
+code. What transformers does not have, and what it does otherwise (modeling_nystromformer.py, read at 5.23):
+
+- With ``num_landmarks == segment_means_seq_len`` it computes exact attention, of any length and with padding. That is
+  our ``attention: softmax``, and our ``attention: nystrom`` up to the length where landmarks begin.
+- Otherwise a text must have exactly ``segment_means_seq_len`` tokens. One text of another length is an error. Two of
+  half that length are taken for one: their landmarks mix. Any padding is an error, and so is bfloat16.
+- The inverse has six steps and starts from the batch's largest column sum, our ``inverse_init: original``. The other
+  start, ``inv_coeff_init_option: true``, raises ``TypeError`` there. Our ``block`` is another function. At 512 tokens
+  and 64 landmarks logits of fresh models differ by 1e-4 (``init_std`` 0.02, 12 layers of 768) to 0.2 (0.1, 4 layers of
+  256), where the same start on both sides leaves 1e-6.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.files import apply_umask, write_atomic
+from data_pipeline.tokenization.folder import CONFIG_FILE
+from pretrain.convert.tensor_names import BIAS, DECODER, NYSTROMFORMER, POSITIONS
+from pretrain.convert.their_config import CONFIG, their_model
+from pretrain.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from pretrain.checkpoint.load import LoadedModel
+    from pretrain.convert.taking import Taking
+
+ITERATIONS = 6
+"""Steps of the inverse, fixed in transformers."""
+TOKEN_TYPES = 2
+"""Rows of zeros that stand for token types: tokenizers give the second text of a pair type 1."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+MAX_SHARD_SIZE = "5GB"
+"""Transformers' own default until 4.x, and huggingface_hub's: a larger file is cut into several with an index."""
+
+ORIGINAL_NOTE = (
+    "inverse_init is original, as there: a text's result depends on the batch, and the gate of `nystrom eval` says so "
+    "(--force). `block` in OUT/config.yaml, another function, does not depend on it"
+)
+
+
+def why_not_stock(config: ModelConfig, length: int | None = None) -> list[str]:
+    """Why transformers' Nyströmformer cannot compute what this model does; empty if it can.
+
+    ``length``: tokens of every text. At a length that has exact attention here, the settings of landmarks do not count.
+    None: judged by the landmarks.
+    """
+    why = [
+        f"model.{key} is {getattr(config, key)}: transformers' Nyströmformer {has}"
+        for key, wanted, has in (
+            ("objective", "mlm", "is a masked encoder"),
+            ("norm", "post", "has the norm after each sublayer"),
+            ("positions", "learned", "has a learned table"),
+        )
+        if getattr(config, key) != wanted
+    ]
+    if config.attention not in ("nystrom", "softmax"):
+        why.append(
+            f"model.attention is {config.attention}: transformers' Nyströmformer has landmarks or exact attention"
+        )
+    if config.conv_kernel == 0:
+        why.append("model.conv_kernel is 0: transformers' Nyströmformer cannot leave the convolution out")
+    if config.objective == "mlm" and not is_exact(config, length):
+        why += _why_other_landmarks(config, length)
+    if length is not None and config.positions == "learned" and length > config.max_positions:
+        why.append(f"{length} tokens are more than model.max_positions {config.max_positions}")
+    return why
+
+
+def _why_other_landmarks(config: ModelConfig, length: int | None) -> list[str]:
+    why = []
+    if not config.landmark_inverse:
+        why.append("model.landmark_inverse is false: transformers' Nyströmformer has the inverse")
+    elif config.inverse_iterations != ITERATIONS:
+        why.append(
+            f"model.inverse_iterations is {config.inverse_iterations}: transformers' Nyströmformer has {ITERATIONS}"
+        )
+    if config.landmark_inverse and config.inverse_init != "original":
+        why.append(
+            f"model.inverse_init is {config.inverse_init}: transformers' Nyströmformer has `original`, and the other "
+            "start raises TypeError in it"
+        )
+    if length is not None and length % config.num_landmarks:
+        why.append(
+            f"{length} tokens are no multiple of model.num_landmarks {config.num_landmarks}, which transformers needs"
+        )
+    return why
+
+
+def is_exact(config: ModelConfig, length: int | None) -> bool:
+    """Whether texts of ``length`` tokens have exact softmax attention in this masked model."""
+    from pretrain.model.attention.registry import form_of
+
+    if config.attention == "softmax":
+        return True
+    limit = form_of(config).exact_up_to
+    return config.attention == "nystrom" and None not in (limit, length) and length <= limit  # type: ignore[operator]
+
+
+def stock_config(config: ModelConfig, roles: Mapping[str, int], length: int, dtype: str = "fp32") -> dict[str, Any]:
+    """The contents of ``config.json`` for a model that :func:`why_not_stock` has nothing against.
+
+    ``roles``: ids of special tokens by role, as :meth:`Roles.as_dict` gives them.
+    """
+    exact = is_exact(config, length)
+    return {
+        "architectures": ["NystromformerForMaskedLM"],
+        "model_type": "nystromformer",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.ffn_size,
+        "hidden_act": "gelu_new",
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": config.max_positions,
+        "type_vocab_size": TOKEN_TYPES,
+        "segment_means_seq_len": length,
+        "num_landmarks": length if exact else config.num_landmarks,
+        "conv_kernel_size": config.conv_kernel,
+        "inv_coeff_init_option": False,
+        "initializer_range": config.init_std,
+        "layer_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        **{f"{role}_token_id": roles.get(role) for role in ("pad", "bos", "eos")},
+        # Landmarks compute in float32 alone there, whatever the numbers on disk are.
+        "dtype": DTYPES[dtype] if exact else "float32",
+    }
+
+
+def model_config(theirs: Mapping[str, Any], file: Path) -> tuple[ModelConfig, list[str]]:
+    """Our configuration for the values of their ``config.json`` (``file``), and notes about it.
+
+    The values are complete and of the right types. Raises :class:`UserError` for what neither side can compute.
+    """
+    landmarks, segment = theirs["num_landmarks"], theirs["segment_means_seq_len"]
+    notes = []
+    if landmarks == segment:
+        form: dict[str, Any] = {"attention": "softmax"}
+        notes.append(
+            f"attention is exact there (num_landmarks and segment_means_seq_len are both {segment}); a run that starts "
+            "with it may have another form"
+        )
+    elif landmarks > segment or segment % landmarks:
+        raise UserError(
+            f"{file}: segment_means_seq_len {segment} is no multiple of num_landmarks {landmarks}: "
+            "transformers cannot run it either"
+        )
+    else:
+        form = {"attention": "nystrom", "num_landmarks": landmarks, "inverse_init": "original"}
+        notes += [
+            f"transformers computes landmarks for {segment} tokens alone, here for any {2 * landmarks} tokens or more",
+            ORIGINAL_NOTE,
+        ]
+    config = their_model(
+        file,
+        objective="mlm",
+        vocab_size=theirs["vocab_size"],
+        hidden_size=theirs["hidden_size"],
+        num_layers=theirs["num_hidden_layers"],
+        num_heads=theirs["num_attention_heads"],
+        intermediate_size=theirs["intermediate_size"],
+        dropout=theirs["hidden_dropout_prob"],
+        norm="post",
+        norm_eps=theirs["layer_norm_eps"],
+        tie_embeddings=theirs["tie_word_embeddings"],
+        init_std=theirs["initializer_range"],
+        positions="learned",
+        max_positions=theirs["max_position_embeddings"],
+        conv_kernel=theirs["conv_kernel_size"],
+        landmark_inverse=True,
+        **form,
+    )
+    return config, notes
+
+
+def to_stock(weights: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Their tensors of ours (a tied weight once); the values are the same objects but for positions.
+
+    Positions that no stage has reached repeat the rows before them, as our model computes them.
+    """
+    import torch
+
+    from pretrain.initialize import resized_positions
+
+    names = NYSTROMFORMER
+    out = {theirs: weights[ours] for ours, theirs in names.pairs(config.num_layers)}
+    table = weights[POSITIONS]
+    out[names.of(names.positions)] = resized_positions(table, config.trained_positions, table.shape[0])
+    out[names.of(names.types)] = torch.zeros(TOKEN_TYPES, config.hidden_size, dtype=table.dtype)
+    out["cls.predictions.bias"] = weights[BIAS]
+    if not config.tie_embeddings:
+        out[names.decoder] = weights[DECODER]
+        out["cls.predictions.decoder.bias"] = weights[BIAS].clone()
+    return out
+
+
+def from_stock(tensors: Mapping[str, torch.Tensor], config: ModelConfig, where: str) -> Taking:
+    """Our tensors of theirs, float32, every one accounted for; see :class:`~pretrain.convert.taking.Taking`."""
+    from pretrain.convert.taking import take_all
+
+    return take_all(tensors, config, NYSTROMFORMER, where)
+
+
+def write_stock(
+    loaded: LoadedModel, out: Path, length: int, dtype: str = "fp32", max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
+    """Write ``out`` as transformers' ``save_pretrained`` would: weights, tokenizer and, last, ``config.json``.
+
+    ``length``: tokens of the texts it will be used for. ``dtype``: of the numbers on disk, a key of :data:`DTYPES`.
+    ``max_shard_size``: bytes, or as "2GB". Raises :class:`UserError` if transformers' Nyströmformer would compute
+    something else (:func:`why_not_stock`) or the type cannot hold a weight, and ``OSError`` if it cannot be written.
+    """
+    import torch
+
+    from pretrain.checkpoint.commit import make_folder
+    from pretrain.checkpoint.load import unique_weights
+
+    config = loaded.model_config
+    why = why_not_stock(config, length)
+    if why:
+        raise UserError(f"{loaded.path} is not transformers' own Nyströmformer: {'; '.join(why)}")
+    number = getattr(torch, DTYPES[dtype])
+    tensors = {name: value.to(number) for name, value in to_stock(unique_weights(loaded.model), config).items()}
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{loaded.path}: {name} has values that {dtype} cannot hold: use fp32 or bf16")
+    make_folder(out)
+    (out / CONFIG).unlink(missing_ok=True)  # what an interruption leaves must not look finished
+    save_tensors(tensors, out, max_shard_size)
+    loaded.tokenizer.save(out)
+    add_to_json(
+        out / CONFIG_FILE, {"model_max_length": length if not is_exact(config, length) else config.max_positions}
+    )
+    body = stock_config(config, loaded.tokenizer.roles.as_dict(), length, dtype)
+    write_atomic(out / CONFIG, (json.dumps(body, indent=2, sort_keys=True) + "\n").encode())
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], out: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+    """``model.safetensors``, or several files and an index beyond ``max_shard_size``; raises ``OSError``."""
+    from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
+
+    try:
+        save_torch_state_dict(tensors, out, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        raise OSError(f"{out}: {error}") from None
+    for path in out.glob("model*.safetensors"):
+        apply_umask(path)
+
+
+def add_to_json(path: Path, more: Mapping[str, Any]) -> None:
+    """Add keys to a JSON object in a file."""
+    body = {**json.loads(path.read_text(encoding="utf-8")), **more}
+    write_atomic(path, (json.dumps(body, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode())
