@@ -51,7 +51,7 @@ def write_own(loaded: LoadedModel, out: Path, *, dtype: str = "fp32", max_shard_
         (out / name).write_bytes(data)
     write_json(out / CONFIG, config_json(config, loaded.tokenizer, dtype))
     if causal:
-        write_json(out / "generation_config.json", token_ids(loaded.tokenizer))
+        write_json(out / "generation_config.json", token_ids(loaded.tokenizer, causal))
     write_json(
         out / FACTS,
         {
@@ -82,7 +82,7 @@ def config_json(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[s
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "intermediate_size": config.ffn_size,
-        **token_ids(tokenizer),
+        **token_ids(tokenizer, config.objective == "clm"),
         "model_type": MODEL_TYPE,
         "architectures": [head],
         "auto_map": {
@@ -94,10 +94,10 @@ def config_json(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[s
     }
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of special tokens by transformers' names, as far as there are."""
+def token_ids(tokenizer: Tokenizer, causal: bool) -> dict[str, int]:
+    """Ids of special tokens by transformers' names, as far as there are. Causal models begin with the end of a text."""
     found = {
-        "bos_token_id": tokenizer.bos_id,
+        "bos_token_id": tokenizer.eos_id if causal else tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
         "mask_token_id": tokenizer.mask_id,

@@ -17,7 +17,8 @@ def tokenizer_files(tokenizer: Tokenizer, *, causal: bool, max_length: int) -> t
 
     transformers applies post-processors, which this project never does: those that add ``[CLS]`` and ``[SEP]`` are left
     out. The space before a mask belongs to the masked word, as in RoBERTa's tokenizer. Prompts of causal models are
-    padded on the left. ``max_length``: the longest sequence that the model was trained on, in tokens.
+    padded on the left, and the token that begins a text is the one that ends the text before it: the only one that they
+    have seen there. ``max_length``: the longest sequence that the model was trained on, in tokens.
     """
     files = tokenizer.files()
     body = json.loads(files[TOKENIZER])
@@ -31,6 +32,8 @@ def tokenizer_files(tokenizer: Tokenizer, *, causal: bool, max_length: int) -> t
     config["model_max_length"] = max_length
     config["model_input_names"] = ["input_ids", "attention_mask"]
     config["padding_side"] = "left" if causal else "right"
+    if causal:
+        changes["bos_token"], config["bos_token"] = config["bos_token"], config["eos_token"]
     written = {TOKENIZER: _text(body), CONFIG: _text(config, indent=1)}
     return written, changes
 
@@ -43,7 +46,10 @@ def restored(files: Mapping[str, bytes], changes: Mapping[str, Any]) -> dict[str
     for token in body["added_tokens"]:
         if token["id"] == changes.get("mask"):
             token["lstrip"] = False
-    return {**files, TOKENIZER: _text(body)}
+    config = json.loads(files[CONFIG])
+    if "bos_token" in changes:
+        config["bos_token"] = changes["bos_token"]
+    return {**files, TOKENIZER: _text(body), CONFIG: _text(config, indent=1)}
 
 
 def _adds_tokens(processor: Mapping[str, Any] | None) -> bool:

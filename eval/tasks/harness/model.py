@@ -19,6 +19,8 @@ from eval.subject import Subject
 from pretrain.model.attention.layout import Layout
 from pretrain.model.generation import generate
 
+OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
+"""What a task may say about the texts that are written; ``num_beams: 1`` and the like change nothing."""
 Request = tuple[list[int], list[int]]  # context (not empty) and continuation, both token ids
 
 
@@ -103,6 +105,12 @@ class SubjectLM(TemplateLM):
                 f"the task asks for {new} new tokens, which leaves no room for a prompt in a window of "
                 f"{self.max_length}: raise --length, or lower max_gen_toks of the task"
             )
+        others = [f"{k}: {v}" for k, v in options.items() if k not in OPTIONS and v not in (None, False, 1)]
+        if others:
+            raise UserError(
+                f"generation_kwargs of the task have {', '.join(others)}, which nystrom eval does not know: leave it "
+                "out, or have lm-eval load the model itself (nystrom convert to-hf)"
+            )
         ids = generate(
             self.subject.model,
             prompt[-(self.max_length - new) :],
@@ -110,6 +118,7 @@ class SubjectLM(TemplateLM):
             temperature=options.get("temperature", 0.0),
             top_k=options.get("top_k"),
             top_p=options.get("top_p"),
+            repetition_penalty=options.get("repetition_penalty") or 1.0,
             seed=self._seed + number,
             stop_id=self.eot_token_id,
         )

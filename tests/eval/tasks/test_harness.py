@@ -184,6 +184,22 @@ def test_a_continuation_is_greedy_where_all_of_its_tokens_are(subject: Subject) 
     assert found[2][0] == pytest.approx(-nats(subject, prompt[:1], new[:1]), rel=1e-5)
 
 
+def test_the_task_says_how_texts_are_written(subject: Subject) -> None:
+    """A repetition penalty was passed over in silence, and so was everything else that is not known here."""
+    from eval.tasks.harness.model import SubjectLM
+
+    model, tokenizer = SubjectLM(subject, 64, Parts()), subject.loaded.tokenizer
+    prompt = tokenizer.encode("river stone cloud")
+    wanted = generate(
+        subject.model, prompt, max_new_tokens=9, temperature=0.0, repetition_penalty=4.0, stop_id=tokenizer.eos_id
+    )
+    assert wanted != generate(subject.model, prompt, max_new_tokens=9, temperature=0.0, stop_id=tokenizer.eos_id)
+    options = {"until": [], "max_gen_toks": 9, "num_beams": 1}
+    assert model._continue(prompt, {**options, "repetition_penalty": 4.0}, 0) == tokenizer.decode(wanted)
+    with pytest.raises(UserError, match="generation_kwargs of the task have num_beams: 4, which"):
+        model._continue(prompt, {**options, "num_beams": 4}, 0)
+
+
 def test_pairs_without_a_context_or_that_merge_are_scored(subject: Subject) -> None:
     """White space alone was a ValueError; a choice that merges into its context had log p = 0, and always won."""
     from eval.tasks.harness.model import SubjectLM
