@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,6 +73,7 @@ def write_model(model: NystromformerLM, path: Path, *, dtype: str = "fp32", head
                 f"the exporter of torch {torch.__version__} cannot trace attention: {model.config.attention}: {reason}"
             ) from None
         assert program is not None
+        _forget_sources(program.model)
         weights = sum(x.numel() * x.element_size() for x in {id(p): p for p in encoder.parameters()}.values())
         program.save(path, external_data=weights > EXTERNAL_BEYOND)
         onnx.checker.check_model(str(path))
@@ -79,6 +81,21 @@ def write_model(model: NystromformerLM, path: Path, *, dtype: str = "fp32", head
     opset = next(entry.version for entry in stored.opset_import if entry.domain in ("", "ai.onnx"))
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
     return Written(opset, stored.ir_version, outputs, size)
+
+
+def _forget_sources(model: Any) -> None:
+    """The exporter notes at every node which lines of which files it comes from, by absolute paths: none of the
+    reader's business, and a fifth of a small file."""
+    import onnx_ir as ir
+
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 @contextlib.contextmanager
