@@ -24,7 +24,7 @@ def skip_convolution(v: Tensor, weight: Tensor, *, causal: bool, mask: Tensor | 
     rows, heads, length, width = v.shape
     taps = weight.shape[2]
     size = max(32, -(-(taps - 1) // 16) * 16)
-    blocks = -(-length // size)
+    blocks = (length + size - 1) // size  # of positive numbers: ONNX rounds a negative quotient towards 0
 
     # x[h, i, (r, block, column)]: the padded input's blocks side by side, one more than there are blocks of outputs.
     before = taps - 1 if causal else taps // 2

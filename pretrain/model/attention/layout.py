@@ -45,7 +45,7 @@ def even_segments(lengths: Tensor, count: int, longest: int) -> Segments:
     """
     edges = lengths[:, None] * torch.arange(count + 1, device=lengths.device) // count
     first, sizes = edges[:, :-1], edges.diff(dim=1)
-    offsets = torch.arange(-(-longest // count), device=lengths.device)
+    offsets = torch.arange((longest + count - 1) // count, device=lengths.device)
     return Segments(first.unsqueeze(2) + torch.minimum(offsets, sizes.unsqueeze(2) - 1), sizes)
 
 

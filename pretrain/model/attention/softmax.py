@@ -99,7 +99,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, wind
     """Bidirectional attention to near tokens only: those of the own segment and of w - 1 on both sides. The ablation
     that shows what landmarks see beyond it. All (R, H, L, d)."""
     size, back, length = window.segment_length, window.segments - 1, q.shape[2]
-    segments = -(-length // size)
+    segments = (length + size - 1) // size
     end = segments * size - length
     q = F.pad(q, (0, 0, 0, end)).unflatten(2, (segments, size))
     k, v = (_spans(F.pad(x, (0, 0, back * size, end + back * size)), size, 2 * back + 1, segments) for x in (k, v))

@@ -1,0 +1,1 @@
+"""The ONNX file of a masked model in onnxruntime, against PyTorch."""

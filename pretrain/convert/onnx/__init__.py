@@ -1,0 +1,1 @@
+"""A masked model as an ONNX file: its graph, the file, and the comparison with onnxruntime."""
