@@ -16,6 +16,7 @@ from data_pipeline.files import check_writable, write_atomic
 from data_pipeline.tokenization.roles import check_objective
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain.config import RunConfig, parse_config
+from pretrain.convert.facts import original_tokenizer
 from pretrain.convert.source import Converted
 from pretrain.convert.taking import shapes_of
 
@@ -41,7 +42,7 @@ def read_tokenizer(converted: Converted, source: Path, given: Path | None) -> To
     if folder is None:
         raise UserError(f"{source} has no tokenizer: give the one that it was trained with as --tokenizer FOLDER")
     try:
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder) if given else original_tokenizer(folder)
     except UserError as error:
         raise UserError(f"{error}; or give the tokenizer of the weights as --tokenizer FOLDER") from None
     rows = converted.model.vocab_size or 0
@@ -74,15 +75,17 @@ def write_folder(converted: Converted, tokenizer: Tokenizer, source: Path, kind:
     from pretrain.checkpoint.load import weights_hash
     from pretrain.curriculum.stages import model_at
 
-    config = run_config(converted, source.resolve().name)
+    config = converted.run or run_config(converted, source.resolve().name)
     weights = whole_weights(converted, config.seed)
     stage = model_at(config, converted.tokens)
     if shapes_of(stage) != {name: tuple(value.shape) for name, value in weights.items()}:
         raise ValueError(f"{kind}: the weights have other shapes than the model of {converted.length} tokens")
-    comment = (
-        f"# Converted from {source} ({kind}). What is known of it is the model and its length, seq_len.\n"
-        "# The other keys hold what a run cannot be without.\n"
-    )
+    comment = f"# Converted from {source} ({kind}).\n"
+    if converted.run is None:
+        comment += (
+            "# What is known of it is the model and its length, seq_len.\n"
+            "# The other keys hold what a run cannot be without.\n"
+        )
     digest = weights_hash(weights)
     origin = {"kind": kind, "path": str(source)}
     info = {"weights_hash": digest, "tokens": converted.tokens, "step": 0, "converted_from": origin}

@@ -49,7 +49,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_weights(weights: Mapping[str, torch.Tensor], out: Path, max_shard_size: str = SHARD_SIZE) -> None:
+def write_weights(weights: Mapping[str, torch.Tensor], out: Path, max_shard_size: int | str = SHARD_SIZE) -> None:
     """Write ``model.safetensors``, or shards and ``model.safetensors.index.json``, as huggingface_hub divides them."""
     from huggingface_hub import save_torch_state_dict
 

@@ -5,13 +5,13 @@ Backbone and head are two modules there: our ``layers.0...`` is ``model.layers.0
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain.convert.code import carried_code
+from pretrain.convert.facts import FACTS, facts
 from pretrain.convert.folder import CONFIG, DTYPES, SHARD_SIZE, cast, write_json, write_weights
 from pretrain.convert.tokenizer import tokenizer_files
 from pretrain.model.config import ModelConfig
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pretrain.checkpoint.load import LoadedModel
 
 MODEL_TYPE = "nystrom_lm"
-FACTS = "nystrom.json"
-"""What transformers has no place for: the run's configuration, tokens, hash; ``convert from-hf`` reads it."""
 _HEAD = "head."
 _BACKBONE = "model."
 Value = TypeVar("Value")
@@ -52,16 +50,7 @@ def write_own(loaded: LoadedModel, out: Path, *, dtype: str = "fp32", max_shard_
     write_json(out / CONFIG, config_json(config, loaded.tokenizer, dtype))
     if causal:
         write_json(out / "generation_config.json", token_ids(loaded.tokenizer, causal))
-    write_json(
-        out / FACTS,
-        {
-            "weights_hash": loaded.weights_hash,
-            "tokens": loaded.tokens,
-            "trained_length": length,
-            "run": json.loads(loaded.run_config.model_dump_json(exclude_unset=True)),
-            "tokenizer": changes,
-        },
-    )
+    write_json(out / FACTS, facts(loaded, changes))
     write_weights(to_theirs(cast(unique_weights(loaded.model), dtype)), out, max_shard_size)
 
 

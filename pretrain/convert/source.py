@@ -19,6 +19,8 @@ from pretrain.model.config import ModelConfig
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.config import RunConfig
+
 PARTS = {
     "description": "what it reads, for the help text and for messages",
     "matches": "whether a path is one of these",
@@ -46,6 +48,8 @@ class Converted:
     """What the user must know, a line each."""
     tokens: int = 0
     """That it was trained on; 0 where the checkpoint does not say."""
+    run: RunConfig | None = None
+    """Of the run that trained it here, if it was one."""
 
 
 class Source:

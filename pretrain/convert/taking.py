@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
 from pretrain.checkpoint.account import Entry
-from pretrain.convert.tensor_names import BIAS, DECODER, POSITIONS, WORDS, Names
 from pretrain.convert.source import Converted
+from pretrain.convert.tensor_names import BIAS, DECODER, POSITIONS, WORDS, Names
 from pretrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
+
+    from pretrain.config import RunConfig
 
 MOST_LINES = 6
 """Faults that a message lists."""
@@ -98,7 +100,16 @@ class Taking:
             if kind != "float32"
         ]
 
-    def converted(self, config: ModelConfig, tokenizer: Path | None, length: int, notes: Sequence[str]) -> Converted:
+    def converted(
+        self,
+        config: ModelConfig,
+        tokenizer: Path | None,
+        length: int,
+        notes: Sequence[str],
+        *,
+        tokens: int = 0,
+        run: RunConfig | None = None,
+    ) -> Converted:
         """All of it as :class:`Converted`; ``length``: the longest text that the source was trained on, in tokens."""
         return Converted(
             model=config,
@@ -108,6 +119,8 @@ class Taking:
             length=length,
             tokenizer=tokenizer,
             notes=(*notes, *self.notes),
+            tokens=tokens,
+            run=run,
         )
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from data_pipeline.errors import UserError
-from pretrain.convert.tensor_names import BERT, ROBERTA, Names
 from pretrain.convert.source import SOURCES, Converted, Source
 from pretrain.convert.taking import take_all
 from pretrain.convert.tensor_files import read_tensors
+from pretrain.convert.tensor_names import BERT, ROBERTA, Names
 from pretrain.convert.their_config import CONFIG, TheirConfig, exact_gelu_note, model_type, read_json, their_model
 
 DEFAULTS = {

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
-from pretrain.convert.tensor_names import WORDS, Names, mlpen
 from pretrain.convert.source import SOURCES, Converted, Source
 from pretrain.convert.stock import ORIGINAL_NOTE
 from pretrain.convert.taking import take_all
 from pretrain.convert.tensor_files import load_pickle, only_tensors
+from pretrain.convert.tensor_names import WORDS, Names, mlpen
 from pretrain.convert.their_config import CONFIG, TheirConfig, read_json, their_model
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from training_case import metrics, settings, write_config
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from launch import program
 from pretrain.checkpoint.load import load_model
-from pretrain.convert.tensor_names import POSITIONS
 from pretrain.convert.stock import write_stock
+from pretrain.convert.tensor_names import POSITIONS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/converting.md"
 

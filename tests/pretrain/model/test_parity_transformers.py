@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.convert.tensor_names import DECODER, WORDS
 from pretrain.convert.stock import from_stock
+from pretrain.convert.tensor_names import DECODER, WORDS
 from pretrain.model import ModelConfig, build_model
 
 transformers = pytest.importorskip("transformers")
