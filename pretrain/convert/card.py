@@ -46,7 +46,7 @@ CITATION = """
   year      = {2021}
 }
 """
-Kind = Literal["stock", "custom", "both"]
+Kind = Literal["stock", "custom"]
 
 
 def write_card(
@@ -61,8 +61,8 @@ def write_card(
 ) -> None:
     """Write ``out/README.md`` for the weights ``loaded`` as they lie in ``out``; raises ``OSError``.
 
-    ``folder_kind``: "stock" if transformers' own Nyströmformer loads the folder, "custom" if it carries its code,
-    "both" if it does both. ``dtype``: of the stored weights, such as "float32". ``licence``: of the weights, an
+    ``folder_kind``: "stock" if transformers' own Nyströmformer loads the folder, "custom" if it carries its code.
+    ``dtype``: of the stored weights, such as "float32". ``licence``: of the weights, an
     identifier of the hub or any name; by default it is said to be unknown. ``language``: codes such as "en,de".
     ``stock_length``: ``segment_means_seq_len`` of a folder for stock transformers, in tokens.
     """

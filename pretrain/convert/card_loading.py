@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from pretrain.checkpoint.load import LoadedModel
 from pretrain.convert.markdown import block
+from pretrain.convert.stock import is_exact
 
 OPENING = """
 from transformers import {auto}, AutoTokenizer
 
 folder = "."  # this folder, or the name of its repository
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = {auto}.from_pretrained(folder{trust}).eval()
 """
 FILLING = """
@@ -43,25 +44,25 @@ def loading(loaded: LoadedModel, folder_kind: str, stock_length: int | None, fai
             longest = loaded.model_config.max_positions if loaded.model_config.positions == "learned" else None
             lengths = f"texts can have up to {longest:,} tokens" if longest else "texts can have any length"
             yield f"Padding masks are obeyed, {lengths}, and bf16 works (`dtype=torch.bfloat16`)."
-    if folder_kind == "both":
-        yield (
-            "Without `trust_remote_code` transformers takes its own Nyströmformer, which agrees on single texts "
-            "without padding and has these faults:"
-        )
-    if folder_kind == "stock":
+    else:
         yield block(OPENING.format(auto=auto, trust="") + use)
         yield "The code is transformers' own Nyströmformer, which agrees on texts without padding and has these faults:"
-    if folder_kind != "custom":
         yield "\n".join(f"- {fault}" for fault in faults(loaded, stock_length))
 
 
 def faults(loaded: LoadedModel, stock_length: int | None) -> Iterator[str]:
     """What stock transformers (5.23) does wrong, measured on its published implementation."""
-    if loaded.model_config.attention == "softmax":
+    if is_exact(loaded.model_config, stock_length):
         yield (
             "**Padding changes the results**: the convolution reads the padding, whatever the mask says. Give texts of "
             "one length, without padding."
         )
+        if loaded.model_config.attention != "softmax":
+            landmarks = 2 * loaded.model_config.num_landmarks
+            yield (
+                f"**Lengths**: attention is exact there at every length. Texts of {landmarks:,} tokens or more have "
+                "landmarks in this model, and other results."
+            )
         return
     yield (
         "**Padding**: a batch with a padding mask ends with an error. Without the mask the padding is read as text. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -25,11 +26,14 @@ TOLERANCE = 1e-4
 """Of a logit. In every format the same operations run on the same weights, so that the difference is usually 0."""
 
 
-def largest_difference(folder: Path, loaded: LoadedModel, dtype: str, lengths: Sequence[int]) -> float | None:
+def largest_difference(
+    folder: Path, loaded: LoadedModel, dtype: str, lengths: Sequence[int], *, computed_in: str | None = None
+) -> float | None:
     """The largest difference of a logit over rows of these ``lengths``, padded; None where transformers is missing.
 
-    It runs in a process of its own, which has a cache of its own for the folder's code. Raises :class:`UserError` if
-    the folder does not load or differs by more than :data:`TOLERANCE`.
+    ``dtype``: of the folder's weights. ``computed_in``: another one that both sides compute in. It runs in a process of
+    its own, with a cache of its own for the folder's code. Raises :class:`UserError` if the folder does not load or
+    differs by more than :data:`TOLERANCE`.
     """
     import torch
     from safetensors.torch import save_file
@@ -45,18 +49,17 @@ def largest_difference(folder: Path, loaded: LoadedModel, dtype: str, lengths: S
     real = columns >= width - sizes if config.objective == "clm" else columns < sizes
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size or 1, (len(lengths), width), generator=draw)
-    to = getattr(torch, DTYPES[dtype])
-    model = loaded.model.to(to)
+    stored, compute = (getattr(torch, DTYPES[name]) for name in (dtype, computed_in or dtype))
+    model = copy.deepcopy(loaded.model).to(stored).to(compute)
     with torch.no_grad():
         logits = model(ids, layout=Layout.from_documents(torch.where(real, 0, -1))).logits[real]
-    loaded.model.float()
     kind = "AutoModelForCausalLM" if config.objective == "clm" else "AutoModelForMaskedLM"
     with tempfile.TemporaryDirectory() as scratch:
         expected = Path(scratch) / "expected.safetensors"
         save_file({"input_ids": ids, "attention_mask": real.long(), "logits": logits.contiguous()}, expected)
         env = {**os.environ, "HF_HOME": scratch, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         env.pop("PYTHONPATH", None)
-        command = [sys.executable, "-P", str(SCRIPT), str(folder.resolve()), str(expected), kind]
+        command = [sys.executable, "-P", str(SCRIPT), str(folder.resolve()), str(expected), kind, str(compute)]
         done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -16,8 +16,10 @@ from pretrain.checkpoint.load import LoadedModel, unique_weights, weights_hash
 from pretrain.config import parse_config
 from pretrain.convert.folder import write_folder
 from pretrain.convert.own import write_own
+from pretrain.curriculum.stages import model_at
 from pretrain.model import build_model
 
+TOKENS = 4096
 TEXT = ["the king of the sea and the old man", "it was a dark night, and the sea was still", "a man and a king"]
 
 
@@ -31,12 +33,13 @@ def loaded_model(seed: int = 0, **model: Any) -> LoadedModel:
     tiny = tokenizer()
     network = {"vocab_size": tiny.vocab_size, "init_std": 0.3, **model}
     run = parse_config(settings(Path("corpus"), Path("runs"), model=network), where="test")
-    net = build_model(run.model).eval()
+    config = model_at(run, TOKENS)
+    net = build_model(config).eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     digest = weights_hash(unique_weights(net))
-    return LoadedModel(net, run.model, run, tiny, digest, 4096, Path("run"), None)
+    return LoadedModel(net, config, run, tiny, digest, TOKENS, Path("run"), None)
 
 
 def export(loaded: LoadedModel, folder: Path, **options: Any) -> Path:

@@ -291,7 +291,7 @@ def test_weights_from_elsewhere_promise_no_training(make: Make, tmp_path: Path) 
     assert "Trained lengths are unknown." in section(text, "Limits")
 
 
-@pytest.mark.parametrize("kind", ["stock", "custom", "both"])
+@pytest.mark.parametrize("kind", ["stock", "custom"])
 def test_how_to_load_it_fits_the_folder(kind: str, make: Make, tmp_path: Path) -> None:
     metadata, text = card(make(), tmp_path, folder_kind=kind, stock_length=64)
     own, faults = kind != "stock", kind != "custom"

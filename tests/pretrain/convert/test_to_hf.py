@@ -196,10 +196,10 @@ def test_what_cannot_be_is_refused(causal: tuple[Any, Any, Path], tmp_path: Path
     masked = get_class("modeling_nystrom.NystromForMaskedLM", str(folder))
     with pytest.raises(ValueError, match="AutoModelForCausalLM"):
         masked(config)
-    learned = loaded_model(objective="clm", positions="learned", max_positions=30)
+    learned = loaded_model(objective="clm", positions="learned")
     short = load(export(learned, tmp_path / "learned"), "AutoModelForCausalLM")
-    with pytest.raises(ValueError, match="30 learned positions"):
-        short(input_ids=ids)
+    with pytest.raises(ValueError, match=f"{learned.model_config.max_positions} learned positions"):
+        short(input_ids=ids.repeat(1, 11))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -254,7 +254,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("found")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.convert.check.largest_difference", lambda *_: None)
+    monkeypatch.setattr("pretrain.convert.check.largest_difference", lambda *_, **__: None)
     out = tmp_path / "hf"
     assert main(["to-hf", "run", str(out), "--dtype", "bf16"]) == 0
     said = capsys.readouterr().out
@@ -264,9 +264,42 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         main(["to-hf", "run", str(out)])
     assert main(["to-hf", "run", str(out), "--overwrite"]) == 0
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    assert "license: unknown" in (out / "README.md").read_text()
     with pytest.raises(UserError, match="--max-shard-size 1XB"):
         main(["to-hf", "run", str(tmp_path / "other"), "--max-shard-size", "1XB"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+@pytest.mark.usefixtures("found")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--length", "64"], "--length is for --stock"),
+        (["--stock", "--length", "0"], "at least 1 token"),
+        (["--stock"], "model.objective is clm"),
+    ],
+)
+def test_options_that_do_not_go_together(words: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        main(["to-hf", "run", str(tmp_path / "hf"), *words])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "dtype"), [(64, "fp32"), (64, "bf16"), (12, "fp16")])
+def test_a_folder_for_stock_transformers(
+    length: int, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With landmarks at 64 tokens; at 12 attention is exact."""
+    block = {"norm": "post", "positions": "learned", "max_positions": 64, "inverse_init": "original"}
+    monkeypatch.setattr("pretrain.checkpoint.load.load_model", lambda path: loaded_model(**block))
+    out = tmp_path / "hf"
+    assert main(["to-hf", "run", str(out), "--stock", "--length", str(length), "--dtype", dtype]) == 0
+    said = re.search(r"largest difference of a logit (\S+)\n", capsys.readouterr().out)
+    assert said is not None
+    assert float(said[1]) < 2e-5
+    card = (out / "README.md").read_text()
+    assert ("computes" in card or "exact there" in card) if length == 12 else "must have exactly" in card
 
 
 def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
