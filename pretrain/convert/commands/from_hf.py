@@ -44,7 +44,7 @@ class FromHF(Command):
     def run(self, args: argparse.Namespace) -> int:
         """Convert, and say what became of each tensor."""
         from pretrain.checkpoint.account import in_words
-        from pretrain.convert.folder import check_out, read_tokenizer, write_folder
+        from pretrain.convert.export_folder import check_out, read_tokenizer, write_folder
 
         source = find_source(args.source)
         check_out(args.out)
