@@ -112,10 +112,16 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]], request: StopRequest) -
         if request.number is not None or time.monotonic() > deadline:
             break
         if failed is None:
-            failed = next((process for process in processes if process.returncode), None)
+            failed = _first_failure(processes)
             deadline = time.monotonic() + LAST_WORDS_SECONDS if failed is not None else deadline
         time.sleep(POLL_SECONDS)
-    return failed or next((process for process in processes if process.returncode), None)
+    return failed or _first_failure(processes)
+
+
+def _first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes] | None:
+    """One that a signal killed, before those that merely lost it; else the first that failed; None if none has."""
+    failed = [process for process in processes if process.returncode]
+    return min(failed, key=lambda process: process.returncode >= 0, default=None)
 
 
 def _end_all(launch_id: str) -> None:

@@ -11,7 +11,8 @@ import torch
 from data_pipeline.errors import UserError
 from pretrain.model.attention.registry import form_of
 from pretrain.model.config import ModelConfig
-from pretrain.model.transformer import Block, NystromformerLM, build_model
+from pretrain.model.layers import Block
+from pretrain.model.transformer import NystromformerLM, build_model
 
 EXACT: dict[str, Any] = {"attention": "softmax"}
 WINDOW: dict[str, Any] = {"attention": "window"}

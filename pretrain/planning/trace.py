@@ -28,7 +28,8 @@ from pretrain.model.attention.layout import Layout
 from pretrain.model.attention.self_attention import SelfAttention
 from pretrain.model.compute import assume_device
 from pretrain.model.config import ModelConfig
-from pretrain.model.transformer import Block, Embeddings, FeedForward, Head, NystromformerLM, build_model
+from pretrain.model.layers import Block, Embeddings, FeedForward, Head
+from pretrain.model.transformer import NystromformerLM, build_model
 
 TRACED_LAYERS = 3
 """The first, the last and one between: a deeper model repeats the one between."""

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -231,3 +232,13 @@ def test_a_mistake_is_said_once_and_the_status_is_2(labelled_run: list[str], tmp
     assert "no field 'body'" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "lm.json").exists()  # the other suite was run
+
+
+def test_a_killed_process_is_named_before_one_that_lost_it() -> None:
+    def ended(*codes: int | None) -> list[SimpleNamespace]:
+        return [SimpleNamespace(returncode=code) for code in codes]
+
+    for codes, first in (((1, -9), 1), ((0, 1, 2), 1), ((-15, -9), 0)):
+        processes = ended(*codes)
+        assert evaluation._first_failure(processes) is processes[first]  # type: ignore[arg-type]
+    assert evaluation._first_failure(ended(0, None)) is None  # type: ignore[arg-type]

@@ -105,7 +105,7 @@ def train_slowly(config: str, slow: int) -> int:
     import os
     import time
 
-    from pretrain.model.transformer import Embeddings
+    from pretrain.model.layers import Embeddings
 
     forward = Embeddings.forward
 
