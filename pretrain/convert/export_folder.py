@@ -18,6 +18,7 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain.config import RunConfig, parse_config
 from pretrain.convert.source import Converted
 from pretrain.convert.taking import shapes_of
+from pretrain.convert.tokenizer import load_restored
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ def read_tokenizer(converted: Converted, source: Path, given: Path | None) -> To
     if folder is None:
         raise UserError(f"{source} has no tokenizer: give the one that it was trained with as --tokenizer FOLDER")
     try:
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = load_restored(folder)
     except UserError as error:
         raise UserError(f"{error}; or give the tokenizer of the weights as --tokenizer FOLDER") from None
     rows = converted.model.vocab_size or 0

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain.convert.code import carried_code
 from pretrain.convert.folder import CONFIG, DTYPES, SHARD_SIZE, cast, write_json, write_weights
-from pretrain.convert.tokenizer import tokenizer_files
+from pretrain.convert.tokenizer import FACTS, tokenizer_files
 from pretrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.load import LoadedModel
 
 MODEL_TYPE = "nystrom_lm"
-FACTS = "nystrom.json"
-"""What transformers has no place for: the run's configuration, tokens, hash; ``convert from-hf`` reads it."""
 _HEAD = "head."
 _BACKBONE = "model."
 Value = TypeVar("Value")

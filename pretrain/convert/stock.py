@@ -15,16 +15,16 @@ code. What transformers does not have, and what it does otherwise (modeling_nyst
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import apply_umask, write_atomic
-from data_pipeline.tokenization.folder import CONFIG_FILE
+from data_pipeline.files import write_atomic
+from pretrain.convert.folder import DTYPES, SHARD_SIZE, cast, write_json, write_weights
 from pretrain.convert.names import BIAS, DECODER, NYSTROMFORMER, POSITIONS
 from pretrain.convert.their_config import CONFIG, their_model
+from pretrain.convert.tokenizer import FACTS, tokenizer_files
 from pretrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ ITERATIONS = 6
 """Steps of the inverse, fixed in transformers."""
 TOKEN_TYPES = 2
 """Rows of zeros that stand for token types: tokenizers give the second text of a pair type 1."""
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-MAX_SHARD_SIZE = "5GB"
-"""Transformers' own default until 4.x, and huggingface_hub's: a larger file is cut into several with an index."""
 
 ORIGINAL_NOTE = (
     "inverse_init is original, as there: a text's result depends on the batch, and the gate of `nystrom eval` says so "
@@ -212,16 +209,14 @@ def from_stock(tensors: Mapping[str, torch.Tensor], config: ModelConfig, where: 
 
 
 def write_stock(
-    loaded: LoadedModel, out: Path, length: int, dtype: str = "fp32", max_shard_size: int | str = MAX_SHARD_SIZE
+    loaded: LoadedModel, out: Path, length: int, dtype: str = "fp32", max_shard_size: str = SHARD_SIZE
 ) -> None:
     """Write ``out`` as transformers' ``save_pretrained`` would: weights, tokenizer and, last, ``config.json``.
 
     ``length``: tokens of the texts it will be used for. ``dtype``: of the numbers on disk, a key of :data:`DTYPES`.
-    ``max_shard_size``: bytes, or as "2GB". Raises :class:`UserError` if transformers' Nyströmformer would compute
-    something else (:func:`why_not_stock`) or the type cannot hold a weight, and ``OSError`` if it cannot be written.
+    Raises :class:`UserError` if transformers' Nyströmformer would compute something else (:func:`why_not_stock`) or the
+    type cannot hold a weight, and ``OSError`` if it cannot be written.
     """
-    import torch
-
     from pretrain.checkpoint.commit import make_folder
     from pretrain.checkpoint.load import unique_weights
 
@@ -229,36 +224,13 @@ def write_stock(
     why = why_not_stock(config, length)
     if why:
         raise UserError(f"{loaded.path} is not transformers' own Nyströmformer: {'; '.join(why)}")
-    number = getattr(torch, DTYPES[dtype])
-    tensors = {name: value.to(number) for name, value in to_stock(unique_weights(loaded.model), config).items()}
-    for name, value in tensors.items():
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(f"{loaded.path}: {name} has values that {dtype} cannot hold: use fp32 or bf16")
+    tensors = cast(to_stock(unique_weights(loaded.model), config), dtype)
     make_folder(out)
     (out / CONFIG).unlink(missing_ok=True)  # what an interruption leaves must not look finished
-    save_tensors(tensors, out, max_shard_size)
-    loaded.tokenizer.save(out)
-    add_to_json(
-        out / CONFIG_FILE, {"model_max_length": length if not is_exact(config, length) else config.max_positions}
-    )
-    body = stock_config(config, loaded.tokenizer.roles.as_dict(), length, dtype)
-    write_atomic(out / CONFIG, (json.dumps(body, indent=2, sort_keys=True) + "\n").encode())
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], out: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
-    """``model.safetensors``, or several files and an index beyond ``max_shard_size``; raises ``OSError``."""
-    from huggingface_hub import save_torch_state_dict
-    from safetensors import SafetensorError
-
-    try:
-        save_torch_state_dict(tensors, out, max_shard_size=max_shard_size)
-    except SafetensorError as error:
-        raise OSError(f"{out}: {error}") from None
-    for path in out.glob("model*.safetensors"):
-        apply_umask(path)
-
-
-def add_to_json(path: Path, more: Mapping[str, Any]) -> None:
-    """Add keys to a JSON object in a file."""
-    body = {**json.loads(path.read_text(encoding="utf-8")), **more}
-    write_atomic(path, (json.dumps(body, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode())
+    write_weights(tensors, out, max_shard_size)
+    longest = config.max_positions if is_exact(config, length) else length
+    files, changes = tokenizer_files(loaded.tokenizer, causal=False, max_length=longest)
+    for name, data in files.items():
+        write_atomic(out / name, data)
+    write_json(out / FACTS, {"tokenizer": changes})
+    write_json(out / CONFIG, stock_config(config, loaded.tokenizer.roles.as_dict(), length, dtype))

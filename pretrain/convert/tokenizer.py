@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+FACTS = "nystrom.json"
+"""In a folder for transformers: what it has no place for, such as the tokenizer's changes."""
 _ADD_TOKENS = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 
 
@@ -44,6 +48,24 @@ def restored(files: Mapping[str, bytes], changes: Mapping[str, Any]) -> dict[str
         if token["id"] == changes.get("mask"):
             token["lstrip"] = False
     return {**files, TOKENIZER: _text(body)}
+
+
+def load_restored(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder as it was before it was written there, if it is such a folder; else as it stands.
+
+    A tokenizer that was changed there since is taken as it stands, too. Raises as :meth:`Tokenizer.load`.
+    """
+    tokenizer = Tokenizer.load(folder)
+    try:
+        changes = json.loads((folder / FACTS).read_text(encoding="utf-8"))["tokenizer"]
+        files = restored({name: (folder / name).read_bytes() for name in (TOKENIZER, CONFIG)}, changes)
+    except (OSError, ValueError, TypeError, KeyError):
+        return tokenizer
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, data in files.items():
+            (Path(scratch) / name).write_bytes(data)
+        before = Tokenizer.load(scratch)
+    return before if before.hash == changes.get("hash") else tokenizer
 
 
 def _adds_tokens(processor: Mapping[str, Any] | None) -> bool:

@@ -15,6 +15,7 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain.checkpoint.load import unique_weights, weights_hash
 from pretrain.convert.source import find_source
 from pretrain.convert.stock import stock_config, why_not_stock, write_stock
+from pretrain.convert.tokenizer import load_restored
 from pretrain.model import ModelConfig
 
 transformers = pytest.importorskip("transformers")
@@ -86,7 +87,7 @@ def test_the_pipeline_fills_masks_with_our_probabilities(tokenizer: Tokenizer, t
     fill = transformers.pipeline("fill-mask", model=str(tmp_path), top_k=5)
     mask = tokenizer.name_of(loaded.tokenizer.mask_id or 0)
     text = f"the cat {mask} on the mat"
-    ids = [*tokenizer.encode("the cat "), tokenizer.mask_id, *tokenizer.encode(" on the mat")]
+    ids = [*tokenizer.encode("the cat"), tokenizer.mask_id, *tokenizer.encode(" on the mat")]
     if attention == "nystrom":  # a text of exactly that length
         text, ids = text + "a" * (64 - len(ids)), []
         ids = fill.tokenizer(text)["input_ids"]
@@ -107,11 +108,32 @@ def test_the_folder_has_the_tokenizer_and_its_ids(tokenizer: Tokenizer, tmp_path
     assert theirs("many small words")["input_ids"] == tokenizer.encode("many small words")
     assert (theirs.mask_token_id, theirs.pad_token_id) == (tokenizer.mask_id, tokenizer.pad_id)
     assert theirs.model_max_length == 64
-    assert Tokenizer.load(tmp_path).hash == tokenizer.hash
+    assert load_restored(tmp_path).hash == tokenizer.hash
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     ids = (config.pad_token_id, config.bos_token_id, config.eos_token_id)
     assert ids == (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
     assert (config.segment_means_seq_len, config.num_landmarks, config.max_position_embeddings) == (64, 8, 64)
+
+
+def test_a_tokenizer_that_adds_tokens_adds_none_there_and_is_whole_again_here(tmp_path: Path) -> None:
+    import tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    backend = tokenizers.Tokenizer.from_str(tiny_tokenizer().to_json())
+    begin, end = ((name, backend.token_to_id(name)) for name in ("<s>", "</s>"))
+    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[begin, end])
+    tokenizer = Tokenizer(backend)
+    write_stock(tiny_model(tokenizer), tmp_path, 64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("many small words")["input_ids"] == tokenizer.encode("many small words")
+    assert Tokenizer.load(tmp_path).hash != tokenizer.hash
+    assert load_restored(tmp_path).hash == tokenizer.hash
+    # One that was changed there is another tokenizer.
+    theirs.add_tokens(["new"])
+    theirs.save_pretrained(tmp_path)
+    assert load_restored(tmp_path).hash == Tokenizer.load(tmp_path).hash != tokenizer.hash
+    (tmp_path / "nystrom.json").write_text("{")
+    assert load_restored(tmp_path).hash == Tokenizer.load(tmp_path).hash
 
 
 # There and back.
@@ -220,7 +242,11 @@ def test_a_folder_without_its_last_file_is_no_checkpoint(
 ) -> None:
     loaded = tiny_model(tokenizer)
     write_stock(loaded, tmp_path, 64)
-    monkeypatch.setattr(Tokenizer, "save", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("pretrain.convert.stock.tokenizer_files", fail)
     with pytest.raises(OSError, match="no space"):
         write_stock(loaded, tmp_path, 64)
     assert not (tmp_path / "config.json").exists()
