@@ -43,16 +43,18 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
 
 
 def original_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, without the changes that were made for transformers; raises :class:`UserError`."""
-    found = read_facts(folder)
+    """The tokenizer of a folder as it was before it was changed for transformers; one that was changed since, or is
+    from elsewhere, as it stands. Raises :class:`UserError`."""
+    tokenizer, found = Tokenizer.load(folder), read_facts(folder)
     if found is None or not all((folder / name).is_file() for name in TOKENIZER_FILES):
-        return Tokenizer.load(folder)
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES}
+        return tokenizer
+    changes = found["tokenizer"]
     try:
-        files = restored(files, found["tokenizer"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: its tokenizer is not the one that {FACTS} describes: {error}") from None
+        files = restored({name: (folder / name).read_bytes() for name in TOKENIZER_FILES}, changes)
+    except (ValueError, TypeError, KeyError):
+        return tokenizer
     with tempfile.TemporaryDirectory() as scratch:
         for name, data in files.items():
             (Path(scratch) / name).write_bytes(data)
-        return Tokenizer.load(scratch)
+        before = Tokenizer.load(scratch)
+    return before if before.hash == changes.get("hash") else tokenizer

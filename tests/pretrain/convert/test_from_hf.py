@@ -141,6 +141,21 @@ def test_token_type_0_goes_into_the_positions(folder: Path, loaded: LoadedModel)
     assert any("token types other than 0 are not used" in note for note in converted.notes)
 
 
+def test_float64_is_rounded_and_said(folder: Path, loaded: LoadedModel) -> None:
+    value = unique_weights(loaded.model)["layers.1.attention.query.weight"].double()
+    change_tensors(folder, lambda t: t.update({QUERY: value + 1e-12}))
+    converted = find_source(folder).read(folder)
+    assert "1 tensors are float64 there; they are rounded to float32" in converted.notes
+    assert converted.weights["layers.1.attention.query.weight"].equal((value + 1e-12).float())
+
+
+def test_a_name_that_no_run_may_have_is_changed(folder: Path, tmp_path: Path) -> None:
+    for name, expected in (("my model (2)", "my-model-2"), ("_", "converted")):
+        shutil.copytree(folder, tmp_path / name)
+        assert convert(tmp_path / name, tmp_path / f"{name}-out") == 0
+        assert load_model(tmp_path / f"{name}-out").run_config.name == expected
+
+
 # What is refused.
 
 
@@ -361,8 +376,10 @@ def test_their_configurations_are_read_as_their_program_reads_them(loaded: Loade
     swapped = read("swapped", num_landmarks=64, seq_len=8)
     assert (swapped.model.attention, swapped.model.num_landmarks) == ("nystrom", 8)
     assert "are exchanged in" in swapped.notes[0]
+    assert "inverse_init is original" in swapped.notes[1]
     assert read("exact", num_landmarks=64).model.attention == "softmax"
-    assert read("start", inv_coeff_init_option=1, inv_init_coeff_option="exact").model.inverse_init == "block"
+    other = read("start", inv_coeff_init_option=1, inv_init_coeff_option="exact")
+    assert (other.model.inverse_init, other.notes) == ("block", ())
     with pytest.raises(UserError, match="attn_type is 'linformer'"):
         read("linformer", attn_type="linformer")
     with pytest.raises(UserError, match="no multiple of num_landmarks 7"):

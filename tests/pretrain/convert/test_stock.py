@@ -115,6 +115,28 @@ def test_the_folder_has_the_tokenizer_and_its_ids(tokenizer: Tokenizer, tmp_path
     assert (config.segment_means_seq_len, config.num_landmarks, config.max_position_embeddings) == (64, 8, 64)
 
 
+def test_a_tokenizer_that_adds_tokens_adds_none_there_and_is_whole_again_here(tmp_path: Path) -> None:
+    import tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    backend = tokenizers.Tokenizer.from_str(tiny_tokenizer().to_json())
+    begin, end = ((name, backend.token_to_id(name)) for name in ("<s>", "</s>"))
+    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[begin, end])
+    tokenizer = Tokenizer(backend)
+    write_stock(tiny_model(tokenizer), tmp_path, 64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("many small words")["input_ids"] == tokenizer.encode("many small words")
+    assert Tokenizer.load(tmp_path).hash != tokenizer.hash
+    assert original_tokenizer(tmp_path).hash == tokenizer.hash
+    # One that was changed there is another tokenizer.
+    theirs.add_tokens(["new"])
+    theirs.save_pretrained(tmp_path)
+    assert original_tokenizer(tmp_path).hash == Tokenizer.load(tmp_path).hash != tokenizer.hash
+    (tmp_path / "nystrom.json").write_text("{")
+    with pytest.raises(UserError, match=r"nystrom\.json is damaged"):
+        original_tokenizer(tmp_path)
+
+
 # There and back.
 
 
@@ -221,7 +243,11 @@ def test_a_folder_without_its_last_file_is_no_checkpoint(
 ) -> None:
     loaded = tiny_model(tokenizer)
     write_stock(loaded, tmp_path, 64)
-    monkeypatch.setattr("pretrain.convert.stock.facts", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("pretrain.convert.stock.facts", fail)
     with pytest.raises(OSError, match="no space"):
         write_stock(loaded, tmp_path, 64)
     assert not (tmp_path / "config.json").exists()
