@@ -33,7 +33,7 @@ TEXTS = ["A short text.", "Another text, which has a few more words than the fir
 
 def loaded_model(**changes: Any) -> LoadedModel:
     tokenizer = train_tokenizer(TEXTS * 5, 280)
-    model = model_of(objective="mlm", vocab_size=tokenizer.vocab_size, num_layers=1, **changes).float()
+    model = model_of(**{"objective": "mlm", "vocab_size": tokenizer.vocab_size, "num_layers": 1} | changes).float()
     run = RunConfig.model_validate(
         {
             "name": "tiny",
@@ -219,6 +219,17 @@ def test_missing_packages_are_named(
     )
     assert convert("runs/tiny", tmp_path / "out") == 2
     assert "to-onnx needs onnxscript: pip install 'nystrom-pretrain[onnx]'" in capsys.readouterr().err
+
+
+def test_a_causal_model_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in folder.PACKAGES:
+        pytest.importorskip(name)
+    monkeypatch.setattr("pretrain.checkpoint.load.load_model", lambda path: loaded_model(objective="clm"))
+    assert convert("runs/tiny", tmp_path / "out") == 2
+    assert "a causal model has no ONNX export" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_of_the_exporter_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
