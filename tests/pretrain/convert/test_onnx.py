@@ -28,6 +28,8 @@ from pretrain.convert.onnx.graph import TracedEncoder
 from pretrain.model.transformer import NystromformerLM
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+FILE_MEASURED = 7e-5
+"""Logits, absolute, float32: 7e-6 with landmarks, 6e-6 pooled, 5e-6 with a window."""
 TEXTS = ["A short text.", "Another text, which has a few more words than the first."]
 
 
@@ -295,7 +297,7 @@ def test_the_file_is_the_model(real: tuple[Path, LoadedModel, str]) -> None:
     import onnx
 
     out, loaded, _ = real
-    assert against_the_model(out / "model.onnx", loaded.model) < 1e-4  # measured: FILE_MEASURED
+    assert against_the_model(out / "model.onnx", loaded.model) < FILE_MEASURED
     stored = onnx.load(str(out / "model.onnx"))
     shapes = {
         value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
@@ -353,7 +355,7 @@ def test_the_page_has_lines_that_work(real: tuple[Path, LoadedModel, str], tmp_p
 def test_other_forms(packages: None, tmp_path: Path, changes: dict[str, Any]) -> None:
     loaded = loaded_model(**changes)
     file.write_model(loaded.model, tmp_path / "model.onnx")
-    assert against_the_model(tmp_path / "model.onnx", loaded.model) < 1e-4
+    assert against_the_model(tmp_path / "model.onnx", loaded.model) < FILE_MEASURED
 
 
 @pytest.mark.slow
