@@ -40,9 +40,9 @@ def check_traceable(config: ModelConfig) -> None:
     """Raise :class:`UserError` for a model that has no such graph, with the reason."""
     if config.objective != "mlm":
         raise UserError(
-            "a causal model has no ONNX export. Its attention is computed in tiles, and their number follows from the "
-            "text's length in Python; its decoding reads a cache, and a graph without one would compute the whole text "
-            "again for every new token"
+            "a causal model has no ONNX export. Its decoding reads a cache; a graph without one would compute the "
+            "whole text again for every new token. Besides, the tiles that causal landmarks and windows are computed "
+            "in follow from the text's length in Python"
         )
     if "inverse_init" in form_of(config).settings and config.landmark_inverse and config.inverse_init != "block":
         raise UserError(

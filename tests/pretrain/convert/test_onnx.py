@@ -28,12 +28,14 @@ from pretrain.convert.onnx.graph import TracedEncoder
 from pretrain.model.transformer import NystromformerLM
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+FILE_MEASURED = 7e-5
+"""Logits, absolute, float32: 7e-6 with landmarks, 6e-6 pooled, 5e-6 with a window."""
 TEXTS = ["A short text.", "Another text, which has a few more words than the first."]
 
 
 def loaded_model(**changes: Any) -> LoadedModel:
     tokenizer = train_tokenizer(TEXTS * 5, 280)
-    model = model_of(objective="mlm", vocab_size=tokenizer.vocab_size, num_layers=1, **changes).float()
+    model = model_of(**{"objective": "mlm", "vocab_size": tokenizer.vocab_size, "num_layers": 1} | changes).float()
     run = RunConfig.model_validate(
         {
             "name": "tiny",
@@ -221,6 +223,17 @@ def test_missing_packages_are_named(
     assert "to-onnx needs onnxscript: pip install 'nystrom-pretrain[onnx]'" in capsys.readouterr().err
 
 
+def test_a_causal_model_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in folder.PACKAGES:
+        pytest.importorskip(name)
+    monkeypatch.setattr("pretrain.checkpoint.load.load_model", lambda path: loaded_model(objective="clm"))
+    assert convert("runs/tiny", tmp_path / "out") == 2
+    assert "a causal model has no ONNX export" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failure_of_the_exporter_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnx")
 
@@ -284,7 +297,7 @@ def test_the_file_is_the_model(real: tuple[Path, LoadedModel, str]) -> None:
     import onnx
 
     out, loaded, _ = real
-    assert against_the_model(out / "model.onnx", loaded.model) < 1e-4  # measured: FILE_MEASURED
+    assert against_the_model(out / "model.onnx", loaded.model) < FILE_MEASURED
     stored = onnx.load(str(out / "model.onnx"))
     shapes = {
         value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
@@ -342,7 +355,7 @@ def test_the_page_has_lines_that_work(real: tuple[Path, LoadedModel, str], tmp_p
 def test_other_forms(packages: None, tmp_path: Path, changes: dict[str, Any]) -> None:
     loaded = loaded_model(**changes)
     file.write_model(loaded.model, tmp_path / "model.onnx")
-    assert against_the_model(tmp_path / "model.onnx", loaded.model) < 1e-4
+    assert against_the_model(tmp_path / "model.onnx", loaded.model) < FILE_MEASURED
 
 
 @pytest.mark.slow
