@@ -7,28 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from hf_case import sentences, write_tiny
+from hf_folder_case import _own_cache_of_modules, export, loaded_model  # noqa: F401
 from torch import Tensor
+from tuning_case import CLASSIFIER, HEADS, load, sentences, tokenizer_of
 
-pytestmark = [pytest.mark.usefixtures("hf_modules"), pytest.mark.slow]  # importing peft takes seconds
+pytestmark = pytest.mark.slow  # importing peft takes seconds
 LAYERS = ["query", "key", "value", "output", "intermediate"]
-HEADS = {"mlm": "AutoModelForMaskedLM", "clm": "AutoModelForCausalLM"}
 PER_LAYER = 6
 """Linear layers of a block: four of attention, two of the feed-forward part, which are called output as well."""
 
 
-def load(folder: Path, kind: str, **changes: Any) -> Any:
-    import transformers
-
-    return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True, **changes)
-
-
 def batch_of(folder: Path, count: int = 8) -> dict[str, Tensor]:
     """Padded sentences on the right."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, padding_side="right")
-    return dict(tokenizer([text for text, _ in sentences(count)], padding=True, return_tensors="pt"))
+    return dict(tokenizer_of(folder)([text for text, _ in sentences(count)], padding=True, return_tensors="pt"))
 
 
 def adapted(model: Any, task: str, **changes: Any) -> Any:
@@ -55,15 +46,14 @@ def train(model: Any, batch: dict[str, Tensor], labels: Tensor, steps: int = 12)
     return found
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "checkpointing"), [(True, False), (False, False), (True, True)])
 def test_only_adapters_learn_and_merge_into_the_weights(
     objective: str, tied: bool, checkpointing: bool, tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
-    folder = write_tiny(tmp_path / "tiny", objective, tie_embeddings=tied)
+    folder = export(loaded_model(objective=objective, tie_embeddings=tied), tmp_path / "tiny")
     model = load(folder, HEADS[objective])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = batch_of(folder)
@@ -89,8 +79,8 @@ def test_only_adapters_learn_and_merge_into_the_weights(
         again = PeftModel.from_pretrained(load(folder, HEADS[objective]), tmp_path / "adapter").eval()
         assert torch.equal(again(**batch).logits, expected)
         merged = again.merge_and_unload()
-        # Another order of additions. Largest seen: 5e-6 of logits up to 8.
-        torch.testing.assert_close(merged(**batch).logits, expected, rtol=0, atol=5e-5)
+        # Another order of additions. Largest seen: 3e-6 of logits up to 3.5.
+        torch.testing.assert_close(merged(**batch).logits, expected, rtol=0, atol=3e-5)
         assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == tied
         merged.save_pretrained(tmp_path / "merged")
         assert torch.equal(load(tmp_path / "merged", HEADS[objective]).eval()(**batch).logits, merged(**batch).logits)
@@ -104,7 +94,7 @@ def test_a_classifier_trains_its_head_beside_the_adapters(tiny_folders: dict[str
 
     folder = tiny_folders["mlm"]
     batch, labels = batch_of(folder, 16), torch.tensor([topic for _, topic in sentences(16)])
-    lora = adapted(load(folder, "AutoModelForSequenceClassification"), "SEQ_CLS")
+    lora = adapted(load(folder, CLASSIFIER), "SEQ_CLS")
     learning = [name for name, p in lora.named_parameters() if p.requires_grad]
     assert {name for name in learning if "lora_" not in name} == {
         "base_model.model.classifier.modules_to_save.default.weight",
