@@ -52,11 +52,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def write_weights(weights: Mapping[str, torch.Tensor], out: Path, max_shard_size: int | str = SHARD_SIZE) -> None:
     """Write ``model.safetensors``, or shards and ``model.safetensors.index.json``, as huggingface_hub divides them."""
     from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
 
     try:
         save_torch_state_dict(
             {name: tensor.contiguous() for name, tensor in weights.items()}, out, max_shard_size=max_shard_size
         )
+    except SafetensorError as error:  # of a disk that is full, for one
+        raise OSError(f"{out}: {error}") from None
     except ValueError as error:
         raise UserError(f"--max-shard-size {max_shard_size}: {error}") from None
     for path in out.glob("*.safetensors"):

@@ -20,6 +20,7 @@ from pretrain.curriculum.stages import model_at
 from pretrain.model import build_model
 
 TOKENS = 4096
+_CACHES: list[str] = []
 TEXT = ["the king of the sea and the old man", "it was a dark night, and the sea was still", "a man and a king"]
 
 
@@ -50,8 +51,14 @@ def export(loaded: LoadedModel, folder: Path, **options: Any) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache_of_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies the code of a folder into a cache, and imports it from there: not the one of the user."""
-    transformers = pytest.importorskip("transformers")
+    """transformers copies the code of a folder into a cache, and imports it from there: not the one of the user.
+
+    Each module of tests that imports this has a fixture of its own. They share one cache: Python finds the package of
+    all folders' code in the first.
+    """
+    found = pytest.importorskip("transformers").dynamic_module_utils
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        if not _CACHES:
+            _CACHES.append(str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(found, "HF_MODULES_CACHE", _CACHES[0])
         yield

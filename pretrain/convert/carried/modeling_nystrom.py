@@ -25,6 +25,7 @@ from pretrain.convert.carried.cache_nystrom import NystromCache
 from pretrain.convert.carried.configuration_nystrom import NystromConfig
 from pretrain.model.attention.layout import Layout
 from pretrain.model.attention.self_attention import AttentionContext
+from pretrain.model.compute import at_least_float32
 from pretrain.model.decoding import DecodingCache
 from pretrain.model.layers import Block, Embeddings, Head, reset_module
 
@@ -116,6 +117,8 @@ class NystromModel(NystromPreTrainedModel):
             raise ValueError(f"past_key_values must be a NystromCache, not {type(past_key_values).__name__}")
         if past_key_values is None and use_cache and self.network.objective == "clm":
             past_key_values = NystromCache(2 * input_ids.shape[1])
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] | None = [] if output_hidden_states else None
         if past_key_values is not None:
             hidden = self._with_cache(input_ids, attention_mask, past_key_values, states)
@@ -302,18 +305,21 @@ class NystromForSequenceClassification(_Classifier):
         loss = None
         if labels is not None:
             kind = self.config.problem_type or _problem(self.classifier.out_features, labels)
+            exact = _exact(logits)
             if kind == "regression":
-                loss = F.mse_loss(logits.float().squeeze(-1), labels.float().view_as(logits.squeeze(-1)))
+                loss = F.mse_loss(exact, labels.to(exact).view_as(exact))
             elif kind == "single_label_classification":
-                loss = F.cross_entropy(logits.float(), labels.flatten())
+                loss = F.cross_entropy(exact, labels.flatten())
             else:
-                loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+                loss = F.binary_cross_entropy_with_logits(exact, labels.to(exact))
         result = SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states)
         return result if return_dict is not False else result.to_tuple()
 
 
 class NystromForTokenClassification(_Classifier):
     """A linear layer on the state of each token."""
+
+    accepts_loss_kwargs = True
 
     def forward(
         self,
@@ -322,12 +328,13 @@ class NystromForTokenClassification(_Classifier):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **unused: Any,
     ) -> Any:
         """labels (B, N): -100 where there is none."""
         out = self.model(input_ids, attention_mask, output_hidden_states=output_hidden_states, **unused)
         logits = self.classifier(self.dropout(out.last_hidden_state))
-        loss = None if labels is None else _mean_loss(logits, labels, None)
+        loss = None if labels is None else _mean_loss(logits, labels, num_items_in_batch)
         result = TokenClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
         return result if return_dict is not False else result.to_tuple()
 
@@ -335,7 +342,7 @@ class NystromForTokenClassification(_Classifier):
 def pool(hidden: Tensor, real: Tensor, pooling: str) -> Tensor:
     """(B, N, h) and (B, N) bool -> (B, h): the mean over real tokens, or the state of the first or last of them."""
     if pooling == "mean":
-        return (hidden.float() * real[..., None]).sum(1).div(real.sum(1).clamp(min=1)[:, None]).to(hidden.dtype)
+        return (_exact(hidden) * real[..., None]).sum(1).div(real.sum(1).clamp(min=1)[:, None]).to(hidden.dtype)
     if pooling not in ("first", "last"):
         raise ValueError(f"classifier_pooling {pooling!r} is not known: mean, first or last")
     places = torch.arange(hidden.shape[1], device=hidden.device)
@@ -349,8 +356,13 @@ def _problem(labels: int, given: Tensor) -> str:
     return "multi_label_classification" if given.is_floating_point() else "single_label_classification"
 
 
+def _exact(x: Tensor) -> Tensor:
+    """In float32, or float64 if it is: for sums and losses."""
+    return x.to(at_least_float32(x.dtype))
+
+
 def _mean_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
-    """Cross entropy in nats over the targets, in float32; ``count``: of all targets of an optimizer step."""
+    """Cross entropy in nats over the targets, in float32 at least; ``count``: of all targets of an optimizer step."""
     targets = labels.to(logits.device).flatten()
-    total = F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
+    total = F.cross_entropy(_exact(logits).flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
     return total / (count if count is not None else (targets != IGNORE).sum().clamp(min=1))
