@@ -64,7 +64,9 @@ def load_model(path: str | Path) -> LoadedModel:
         return load_checkpoint(path)
     if (path / "checkpoints").is_dir():
         return _load_newest(path)
-    raise UserError(f"{path} is neither a run folder, nor a checkpoint, nor an export folder")
+    theirs = (path / "config.json").is_file()
+    hint = f": `nystrom convert from-hf {path} OUT` makes an export of a folder of transformers" if theirs else ""
+    raise UserError(f"{path} is neither a run folder, nor a checkpoint, nor an export folder{hint}")
 
 
 def _load_newest(run_dir: Path) -> LoadedModel:

@@ -85,3 +85,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
             main(["from-hf", str(folder), str(tmp_path / "back")])
         (folder / name).write_text(before)
         assert not (tmp_path / "back").exists()
+
+
+def test_whoever_gives_a_folder_of_transformers_to_another_command_is_told_what_to_do(tmp_path: Path) -> None:
+    folder = export(loaded_model(objective="mlm"), tmp_path / "hf")
+    with pytest.raises(UserError, match="`nystrom convert from-hf .*hf OUT` makes an export"):
+        load_model(folder)
