@@ -324,6 +324,21 @@ def test_the_command_loads_what_it_wrote(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
+@pytest.mark.slow
+def test_the_programs_of_the_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "transformers.md"
+    generating, filling = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    for objective in KINDS:
+        export(loaded_model(objective=objective), tmp_path / "hf" / f"demo-{objective}")
+    exec(compile(generating, page.name, "exec"), {})
+    assert "def read_file(path):" in capsys.readouterr().out
+    exec(compile(filling, page.name, "exec"), {})
+    assert capsys.readouterr().out.count("'score'") == 5
+
+
 BARE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
