@@ -89,5 +89,5 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 def test_whoever_gives_a_folder_of_transformers_to_another_command_is_told_what_to_do(tmp_path: Path) -> None:
     folder = export(loaded_model(objective="mlm"), tmp_path / "hf")
-    with pytest.raises(UserError, match="`nystrom convert from-hf .*hf OUT` makes an export"):
+    with pytest.raises(UserError, match=r"`nystrom convert from-hf .*hf OUT` makes an export"):
         load_model(folder)
