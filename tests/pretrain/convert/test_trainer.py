@@ -309,6 +309,18 @@ def test_features_of_a_pipeline(tiny_folders: dict[str, Path]) -> None:
         torch.testing.assert_close(torch.tensor(one[0]), torch.tensor(other[0][:real]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["AutoModel", HEADS["clm"], CLASSIFIER])
+def test_hidden_states_by_configuration(kind: str, tiny_folders: dict[str, Path]) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    plain, model = (load(tiny_folders["clm"], kind, output_hidden_states=asked).eval() for asked in (False, True))
+    assert plain(ids).hidden_states is None
+    states = model(ids).hidden_states
+    assert len(states) == model.config.num_hidden_layers + 1
+    assert model(ids, output_hidden_states=False).hidden_states is None
+    expected = load(tiny_folders["clm"], "AutoModel").eval()(ids).last_hidden_state
+    assert torch.equal(states[-1], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_half_precision(objective: str, dtype: torch.dtype, tiny_folders: dict[str, Path]) -> None:
