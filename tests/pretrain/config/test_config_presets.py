@@ -49,7 +49,7 @@ def test_overrides_and_the_table_of_values_take_a_name() -> None:
     assert values["name"] == "books-clm"
 
 
-@pytest.mark.parametrize("command", ["config", "plan", "train"])
+@pytest.mark.parametrize("command", ["config", "plan"])
 def test_an_unknown_name_is_told_the_near_one_and_all(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main([command, "--config", "book-clm"]) == 2
     message = capsys.readouterr().err
