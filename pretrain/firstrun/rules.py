@@ -84,9 +84,11 @@ def predicted_loss(parameters: float, tokens: float, unique: float) -> float:
 def wanted_batch(flops: float, tokens: float) -> int:
     """Tokens of a batch by the FLOP of the whole run: 0.2920 C^0.3271, rounded to a power of two.
 
-    Smaller where the run's ``tokens`` would make fewer than :data:`WANTED_STEPS` steps.
+    Smaller where the run's ``tokens`` would make fewer than :data:`WANTED_STEPS` steps, and never below
+    :data:`LEAST_ROWS` of the shortest rows.
     """
-    return 2 ** max(0, round(math.log2(min(0.2920 * flops**0.3271, tokens / WANTED_STEPS))))
+    wanted = 2 ** round(math.log2(max(1.0, min(0.2920 * flops**0.3271, tokens / WANTED_STEPS))))
+    return max(LEAST_ROWS * LEAST_LENGTH, wanted)
 
 
 MOST_LR = 2e-3

@@ -128,7 +128,7 @@ def cases(count: int) -> list[tuple[str, Corpus, Machine]]:
 
 @pytest.mark.parametrize("part", range(4))
 def test_whatever_is_drafted_is_a_run(part: int) -> None:
-    """Every size that the rules allow gives a valid configuration that the processes can share, within text and time."""
+    """Each size that the rules allow is a valid configuration that the processes can share, within text and time."""
     found = 0
     for objective, text, on in cases(200)[part::4]:
         each: Draft | None
