@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ MEASURED_SHAPE = (128, 4, 4)
 """Width, layers and heads of the first model that is measured; the chosen one follows."""
 VOCABULARIES = ((5 << 20, 4096), (100 << 20, 8192), (1 << 30, 16_384))
 """Bytes of text below which so many tokens are proposed, as the demo and docs/ have them; else 32,768."""
+
+BUSY = 0.75
+"""Load for each core from which others are said to compute here."""
 
 EPILOG = """examples:
   nystrom init --data shards/train --valid shards/valid --out run.yaml                     this machine, one hour
@@ -209,8 +213,14 @@ def _choose_measured(name: str, objective: str, corpus: Corpus, machine: Machine
     from pretrain.firstrun.rules import Shape
     from pretrain.firstrun.speed import Measurer
 
+    cores, load = available_cores(), os.getloadavg()[0]
     print(f"Measuring the speed of {machine.processes} process(es) on this machine ...", flush=True)
-    threads = max(1, available_cores() // machine.processes)
+    if load > BUSY * cores:
+        print(
+            f"note: others compute here (load {load:.1f} on {cores} cores): a quiet machine is faster, and gets a "
+            "larger run"
+        )
+    threads = max(1, cores // machine.processes)
     with Measurer(machine.processes, threads) as measurer:
         first = training_model(Shape(*MEASURED_SHAPE), objective, corpus.vocab_size, 512)
         machine = replace(machine, flops=measurer.flops(first, 8, 512))

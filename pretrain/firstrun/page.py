@@ -96,8 +96,9 @@ def _model(choice: Choice) -> Iterator[str]:
     yield "model:"
     yield f"  objective: {model.objective}"
     per = run.tokens / run.shape.parameters(corpus.vocab_size)
+    which = "the smallest of the table" if run.shape == rules.SHAPES[0] else "the smallest"
     yield from _comment(
-        f"size: the smallest within {rules.CLOSE_ENOUGH:.0%} of the best loss that M predicts for this time and text; "
+        f"size: {which} within {rules.CLOSE_ENOUGH:.0%} of the best loss that M predicts for this time and text; "
         f"{per:.2g} tokens a parameter (20 is the optimum where text and time allow it)",
         "  ",
     )

@@ -8,7 +8,9 @@ Sources:
 - DeepSeek LLM, arXiv 2401.02954, equation 1: batch and learning rate of AdamW by compute. Their setting is
   this project's default: betas 0.9 and 0.95, weight decay 0.1, clipping at 1.
 
-All were fitted to causal models of more than 1e17 FLOP. Below that they are extrapolated.
+All were fitted to causal models of more than 1e17 FLOP. Below that they are extrapolated. One comparison at 6e12 FLOP
+(novels, vocabulary 8192, batches of 4096 tokens, rate 2e-3, one seed) agrees: held-out loss 5.24 with the width of 64
+and 1.56 million tokens, 5.70 with 128 and 0.51 million.
 """
 
 from __future__ import annotations

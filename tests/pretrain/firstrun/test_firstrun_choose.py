@@ -171,15 +171,11 @@ def test_durations(seconds: float, text: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("objective", "machine"),
-    [
-        ("clm", gpus(8, 80, 24, 0.3)),
-        ("mlm", gpus(6, 3, 100, 0.3)),  # short of memory
-        ("mlm", Machine(2, 1.0, 4e11, 1, False, "given")),
-    ],
+    ("objective", "text", "machine"),
+    [("clm", LARGE, gpus(8, 80, 24, 0.3)), ("mlm", TEXT, Machine(2, 1.0, 1e10, 0.5, False, "given"))],
 )
-def test_the_planner_says_that_it_fits(objective: str, machine: Machine) -> None:
-    choice = choose("first", objective, LARGE, machine)
+def test_the_planner_says_that_it_fits(objective: str, text: Corpus, machine: Machine) -> None:
+    choice = choose("first", objective, text, machine)
     question = Question(gpus=machine.processes, gpu_memory=machine.memory, on_gpu=machine.on_gpu, search=False)
     found = estimate(with_vocabulary(choice), question)
     assert found.fits is True
