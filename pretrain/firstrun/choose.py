@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.config import RunConfig, parse_config
+from pretrain.curriculum.plan import LEAST_VALIDATION, VALIDATION_SHARE
 from pretrain.firstrun import rules
 from pretrain.firstrun.inputs import MARGIN, Corpus, Machine
 from pretrain.firstrun.rules import Shape
@@ -22,6 +23,9 @@ USED = 0.85
 """Share of the time that goes into training; the rest are validations, checkpoints, and what the estimate missed."""
 START_SECONDS = 30.0
 """Until the first step, and for the export at the end."""
+STEP_SECONDS = 0.05
+"""That an optimizer step takes beside its arithmetic. 0.02 to 0.08 were measured for 5 million parameters on a CPU
+(benchmarks/results/training.json): tiny batches are slower than their FLOP."""
 LONG_RUN = 1_000_000_000
 """Tokens from which validation reads more, as in ``configs/causal-small.yaml``."""
 MICRO_TOKENS = {True: 32_768, False: 4_096}
@@ -82,13 +86,13 @@ def draft(shape: Shape, objective: str, corpus: Corpus, machine: Machine, slower
     seconds = USED * machine.hours * 3600 - START_SECONDS
     most_tokens = rules.EPOCHS * corpus.tokens
     text = min(corpus.tokens, corpus.held_out or corpus.tokens)
-    longest, tokens, cost, batch = 1024, 0.0, 0.0, 0
+    longest, tokens, cost, batch = 1024, 0.0, 0.0, 8192
     for _ in range(4):
         lengths = rules.lengths_up_to(longest)
         cost = rules.mean_over_stages(
             {n: training_flops(shape, objective, corpus.vocab_size, longest, n) for n in lengths}
         )
-        in_time = seconds * machine.processes * machine.flops / (cost * slower)
+        in_time = seconds / seconds_per_token(cost * slower, batch, machine)
         tokens = min(in_time, most_tokens)
         if tokens < 1:
             return None
@@ -96,6 +100,8 @@ def draft(shape: Shape, objective: str, corpus: Corpus, machine: Machine, slower
         longest = rules.longest_length(corpus.p90, batch, machine.processes, text)
     lengths = rules.lengths_up_to(longest)
     batch = rules.batch_of(batch, longest, machine.processes)
+    in_time = seconds / seconds_per_token(cost * slower, batch, machine)
+    tokens = min(in_time, most_tokens)
     if tokens < rules.LEAST_STEPS * batch:
         return None
     ends = rules.stage_ends(tokens, batch, lengths)
@@ -108,6 +114,11 @@ def draft(shape: Shape, objective: str, corpus: Corpus, machine: Machine, slower
         rules.predicted_loss(shape.parameters(corpus.vocab_size), ends[-1], corpus.tokens),
         "text" if most_tokens <= in_time else "time",
     )
+
+
+def seconds_per_token(flops: float, batch: int, machine: Machine) -> float:
+    """Of training, for ``flops`` a token and ``batch`` tokens a step, by all processes together."""
+    return flops / (machine.processes * machine.flops) + STEP_SECONDS / batch
 
 
 def training_flops(shape: Shape, objective: str, vocab_size: int, longest: int, length: int) -> float:
@@ -189,9 +200,14 @@ def _fitted(
             planned = resolve_for_plan(_with_vocabulary(config, corpus.vocab_size), machine.on_gpu).config
             stages = budget.peaks(planned)
             if max(stage.peak for stage in stages) <= budget.limit(planned, stages[0].state):
-                seconds = run.flops * slower / (machine.processes * machine.flops)
+                seconds = run.tokens * seconds_per_token(run.flops_per_token * slower, run.batch, machine)
                 return run, config, seconds, max(stage.peak for stage in stages)
     return None
+
+
+def validations(tokens: int) -> int:
+    """How many there are in the run: 20, or as many as read a tenth of its tokens with the fewest that one reads."""
+    return min(20, max(2, int(VALIDATION_SHARE * tokens / LEAST_VALIDATION)))
 
 
 def _with_vocabulary(config: RunConfig, size: int) -> RunConfig:
@@ -249,7 +265,7 @@ def settings(
     }
     raw["checkpoint"] = {"every_tokens": rules.rounded(run.tokens / 10), "every_minutes": 30}
     if corpus.valid is not None:
-        raw["validation"] = {"every_tokens": rules.rounded(run.tokens / 20)}
+        raw["validation"] = {"every_tokens": rules.rounded(run.tokens / validations(run.tokens))}
         if run.tokens >= LONG_RUN:
             raw["validation"]["tokens"] = 2_097_152
     return raw

@@ -9,7 +9,7 @@ from typing import Any
 from data_pipeline.units import format_bytes
 from pretrain.config.reference import value_text
 from pretrain.firstrun import rules
-from pretrain.firstrun.choose import LONG_RUN, USED, Choice
+from pretrain.firstrun.choose import LONG_RUN, USED, Choice, validations
 from pretrain.firstrun.inputs import MARGIN
 
 SCHEMA_FILE = "nystrom.schema.json"
@@ -202,4 +202,5 @@ def _saving(choice: Choice) -> Iterator[str]:
         values: dict[str, Any] = {"every_tokens": config.validation.every_tokens}
         if run.tokens >= LONG_RUN:
             values["tokens"] = config.validation.tokens
-        yield f"validation: {_flow(values)} # 20 points; {1 - USED:.0%} of the time is for this, saving and the like"
+        points = f"{validations(run.tokens)} in the run"
+        yield f"validation: {_flow(values)} # {points}; {1 - USED:.0%} of the time is for this, saving and the like"

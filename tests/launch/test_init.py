@@ -22,7 +22,7 @@ from pretrain.firstrun.speed import Measurer
 from pretrain.model.config import ModelConfig
 from pretrain.model.flops import forward_flops_per_token
 
-MACHINE = ["--cpu", "--nproc", "1", "--peak-flops", "8e9", "--hours", "0.0125"]
+MACHINE = ["--cpu", "--nproc", "1", "--peak-flops", "8e9", "--hours", "0.015"]
 """So little that a hundred steps are trained."""
 
 
@@ -59,6 +59,7 @@ def words(shards: Path, *more: str) -> list[str]:
     return ["init", "--data", str(shards / "train"), "--valid", str(shards / "valid"), "--out", "first.yaml", *more]
 
 
+@pytest.mark.usefixtures("roomy")
 def test_the_file_is_written_and_taken(shards: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(words(shards, *MACHINE)) == 0
     told = capsys.readouterr().out
@@ -70,11 +71,9 @@ def test_the_file_is_written_and_taken(shards: Path, elsewhere: Path, capsys: py
     assert text.startswith("# yaml-language-server: $schema=nystrom.schema.json\n# Made by: nystrom init --data ")
     assert json.loads((elsewhere / "nystrom.schema.json").read_text(encoding="utf-8")) == run_schema()
     commands = [line.strip() for line in told.partition("next:\n")[2].splitlines()]
+    assert commands[0].startswith("nystrom plan --config first.yaml --gpus 1 --gpu-memory ")
     assert commands[1:] == ["nystrom launch local --nproc 1 --config first.yaml"]
     assert program.main(["config", "--config", "first.yaml"]) == 0
-    assert program.main([*shlex.split(commands[0])[1:], "--no-search"]) == 0  # the plan that is printed says: it fits
-    planned = capsys.readouterr().out
-    assert "It fits in" in planned
 
 
 @pytest.mark.usefixtures("roomy")
@@ -202,6 +201,9 @@ def test_this_machine_is_measured_and_the_run_trains(
         assert measurer.flops(model, 4, 64) > 0  # it serves several questions
     assert 3 * forward_flops_per_token(model, 64) * 2 * 64 / speed < 60  # seconds of a step
     assert program.main(words(shards, *MACHINE)) == 0
+    (plan,) = (line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  nystrom plan"))
+    assert program.main([*shlex.split(plan)[1:], "--no-search"]) == 0  # the plan that is printed says that it fits
+    assert "It fits in" in capsys.readouterr().out
     code = "from pretrain.cli import main\nraise SystemExit(main(['--config', 'first.yaml']))"
     process = start_python(code, elsewhere)
     said, _ = process.communicate(timeout=300)
@@ -210,4 +212,3 @@ def test_this_machine_is_measured_and_the_run_trains(
     losses = [row["loss"] for row in metrics(run)]
     assert losses[-1] < losses[0] - 0.5
     assert metrics(run, "valid")
-    capsys.readouterr()

@@ -11,7 +11,7 @@ import pytest
 from pretrain.config import parse_config
 from pretrain.curriculum.plan import build_plan, check_world_size
 from pretrain.firstrun import rules
-from pretrain.firstrun.choose import Draft, draft, drafts, settings
+from pretrain.firstrun.choose import STEP_SECONDS, Draft, draft, drafts, seconds_per_token, settings, validations
 from pretrain.firstrun.inputs import TAKEN_FOR, Corpus, Machine, gpus
 from pretrain.firstrun.rules import SHAPES, Shape
 from pretrain.machine import PEAK_FLOPS
@@ -159,6 +159,17 @@ def test_more_time_and_more_text_never_give_a_smaller_model() -> None:
     by_text = [size(10, tokens) for tokens in (10**6, 10**7, 10**9)]
     assert by_time == sorted(set(by_time))
     assert by_text == sorted(set(by_text))
+
+
+def test_a_step_takes_time_beside_its_arithmetic() -> None:
+    on = machine(1e14, 1)
+    assert seconds_per_token(1e6, 10**9, on) == pytest.approx(1e-8, rel=0.01)
+    assert seconds_per_token(1e6, 512, on) == pytest.approx(STEP_SECONDS / 512, rel=0.01)
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(10**5, 2), (10**6, 12), (10**7, 20), (10**11, 20)])
+def test_validations_of_a_short_run_are_few(tokens: int, count: int) -> None:
+    assert validations(tokens) == count
 
 
 def test_what_ends_the_run_is_told() -> None:
