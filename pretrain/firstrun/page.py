@@ -96,7 +96,7 @@ def _model(choice: Choice) -> Iterator[str]:
     yield "model:"
     yield f"  objective: {model.objective}"
     per = run.tokens / run.shape.parameters(corpus.vocab_size)
-    which = "the smallest of the table" if run.shape == rules.SHAPES[0] else "the smallest"
+    which = "the smallest of the table; it is" if run.shape == rules.SHAPES[0] else "the smallest"
     yield from _comment(
         f"size: {which} within {rules.CLOSE_ENOUGH:.0%} of the best loss that M predicts for this time and text; "
         f"{per:.2g} tokens a parameter (20 is the optimum where text and time allow it)",
@@ -202,5 +202,8 @@ def _saving(choice: Choice) -> Iterator[str]:
         values: dict[str, Any] = {"every_tokens": config.validation.every_tokens}
         if run.tokens >= LONG_RUN:
             values["tokens"] = config.validation.tokens
-        points = f"{validations(run.tokens)} in the run"
-        yield f"validation: {_flow(values)} # {points}; {1 - USED:.0%} of the time is for this, saving and the like"
+        yield from _comment(
+            f"{validations(run.tokens)} validations in the run; {1 - USED:.0%} of the time is for them, for saving "
+            "and the like"
+        )
+        yield f"validation: {_flow(values)}"

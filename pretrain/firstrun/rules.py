@@ -94,7 +94,8 @@ def wanted_batch(flops: float, tokens: float) -> int:
 
 
 MOST_LR = 2e-3
-"""The rate of this project's runs of 2 to 5 million parameters with AdamW. The rule exceeds it below 4e17 FLOP."""
+"""The rate of this project's runs of 2 to 5 million parameters with AdamW. The rule exceeds it below 4e17 FLOP: it has
+7e-3 for the comparison above, where 6e-3 had a loss of 6.27 after 160 steps and 2e-3 had 5.85."""
 
 
 def learning_rate(flops: float, objective: str) -> float:
