@@ -118,9 +118,11 @@ def ask(
 
 def paths_of(plan: LaunchPlan) -> list[str]:
     """What every process of the run reads, as paths that mean the same from another folder."""
+    from pretrain.config.load import find_config
+
     config = config_of(plan)
     named = [
-        plan.words[plan.words.index("--config") + 1],
+        find_config(plan.words[plan.words.index("--config") + 1]),
         *(source.path for source in config.data.sources),
         config.data.valid,
         config.data.tokenizer,

@@ -16,6 +16,7 @@ from launch import shadowing
 
 COMMANDS = {
     "data": ("data_pipeline.cli", "text -> tokenizer -> shards: stdlib, tokenizer, prepare, verify, inspect"),
+    "init": ("launch.init", "a first configuration for a corpus and a machine, each choice with its reason"),
     "config": ("pretrain.config.cli", "the keys of a run's YAML: type, default, meaning; what a file comes to"),
     "plan": ("pretrain.planning.cli", "before a run: its memory, time, cost, and whether it fits"),
     "train": ("pretrain.cli", "pretrain on this process, or as one rank of a launcher's"),

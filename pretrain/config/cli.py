@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from data_pipeline.configuration import ITEM, blocks_in
 from data_pipeline.errors import UserError
-from pretrain.config.load import add_config_arguments, apply_override, parse_config, read_yaml
+from pretrain.config.load import add_config_arguments, apply_override, find_config, parse_config, read_yaml
 from pretrain.config.reference import (
     all_keys,
     as_markdown,
@@ -31,7 +31,9 @@ EPILOG = """examples:
   nystrom config optimizer                                those of one block
   nystrom config curriculum.N.seq_len                     one key; N is the number of an item of a list
   nystrom config --config configs/books-clm.yaml          the values of a file, and which of them are defaults
+  nystrom config --config books-clm                       the same of a preset, wherever you are
   nystrom config optimizer --config configs/books-clm.yaml --set optimizer.lr=1e-3
+  nystrom config --schema > nystrom.schema.json           for editors: completes keys and marks mistakes in them
 
 exit status: 0; 2 an unknown key, or a mistake in the file"""
 
@@ -53,6 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="text",
         help="markdown: the page docs/configuration.md (default: text)",
     )
+    parser.add_argument(
+        "--schema",
+        action="store_true",
+        help="the JSON schema of the file; an editor finds it by a first line "
+        "`# yaml-language-server: $schema=nystrom.schema.json`",
+    )
     return parser
 
 
@@ -63,6 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--set changes keys of a file: give --config too")
     if args.format == "markdown" and (args.config is not None or args.key is not None):
         raise UserError("--format markdown makes the whole reference: leave out the key and --config")
+    if args.schema and (args.config is not None or args.key is not None or args.format != "text"):
+        raise UserError("--schema makes the schema of the whole file: leave out the key, --config and --format")
+    if args.schema:
+        from pretrain.config.schema import schema_text
+
+        print(schema_text(), end="")
+        return 0
     keys = all_keys()
     if args.format == "markdown":
         print(as_markdown(keys), end="")
@@ -92,7 +107,7 @@ class Value(NamedTuple):
 
 def values_of(path: str, overrides: Sequence[str] = ()) -> list[Value]:
     """Every key of a run's file with its value as the run would have it; raises as ``load_config`` does."""
-    in_file = read_yaml(path)
+    in_file = read_yaml(find_config(path))
     raw = copy.deepcopy(in_file)
     for override in overrides:
         apply_override(raw, override)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
     ``what``: what the command does with the file, for ``--help``.
     """
     parser.add_argument(
-        "--config", required=required, help=f"YAML file of the run{': ' * bool(what)}{what}; configs/ has examples"
+        "--config",
+        required=required,
+        help=f"YAML file of the run{': ' * bool(what)}{what}; or the name of a preset, such as books-clm",
     )
     parser.add_argument(
         "--set",
@@ -37,12 +40,44 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML run configuration and apply ``key.sub=value`` overrides (``curriculum.0.seq_len=256`` in a list).
 
-    Raises :class:`UserError` with the file and the key for a missing file, bad YAML, an unknown key or a bad value.
+    ``path``: a file, or the name of a preset (:func:`find_config`). Raises :class:`UserError` with the file and the key
+    for a missing file, bad YAML, an unknown key or a bad value.
     """
-    raw = read_yaml(path)
+    raw = read_yaml(find_config(path))
     for override in overrides:
         apply_override(raw, override)
     return parse_config(raw, where=str(path))
+
+
+PRESETS = Path(__file__).resolve().parents[2] / "configs"
+"""The presets that are installed with the program."""
+
+
+def preset_folders() -> tuple[Path, Path]:
+    """Where presets are looked for: ``configs`` of the working directory, then the program's own."""
+    return Path("configs"), PRESETS
+
+
+def find_config(given: str | Path) -> Path:
+    """The file that ``--config`` means: a path if there is such a file, else the preset of that name.
+
+    A name is a word without folders and endings: ``books-clm`` is ``configs/books-clm.yaml``. Raises
+    :class:`UserError` with near and known names for one that there is not. A path is returned as it is, there or not.
+    """
+    path = Path(given)
+    name = str(given)
+    if path.is_file() or path.suffix in (".yaml", ".yml") or path.name != name or not name:
+        return path
+    for folder in preset_folders():
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    names = sorted({file.stem for folder in preset_folders() for file in folder.glob("*.yaml")})
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise UserError(
+        f"there is no configuration '{name}': {hint}give the path of a YAML file, or the name of a preset: "
+        f"{', '.join(names)}"
+    )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

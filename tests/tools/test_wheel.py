@@ -46,7 +46,8 @@ def test_the_wheel_has_what_the_packages_have(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     script = "from nystrom_pretrain import entry; entry()"
-    for argv in (["-c", code], ["-c", script, "eval", "list"]):
+    preset = ["-c", script, "config", "--config", "books-clm"]
+    for argv in (["-c", code], ["-c", script, "eval", "list"], preset):
         done = subprocess.run(
             [sys.executable, *argv],
             cwd=elsewhere,
@@ -59,5 +60,7 @@ def test_the_wheel_has_what_the_packages_have(tmp_path: Path) -> None:
         if argv[1] == code:
             assert done.stdout.startswith(str(site))
             assert all(command in done.stdout for command in program.COMMANDS)
+        elif argv is preset:
+            assert "books-clm" in done.stdout  # found without a folder configs/ here
         else:
             assert "listops-small" in done.stdout  # a suite of configs/suites

@@ -207,3 +207,20 @@ def test_a_block_is_printed_with_its_meanings_and_without_torch() -> None:
     assert "optimizer.kind  (adamw | lion | muon; default: adamw)\n    adamw: Loshchilov" in done.stdout
     assert "schedule." not in done.stdout
     assert done.stdout.endswith("False\n")
+
+
+UNITS = (
+    "bytes|tokens?|rows?|steps?|minutes?|seconds?|layers?|heads?|segments?|checkpoints?|texts?|words?|landmarks?|taps"
+    "|FLOP/s|share|probability|decay|rates?|width|wide|base|factor|deviation|norm|momentum|weights?|added|parameter|scale"
+    "|initial|ZeRO"
+)
+NUMBERS = [key for key in KEYS if ("integer" in key.type or "number" in key.type) and not key.is_map]
+
+
+@pytest.mark.parametrize("key", NUMBERS, ids=lambda key: key.name)
+def test_every_number_says_what_it_counts(key: Key) -> None:
+    """The unit stands in the name or in the meaning, or the words for a number without one."""
+    assert re.search(rf"\b({UNITS})\b", f"{key.name.replace('_', ' ')} {key.meaning}", re.IGNORECASE), (
+        f"{key.name}: say in its description what it counts: tokens, rows, steps, seconds, a share, ..."
+    )
+    assert key.default
