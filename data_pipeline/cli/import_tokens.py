@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from data_pipeline.exchange.plan import ImportPlan
 
 SUMMARY = "make shards of tokens that Megatron-LM (.bin, .idx) or datatrove (.ds) wrote, id for id"
+_WORTH_PROCESSES = 1 << 28  # bytes of tokens: below, starting a process takes longer than it saves
 EXAMPLE = "nystrom data import corpus_text_document --tokenizer tokenizer --out shards/train"
 
 
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     trove.add_argument("--ignore-loss", action="store_true", help="take tokens as targets that a .loss file masks")
     work = parser.add_argument_group("how the work is done")
-    work.add_argument("--workers", type=int, metavar="N", help="processes; left out: one for each core")
+    work.add_argument(
+        "--workers", type=int, metavar="N", help="processes; left out: one for each core, and one for less than 256 MiB"
+    )
     work.add_argument(
         "--shard-tokens",
         type=int,
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         result = import_tokens(
             plan,
             args.out,
-            workers=args.workers or available_cores(),
+            workers=args.workers or (available_cores() if plan.text_bytes > _WORTH_PROCESSES else 1),
             overwrite=args.overwrite,
             on_bytes=progress.text,
         )

@@ -155,6 +155,8 @@ class Settled:
 
 def settled(backend: tokenizers.Tokenizer, tokenizer_json: str) -> Settled | None:
     """How texts are made ready for a tokenizer that was read from SentencePiece's own file; None for others."""
+    if MARK not in tokenizer_json:  # a file of megabytes is not parsed for nothing
+        return None
     data = json.loads(tokenizer_json)["normalizer"]
     steps = data.get("normalizers", []) if data else []
     if not steps or steps[0]["type"] != "Precompiled" or not any(MARK in str(step) for step in steps):
