@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from data_pipeline.cli import contamination, inspect, prepare, stdlib, tokenizer, verify
+from data_pipeline.cli import contamination, export, import_tokens, inspect, prepare, stdlib, tokenizer, verify
 from data_pipeline.cli.common import HelpFormatter
 
 DESCRIPTION = """Turn text into what training reads: collect documents, train a tokenizer, write checksummed shards of
 tokens.
 
 Text comes from JSONL (one record a line), CSV, plain text (a file or a line is a document), each also as .gz or .zst,
-from Parquet, from datasets of the Hugging Face hub, and from standard input."""
+from Parquet, from datasets of the Hugging Face hub, and from standard input. Tokens come from and go to the files of
+Megatron-LM, datatrove and Parquet."""
 EXAMPLE = """example, from nothing to shards:
   nystrom data stdlib    --out corpus
   nystrom data tokenizer --input corpus/train.jsonl --vocab-size 8192 --out tokenizer
@@ -28,6 +29,8 @@ COMMANDS = {
     "verify": verify,
     "inspect": inspect,
     "contamination": contamination,
+    "import": import_tokens,
+    "export": export,
 }
 
 

@@ -69,7 +69,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         ("documents", f"{found['documents']:,} from {found['inputs']:,} input(s)"),
         ("left out", skipped.removeprefix("; ") or "nothing"),
         ("tokens per document", f"{found['tokens_per_document']:,.1f} on average"),
-        ("bytes per token", f"{found['bytes_per_token']:.3f} ({found['text_bytes']:,} bytes of text)"),
+        ("bytes per token", _bytes_per_token(found)),
         (
             "tokenizer",
             f"{found['vocab_size']:,} tokens, {found['distinct_tokens']:,} of them used, "
@@ -105,6 +105,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines += ["", "  beginnings of documents from all over the text"]
     lines += [f"    {sample['text'][:SHOWN_CHARACTERS]!r}" for sample in found["samples"]]
     return lines
+
+
+def _bytes_per_token(found: dict[str, Any]) -> str:
+    if found["text_bytes"] is None:
+        return "not known: the shards were imported as tokens"
+    return f"{found['bytes_per_token']:.3f} ({found['text_bytes']:,} bytes of text)"
 
 
 def _histogram(found: dict[str, Any]) -> list[str]:

@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
     from data_pipeline.prepare.run import prepare
     from data_pipeline.quality.duplicates import Dedup
     from data_pipeline.quality.filters import Filters
+    from data_pipeline.tokenization.sentencepiece import note
     from data_pipeline.tokenization.tokenizer import Tokenizer
 
     how = _how(args)
@@ -129,6 +130,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         preparation = plan_preparation(corpus, tokenizer, settings)
     progress = Progress("tokenizing", preparation.text_bytes)
+    if (told := note(args.tokenizer)) is not None:
+        progress.note(f"note: {told}")
     whole = False
     try:
         outcome = prepare(

@@ -216,7 +216,7 @@ def _start(context: Context, threads: int, stop: Any) -> None:
         if stop.value:
             raise _Stopped
 
-    _worker = Worker(context, on_text)
+    _worker = context.worker(on_text)
 
 
 def _load() -> None:

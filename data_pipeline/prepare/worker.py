@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -48,6 +48,10 @@ class Context:
     decisions: str  # hash of all that decides bytes besides the inputs
     settings: Settings
     max_bad_fraction: float
+
+    def worker(self, on_text: Callable[[int], None]) -> Worker:
+        """What does the units in another process."""
+        return Worker(self, on_text)
 
 
 @dataclass
@@ -90,6 +94,8 @@ Encoders = dict[str, Encoder]
 class Worker:
     """Does units. ``on_text`` is called with the bytes of text that were just done; ``tokenizer`` and ``encoders`` are
     what the process that started the run has already."""
+
+    result_type: ClassVar[type[UnitResult]] = UnitResult
 
     def __init__(
         self,
@@ -183,7 +189,7 @@ class Worker:
             return None
         if data["key"] != self.key(unit, drops):
             return None
-        result = UnitResult(**{**data, "shards": tuple(parse_shard(entry) for entry in data["shards"])})
+        result = self.result_type(**{**data, "shards": tuple(parse_shard(entry) for entry in data["shards"])})
         try:
             for shard in result.shards:
                 check_size(self.context.folder, shard.tokens)

@@ -22,8 +22,8 @@ def contents(shards: ShardSet, summary: Summary, samples: list[Sample]) -> dict[
         "fingerprint": shards.fingerprint,
         "documents": summary.documents,
         "tokens": summary.tokens,
-        "text_bytes": manifest.text_bytes,
-        "bytes_per_token": summary.bytes_per_token,
+        "text_bytes": manifest.text_bytes or None,  # tokens that were imported: nobody has seen their text
+        "bytes_per_token": summary.bytes_per_token or None,
         "tokens_per_document": summary.tokens / summary.documents,
         "unigram_entropy": summary.unigram_entropy,
         "dtype": manifest.dtype,

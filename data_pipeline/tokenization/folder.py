@@ -35,8 +35,9 @@ _VOCAB_TXT, _VOCAB_JSON, _MERGES, _ADDED = "vocab.txt", "vocab.json", "merges.tx
 def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str | None], str]:
     """The tokenizer at ``path``, the roles its configuration declares (role -> text), and the file it came from.
 
-    ``path`` is a folder, or a ``tokenizer.json`` (the configuration files beside it count). A folder holds, in this
-    order of preference, ``tokenizer.json``; ``vocab.json`` with ``merges.txt`` (GPT-2, RoBERTa); ``vocab.txt`` (BERT).
+    ``path`` is a folder, a ``tokenizer.json`` (the configuration files beside it count) or a SentencePiece ``.model``.
+    A folder holds, in this order of preference, ``tokenizer.json``; ``vocab.json`` with ``merges.txt`` (GPT-2,
+    RoBERTa); ``vocab.txt`` (BERT); one ``.model``.
     ``tokenizer_config.json`` wins over ``special_tokens_map.json``.
 
     Raises :class:`UserError` if there is none of these, for a file that cannot be read, and for vocabulary files of
@@ -52,21 +53,35 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str | No
                 declared |= declared_roles(config)
             except UserError as error:
                 raise UserError(f"{folder / name}: {error}") from None
+    if file.is_file() and file.suffix == ".model":
+        return _sentencepiece(file, declared)
     if file.is_file():
         return _from_json(file), declared, str(file)
     if path.is_dir() and (path / _VOCAB_JSON).is_file() and (path / _MERGES).is_file():
         return _with_added(_byte_level(path, config), path, declared), declared, str(path / _VOCAB_JSON)
     if path.is_dir() and (path / _VOCAB_TXT).is_file():
         return _with_added(_bert(path, config), path, declared), declared, str(path / _VOCAB_TXT)
-    advice = "`nystrom data tokenizer` trains one"
-    if path.is_dir() and any(path.glob("*.model")):
-        advice = (
-            "a SentencePiece model alone cannot be read; transformers converts it: "
-            f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained(...)"
+    found = sorted(path.glob("*.model")) if path.is_dir() else []
+    if len(found) > 1:
+        raise UserError(
+            f"{path} holds several SentencePiece models ({found[0].name}, {found[1].name}): name one of them"
         )
+    if found:
+        return _sentencepiece(found[0], declared)
     raise UserError(
-        f"no tokenizer at {path}: expected {file}, or {_VOCAB_JSON} and {_MERGES}, or {_VOCAB_TXT}; {advice}"
+        f"no tokenizer at {path}: expected {file}, or {_VOCAB_JSON} and {_MERGES}, or {_VOCAB_TXT}, or a SentencePiece "
+        ".model; `nystrom data tokenizer` trains one"
     )
+
+
+def _sentencepiece(
+    file: Path, declared: dict[str, str | None]
+) -> tuple[tokenizers.Tokenizer, dict[str, str | None], str]:
+    """SentencePiece's own file; what lies beside it may name other roles."""
+    from data_pipeline.tokenization.sentencepiece import build
+
+    backend, roles = build(file)
+    return backend, {role: text for role, text in roles.items() if text is not None} | declared, str(file)
 
 
 def _from_json(file: Path) -> tokenizers.Tokenizer:

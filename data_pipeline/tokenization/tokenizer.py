@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
+from data_pipeline.tokenization.charsmap import settled
 from data_pipeline.tokenization.folder import CONFIG_FILE, TOKENIZER_FILE, read_tokenizer
 from data_pipeline.tokenization.long_texts import cut, is_long
 from data_pipeline.tokenization.roles import ROLES, find_roles
@@ -47,6 +48,7 @@ class Tokenizer:
         _keep_text_text(backend, specials, unk, where)
         self._json = canonical_json(backend.to_str())
         self._backend = _from_json(self._json)
+        self._settled = settled(self._backend, self._json)
         self.roles = find_roles(declared, specials, unk, where)
         self.bos_id, self.pad_id, self.eos_id = self.roles.bos, self.roles.pad, self.roles.eos
         self.unk_id, self.mask_id = self.roles.unk, self.roles.mask
@@ -74,6 +76,8 @@ class Tokenizer:
         """Token ids of each text, on all cores (``RAYON_NUM_THREADS``); no special token is added."""
         if any(map(is_long, texts)):
             return [self.encode(text) for text in texts]
+        if self._settled is not None:
+            texts = [self._settled.settle(text) for text in texts]
         # _fast leaves out the character offsets, which nobody here reads.
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -81,6 +85,8 @@ class Tokenizer:
     def pieces(self, text: str) -> list[str]:
         """Pieces of a long text whose ids, end to end, are those of the whole: memory is that of a piece, not 130
         bytes for each character. Raises :class:`UserError` for a huge text that cannot be cut."""
+        if self._settled is not None:
+            text = self._settled.settle(text)
         return cut(self._backend, text) if is_long(text) else [text]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -365,7 +365,7 @@ def test_refusals(bpe: Tokenizer, tmp_path: Path) -> None:
     refused("the text 'q' would be encoded as the special token", single, tokenizer_config={"eos_token": "q"})
     (tmp_path / "sp").mkdir()
     (tmp_path / "sp" / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(UserError, match="SentencePiece model alone cannot be read; transformers converts it"):
+    with pytest.raises(UserError, match=r"tokenizer.model is not a SentencePiece model, or it is damaged"):
         Tokenizer.load(tmp_path / "sp")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "vocab.json").write_text("[]")
