@@ -25,6 +25,7 @@ def test_the_blocks_of_the_page_run_in_order(
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
     drawn, torch_drawn = random.getstate(), torch.random.get_rng_state()
     names: dict[str, object] = {}
+    modules = set(sys.modules)
     said = []
     for block in blocks:
         exec(compile(block, PAGE.name, "exec"), names)
@@ -42,7 +43,7 @@ def test_the_blocks_of_the_page_run_in_order(
 
     run = names["run"]
     assert isinstance(run, nystrom.Run)
-    # 12 words as likely as each other: nothing can be below log 12 for each of them.
+    # log 300 = 5.7 is what knowing nothing costs.
     assert run.loss is not None
     assert run.loss < 5.0
     before = run.metrics()
@@ -57,10 +58,7 @@ def test_the_blocks_of_the_page_run_in_order(
     assert [
         signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     ] == handlers
-    assert random.getstate() == drawn
-    assert torch.equal(torch.random.get_rng_state(), torch_drawn)
-    assert "deepspeed" not in sys.modules or "deepspeed" in before_modules
+    same = random.getstate() == drawn, torch.equal(torch.random.get_rng_state(), torch_drawn)
+    assert same == (True, True)  # not the states themselves: pytest takes minutes to show how they differ
+    assert "deepspeed" not in set(sys.modules) - modules
     assert not torch.distributed.is_initialized()
-
-
-before_modules = set(sys.modules)
