@@ -49,7 +49,8 @@ class Model:
         if precision not in ("fp32", "bf16", "auto"):
             raise UserError(f"precision {precision!r}: choose fp32, bf16 or auto")
         chosen = choose_device(device)
-        loaded = load_model(path)
+        with torch.random.fork_rng(devices=[]):  # the network draws weights before it gets its own
+            loaded = load_model(path)
         bf16 = choose_precision(precision, chosen) == "bf16"
         loaded.model.to(device=chosen, dtype=torch.bfloat16 if bf16 else torch.float32).eval()
         return cls(Subject(loaded, None, chosen))

@@ -184,20 +184,20 @@ def evaluate(
     if checkpoint is None and (needing or out is None):
         what = f"suite {needing[0]} evaluates a model: give a checkpoint" if needing else "say where results go: out"
         raise UserError(what)
-    subject = None
-    if checkpoint is not None:
-        shards = data.path if isinstance(data, ShardSet) else data
-        subject = load_subject(_folder(checkpoint), shards, device)
-    if out is None:
-        assert subject is not None
-        assert checkpoint is not None
-        folder = results_folder(_folder(checkpoint), subject.loaded.run_dir)
-    else:
-        folder = Path(out)
-    runner = Runner(subject, folder, force=force, rerun=rerun)
-    found: dict[str, Result] = {}
-    # Tasks that train seed torch; the caller's own draws are left as they were.
+    # A network draws weights before it gets its own, and tasks that train seed torch: the caller's draws stay.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        subject = None
+        if checkpoint is not None:
+            shards = data.path if isinstance(data, ShardSet) else data
+            subject = load_subject(_folder(checkpoint), shards, device)
+        if out is None:
+            assert subject is not None
+            assert checkpoint is not None
+            folder = results_folder(_folder(checkpoint), subject.loaded.run_dir)
+        else:
+            folder = Path(out)
+        runner = Runner(subject, folder, force=force, rerun=rerun)
+        found: dict[str, Result] = {}
         runner.expect(chosen)
         for suite in sorted(chosen, key=lambda suite: not suite.task.is_gate):
             if device != "auto" and "device" in type(suite.settings).model_fields:
