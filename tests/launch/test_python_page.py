@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import re
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,3 +66,43 @@ def test_the_blocks_of_the_page_run_in_order(
     assert same == (True, True)  # not the states themselves: pytest takes minutes to show how they differ
     assert "deepspeed" not in set(sys.modules) - modules
     assert not torch.distributed.is_initialized()
+
+
+INTERRUPTED = """
+import signal, nystrom_pretrain as nystrom
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore it
+nystrom.prepare(["the river runs under the stone bridge"] * 200, "shards", vocab_size=300)
+config = {
+    "name": "long", "output_dir": "runs", "data": {"train": "shards"}, "batch_tokens": 512, "zero_stage": 0,
+    "model": {"objective": "clm", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "segment_length": 8},
+    "curriculum": [{"until_tokens": 100_000_000, "seq_len": 64, "micro_batch": 8}],
+    "telemetry": {"wandb": "disabled", "log_every_steps": 1},
+}
+try:
+    nystrom.train(config)
+except KeyboardInterrupt:
+    print("interrupted", nystrom.load("runs/long").subject.loaded.tokens > 0)
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupt_saves_and_is_raised(tmp_path: Path) -> None:
+    root = str(PAGE.parents[1])
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as program:
+        metrics, deadline = tmp_path / "runs" / "long" / "metrics.jsonl", time.monotonic() + 150
+        while not (metrics.is_file() and '"train"' in metrics.read_text()):
+            assert program.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        program.send_signal(signal.SIGINT)
+        output, _ = program.communicate(timeout=120)
+    assert program.returncode == 0, output
+    assert output.splitlines()[-1] == "interrupted True"
+    assert json.loads((metrics.parent / "status.json").read_text())["state"] == "preempted"
