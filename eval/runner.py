@@ -97,7 +97,7 @@ class Runner:
             raise UserError(
                 "the validity gate failed, so no score is computed:\n  "
                 + "\n  ".join(self.verdict.failures)
-                + "\n--force scores the model all the same"
+                + "\n--force scores the model all the same (in Python: force=True)"
             )
         return "forced"
 

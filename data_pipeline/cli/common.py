@@ -105,11 +105,11 @@ class Progress:
     """A progress bar over the text that passes, and the numbers for the closing line."""
 
     def __init__(self, description: str, total: int | None) -> None:
-        from tqdm import tqdm
+        from data_pipeline.bars import progress_bar
 
         self.started = time.monotonic()
         self.text_bytes = 0
-        self._bar = tqdm(desc=description, total=total, unit="B", unit_scale=True, disable=None)
+        self._bar = progress_bar(desc=description, total=total, unit="B", unit_scale=True)
 
     def text(self, size: int) -> None:
         """Count bytes of text."""

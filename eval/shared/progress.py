@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, and a line now and then where there is none."""
+"""How far long work is: a bar on a terminal and in a notebook, and a line now and then where there is none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
+
+from data_pipeline.bars import progress_bar
 
 EVERY_SECONDS = 30.0
 """Between two lines, at least: ten minutes in a file are twenty of them."""
@@ -30,7 +32,7 @@ class Progress:
         self.done, self._remark = 0, ""
         self._clock = clock
         self._began = self._said = clock()
-        self._bar = tqdm(total=total, desc=title, unit=unit, disable=None, leave=False)
+        self._bar = progress_bar(total=total, desc=title, unit=unit, leave=False)
 
     def __enter__(self) -> Progress:
         return self
