@@ -59,8 +59,7 @@ class ModelConfig(Strict):
     init_std: float = Field(
         0.02,
         gt=0,
-        description="Standard deviation of the initial weights. With `norm: pre`, projections into the residual stream "
-        "have it divided by sqrt(2 num_layers).",
+        description="Standard deviation of the initial weights, in every layer alike.",
     )
 
     positions: Literal["rotary", "learned", "none"] = Field(

@@ -79,8 +79,9 @@ class NystromformerLM(nn.Module):
     def reset_parameters(self) -> None:
         """Normal weights of ``init_std``, zero biases.
 
-        With pre-norm the projections that write to the residual stream are scaled by 1 / sqrt(2 layers). Its variance
-        at the output then does not grow with depth (Radford et al. 2019).
+        :func:`reset_module` also scales the projections that write to the residual stream by 1 / sqrt(2 layers)
+        (Radford et al. 2019). Here that has no effect: a block comes before its linear layers, which are drawn again.
+        Every published number of this project is of weights without the scale, and a change would move them all.
         """
         for module in self.modules():
             reset_module(module, self.config)
