@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
@@ -55,6 +55,7 @@ def prepare(
     Raises :class:`UserError` for what cannot be read, no text at all, and a folder that holds something else.
     """
     from data_pipeline.cli.common import Progress
+    from data_pipeline.prepare.dataset import stream_of
     from data_pipeline.prepare.plan import Settings, plan_preparation, plan_stdin
     from data_pipeline.prepare.run import PrepareOptions
     from data_pipeline.prepare.run import prepare as tokenize
@@ -80,7 +81,7 @@ def prepare(
     else:
         lines = _lines(rows or (), text_field)
         first = list(itertools.islice(lines, 1))  # what is no text is found before the folder is touched
-        stream = io.BufferedReader(_Lines(itertools.chain(first, lines)), 1 << 20)
+        stream = stream_of(itertools.chain(first, lines))
         # The lines have one field, whatever it was called.
         settings = replace(settings, reading=replace(reading, text_field="text"))
         preparation = plan_stdin("jsonl", known, settings)
@@ -289,23 +290,3 @@ def _lines(rows: Rows, field: str) -> Iterator[bytes]:
         text = _text(row, number, field)
         # JSON's escapes: half a surrogate pair is then a broken record, counted as those of files are.
         yield json.dumps({"text": text}).encode() + b"\n"
-
-
-class _Lines(io.RawIOBase):
-    """Lines as a stream of bytes."""
-
-    def __init__(self, lines: Iterator[bytes]) -> None:
-        super().__init__()
-        self._lines, self._left = lines, b""
-
-    def readable(self) -> Literal[True]:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer as far as the next line goes; 0 at the end."""
-        if not self._left:
-            self._left = next(self._lines, b"")
-        size = min(len(buffer), len(self._left))
-        buffer[:size], self._left = self._left[:size], self._left[size:]
-        return size

@@ -64,7 +64,7 @@ def prepare_dataset(
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
     lines = _lines(dataset, settings)
     first = list(itertools.islice(lines, 1))  # a wrong column is found before the folder is touched
-    stream = io.BufferedReader(_Lines(itertools.chain(first, lines)), 1 << 20)
+    stream = stream_of(itertools.chain(first, lines))
     plan = plan_stdin("jsonl", tokenizer, settings)
     return prepare(plan, out, how, stream=stream, on_text=on_text, on_loss=on_loss)
 
@@ -147,6 +147,11 @@ def _records(dataset: Any, wanted: Wanted) -> Iterator[Mapping[str, Any]]:
 
 def _asked(column: str, wanted: Wanted) -> bool:
     return any(f"{field}.".startswith(f"{column}.") for field in wanted.fields)
+
+
+def stream_of(lines: Iterator[bytes]) -> io.BufferedReader:
+    """Lines of JSON as the stream that a preparation of standard input reads."""
+    return io.BufferedReader(_Lines(lines), 1 << 20)
 
 
 class _Lines(io.RawIOBase):
