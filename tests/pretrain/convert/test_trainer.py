@@ -188,11 +188,11 @@ def test_a_classifier_learns_and_loads_again(
         eval_dataset=rows(tokenizer, 40, seed=1),
         bf16=precision == "autocast",
         max_steps=60,
-        learning_rate=0.02,
+        learning_rate=0.005,  # with 0.02 one in ten texts went either way by the processor
     )
     done.processing_class = tokenizer
     done.train()
-    # The topics of new texts; by chance it is 0.5. Seen: 0.85 (causal, fp32) to 0.95 of 40.
+    # The topics of new texts; by chance it is 0.5. Seen on three kinds of processor: 0.80 to 0.95 of 40.
     predicted = done.predict(done.eval_dataset)
     correct = (predicted.predictions.argmax(-1) == predicted.label_ids).mean()
     assert correct >= 0.75, losses(done)
