@@ -11,13 +11,14 @@ PARALLEL    := -n $(WORKERS) --maxprocesses 16 --dist loadfile --no-loadscope-re
 # space. No target is named after a file, since make splits such a name at spaces.
 BIN         := $(VENV)/bin
 
-.PHONY: help installed installed-dev demo test test-slow test-all lint clean
+.PHONY: help installed installed-dev demo test test-slow test-all lint docs clean
 help:
 	@echo "make demo       set up, then text -> shards -> pretraining -> evaluation -> report, on a built-in corpus"
 	@echo "make test       set up, then the tests (minutes)"
 	@echo "make test-slow  the tests marked slow (tens of minutes)"
 	@echo "make lint       ruff and mypy"
-	@echo "make clean      remove the virtual environment and the demo's folder"
+	@echo "make docs       the documentation as a site with search, in site/: open site/index.html"
+	@echo "make clean      remove the virtual environment, the demo's folder and the site"
 	@echo
 	@echo "PYTHON=python3.12   the Python to set up with ($(PYTHON))"
 	@echo "VENV=folder         the virtual environment ($(VENV))"
@@ -62,7 +63,13 @@ lint: installed-dev
 	"$(BIN)/python" -m ruff format --check .
 	"$(BIN)/python" -m mypy
 
+# --strict: a dead link, or a page that mkdocs.yml does not list, ends the build. With --quiet it would not.
+docs: installed-dev
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --strict
+	"$(BIN)/python" -m tools.site.check site
+
 # Only what was made here: a VENV or DEMO mistyped must not cost somebody's folder.
 clean:
 	@if [ -e "$(VENV)/pyvenv.cfg" ] || [ -e "$(VENV)/.lock" ]; then echo "removing $(VENV)"; rm -rf "$(VENV)"; fi
+	@if [ -e site/search/search_index.js ]; then echo "removing site"; rm -rf site; fi
 	@if [ -d "$(DEMO)/corpus" ] || [ -e "$(DEMO)/.lock" ]; then echo "removing $(DEMO)"; rm -rf "$(DEMO)"; fi

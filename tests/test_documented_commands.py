@@ -18,7 +18,7 @@ from launch import program
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     str(path.relative_to(REPOSITORY))
-    for path in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").glob("*.md"))
+    for path in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md"))
 )
 
 

@@ -34,7 +34,7 @@ def test_the_hosted_tests_run_targets_of_make_on_the_declared_pythons() -> None:
     targets = set(re.findall(r"^([a-z-]+):", makefile(), re.MULTILINE))
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     made = {step["run"].split()[1] for step in steps if step.get("run", "").startswith("make ")}
-    assert made == {"lint", "test", "test-slow"} <= targets
+    assert made == {"lint", "docs", "test", "test-slow"} <= targets
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
     assert workflow["env"] == {"UV_TORCH_BACKEND": "cpu"}
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
