@@ -113,7 +113,7 @@ def source_page(path: str, present: set[str], repository: Path = REPOSITORY) -> 
             for name in contents(path, repository)
         ]
         return head + f"# `{path}/`\n\n" + above + "\n".join(["| | what it is |", "|---|---|", *rows]) + "\n"
-    text = (repository / path).read_text(encoding="utf-8")
+    text = (repository / path).read_text(encoding="utf-8", errors="replace")
     fence = "~" * max(3, *(len(run) + 1 for run in re.findall(r"~+", text)), 3)
     language = LANGUAGES.get(Path(path).suffix, "text") if len(text) <= HIGHLIGHTED else "text"
     return head + f"# `{path}`\n\n{above}{fence}{language}\n{text.rstrip()}\n{fence}\n"
