@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
+from data_pipeline.html import html_facts
 from eval.shared.pooling import Pooling, check_pooling
 from eval.shared.scoring import rows_of, score
 from eval.shell.masks import Candidate, fill
@@ -146,6 +147,17 @@ class Model:
         """
         return self.subject.logits(torch.tensor([self._ids(text)]))[0]
 
+    @torch.inference_mode()
+    def hidden_states(self, text: str) -> Tensor:
+        """The last layer's hidden states (N, H) in float32 at each of the N tokens of a text, on the model's device.
+
+        ``logits`` are computed from them, and ``embed`` pools them. ``model.tokenizer.encode(text)`` has the N ids.
+        Raises as :meth:`logits` does.
+        """
+        ids = torch.tensor([self._ids(text)], device=self.device)
+        hidden: Tensor = self.network(ids, hidden=True).hidden
+        return hidden[0].float()
+
     def log_likelihood(self, text: str) -> float:
         """log p of a text in nats, summed over its tokens.
 
@@ -214,6 +226,24 @@ class Model:
             f"Model({str(self.path)!r}: {info.objective}, {info.attention} attention, {info.parameters:,} parameters, "
             f"{info.tokens:,} tokens seen, on {self.device})"
         )
+
+    def _repr_html_(self) -> str:
+        info, network = self.subject.info(), self.subject.loaded.model_config
+        facts: list[tuple[str, object]] = [
+            ("folder", self.path),
+            ("objective", {"clm": "causal (clm)", "mlm": "masked (mlm)"}.get(info.objective, info.objective)),
+            ("attention", info.attention),
+            ("layers, hidden size, heads", f"{network.num_layers}, {network.hidden_size}, {network.num_heads}"),
+            ("parameters", info.parameters),
+            ("vocabulary", network.vocab_size),
+            ("tokens seen", info.tokens),
+            ("weights", info.weights_hash[:12]),
+            (
+                "device, precision",
+                f"{self.device}, {str(next(self.network.parameters()).dtype).removeprefix('torch.')}",
+            ),
+        ]
+        return html_facts(f"Model {info.run}", facts)
 
 
 def _given(texts: str | Sequence[str], what: str) -> list[Given]:

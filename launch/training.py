@@ -21,6 +21,7 @@ import yaml
 
 from data_pipeline.bars import progress_bar
 from data_pipeline.errors import UserError
+from data_pipeline.html import html_facts
 from data_pipeline.processes import child_command
 from launch import shadowing
 from launch.restarts import last_line
@@ -89,6 +90,12 @@ class Run:
         from eval.model import Model
 
         return Model.open(self.folder, device)
+
+    def _repr_html_(self) -> str:
+        newest = (self.metrics() or [{}])[-1]
+        facts = [("folder", self.folder), ("state", self.state), ("step", newest.get("step"))]
+        facts += [("tokens", newest.get("tokens")), ("loss", None if self.loss is None else f"{self.loss:.4f}")]
+        return html_facts(f"Run {self.folder.name}", [*facts, ("weights", self.export)])
 
 
 def train(
