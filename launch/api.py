@@ -149,6 +149,8 @@ def evaluate(
     from eval.subject import load_subject
     from eval.suites.load import load_suites
 
+    if not isinstance(suites, Iterable):
+        raise UserError(f"suites must be a name or several, not {type(suites).__name__}")
     names = [suites] if isinstance(suites, str) else list(suites)
     if not names:
         raise UserError("no suite is named: `nystrom eval list` describes them")

@@ -137,7 +137,7 @@ def train(
         words = ["--config", str(file), "--resume", resume]
         # SIGTERM when this process is gone: the run saves and ends.
         start = ("pretrain",) if nproc == 1 else ("launch", "local", "--nproc", str(nproc))
-        code, tail = _watch(child_command(*start, *words, number=signal.SIGTERM), parsed, total)
+        code, tail = _watch(child_command(*start, *words, number=signal.SIGTERM), parsed, total, resume == "never")
     if code in (EXIT_DONE, EXIT_PREEMPTED):
         return Run(parsed.run_dir)
     output = "".join(tail)
@@ -167,14 +167,16 @@ def _path(value: Any) -> str:
     raise TypeError(f"a {type(value).__name__} cannot be written as YAML")
 
 
-def _watch(command: list[str], config: RunConfig, total: int) -> tuple[int, deque[str]]:
+def _watch(command: list[str], config: RunConfig, total: int, anew: bool) -> tuple[int, deque[str]]:
     """Run a training command to its end, its output printed; returns its exit status and the last lines."""
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(shadowing.HOME)]))
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     env["PYTHONUNBUFFERED"] = "1"
     tail: deque[str] = deque(maxlen=TAIL_LINES)
-    bar = progress_bar(total=total, unit="tok", unit_scale=True, desc=config.name)
+    # From where it resumes: the speed and the time left are of this start.
+    before = 0 if anew else last_line(config.run_dir).get("tokens", 0)
+    bar = progress_bar(total=total, initial=before, unit="tok", unit_scale=True, desc=config.name)
     # A session of its own: Ctrl-C at a terminal, and a notebook's interrupt, are for this process, which passes it on.
     child = subprocess.Popen(
         command,
@@ -202,8 +204,12 @@ def _watch(command: list[str], config: RunConfig, total: int) -> tuple[int, dequ
         while not _ended(child):
             row = last_line(config.run_dir)
             if row and not bar.disable:
-                bar.set_postfix_str(f"step {row['step']}, loss {row.get('loss')}", refresh=False)
+                loss = row.get("loss")
+                shown = "" if loss is None else f", loss {loss:.4f}"
+                bar.set_postfix_str(f"step {row['step']}{shown}", refresh=False)
                 bar.update(row["tokens"] - bar.n)
+        if child.returncode == EXIT_DONE and not bar.disable:
+            bar.update(total - bar.n)
     except BaseException:  # KeyboardInterrupt above all
         child.terminate()
         deadline = time.monotonic() + STOP_SECONDS
