@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -23,8 +23,24 @@ from eval.tasks.embedding.embed import Floats, as_tokens, embed
 if TYPE_CHECKING:
     from data_pipeline.tokenization.tokenizer import Tokenizer
     from pretrain.config import RunConfig
+    from pretrain.model.transformer import NystromformerLM
 
 Precision = Literal["fp32", "bf16", "auto"]
+
+
+class Sampling(TypedDict, total=False):
+    """The options of :meth:`Model.generate`, for type checkers and editors."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    beams: int
+    length_penalty: float
+    stop: str | Sequence[str]
+    seed: int
+    batch_size: int
 
 
 class Model:
@@ -57,9 +73,10 @@ class Model:
         return cls(Subject(loaded, None, chosen))
 
     @property
-    def network(self) -> Any:
-        """The PyTorch module."""
-        return self.subject.model
+    def network(self) -> NystromformerLM:
+        """The PyTorch module. ``network(ids)`` of ids (B, N) int64 has ``logits`` (B, N, V)."""
+        network: NystromformerLM = self.subject.model
+        return network
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -82,10 +99,12 @@ class Model:
         return self.subject.loaded.path
 
     @overload
-    def generate(self, prompts: str, **sampling: Any) -> str: ...
+    def generate(  # type: ignore[overload-overlap] # a str is a sequence of str too: it comes first
+        self, prompts: str, **sampling: Unpack[Sampling]
+    ) -> str: ...
     @overload
-    def generate(self, prompts: Sequence[str], **sampling: Any) -> list[str]: ...
-    def generate(  # type: ignore[misc] # the options are named once, here
+    def generate(self, prompts: Sequence[str], **sampling: Unpack[Sampling]) -> list[str]: ...
+    def generate(
         self,
         prompts: str | Sequence[str],
         *,

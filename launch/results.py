@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from data_pipeline.html import html_table
 
 if TYPE_CHECKING:
     from eval.results.schema import Result
+
+
+class MetricRow(TypedDict):
+    """A metric of a suite; ``low`` and ``high`` bound its 95% interval, ``n`` counts what ``unit`` names."""
+
+    suite: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int | None
+    unit: str
 
 
 class Results(Mapping[str, "Result"]):
@@ -42,7 +54,7 @@ class Results(Mapping[str, "Result"]):
     def __contains__(self, name: object) -> bool:
         return name in self._results
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[MetricRow]:
         """A row for each metric: suite, metric, value, low and high (95%), n, unit. For ``pandas.DataFrame``."""
         return [
             {"suite": suite, "metric": name, "value": m.value, "low": m.low, "high": m.high, "n": m.n, "unit": m.unit}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +24,6 @@ def cells() -> list[dict[str, Any]]:
 
 
 def test_the_notebook_has_no_outputs_and_links_that_lead_somewhere() -> None:
-    import re
-
     for cell in cells():
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
@@ -105,6 +105,8 @@ def test_every_cell_runs_and_shows_what_it_should(session: Session) -> None:
     assert len(lines) == len(set(lines))  # none is there twice
     assert not [line for line in lines if line.startswith("step ")]  # the bar shows those
     assert "<th" in shown(trained, "text/html")[-1]
+    if importlib.util.find_spec("ipywidgets") is not None:
+        assert shown(trained, "application/vnd.jupyter.widget-view+json")
     assert ">done<" in shown(trained, "text/html")[-1]
     assert "pppl" in shown(evaluated, "text/html")[-1]
     assert "not run: pppl" in printed(evaluated, "stderr")
