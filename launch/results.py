@@ -29,6 +29,7 @@ class Results(Mapping[str, "Result"]):
 
     ``results["lm"].metrics["perplexity"]`` has ``value``, ``low`` and ``high`` (95% interval), ``n`` and ``unit``.
     ``skipped`` has the reason of each suite that could not be run; asking for one is a ``KeyError`` that says it.
+    ``folder`` is where the results are kept, a JSON file for each suite.
     """
 
     folder: Path

@@ -41,11 +41,18 @@ STOP_SECONDS = 120.0
 """How long a run may take to save after an interrupt, before it is killed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Run:
-    """A run folder. Everything is read from its files when it is asked for, so a run may still be training."""
+    """A run folder. Everything is read from its files when it is asked for, so a run may still be training.
+
+    ``Run("runs/first")`` reads the run of another program too; its functions raise nothing while files are missing.
+    """
 
     folder: Path
+
+    def __init__(self, folder: str | Path) -> None:
+        """``folder``: ``output_dir`` and ``name`` of the configuration."""
+        object.__setattr__(self, "folder", Path(folder))
 
     @property
     def state(self) -> str:
@@ -58,7 +65,11 @@ class Run:
         return load_config(self.folder / "config.yaml")
 
     def metrics(self, kind: Literal["train", "valid", "event"] = "train") -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl`` of this kind, in order: ``pandas.DataFrame(run.metrics())`` is a table."""
+        """The lines of ``metrics.jsonl`` of this kind, in order: ``pandas.DataFrame(run.metrics())`` is a table.
+
+        A line of training has ``step``, ``tokens`` (so far), ``loss`` (nats a token that is predicted), ``lr``,
+        ``grad_norm``, ``seconds`` (of training) and more; a "valid" one has the held-out ``loss``.
+        """
         try:
             lines = (self.folder / "metrics.jsonl").read_bytes().splitlines()
         except OSError:
@@ -203,7 +214,7 @@ def _watch(command: list[str], config: RunConfig, total: int, anew: bool) -> tup
     try:
         while not _ended(child):
             row = last_line(config.run_dir)
-            if row and not bar.disable:
+            if row and row["tokens"] != bar.n and not bar.disable:  # a line twice would be drawn, and stored, twice
                 loss = row.get("loss")
                 shown = "" if loss is None else f", loss {loss:.4f}"
                 bar.set_postfix_str(f"step {row['step']}{shown}", refresh=False)

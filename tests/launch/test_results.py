@@ -125,7 +125,8 @@ def test_html_is_escaped() -> None:
 
 
 def test_a_run_shows_how_far_it_is(tmp_path: Path) -> None:
-    run = nystrom.Run(tmp_path / "a<b>")
+    run = nystrom.Run(str(tmp_path / "a<b>"))
+    assert run == nystrom.Run(tmp_path / "a<b>")
     assert "unknown" in run._repr_html_()
     run.folder.mkdir()
     row = {"kind": "train", "step": 3, "tokens": 12345, "loss": 2.0}
