@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data_pipeline.errors import UserError
     from eval.model import Model
-    from launch.api import Results, evaluate, load, prepare, report
+    from launch.api import evaluate, load, prepare, report
+    from launch.results import Results
     from launch.training import Run, train
 
 __all__ = ["Model", "Results", "Run", "UserError", "evaluate", "load", "prepare", "report", "train"]
 _PLACES = {
     "UserError": "data_pipeline.errors",
     "Model": "eval.model",
-    **dict.fromkeys(("Results", "evaluate", "load", "prepare", "report"), "launch.api"),
+    "Results": "launch.results",
+    **dict.fromkeys(("evaluate", "load", "prepare", "report"), "launch.api"),
     **dict.fromkeys(("Run", "train"), "launch.training"),
 }
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 
 def progress_bar(**options: Any) -> Any:
     """A bar of tqdm with these options; its ``disable`` is true where none is drawn.
 
-    tqdm's own rule (``disable=None``) looks for a terminal. A notebook's output is none, so it gets its bar by name:
-    ``tqdm.auto`` takes the widget, or text where the package ipywidgets is missing.
+    tqdm's own rule (``disable=None``) looks for a terminal. A notebook's output is none, so it gets its bar by name: a
+    widget, or text where the package ipywidgets is missing. ``tqdm.auto`` would choose alike, with a warning. The text
+    goes to standard output, as what is printed does: each change between two streams would draw the bar anew.
     """
     if in_notebook():
-        from tqdm.auto import tqdm as drawn
+        if find_spec("ipywidgets") is not None:
+            from tqdm.notebook import tqdm as drawn
 
-        return drawn(**options)
+            return drawn(**options)
+        from tqdm import tqdm
+
+        return tqdm(**{"file": sys.stdout, **options})
     from tqdm import tqdm
 
     return tqdm(**options, disable=None)

@@ -117,7 +117,7 @@ def check_arguments(args: argparse.Namespace) -> list[Suite]:
     suites = load_suites(args.suites, args.suite_path or (), overrides_of(args))
     if args.name and not all(c.isalnum() or c in "-_." for c in args.name):
         raise UserError(f"--name {args.name}: letters, digits, '-', '_' and '.' only, it becomes part of a file name")
-    _check_data(args.data, suites)
+    check_data(args.data, suites)
     needing = [suite.name for suite in suites if suite.task.needs_checkpoint]
     if needing and not args.checkpoint:
         raise UserError(f"suite {needing[0]} evaluates a model: say which with --checkpoint RUN")
@@ -126,7 +126,7 @@ def check_arguments(args: argparse.Namespace) -> list[Suite]:
     return suites
 
 
-def _check_data(shards: str | None, suites: Sequence[Suite]) -> None:
+def check_data(shards: str | None, suites: Sequence[Suite]) -> None:
     """Raises :class:`UserError` for held-out shards that no suite reads, since text was named in their place."""
     elsewhere = [suite for suite in suites if suite.settings.own_text]
     if shards and elsewhere and all(suite in elsewhere or not suite.task.held_out for suite in suites):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
+from data_pipeline.html import html_facts
 from eval.shared.pooling import Pooling, check_pooling
 from eval.shared.scoring import rows_of, score
 from eval.shell.masks import Candidate, fill
@@ -22,8 +23,24 @@ from eval.tasks.embedding.embed import Floats, as_tokens, embed
 if TYPE_CHECKING:
     from data_pipeline.tokenization.tokenizer import Tokenizer
     from pretrain.config import RunConfig
+    from pretrain.model.transformer import NystromformerLM
 
 Precision = Literal["fp32", "bf16", "auto"]
+
+
+class Sampling(TypedDict, total=False):
+    """The options of :meth:`Model.generate`, for type checkers and editors."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    beams: int
+    length_penalty: float
+    stop: str | Sequence[str]
+    seed: int
+    batch_size: int
 
 
 class Model:
@@ -56,9 +73,10 @@ class Model:
         return cls(Subject(loaded, None, chosen))
 
     @property
-    def network(self) -> Any:
-        """The PyTorch module."""
-        return self.subject.model
+    def network(self) -> NystromformerLM:
+        """The PyTorch module. ``network(ids)`` of ids (B, N) int64 has ``logits`` (B, N, V)."""
+        network: NystromformerLM = self.subject.model
+        return network
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -81,10 +99,12 @@ class Model:
         return self.subject.loaded.path
 
     @overload
-    def generate(self, prompts: str, **sampling: Any) -> str: ...
+    def generate(  # type: ignore[overload-overlap] # a str is a sequence of str too: it comes first
+        self, prompts: str, **sampling: Unpack[Sampling]
+    ) -> str: ...
     @overload
-    def generate(self, prompts: Sequence[str], **sampling: Any) -> list[str]: ...
-    def generate(  # type: ignore[misc] # the options are named once, here
+    def generate(self, prompts: Sequence[str], **sampling: Unpack[Sampling]) -> list[str]: ...
+    def generate(
         self,
         prompts: str | Sequence[str],
         *,
@@ -145,6 +165,17 @@ class Model:
         text without a token or longer than the learned positions.
         """
         return self.subject.logits(torch.tensor([self._ids(text)]))[0]
+
+    @torch.inference_mode()
+    def hidden_states(self, text: str) -> Tensor:
+        """The last layer's hidden states (N, H) in float32 at each of the N tokens of a text, on the model's device.
+
+        ``logits`` are computed from them, and ``embed`` pools them. ``model.tokenizer.encode(text)`` has the N ids.
+        Raises as :meth:`logits` does.
+        """
+        ids = torch.tensor([self._ids(text)], device=self.device)
+        hidden: Tensor = self.network(ids, hidden=True).hidden
+        return hidden[0].float()
 
     def log_likelihood(self, text: str) -> float:
         """log p of a text in nats, summed over its tokens.
@@ -214,6 +245,24 @@ class Model:
             f"Model({str(self.path)!r}: {info.objective}, {info.attention} attention, {info.parameters:,} parameters, "
             f"{info.tokens:,} tokens seen, on {self.device})"
         )
+
+    def _repr_html_(self) -> str:
+        info, network = self.subject.info(), self.subject.loaded.model_config
+        facts: list[tuple[str, object]] = [
+            ("folder", self.path),
+            ("objective", {"clm": "causal (clm)", "mlm": "masked (mlm)"}.get(info.objective, info.objective)),
+            ("attention", info.attention),
+            ("layers, hidden size, heads", f"{network.num_layers}, {network.hidden_size}, {network.num_heads}"),
+            ("parameters", info.parameters),
+            ("vocabulary", network.vocab_size),
+            ("tokens seen", info.tokens),
+            ("weights", info.weights_hash[:12]),
+            (
+                "device, precision",
+                f"{self.device}, {str(next(self.network.parameters()).dtype).removeprefix('torch.')}",
+            ),
+        ]
+        return html_facts(f"Model {info.run}", facts)
 
 
 def _given(texts: str | Sequence[str], what: str) -> list[Given]:

@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.tokenizer import Tokenizer
+from launch.results import Results
 
 if TYPE_CHECKING:
     from data_pipeline.sources.corpus import FileCorpus
@@ -111,42 +113,6 @@ def load(path: str | Path | Run, *, device: str = "auto", precision: Precision =
     return Model.open(_folder(path), device, precision)
 
 
-class Results(Mapping[str, "Result"]):
-    """The results of suites by name. ``results["lm"].metrics["perplexity"]`` has value, low, high, n and unit."""
-
-    def __init__(self, results: Mapping[str, Result], folder: Path) -> None:
-        """``folder`` is where they are kept."""
-        self._results, self.folder = dict(results), folder
-
-    def __getitem__(self, name: str) -> Result:
-        return self._results[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._results)
-
-    def __len__(self) -> int:
-        return len(self._results)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each metric: suite, metric, value, low and high (95%), n, unit. For ``pandas.DataFrame``."""
-        return [
-            {"suite": suite, "metric": name, "value": m.value, "low": m.low, "high": m.high, "n": m.n, "unit": m.unit}
-            for suite, result in self.items()
-            for name, m in result.metrics.items()
-        ]
-
-    def __repr__(self) -> str:
-        """The table that ``nystrom eval`` prints."""
-        from eval.console import aligned, describe
-
-        rows = [
-            (suite, name.replace("_", " "), describe(metric), metric.over)
-            for suite, result in self.items()
-            for name, metric in result.metrics.items()
-        ]
-        return aligned([("suite", "metric", "value", "over"), *rows])
-
-
 def evaluate(
     checkpoint: str | Path | Run | Model | None,
     suites: str | Sequence[str],
@@ -157,6 +123,7 @@ def evaluate(
     suite_path: Sequence[str | Path] = (),
     force: bool = False,
     rerun: bool = False,
+    strict: bool = False,
     **settings: Any,
 ) -> Results:
     """Run suites on a checkpoint, behind the validity gate; results are kept in ``out`` (default: RUN/eval).
@@ -166,21 +133,29 @@ def evaluate(
     scores a model that the gate refuses; ``rerun`` computes again what is there for the same weights, settings and
     data. ``checkpoint`` may be None for suites that train their own models; ``out`` is needed then.
 
-    Raises :class:`UserError` for an unknown suite or setting, for missing data, and where the gate failed, which names
-    the checks; what was computed before stays in the folder. The suite "validity" alone raises nothing where it fails:
-    its metric ``passed`` is 0.
+    A suite that cannot be run does not keep the others from running, as on the command line: a generation of a masked
+    model, data that are missing, a gate that failed. ``Results.skipped`` has its reason, and a warning says so.
+    ``strict`` raises at the first of them.
+
+    Raises :class:`UserError` for an unknown suite or setting before anything is computed, and where no suite could be
+    run, the gate apart. What was computed before an error stays in the folder. The suite "validity" alone raises
+    nothing where it fails: its metric ``passed`` is 0.
     """
     import torch
 
+    from eval.cli import check_data
     from eval.results.records import results_folder
     from eval.runner import Runner
     from eval.subject import load_subject
     from eval.suites.load import load_suites
 
+    if not isinstance(suites, Iterable):
+        raise UserError(f"suites must be a name or several, not {type(suites).__name__}")
     names = [suites] if isinstance(suites, str) else list(suites)
     if not names:
         raise UserError("no suite is named: `nystrom eval list` describes them")
     chosen = load_suites(names, suite_path, [_setting(key, value) for key, value in settings.items()])
+    check_data(None if data is None else str(getattr(data, "path", data)), chosen)
     needing = [suite.name for suite in chosen if suite.task.needs_checkpoint]
     if checkpoint is None and (needing or out is None):
         what = f"suite {needing[0]} evaluates a model: give a checkpoint" if needing else "say where results go: out"
@@ -199,12 +174,32 @@ def evaluate(
             folder = Path(out)
         runner = Runner(subject, folder, force=force, rerun=rerun)
         found: dict[str, Result] = {}
+        skipped: dict[str, str] = {}
         runner.expect(chosen)
         for suite in sorted(chosen, key=lambda suite: not suite.task.is_gate):
             if device != "auto" and "device" in type(suite.settings).model_fields:
                 suite = replace(suite, settings=suite.settings.model_copy(update={"device": device}))
-            found[suite.name], _ = runner.run(suite)
-    return Results(found, folder)
+            try:
+                found[suite.name], _ = runner.run(suite)
+            except UserError as error:
+                if strict:
+                    raise
+                skipped[suite.name] = str(error)
+    return _with_warning(Results(found, folder, skipped), {suite.name for suite in chosen if suite.task.is_gate})
+
+
+def _with_warning(results: Results, gates: set[str]) -> Results:
+    """The results; warns of suites that were skipped, and raises where only the gate is left of several."""
+    skipped = results.skipped
+    if skipped and not set(results) - gates:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in skipped.items():
+            reasons.setdefault(reason, []).append(name)
+        lines = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        raise UserError(next(iter(reasons)) if len(skipped) == 1 else "no suite could be run\n" + "\n".join(lines))
+    if skipped:
+        warnings.warn(f"not run: {', '.join(skipped)}; `skipped` of the results has the reasons", stacklevel=3)
+    return results
 
 
 def report(

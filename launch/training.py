@@ -21,6 +21,7 @@ import yaml
 
 from data_pipeline.bars import progress_bar
 from data_pipeline.errors import UserError
+from data_pipeline.html import html_facts
 from data_pipeline.processes import child_command
 from launch import shadowing
 from launch.restarts import last_line
@@ -40,11 +41,18 @@ STOP_SECONDS = 120.0
 """How long a run may take to save after an interrupt, before it is killed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Run:
-    """A run folder. Everything is read from its files when it is asked for, so a run may still be training."""
+    """A run folder. Everything is read from its files when it is asked for, so a run may still be training.
+
+    ``Run("runs/first")`` reads the run of another program too; its functions raise nothing while files are missing.
+    """
 
     folder: Path
+
+    def __init__(self, folder: str | Path) -> None:
+        """``folder``: ``output_dir`` and ``name`` of the configuration."""
+        object.__setattr__(self, "folder", Path(folder))
 
     @property
     def state(self) -> str:
@@ -57,7 +65,11 @@ class Run:
         return load_config(self.folder / "config.yaml")
 
     def metrics(self, kind: Literal["train", "valid", "event"] = "train") -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl`` of this kind, in order: ``pandas.DataFrame(run.metrics())`` is a table."""
+        """The lines of ``metrics.jsonl`` of this kind, in order: ``pandas.DataFrame(run.metrics())`` is a table.
+
+        A line of training has ``step``, ``tokens`` (so far), ``loss`` (nats a token that is predicted), ``lr``,
+        ``grad_norm``, ``seconds`` (of training) and more; a "valid" one has the held-out ``loss``.
+        """
         try:
             lines = (self.folder / "metrics.jsonl").read_bytes().splitlines()
         except OSError:
@@ -89,6 +101,12 @@ class Run:
         from eval.model import Model
 
         return Model.open(self.folder, device)
+
+    def _repr_html_(self) -> str:
+        newest = (self.metrics() or [{}])[-1]
+        facts = [("folder", self.folder), ("state", self.state), ("step", newest.get("step"))]
+        facts += [("tokens", newest.get("tokens")), ("loss", None if self.loss is None else f"{self.loss:.4f}")]
+        return html_facts(f"Run {self.folder.name}", [*facts, ("weights", self.export)])
 
 
 def train(
@@ -130,7 +148,7 @@ def train(
         words = ["--config", str(file), "--resume", resume]
         # SIGTERM when this process is gone: the run saves and ends.
         start = ("pretrain",) if nproc == 1 else ("launch", "local", "--nproc", str(nproc))
-        code, tail = _watch(child_command(*start, *words, number=signal.SIGTERM), parsed, total)
+        code, tail = _watch(child_command(*start, *words, number=signal.SIGTERM), parsed, total, resume == "never")
     if code in (EXIT_DONE, EXIT_PREEMPTED):
         return Run(parsed.run_dir)
     output = "".join(tail)
@@ -160,14 +178,16 @@ def _path(value: Any) -> str:
     raise TypeError(f"a {type(value).__name__} cannot be written as YAML")
 
 
-def _watch(command: list[str], config: RunConfig, total: int) -> tuple[int, deque[str]]:
+def _watch(command: list[str], config: RunConfig, total: int, anew: bool) -> tuple[int, deque[str]]:
     """Run a training command to its end, its output printed; returns its exit status and the last lines."""
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(shadowing.HOME)]))
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     env["PYTHONUNBUFFERED"] = "1"
     tail: deque[str] = deque(maxlen=TAIL_LINES)
-    bar = progress_bar(total=total, unit="tok", unit_scale=True, desc=config.name)
+    # From where it resumes: the speed and the time left are of this start.
+    before = 0 if anew else last_line(config.run_dir).get("tokens", 0)
+    bar = progress_bar(total=total, initial=before, unit="tok", unit_scale=True, desc=config.name)
     # A session of its own: Ctrl-C at a terminal, and a notebook's interrupt, are for this process, which passes it on.
     child = subprocess.Popen(
         command,
@@ -194,9 +214,13 @@ def _watch(command: list[str], config: RunConfig, total: int) -> tuple[int, dequ
     try:
         while not _ended(child):
             row = last_line(config.run_dir)
-            if row and not bar.disable:
-                bar.set_postfix_str(f"step {row['step']}, loss {row.get('loss')}", refresh=False)
+            if row and row["tokens"] != bar.n and not bar.disable:  # a line twice would be drawn, and stored, twice
+                loss = row.get("loss")
+                shown = "" if loss is None else f", loss {loss:.4f}"
+                bar.set_postfix_str(f"step {row['step']}{shown}", refresh=False)
                 bar.update(row["tokens"] - bar.n)
+        if child.returncode == EXIT_DONE and not bar.disable:
+            bar.update(total - bar.n)
     except BaseException:  # KeyboardInterrupt above all
         child.terminate()
         deadline = time.monotonic() + STOP_SECONDS

@@ -20,6 +20,7 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import FileEntry, hash_file
+from data_pipeline.html import html_facts
 from data_pipeline.moved import renamed
 from data_pipeline.shards.manifest import Manifest, read_manifest
 from data_pipeline.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -247,6 +248,10 @@ class ShardSet:
 
     def __repr__(self) -> str:
         return f"ShardSet({str(self.path)!r}, tokens={self.num_tokens}, documents={self.num_documents})"
+
+    def _repr_html_(self) -> str:
+        facts = [("folder", self.path), ("documents", self.num_documents), ("tokens", self.num_tokens)]
+        return html_facts("Shards", [*facts, ("vocabulary", self.vocab_size), ("shards", len(self.manifest.shards))])
 
 
 def concat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

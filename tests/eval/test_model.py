@@ -53,6 +53,10 @@ def test_vectors_are_means_of_hidden_states(masked: Path) -> None:
     model = Model.open(masked, "cpu")
     with torch.no_grad():
         hidden = model.network(torch.tensor([model.tokenizer.encode(TEXT)]), hidden=True).hidden[0].float()
+    assert torch.equal(model.hidden_states(TEXT), hidden)
+    with pytest.raises(UserError, match="has no token"):
+        model.hidden_states("")
+    assert "masked (mlm)" in model._repr_html_()
     assert np.allclose(model.embed(TEXT), hidden.mean(0).numpy(), atol=1e-6)
     assert model.embed([TEXT, "a"]).shape == (2, hidden.shape[1])
     assert model.embed([]).shape == (0, hidden.shape[1])

@@ -146,7 +146,9 @@ def test_a_report_is_written_to_a_file(tmp_path: Path) -> None:
         nystrom.report(tmp_path, tmp_path / "r.html")
 
 
-def test_a_notebook_gets_a_bar_and_a_file_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_gets_a_bar_and_a_file_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with bars.progress_bar(total=2) as bar:
         assert bar.disable
     assert not bars.in_notebook()
@@ -157,5 +159,11 @@ def test_a_notebook_gets_a_bar_and_a_file_none(monkeypatch: pytest.MonkeyPatch) 
     assert not bars.in_notebook()  # at a terminal
     shell.config["IPKernelApp"] = {}
     assert bars.in_notebook()
-    with bars.progress_bar(total=2, leave=False) as bar:
+    # Without ipywidgets: text on standard output, where what is printed goes too, and no warning of tqdm's.
+    monkeypatch.setattr(bars, "find_spec", lambda name: None)
+    with bars.progress_bar(total=2, desc="counting") as bar:
         assert not bar.disable
+        bar.update(2)
+    captured = capsys.readouterr()
+    assert "counting: 100%" in captured.out
+    assert captured.err == ""
