@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
 from eval.suites.load import Suite, available, find, load_suites
 from eval.suites.options import add_options, overrides_of
@@ -22,16 +23,18 @@ from pretrain.distributed.world import read_rank
 if TYPE_CHECKING:
     from eval.results.schema import Result
 
-EXAMPLE = """examples:
-  nystrom eval validity lm generate --checkpoint runs/books-clm
-  nystrom eval classify --checkpoint runs/books-clm --train reviews-train.csv --test reviews-test.csv --max-length 512
-  nystrom eval list                       the suites there are; `nystrom eval list lm` shows one with its settings
-  nystrom eval compare runs/a runs/b      what differs between two models, and whether more than by chance
-  nystrom launch local --nproc 4 -- eval classify --checkpoint runs/books-clm ...     on four processes
-
-Results are written to RUN/eval/SUITE.json; `nystrom report RUN` makes a page of them. A result that is there already
-for the same weights, settings and data is not computed again, and an interrupted suite resumes where it was. A suite
-that cannot be run does not keep the others from running."""
+EXAMPLES = (
+    "nystrom eval validity lm generate --checkpoint runs/books-clm",
+    "nystrom eval classify --checkpoint runs/books-clm --train reviews-train.csv --test reviews-test.csv "
+    "--max-length 512",
+    ("nystrom eval list", "the suites there are"),
+    ("nystrom eval list lm", "one of them with its settings"),
+    ("nystrom eval compare runs/a runs/b", "what differs between two models, and whether more than by chance"),
+    ("nystrom launch local --nproc 4 -- eval classify --checkpoint runs/books-clm ...", "on four processes"),
+)
+EPILOG = """Results are written to RUN/eval/SUITE.json; `nystrom report RUN` makes a page of them. A result that is
+there already for the same weights, settings and data is not computed again, and an interrupted suite resumes where it
+was. A suite that cannot be run does not keep the others from running."""
 
 
 def build_parser(shown: Collection[str] = ()) -> argparse.ArgumentParser:
@@ -39,15 +42,16 @@ def build_parser(shown: Collection[str] = ()) -> argparse.ArgumentParser:
 
     ``shown``: the tasks whose settings the help explains.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nystrom eval",
         usage="nystrom eval SUITE [SUITE ...] [--checkpoint RUN] [options and settings]",
         allow_abbrev=False,  # a setting of a later version would make them ambiguous
         description="Evaluate a checkpoint. A suite is a task with settings: a name of `nystrom eval list`, or a YAML "
-        "file.\nvalidity runs before any other and blocks them when it fails. Every setting is an option too:\n"
+        "file. validity runs before any other and blocks them when it fails. Every setting is an option too: "
         "`nystrom eval SUITE --help` explains those of a suite.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        epilog=EPILOG,
+        exit_status={1: "validity was the only suite asked for, and it failed"},
     )
     parser.add_argument("suites", nargs="+", metavar="SUITE", help=f"tasks: {', '.join(tasks())}; or suites")
     parser.add_argument("--checkpoint", metavar="RUN", help="run folder, checkpoint folder or export folder")

@@ -46,11 +46,11 @@ class Hostfile(Place):
         "Start `nystrom train` on the machines of a DeepSpeed hostfile, look after it, and answer with what became of "
         "the run. All machines are checked first; nothing is started if one is not ready."
     )
+    examples = ("nystrom launch hostfile --hostfile hosts --config configs/causal-16k.yaml",)
     epilog = (
-        "example: nystrom launch hostfile --hostfile hosts --config configs/causal-16k.yaml\n"
-        "a line of a hostfile: worker-0 slots=8\n\n"
-        "Code, environment, shards and run folder must be at the same paths on all machines. SIGTERM, Ctrl-C or\n"
-        "SIGHUP lets all processes save a checkpoint and end (exit status 75: the same command resumes). If this\n"
+        "A line of a hostfile: worker-0 slots=8\n\n"
+        "Code, environment, shards and run folder must be at the same paths on all machines. SIGTERM, Ctrl-C or "
+        "SIGHUP lets all processes save a checkpoint and end (exit status 75: the same command resumes). If this "
         "command or a network is gone, the processes everywhere save if they can, and end."
     )
 

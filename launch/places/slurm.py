@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,11 +42,13 @@ class Slurm(Place):
         "processes there. Before the time limit the run saves and ends with status 75; with --requeue Slurm starts it "
         "again, also after a preemption, and it resumes."
     )
+    examples = (
+        "nystrom launch slurm --config configs/causal-16k.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 "
+        "--partition gpu --account lab --requeue --eval lm",
+    )
+    exit_status: Mapping[int, str] = {0: "the files are written, and the run is submitted; a dry run: nothing is done"}
     epilog = (
-        "example:\n"
-        "  nystrom launch slurm --config configs/causal-16k.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 \\\n"
-        "    --partition gpu --account lab --requeue --eval lm\n\n"
-        "Run folder, shards and code must be on a file system that all nodes see. The job's exit status is the run's\n"
+        "Run folder, shards and code must be on a file system that all nodes see. The job's exit status is the run's "
         "own: 0, 2, 74, 75, 76 or 77. docs/slurm.md has the rest, and what a site's administrator must know."
     )
 
