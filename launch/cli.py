@@ -11,7 +11,7 @@ from launch import array, node, status, stop
 from launch.doctor import cli as doctor
 from launch.places import PLACES
 from launch.plan import add_plan_arguments
-from pretrain.cli import STATUSES as RUN_STATUSES
+from pretrain.arguments import EXIT_STATUSES
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
             "nystrom launch status runs/demo-clm",
             "nystrom launch stop runs/demo-clm",
         ],
-        exit_status=RUN_STATUSES,
+        exit_status=EXIT_STATUSES,
     )
     commands = parser.add_subparsers(dest="place", required=True, metavar="PLACE")
     for place in PLACES.all().values():
@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
             ],
             epilog="The run folder must be on a file system that all nodes see. Each rank writes "
             "RUN/logs/ID/rank-N.log.",
-            exit_status=RUN_STATUSES,
+            exit_status=EXIT_STATUSES,
         )
     )
     return parser

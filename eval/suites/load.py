@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_pipeline.configuration import faults
@@ -139,6 +138,8 @@ def parse(task: Task, values: dict[str, Any], where: str) -> Settings:
 
 
 def _read(path: Path) -> _File:
+    import yaml
+
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         file = _File.model_validate(raw)

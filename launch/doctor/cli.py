@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.errors import UserError
 from launch.doctor.ranks import HOSTS, RAW, REPORT_MARK, adopt_allocation, own_name, read_own_rank
 from launch.doctor.report import render
+from pretrain.arguments import add_config_arguments
 from pretrain.distributed.signals import stop_signals
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ STATUSES = {0: "a run may start (warnings do not matter)", 1: "a problem", 2: "a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``nystrom launch doctor``."""
-    from pretrain.config.load import add_config_arguments
-
     add_config_arguments(parser, required=False, what="also check what it needs (shards, disk, precision)")
     parser.add_argument("--processes", type=int, metavar="N", help="of the run (default: those that examine)")
     where = parser.add_mutually_exclusive_group()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from data_pipeline.command_line import Example
 from data_pipeline.registry import Registry
 from launch.plan import LaunchPlan, Rendered
-from pretrain.cli import STATUSES
+from pretrain.arguments import EXIT_STATUSES
 
 
 class Place:
@@ -20,7 +20,7 @@ class Place:
     description: str = ""
     examples: Sequence[Example] = ()
     epilog: str = ""
-    exit_status: Mapping[int, str] = STATUSES
+    exit_status: Mapping[int, str] = EXIT_STATUSES
     """Of a place that waits for the run: the run's own."""
 
     @staticmethod

@@ -26,8 +26,6 @@ from launch.plan import SECRETS, LaunchPlan, Rendered, make_plan
 from launch.rank_logs import LOGS
 from launch.restarts import Restarts, resumed, say, starts_anew
 from launch.watch import REPOSITORY, StopRequest, exit_status, read_status
-from pretrain.checks import check_inputs
-from pretrain.curriculum.plan import build_plan, check_world_size
 from pretrain.distributed.signals import EXIT_DONE, EXIT_PREEMPTED, EXIT_STALLED
 
 FENCE_MARGIN_SECONDS = 5.0
@@ -172,6 +170,9 @@ def fence_seconds(stop_timeout: float) -> float:
 def numbers_of_hosts(plan: LaunchPlan) -> list[int]:
     """The numbers of hosts whose processes can share every batch evenly; raises :class:`UserError` if none can."""
     config = config_of(plan)
+    from pretrain.checks import check_inputs
+    from pretrain.curriculum.plan import build_plan, check_world_size
+
     check_inputs(config, 1)
     stages = build_plan(config)
     found, problem = [], None

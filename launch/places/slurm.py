@@ -9,16 +9,19 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
 from launch.batch_file import Resources, job_name, seconds_of
-from launch.cluster import ClusterConfig, ContainerConfig, load_cluster
 from launch.places import PLACES, Place
 from launch.places._slurm_script import EARLY_SECONDS, Script, eval_file, grace_seconds, train_file
 from launch.places._slurm_submit import DEPENDENCY, submit
 from launch.plan import SECRETS, LaunchPlan, Rendered, make_plan
 from launch.rank_logs import LOGS
 from launch.restarts import starts_anew
+
+if TYPE_CHECKING:
+    from launch.cluster import ClusterConfig, ContainerConfig
 
 TRAIN_FILE, EVAL_FILE = "train.sbatch", "eval.sbatch"
 OURS = (
@@ -172,6 +175,8 @@ class Slurm(Place):
 
 def settings(args: argparse.Namespace) -> ClusterConfig:
     """The ``cluster.yaml``, or none, with what the command line says put over it."""
+    from launch.cluster import ClusterConfig, ContainerConfig, load_cluster
+
     site = load_cluster(args.cluster) if args.cluster is not None else ClusterConfig()
     names = ("partition", "account", "qos", "constraint", "time", "gpus_per_node", "cpus_per_task", "mem", "interface")
     said = {name: getattr(args, name) for name in (*names, "exclusive", "requeue")}

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from data_pipeline.command_line import Parser
 from data_pipeline.configuration import ITEM, blocks_in
 from data_pipeline.errors import UserError
-from pretrain.config.load import add_config_arguments, apply_override, find_config, parse_config, read_yaml
+from pretrain.arguments import add_config_arguments
+from pretrain.config.load import apply_override, find_config, parse_config, read_yaml
 from pretrain.config.reference import (
     all_keys,
     as_markdown,

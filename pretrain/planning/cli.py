@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
-from pretrain.config import RunConfig, load_config
-from pretrain.config.load import add_config_arguments
+from pretrain.arguments import add_config_arguments
 from pretrain.machine import PEAK_FLOPS
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
 
 DEFAULT_MFU = 0.3
 
@@ -76,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 if the run fits or that was not asked, else 1."""
     args = build_parser().parse_args(argv)
     _check(args)
+    from pretrain.config import load_config
+
     config = load_config(args.config, args.overrides)
     peak = _peak_flops(args, config)
     config = _with_vocabulary(config, args.vocab_size)
