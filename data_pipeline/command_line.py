@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
         if choice:
             known = [word.strip("'\" ") for word in choice["known"].split(",")]
             close = difflib.get_close_matches(choice["given"], known, n=1)
-            return f": did you mean '{close[0]}'?" if close else ""
+            return f"; did you mean '{close[0]}'?" if close else ""
         options = [option for option in self._option_string_actions if option.startswith("--")]
         for word in self._given:
             if word == "--":
@@ -116,7 +116,7 @@ class Parser(argparse.ArgumentParser):
                 continue
             close = difflib.get_close_matches(name, options, n=1)
             if close:
-                return f": for {name}, did you mean {close[0]}?"
+                return f"; did you mean {close[0]} instead of {name}?"
         return ""
 
     def _takes(self, name: str, options: Collection[str]) -> bool:

@@ -119,7 +119,7 @@ def entry() -> None:
     if "_ARGCOMPLETE" in os.environ:  # Tab was pressed; argcomplete is imported for nothing else
         from launch.completion.finder import complete
 
-        complete()
+        complete(COMMANDS)
     raise SystemExit(main())
 
 

@@ -15,7 +15,6 @@ from data_pipeline.command_line import Parser
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain.checkpoint import commit
 from pretrain.telemetry.bad_batches import checkpoint_at, read_batch
-from pretrain.telemetry.spikes import bounds
 
 if TYPE_CHECKING:
     import torch
@@ -216,6 +215,8 @@ def findings(
         lines.append(f"  {len(bad)} of {len(rows)} rows are not finite:")
         lines += _shown(bad, text)
     if whole:
+        from pretrain.telemetry.spikes import bounds
+
         limits = bounds([row.loss for row in whole]), bounds([row.grad_norm for row in whole])
         lines.append(
             f"  of the {'others' if bad else 'rows'} the median loss is {limits[0].median:.4f}, the median gradient "

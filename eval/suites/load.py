@@ -167,6 +167,6 @@ def _place(origin: str) -> Path | None:
 
 def _unknown(name: str, suite_path: Sequence[str | Path]) -> str:
     known = [*tasks(), *(path.stem for path in available(suite_path))]
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, [*known, "list", "compare"], n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(dict.fromkeys(known))}"
     return f"no suite '{name}': {hint} (`nystrom eval list` describes them)"
