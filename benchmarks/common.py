@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from data_pipeline.cli.common import HelpFormatter
+from data_pipeline.command_line import Example, Parser
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_atomic
 
@@ -25,15 +25,17 @@ if TYPE_CHECKING:
 def build_parser(
     name: str,
     description: str,
-    epilog: str,
+    examples: Sequence[Example],
     *,
+    epilog: str = "",
     check: str | None = "exit status 1 if a measured goal is not met",
     out: str = "all numbers as JSON",
     out_default: Path | None = None,
 ) -> argparse.ArgumentParser:
     """A parser for ``python -m benchmarks.NAME`` with ``--out`` and, unless ``check`` is None, ``--check``."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}", description=description, epilog=epilog, formatter_class=HelpFormatter
+    met = {} if check is None else {1: "with --check, a measured goal is not met"}
+    parser = Parser(
+        prog=f"python -m benchmarks.{name}", description=description, examples=examples, epilog=epilog, exit_status=met
     )
     parser.add_argument("--out", type=Path, default=out_default, metavar="FILE", help=out)
     if check is not None:

@@ -11,27 +11,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
 from eval.suites.load import Suite, available, find, load_suites
 from eval.suites.options import add_options, overrides_of
 from eval.task import tasks
 from eval.team import SharedError, Team, join
-from eval.tracking import Tracking
 from pretrain.distributed.world import read_rank
 
 if TYPE_CHECKING:
     from eval.results.schema import Result
 
-EXAMPLE = """examples:
-  nystrom eval validity lm generate --checkpoint runs/books-clm
-  nystrom eval classify --checkpoint runs/books-clm --train reviews-train.csv --test reviews-test.csv --max-length 512
-  nystrom eval list                       the suites there are; `nystrom eval list lm` shows one with its settings
-  nystrom eval compare runs/a runs/b      what differs between two models, and whether more than by chance
-  nystrom launch local --nproc 4 -- eval classify --checkpoint runs/books-clm ...     on four processes
-
-Results are written to RUN/eval/SUITE.json; `nystrom report RUN` makes a page of them. A result that is there already
-for the same weights, settings and data is not computed again, and an interrupted suite resumes where it was. A suite
-that cannot be run does not keep the others from running."""
+EXAMPLES = (
+    "nystrom eval validity lm generate --checkpoint runs/books-clm",
+    "nystrom eval classify --checkpoint runs/books-clm --train reviews-train.csv --test reviews-test.csv "
+    "--max-length 512",
+    ("nystrom eval list", "the suites there are"),
+    ("nystrom eval list lm", "one of them with its settings"),
+    ("nystrom eval compare runs/a runs/b", "what differs between two models, and whether more than by chance"),
+    ("nystrom launch local --nproc 4 -- eval classify --checkpoint runs/books-clm ...", "on four processes"),
+)
+EPILOG = """Results are written to RUN/eval/SUITE.json; `nystrom report RUN` makes a page of them. A result that is
+there already for the same weights, settings and data is not computed again, and an interrupted suite resumes where it
+was. A suite that cannot be run does not keep the others from running."""
 
 
 def build_parser(shown: Collection[str] = ()) -> argparse.ArgumentParser:
@@ -39,15 +41,16 @@ def build_parser(shown: Collection[str] = ()) -> argparse.ArgumentParser:
 
     ``shown``: the tasks whose settings the help explains.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nystrom eval",
         usage="nystrom eval SUITE [SUITE ...] [--checkpoint RUN] [options and settings]",
         allow_abbrev=False,  # a setting of a later version would make them ambiguous
         description="Evaluate a checkpoint. A suite is a task with settings: a name of `nystrom eval list`, or a YAML "
-        "file.\nvalidity runs before any other and blocks them when it fails. Every setting is an option too:\n"
+        "file. validity runs before any other and blocks them when it fails. Every setting is an option too: "
         "`nystrom eval SUITE --help` explains those of a suite.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        epilog=EPILOG,
+        exit_status={1: "validity was the only suite asked for, and it failed"},
     )
     parser.add_argument("suites", nargs="+", metavar="SUITE", help=f"tasks: {', '.join(tasks())}; or suites")
     parser.add_argument("--checkpoint", metavar="RUN", help="run folder, checkpoint folder or export folder")
@@ -89,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # What is wrong in the command itself, every process finds alike: one says it.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(sys.stderr if rank.is_first else nowhere):
-            args = build_parser(_explained(words)).parse_args(words)
+            args = build_parser(named_tasks(words) if {"-h", "--help"} & set(words) else ()).parse_args(words)
         if args.suites[0] == "list":
             return _list(args) if rank.is_first else 0
         try:
@@ -104,10 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _explained(words: Sequence[str]) -> set[str]:
-    """The tasks of the suites named before ``--help``."""
-    if not {"-h", "--help"} & set(words):
-        return set()
+def named_tasks(words: Sequence[str]) -> set[str]:
+    """The tasks of the suites among ``words``, whose settings help and completion tell."""
     named = [word for word in words if word in tasks() or word in {path.stem for path in available()}]
     return {suite.task.name for suite in load_suites(named)}
 
@@ -141,6 +142,7 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
     from eval.results.records import results_folder
     from eval.runner import Runner, outdated
     from eval.subject import load_subject
+    from eval.tracking import Tracking
 
     with team.alike():
         subject = load_subject(args.checkpoint, args.data, args.device) if args.checkpoint else None
@@ -202,8 +204,9 @@ def _of_all(failures: dict[str, list[str]], suites: int) -> UserError:
 
 def _list(args: argparse.Namespace) -> int:
     """``nystrom eval list``: tasks and suites, a line each; with names, their settings."""
-    from eval.console import aligned
+    from eval.console import aligned, terminal_width
 
+    width = terminal_width()
     names = args.suites[1:]
     if names:
         for suite in load_suites(names, args.suite_path or (), overrides_of(args)):
@@ -211,7 +214,8 @@ def _list(args: argparse.Namespace) -> int:
             print(f"  {suite.description or suite.task.summary}")
             fields = type(suite.settings).model_fields
             rows = [(key, str(getattr(suite.settings, key)), fields[key].description or "") for key in fields]
-            print("\n".join(f"  {line}" for line in aligned([("setting", "value", "what it is"), *rows]).split("\n")))
+            table = aligned([("setting", "value", "what it is"), *rows], None if width is None else width - 2)
+            print("\n".join(f"  {line}" for line in table.split("\n")))
         return 0
     rows = [(task.name, "task", task.summary) for task in tasks().values()]
     for path in available(args.suite_path or ()):
@@ -222,5 +226,5 @@ def _list(args: argparse.Namespace) -> int:
         rows.append(
             (path.stem, what, members[0].description if len(members) == 1 else ", ".join(s.name for s in members))
         )
-    print(aligned([("suite", "is", "what it measures"), *rows]))
+    print(aligned([("suite", "is", "what it measures"), *rows], width))
     return 0

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
 from eval.results.comparable import obstacle, same_unit
 from eval.results.records import read_records, results_folder
@@ -67,14 +68,13 @@ class Comparison:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``nystrom eval compare``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nystrom eval compare",
         description="Compare the results of two models, suite by suite: each metric, the difference B - A, its 95% "
         "interval by the paired bootstrap over the items (both models scored the same ones), and the p-value.",
-        epilog="example: nystrom eval compare runs/books-clm runs/exact --out compare.json\n\n"
-        "Results on other data, with other settings or behind a forced validity gate are named, not compared.\n"
-        "Exit status: 0, or 1 if nothing could be compared.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=["nystrom eval compare runs/books-clm runs/exact --out compare.json"],
+        epilog="Results on other data, with other settings or behind a forced validity gate are named, not compared.",
+        exit_status={1: "nothing could be compared"},
     )
     parser.add_argument("a", type=Path, metavar="A", help="run folder, folder of results, or a result file")
     parser.add_argument("b", type=Path, metavar="B", help="the same, of the other model")

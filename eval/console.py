@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,11 +46,30 @@ def few_items(results: Sequence[tuple[str, Result, bool]]) -> list[str]:
     return [f"{name}: {caution}" for name, result, _ in results if (caution := caution_of(result))]
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as columns of text, the first row underlined."""
+NARROWEST = 24
+"""Columns that the last column of a table has at least, however narrow the terminal is."""
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that standard output goes to; None where it goes to a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def aligned(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """Rows as columns of text, the first row underlined; the last column is wrapped so that ``width`` holds all."""
+    if width is not None:
+        before = sum(max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]) - 1))
+        rows = [part for row in rows for part in _wrapped(row, max(width - before, NARROWEST))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _wrapped(row: Sequence[str], width: int) -> list[tuple[str, ...]]:
+    """A row as several, whose last cells are the lines of its last one."""
+    first, *others = textwrap.wrap(row[-1], width, break_on_hyphens=False, break_long_words=False) or [""]
+    empty = ("",) * (len(row) - 1)
+    return [(*row[:-1], first), *((*empty, line) for line in others)]
 
 
 def table_lines(table: Table, width: int = 118) -> list[str]:

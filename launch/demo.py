@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
 from data_pipeline.processes import available_cores, child_command
 from launch.demo_estimate import Cost, Speed, duration, measure
@@ -47,18 +48,24 @@ class Step:
     cost: Cost = PREPARING
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing of the demo; returns the exit status of the first step that failed, or 0."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    parser = Parser(
         prog="nystrom demo",
         description="All of it on a built-in corpus (the Python standard library's source and documentation): "
         "tokenizer, shards, a masked and a causal Nyströmformer by DeepSpeed, evaluation, one HTML report. "
         "Takes minutes on two cores; run again, it does only what is missing.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        examples=["nystrom demo", ("nystrom demo --dir /tmp/demo --nproc 1", "elsewhere, with one process")],
+        exit_status={75: "stopped, with a checkpoint of what was trained: the same command resumes"},
     )
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="where everything goes")
     parser.add_argument("--nproc", type=int, default=2, help="processes to train with")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing of the demo; returns the exit status of the first step that failed, or 0."""
+    args = build_parser().parse_args(argv)
     if args.nproc < 1:
         raise UserError(f"--nproc {args.nproc}: at least one process is needed")
     try:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import psutil
 
+from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
 from data_pipeline.processes import available_cores, child_command
 from launch.watch import REPOSITORY, StopRequest, become_subreaper, count_gpus, free_port
@@ -35,17 +36,23 @@ KILL_SECONDS = 5.0
 
 def main(argv: Sequence[str], words: Sequence[str]) -> int:
     """``argv``: the options before ``--``; ``words``: the command behind it. Returns the evaluation's exit status."""
-    parser = argparse.ArgumentParser(
-        prog="nystrom launch local",
-        description="Run `nystrom eval ...` on several processes of this machine, which share the parts of its suites.",
-        epilog="example: nystrom launch local --nproc 2 -- eval classify --checkpoint runs/books-clm --train ...",
-    )
-    parser.add_argument("--nproc", type=int, default=None, help="processes (default: one for each GPU, or one)")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     nproc = args.nproc if args.nproc is not None else max(1, count_gpus())
     if nproc < 1:
         raise UserError(f"--nproc {nproc}: at least one process is needed")
     return launch_evaluation(nproc, check_command(words))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options before ``--``."""
+    parser = Parser(
+        prog="nystrom launch local",
+        description="Run `nystrom eval ...` on several processes of this machine, which share the parts of its suites.",
+        examples=["nystrom launch local --nproc 2 -- eval classify --checkpoint runs/books-clm --train ..."],
+        exit_status={0: "the evaluation's own"},
+    )
+    parser.add_argument("--nproc", type=int, default=None, help="processes (default: one for each GPU, or one)")
+    return parser
 
 
 def check_command(words: Sequence[str]) -> list[str]:

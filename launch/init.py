@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
 from pretrain.planning.cli import DEFAULT_MFU
 
@@ -29,24 +30,23 @@ VOCABULARIES = ((5 << 20, 4096), (100 << 20, 8192), (1 << 30, 16_384))
 BUSY = 0.75
 """Load for each core from which others are said to compute here."""
 
-EPILOG = """examples:
-  nystrom init --data shards/train --valid shards/valid --out run.yaml                     this machine, one hour
-  nystrom init --data shards/train --valid shards/valid --out run.yaml --gpus 8 --gpu-memory 80 --hours 24
-  nystrom init --data shards/train --out run.yaml --objective mlm --gpus 1 --gpu-memory 24 --gpu 4090
-
-The choices are rules with a source, written beside each key. They fit `nystrom plan`, and are a start to tune from.
-
-exit status: 0; 2 a mistake in the command, or text, hours or memory that are too little for any run"""
+EXAMPLES = (
+    ("nystrom init --data shards/train --valid shards/valid --out run.yaml", "this machine, one hour"),
+    "nystrom init --data shards/train --valid shards/valid --out run.yaml --gpus 8 --gpu-memory 80 --hours 24",
+    "nystrom init --data shards/train --out run.yaml --objective mlm --gpus 1 --gpu-memory 24 --gpu 4090",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nystrom init",
         description="Write a first configuration: size, length of the run, batch, lengths, learning rate and memory "
         "settings for this text and machine, each with its reason as a comment.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        epilog="The choices are rules with a source, written beside each key. They fit `nystrom plan`, and are a start "
+        "to tune from.",
+        exit_status={2: "a mistake in the command, or text, hours or memory that are too little for any run"},
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="training text: a folder of shards")
     parser.add_argument("--valid", type=Path, metavar="DIR", help="held-out text: a folder of shards")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from pretrain.arguments import add_run_arguments
 
 CROSSING = ("WANDB_", "HF_", "NCCL_", "GLOO_", "UCX_", "TORCH_", "OMP_", "MKL_", "NYSTROM_", "TOKENIZERS_", "TRITON_")
 """Beginnings of environment variables that every process of a run gets from the one that was launched from."""
@@ -87,8 +88,6 @@ def shown(name: str, value: str) -> str:
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that every place takes: which run, and how it is looked after."""
-    from pretrain.cli import add_run_arguments
-
     add_run_arguments(parser)
     parser.add_argument(
         "--stop-timeout",

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
+import textwrap
 from collections.abc import Sequence
-from importlib import metadata
 
 from launch import shadowing
 
@@ -29,6 +30,7 @@ COMMANDS = {
     "push": ("pretrain.convert.push", "a converted folder to the Hugging Face hub"),
     "report": ("eval.report.cli", "one HTML page with the curves, tables and samples of runs"),
     "demo": ("launch.demo", "all of the above on a built-in corpus, in minutes"),
+    "completion": ("launch.completion.cli", "the code by which bash, zsh or fish complete these commands"),
 }
 
 WITHIN = {
@@ -40,25 +42,34 @@ WITHIN = {
 
 
 def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    """The help of the program itself, for the width of the terminal."""
+    from data_pipeline.command_line import fill, help_width
+
+    width, column = help_width() - 2, max(map(len, COMMANDS))
+    indent = " " * (column + 4)
+    lines = [
+        textwrap.fill(summary, width, initial_indent=f"  {name:<{column}}  ", subsequent_indent=indent)
+        for name, (_, summary) in COMMANDS.items()
+    ]
+    ways = "`nystrom help COMMAND` and `nystrom COMMAND --help` explain one, `nystrom --version` tells the version. "
     return "\n".join(
         [
             "usage: nystrom COMMAND ...",
             "",
-            "Pretrain and evaluate Nyströmformer language models, masked and causal.",
+            fill("Pretrain and evaluate Nyströmformer language models, masked and causal.", width),
             "",
             "commands, in the order in which they are used:",
             *lines,
             "",
-            "`nystrom COMMAND --help` explains one, `nystrom --version` tells the version.",
-            "New here? `nystrom demo` runs all of it on a built-in corpus.",
+            fill(ways + "New here? `nystrom demo` runs all of it on a built-in corpus.", width),
         ]
     )
 
 
 def version() -> str:
     """The installed version; of a checkout that was never installed it is unknown."""
+    from importlib import metadata  # costs as much as the rest of this program
+
     try:
         return metadata.version("nystrom-pretrain")
     except metadata.PackageNotFoundError:
@@ -81,19 +92,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     That is 2 for a command that is unknown, or whose packages another file hides.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    command, rest = words[0], words[1:]
-    if command == "--version":
+    if words[:1] == ["--version"]:
         print(f"nystrom {version()}")
         return 0
-    if command not in COMMANDS:
-        print(f"nystrom: error: no command '{command}'{suggestion(command)}\n\n{usage()}", file=sys.stderr)
-        return 2
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     hidden = shadowing.message(words)
     if hidden is not None:
         print(f"nystrom: error: {hidden}", file=sys.stderr)
+        return 2
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        print(f"nystrom: error: no command '{command}'{suggestion(command)}\n\n{usage()}", file=sys.stderr)
         return 2
     from data_pipeline.errors import run_cli
 
@@ -103,6 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """``python -m launch.program``, and the console script by way of ``nystrom_pretrain``."""
+    if "_ARGCOMPLETE" in os.environ:  # Tab was pressed; argcomplete is imported for nothing else
+        from launch.completion.finder import complete
+
+        complete(COMMANDS)
     raise SystemExit(main())
 
 

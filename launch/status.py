@@ -23,7 +23,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from launch.rank_logs import LAST_LINES, SLURM_JOB, first_error, newest_launch, rank_logs
-from launch.restarts import last_lines
+from launch.restarts import METRICS, last_lines
 from launch.status_text import table, text
 from launch.watch import read_status
 from pretrain.checkpoint import commit
@@ -32,7 +32,6 @@ from pretrain.checkpoint.lock import LOCK, Holder, read_holder
 from pretrain.finish import STATUS
 from pretrain.telemetry.folder import LOGS, STARTS
 from pretrain.telemetry.progress import RATE_STEPS
-from pretrain.telemetry.telemetry import METRICS
 
 STALE_LOCK_SECONDS = 60.0
 """A lock on another machine that has not moved for so long is of a process that is gone; it moves every 5 s."""

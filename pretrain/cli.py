@@ -8,7 +8,9 @@ import time
 import traceback
 from collections.abc import Sequence
 
+from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
+from pretrain.arguments import EXIT_STATUSES, add_run_arguments
 from pretrain.distributed.signals import EXIT_STALLED
 
 ERROR_WAIT_SECONDS = 10.0
@@ -20,46 +22,26 @@ DeepSpeed's launcher looks once a second and reports any one of the processes th
 may be a survivor with status 1, and not the one that signal 9 killed.
 """
 
+EXAMPLES = (
+    ("nystrom train --config configs/demo-clm.yaml --set optimizer.lr=1e-3 zero_stage=1", "one process"),
+    ("nystrom launch local --nproc 2 --config configs/demo-clm.yaml", "several"),
+    ("deepspeed --num_accelerators 2 --module pretrain --config configs/demo-clm.yaml", "several, by plain DeepSpeed"),
+)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nystrom train",
         description="Pretrain a Nyströmformer on prepared shards, by one YAML file. Run again, the same command "
         "resumes from the last checkpoint.",
-        epilog="example: nystrom train --config configs/demo-clm.yaml --set optimizer.lr=1e-3 zero_stage=1\n"
-        "This is one process; for several: nystrom launch local --nproc 2 --config ..., or\n"
-        "deepspeed --num_accelerators 2 --module pretrain --config ...\n\n"
-        "exit status:\n"
-        "  0   done\n"
-        "  2   a mistake in configuration or data\n"
-        "  74  the last checkpoint or the export could not be written: free space, run the same command\n"
-        "  75  stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, with a checkpoint of what was trained: the same\n"
-        "      command resumes\n"
-        "  76  too many steps in a row with numbers that are not finite\n"
-        "  77  a process hung or never came: the message names it; see stall_seconds in the configuration",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        exit_status=EXIT_STATUSES,
     )
     add_run_arguments(parser)
     # What DeepSpeed's launcher and torchrun add to the command of each process.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which run; ``nystrom launch`` takes the same."""
-    from pretrain.config.load import add_config_arguments
-
-    add_config_arguments(parser)
-    parser.add_argument(
-        "--resume",
-        choices=["auto", "extend", "never"],
-        default="auto",
-        help="auto: resume from the newest whole checkpoint if there is one; extend: also train a finished run on, as "
-        "far as the configuration now says; never: move an existing run folder aside to NAME.old-1 and start over "
-        "(default: auto)",
-    )
-    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log too")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,6 @@ from typing import Any
 
 from pretrain.checkpoint import commit
 from pretrain.checkpoint.commit import Manifest, TrainState, tag_name
-from pretrain.checkpoint.export import export
-from pretrain.checkpoint.load import read_info
 from pretrain.distributed import watchdog
 from pretrain.distributed.immediate_exit import ImmediateExit
 from pretrain.distributed.signals import (
@@ -56,6 +54,8 @@ def write_status(run_dir: Path, code: int | None, state: TrainState, unfinished:
 
 def is_finished(run_dir: Path, manifest: Manifest, total_tokens: int) -> bool:
     """Whether this checkpoint is the run's last one, and its weights are exported."""
+    from pretrain.checkpoint.load import read_info  # imports what a launcher needs nothing of
+
     infos = [read_info(run_dir / name) for name in _exports(manifest)]
     return manifest.state.tokens >= total_tokens and all(
         info is not None and info["step"] == manifest.state.step for info in infos
@@ -71,6 +71,8 @@ def _exports(manifest: Manifest) -> dict[str, str]:
 
 def _set_stale_average_aside(run_dir: Path, exports: Iterable[str]) -> str | None:
     """Rename an ``export-ema/`` of an earlier step, if the run keeps no average any more; returns a line about it."""
+    from pretrain.checkpoint.load import read_info
+
     stale = run_dir / "export-ema"
     info = read_info(stale)
     if stale.name in exports or info is None:
@@ -117,6 +119,8 @@ def export_weights(
             with ImmediateExit(stop, report):
                 found = commit.newest(checkpoints)
                 assert found is not None  # the trainer saved it
+                from pretrain.checkpoint.export import export
+
                 for name, kind in _exports(found[1]).items():
                     digest = export(found[0], run_dir / name, kind)
                     what = "Weights for use" if kind == "fp32" else "Their running average"

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.batches import IGNORE
+from data_pipeline.command_line import Parser
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from pretrain.checkpoint import commit
 from pretrain.telemetry.bad_batches import checkpoint_at, read_batch
-from pretrain.telemetry.spikes import bounds
 
 if TYPE_CHECKING:
     import torch
@@ -48,15 +48,14 @@ class Row:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nystrom replay",
         description="Compute the rows of a saved batch again, one by one, in one process and in float32, and name "
         "those whose loss or gradient is not finite or out of line with the others'.",
-        epilog="example: nystrom replay runs/demo-clm/bad_steps/step000000012 --bf16\n\n"
-        "The weights are those of the newest whole checkpoint before the step (of the oldest after it, if those were\n"
-        "removed), without dropout: further off, a fault that lies in the weights may not show. Set\n"
+        examples=["nystrom replay runs/demo-clm/bad_steps/step000000012 --bf16"],
+        epilog="The weights are those of the newest whole checkpoint before the step (of the oldest after it, if those "
+        "were removed), without dropout: further off, a fault that lies in the weights may not show. Set "
         "checkpoint.every_tokens lower to come closer.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("batch", type=Path, help="a folder below bad_steps/ or spikes/ of a run")
     parser.add_argument(
@@ -216,6 +215,8 @@ def findings(
         lines.append(f"  {len(bad)} of {len(rows)} rows are not finite:")
         lines += _shown(bad, text)
     if whole:
+        from pretrain.telemetry.spikes import bounds
+
         limits = bounds([row.loss for row in whole]), bounds([row.grad_norm for row in whole])
         lines.append(
             f"  of the {'others' if bad else 'rows'} the median loss is {limits[0].median:.4f}, the median gradient "

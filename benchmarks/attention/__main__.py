@@ -23,17 +23,20 @@ DESCRIPTION = """Forward and backward of one attention (q, k, v to output), ours
 PyTorch's scaled_dot_product_attention, timed in turns in one process; and the memory kept for the backward pass."""
 
 EPILOG = """What to read off the table:
-  time / exact        median of the rounds' ratios, and quartiles: the measured gain
-  arithmetic / exact  what the ratio would be if both did their arithmetic equally fast: the bound, but for speed
-  of peak             arithmetic a second (backward = 2 x forward) over that of one large matrix product
-
-example:
-  OMP_NUM_THREADS=1 python -m benchmarks.attention --lengths 1024,4096 --seconds 20 --profile --out attention.json"""
+  time / exact        median of the rounds' ratios, and quartiles: the gain
+  arithmetic / exact  that ratio, were both equally fast: the bound
+  of peak             arithmetic a second (backward = 2 x forward) over
+                      that of one large matrix product"""
+EXAMPLES = (
+    "OMP_NUM_THREADS=1 python -m benchmarks.attention --lengths 1024,4096 --seconds 20 --profile --out attention.json",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = common.build_parser("attention", DESCRIPTION, EPILOG, out="all numbers as JSON, written after each length")
+    parser = common.build_parser(
+        "attention", DESCRIPTION, EXAMPLES, epilog=EPILOG, out="all numbers as JSON, written after each length"
+    )
     parser.add_argument("--lengths", default="1024,4096,8192,16384", metavar="N,N", help="tokens of a row")
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="T,T", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--forms", default="all", metavar="F,F", help="what competes; a wrong name lists them")

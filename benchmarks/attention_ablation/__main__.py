@@ -28,13 +28,13 @@ from pretrain.model.config import ModelConfig
 
 DESCRIPTION = """Train the same small model with each form of attention, on the same tokens in the same order from the
 same initial weights, and compare loss, recall far back, time and memory."""
-EXAMPLE = """examples:
-  python -m benchmarks.attention_ablation --task passkey
-  python -m benchmarks.attention_ablation --task mqar --forms softmax,window,nystrom,inverse --seeds 0,1,2
-  python -m benchmarks.attention_ablation --task books --train shards/train --valid shards/valid --seeds 0,1
-
-A (form, seed, settings) whose result is in --out already is not run again: after an interruption the same command
-resumes, and more forms or seeds only add to the table."""
+EXAMPLES = (
+    "python -m benchmarks.attention_ablation --task passkey",
+    "python -m benchmarks.attention_ablation --task mqar --forms softmax,window,nystrom,inverse --seeds 0,1,2",
+    "python -m benchmarks.attention_ablation --task books --train shards/train --valid shards/valid --seeds 0,1",
+)
+EPILOG = """A (form, seed, settings) whose result is in --out already is not run again: after an interruption the same
+command resumes, and more forms or seeds only add to the table."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = common.build_parser(
         "attention_ablation",
         DESCRIPTION,
-        EXAMPLE,
+        EXAMPLES,
+        epilog=EPILOG,
         check=None,
         out="finished results, which are read again",
         out_default=Path("runs/attention_ablation.json"),

@@ -17,13 +17,15 @@ from data_pipeline.errors import UserError
 DESCRIPTION = """The run of a configuration, and the same run at the longest of its lengths from the first step on: the
 held-out loss at the longest length by seconds of training. Each is a process of its own; they take turns of a few
 steps, so that a slow spell of the machine falls on both. Validation and saving do not count as training."""
-EXAMPLE = """example:
-  OMP_NUM_THREADS=2 python -m benchmarks.curriculum --config configs/books-clm.yaml --seeds 1,2 --out curriculum.json"""
+EXAMPLES = (
+    "OMP_NUM_THREADS=2 python -m benchmarks.curriculum --config configs/books-clm.yaml --seeds 1,2 "
+    "--out curriculum.json",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = common.build_parser("curriculum", DESCRIPTION, EXAMPLE, check=None)
+    parser = common.build_parser("curriculum", DESCRIPTION, EXAMPLES, check=None)
     parser.add_argument("--config", required=True, help="YAML file of a run with several lengths and held-out shards")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="KEY=VALUE", help="as in `train`")
     parser.add_argument("--seeds", default="1", metavar="N,N", help="each a pair of runs")

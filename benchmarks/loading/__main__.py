@@ -28,13 +28,12 @@ POSITIONS = (0, 10_000_000)
 NAMES = ("bare", "clm", "mlm", "packed", "mixture", "datasets", "datatrove", "grain", "litdata", "streaming")
 DESCRIPTION = """Shuffled batches from tokens on disk, every contender in turns in one process: million tokens a second,
 as a ratio to a bare gather from a memory map; and the time to the first batch of a run that begins or resumes."""
-EXAMPLE = """example:
-  OMP_NUM_THREADS=1 python -m benchmarks.loading --rounds 7 --out loading.json"""
+EXAMPLES = ("OMP_NUM_THREADS=1 python -m benchmarks.loading --rounds 7 --out loading.json",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = common.build_parser("loading", DESCRIPTION, EXAMPLE)
+    parser = common.build_parser("loading", DESCRIPTION, EXAMPLES)
     parser.add_argument("--contenders", default=",".join(NAMES), metavar="C,C", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--rows", type=int, default=600_000, metavar="N", help="on disk")
     parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens of a row")

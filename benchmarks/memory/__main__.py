@@ -27,14 +27,13 @@ against what `nystrom plan` predicts. On CPUs by the allocator's events (torch.p
 the resident memory that the system counts, over that of a tiny run, under the C library's settings that a run has; on
 GPUs by torch.cuda.max_memory_allocated."""
 
-EPILOG = """example:
-  OMP_NUM_THREADS=1 python -m benchmarks.memory --check --out memory.json"""
+EXAMPLES = ("OMP_NUM_THREADS=1 python -m benchmarks.memory --check --out memory.json",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = common.build_parser(
-        "memory", DESCRIPTION, EPILOG, check=f"exit status 1 if one is off by more than {GOAL:.0%}%"
+        "memory", DESCRIPTION, EXAMPLES, check=f"exit status 1 if one is off by more than {GOAL:.0%}%"
     )
     parser.add_argument("--cases", default="all", metavar="C,C", help="a wrong name lists them (default: all)")
     return parser

@@ -13,14 +13,13 @@ from benchmarks.memory.__main__ import run_case
 CASES = "clm-four-fp32,clm-four-fp32-checkpointing"
 DESCRIPTION = """The most memory that a training on a CPU has allocated, the most that is resident over a tiny run with
 freed blocks kept and with freed blocks returned to the system, and the processor time of a step with each."""
-EXAMPLE = """example:
-  OMP_NUM_THREADS=1 python -m benchmarks.memory.heap --out heap.json"""
+EXAMPLES = ("OMP_NUM_THREADS=1 python -m benchmarks.memory.heap --out heap.json",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = common.build_parser("memory.heap", DESCRIPTION, EXAMPLE, check=None)
+    parser = common.build_parser("memory.heap", DESCRIPTION, EXAMPLES, check=None)
     parser.add_argument("--cases", default=CASES, metavar="C,C", help=f"of benchmarks.memory (default: {CASES})")
     args = parser.parse_args(arguments)
     check_file("--out", args.out)

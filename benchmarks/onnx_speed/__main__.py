@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 FORMS = ("nystrom", "softmax")
 DESCRIPTION = """A forward pass to the last hidden states of one full row, on a CPU: PyTorch and onnxruntime in turns,
 with landmarks and with exact attention. Weights are random, and those of all are equal."""
-EXAMPLE = """example:
-  python -m benchmarks.onnx_speed --threads 1 --out onnx-speed.json"""
+EXAMPLES = ("python -m benchmarks.onnx_speed --threads 1 --out onnx-speed.json",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = common.build_parser("onnx_speed", DESCRIPTION, EXAMPLE, check=None)
+    parser = common.build_parser("onnx_speed", DESCRIPTION, EXAMPLES, check=None)
     parser.add_argument("--forms", default=",".join(FORMS), metavar="F,F", help=f"of {', '.join(FORMS)}")
     parser.add_argument("--lengths", default="128,512,1024,4096", metavar="N,N", help="tokens of the row")
     parser.add_argument("--rounds", type=int, default=11, metavar="N", help="timed ones; a first one is not counted")

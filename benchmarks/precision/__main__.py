@@ -15,13 +15,12 @@ PARTS = ("rounding", "segments", "norm")
 DESCRIPTION = """Relative errors, on a CPU. rounding: each form of attention in 16 bits against float64 on the same
 inputs, output and gradients, for logits with a standard deviation of 1 and of 20. segments: the masked form against
 exact attention on AR(1) inputs, by how the text is cut. norm: a gradient norm in float32 against float64."""
-EXAMPLE = """example:
-  python -m benchmarks.precision --threads 1 --out precision.json"""
+EXAMPLES = ("python -m benchmarks.precision --threads 1 --out precision.json",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = common.build_parser("precision", DESCRIPTION, EXAMPLE, check=None)
+    parser = common.build_parser("precision", DESCRIPTION, EXAMPLES, check=None)
     parser.add_argument("--parts", default=",".join(PARTS), metavar="P,P", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch: they split its sums")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="the 16 bits of rounding")

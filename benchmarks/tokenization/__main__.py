@@ -28,15 +28,16 @@ FILES = 16
 """JSONL files of the text, so that every competitor can share the work among processes."""
 DESCRIPTION = """Tokenize the same text with every competitor, in turns, each in a process of its own: text a second,
 as a ratio to the bare tokenizer, and the peak of memory of all processes together."""
-EXAMPLE = """example:
-  python -m benchmarks.tokenization --rounds 5 --out tokenization.json
-  python -m benchmarks.tokenization --input reviews.jsonl.gz   # the ratios depend on the text
-  python -m benchmarks.tokenization --methods ours-tiktoken --megabytes 64 --repeat 16 --rounds 1   # 1 GB"""
+EXAMPLES = (
+    "python -m benchmarks.tokenization --rounds 5 --out tokenization.json",
+    ("python -m benchmarks.tokenization --input reviews.jsonl.gz", "the ratios depend on the text"),
+    ("python -m benchmarks.tokenization --methods ours-tiktoken --megabytes 64 --repeat 16 --rounds 1", "1 GB"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = common.build_parser("tokenization", DESCRIPTION, EXAMPLE)
+    parser = common.build_parser("tokenization", DESCRIPTION, EXAMPLES)
     parser.add_argument("--methods", default=",".join(METHODS), metavar="M,M", help=f"of {', '.join(METHODS)}")
     parser.add_argument(
         "--input", nargs="+", metavar="PATH", help="text as `nystrom data prepare` reads it (default: Python sources)"

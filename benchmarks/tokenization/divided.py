@@ -34,13 +34,13 @@ from data_pipeline.tokenization.training import train_tokenizer
 
 GOAL = 1.6
 """Least processor time of two processes, as a multiple of the wall clock."""
-EXAMPLE = "example:\n  python -m benchmarks.tokenization.divided --megabytes 150 --out divided.json"
+EXAMPLES = ("python -m benchmarks.tokenization.divided --megabytes 150 --out divided.json",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write. Returns 1 if the bytes differ, or with ``--check`` if the goal is not met."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = common.build_parser("tokenization.divided", "prepare on one file that cannot be cut", EXAMPLE)
+    parser = common.build_parser("tokenization.divided", "prepare on one file that cannot be cut", EXAMPLES)
     parser.add_argument("--megabytes", type=float, default=120.0, metavar="X", help="text, in units of 10^6 bytes")
     parser.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="of the tokenizer")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes of the second run")

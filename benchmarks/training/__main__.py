@@ -19,15 +19,14 @@ GOAL_SLOWER = 1.10
 GOAL_STAGES = (0, 1)
 DESCRIPTION = """Time of a training step through our trainer, one process, as a ratio to a plain PyTorch loop over the
 same rows in the same precision. Each contender is a process; they take turns in an order drawn anew each round."""
-EXAMPLE = """example:
-  OMP_NUM_THREADS=1 python -m benchmarks.training --rounds 9 --out training.json"""
+EXAMPLES = ("OMP_NUM_THREADS=1 python -m benchmarks.training --rounds 9 --out training.json",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
     from benchmarks.training.contenders import CONTENDERS
 
-    parser = common.build_parser("training", DESCRIPTION, EXAMPLE)
+    parser = common.build_parser("training", DESCRIPTION, EXAMPLES)
     names = ",".join(CONTENDERS)
     parser.add_argument("--contenders", default=names, metavar="C,C", help=f"of {names.replace(',', ', ')}")
     parser.add_argument("--objective", choices=["mlm", "clm"], default="clm")

@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 DESCRIPTION = """Plant faults in a model, one after the other, and say which checks of the validity gate find each, and
 at what length. Then what each group of checks costs on the sound model. A fault that nothing finds, or a check that
 fails on the sound model, gives status 1."""
-EXAMPLE = """example:
-  python -m benchmarks.validity --checkpoint demo/runs/demo-clm --length 640 --out validity-clm.json"""
+EXAMPLES = ("python -m benchmarks.validity --checkpoint demo/runs/demo-clm --length 640 --out validity-clm.json",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = common.build_parser("validity", DESCRIPTION, EXAMPLE, check=None)
+    parser = common.build_parser("validity", DESCRIPTION, EXAMPLES, check=None)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a sound model")
     parser.add_argument("--data", metavar="SHARDS", help="held-out shards (default: data.valid of the run)")
     parser.add_argument("--length", type=int, default=640, metavar="N", help="the longest text that is scored, tokens")

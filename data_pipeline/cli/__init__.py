@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from data_pipeline.cli import contamination, export, import_tokens, inspect, prepare, stdlib, tokenizer, verify
-from data_pipeline.cli.common import HelpFormatter
+from data_pipeline.command_line import Parser
 
 DESCRIPTION = """Turn text into what training reads: collect documents, train a tokenizer, write checksummed shards of
 tokens.
@@ -14,13 +14,13 @@ tokens.
 Text comes from JSONL (one record a line), CSV, plain text (a file or a line is a document), each also as .gz or .zst,
 from Parquet, from datasets of the Hugging Face hub, and from standard input. Tokens come from and go to the files of
 Megatron-LM, datatrove and Parquet."""
-EXAMPLE = """example, from nothing to shards:
-  nystrom data stdlib    --out corpus
-  nystrom data tokenizer --input corpus/train.jsonl --vocab-size 8192 --out tokenizer
-  nystrom data prepare   --input corpus/train.jsonl --tokenizer tokenizer --out shards/train
-  nystrom data inspect   shards/train
-
-`nystrom data COMMAND --help` explains one command."""
+EXAMPLES = (
+    "nystrom data stdlib --out corpus",
+    "nystrom data tokenizer --input corpus/train.jsonl --vocab-size 8192 --out tokenizer",
+    "nystrom data prepare --input corpus/train.jsonl --tokenizer tokenizer --out shards/train",
+    "nystrom data inspect shards/train",
+)
+EPILOG = "The examples lead from nothing to shards. `nystrom data COMMAND --help` explains one command."
 
 COMMANDS = {
     "stdlib": stdlib,
@@ -36,18 +36,11 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``nystrom data``."""
-    parser = argparse.ArgumentParser(
-        prog="nystrom data", description=DESCRIPTION, epilog=EXAMPLE, formatter_class=HelpFormatter
-    )
+    parser = Parser(prog="nystrom data", description=DESCRIPTION, examples=EXAMPLES, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=module.SUMMARY,
-            description=module.SUMMARY,
-            epilog=f"example:\n  {module.EXAMPLE}",
-            formatter_class=HelpFormatter,
-        )
+        about = f"{module.SUMMARY[0].upper()}{module.SUMMARY[1:]}."
+        command = commands.add_parser(name, help=module.SUMMARY, description=about, examples=[module.EXAMPLE])
         module.add_arguments(command)
     return parser
 

@@ -1,4 +1,4 @@
-"""What the commands of ``nystrom data`` share: help, the options for inputs, the progress bar."""
+"""What the commands of ``nystrom data`` share: the options for inputs, the progress bar."""
 
 from __future__ import annotations
 
@@ -15,15 +15,6 @@ if TYPE_CHECKING:
     from data_pipeline.sources.corpus import Corpus
     from data_pipeline.sources.documents import Document
     from data_pipeline.sources.reading import Reading
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Examples as they were typed, and defaults where there are any worth showing."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, []) or action.required or "default" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:

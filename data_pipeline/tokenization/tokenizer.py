@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
-from data_pipeline.tokenization.charsmap import settled
 from data_pipeline.tokenization.folder import CONFIG_FILE, TOKENIZER_FILE, read_tokenizer
 from data_pipeline.tokenization.long_texts import cut, is_long
 from data_pipeline.tokenization.roles import ROLES, find_roles
@@ -48,6 +47,8 @@ class Tokenizer:
         _keep_text_text(backend, specials, unk, where)
         self._json = canonical_json(backend.to_str())
         self._backend = _from_json(self._json)
+        from data_pipeline.tokenization.charsmap import settled  # imports numpy, which `--help` must not wait for
+
         self._settled = settled(self._backend, self._json)
         self.roles = find_roles(declared, specials, unk, where)
         self.bos_id, self.pad_id, self.eos_id = self.roles.bos, self.roles.pad, self.roles.eos

@@ -6,17 +6,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``nystrom report``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nystrom report",
         description="Write one self-contained HTML page that shows and compares runs: validity, training curves, "
         "evaluation results, samples, configuration. It loads nothing from anywhere and works as a mail attachment.",
-        epilog="example:\n  nystrom report runs/books-clm runs/exact --out report.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=["nystrom report runs/books-clm runs/exact --out report.html"],
     )
     parser.add_argument(
         "runs",

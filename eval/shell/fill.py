@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
+from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
 from eval.shell.options import add_model, add_output, check_output, opened, positive
 from eval.shell.texts import Given, at_terminal, converse, given_texts
@@ -16,23 +17,22 @@ from eval.shell.texts import Given, at_terminal, converse, given_texts
 if TYPE_CHECKING:
     from eval.shell.masks import Filled
 
-EXAMPLE = """examples:
-  nystrom fill --checkpoint runs/books-mlm --text "The [MASK] of the book"
-  nystrom fill --checkpoint runs/books-mlm --texts sentences.txt --top 10 --jsonl --out filled.jsonl
-  nystrom fill --checkpoint runs/books-mlm                              asks for texts, Ctrl-D ends
-
-Each mask is filled by itself, with the other masks left as they are."""
+EXAMPLES = (
+    'nystrom fill --checkpoint runs/books-mlm --text "The [MASK] of the book"',
+    "nystrom fill --checkpoint runs/books-mlm --texts sentences.txt --top 10 --jsonl --out filled.jsonl",
+    ("nystrom fill --checkpoint runs/books-mlm", "asks for texts, Ctrl-D ends"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``nystrom fill``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nystrom fill",
-        description="The likeliest tokens for each mask of a text, with their probabilities, from a masked model.\n"
-        "A mask is written [MASK], <mask> or as the tokenizer has it. Without a text: standard input, a text a line,\n"
+        description="The likeliest tokens for each mask of a text, with their probabilities, from a masked model. "
+        "A mask is written [MASK], <mask> or as the tokenizer has it. Without a text: standard input, a text a line, "
         "or at a terminal a conversation.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        epilog="Each mask is filled by itself, with the other masks left as they are.",
         allow_abbrev=False,
     )
     add_model(parser)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
+from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
 from eval.shell.options import add_model, add_output, check_output, not_negative, opened, positive
 from eval.shell.texts import Given, at_terminal, converse, given_texts
@@ -16,24 +17,24 @@ from eval.shell.texts import Given, at_terminal, converse, given_texts
 if TYPE_CHECKING:
     from eval.shell.writing import Decoding, Row, Writer
 
-EXAMPLE = """examples:
-  nystrom generate --checkpoint runs/books-clm --prompt "The river"
-  nystrom generate --checkpoint runs/books-clm                           asks for prompts, Ctrl-D ends
-  nystrom generate --checkpoint runs/books-clm --prompts prompts.txt --batch-size 16 --jsonl --out texts.jsonl
-  echo "The river" | nystrom generate --checkpoint runs/books-clm --greedy
-
-A text goes to standard output as it is written; everything else goes to standard error. The same seed gives the same
-text: docs/generating.md says what that rests on."""
+EXAMPLES = (
+    'nystrom generate --checkpoint runs/books-clm --prompt "The river"',
+    ("nystrom generate --checkpoint runs/books-clm", "asks for prompts, Ctrl-D ends"),
+    "nystrom generate --checkpoint runs/books-clm --prompts prompts.txt --batch-size 16 --jsonl --out texts.jsonl",
+    'echo "The river" | nystrom generate --checkpoint runs/books-clm --greedy',
+)
+EPILOG = """A text goes to standard output as it is written; everything else goes to standard error. The same seed
+gives the same text: docs/generating.md says what that rests on."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``nystrom generate``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nystrom generate",
-        description="Continue prompts with a causal model. Without a prompt: standard input, a prompt a line, or at a\n"
+        description="Continue prompts with a causal model. Without a prompt: standard input, a prompt a line, or at a "
         "terminal a conversation.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        epilog=EPILOG,
         allow_abbrev=False,
     )
     add_model(parser)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_pipeline.configuration import faults
@@ -139,6 +138,8 @@ def parse(task: Task, values: dict[str, Any], where: str) -> Settings:
 
 
 def _read(path: Path) -> _File:
+    import yaml
+
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         file = _File.model_validate(raw)
@@ -166,6 +167,6 @@ def _place(origin: str) -> Path | None:
 
 def _unknown(name: str, suite_path: Sequence[str | Path]) -> str:
     known = [*tasks(), *(path.stem for path in available(suite_path))]
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, [*known, "list", "compare"], n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(dict.fromkeys(known))}"
     return f"no suite '{name}': {hint} (`nystrom eval list` describes them)"

@@ -11,7 +11,6 @@ from pydantic.fields import FieldInfo
 
 from data_pipeline.errors import UserError
 from eval.task import tasks
-from pretrain.config.load import yaml_scalar
 
 PREFIX = "setting:"
 
@@ -40,7 +39,10 @@ def overrides_of(args: argparse.Namespace) -> list[tuple[str | None, str, Any]]:
     found: list[tuple[str | None, str, Any]] = [
         (None, name.removeprefix(PREFIX), value) for name, value in vars(args).items() if name.startswith(PREFIX)
     ]
-    for text in getattr(args, "set", None) or ():
+    given = getattr(args, "set", None) or ()
+    if given:
+        from pretrain.config.load import yaml_scalar
+    for text in given:
         key, sep, value = text.partition("=")
         suite, dot, name = key.rpartition(".")
         if not sep or not name:

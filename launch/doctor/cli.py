@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.errors import UserError
 from launch.doctor.ranks import HOSTS, RAW, REPORT_MARK, adopt_allocation, own_name, read_own_rank
 from launch.doctor.report import render
+from pretrain.arguments import add_config_arguments
 from pretrain.distributed.signals import stop_signals
 
 if TYPE_CHECKING:
@@ -30,19 +31,17 @@ DESCRIPTION = (
     "Measure and judge this machine, or a cluster, before a run is started on it: software, devices, limits, folders, "
     "clocks, and the network between hosts. Findings come first, with what to do. Nothing is left behind."
 )
-EPILOG = """examples:
-  nystrom launch doctor --config configs/demo-clm.yaml          this machine, and what the run needs
-  nystrom launch doctor --hostfile hosts --quick                all hosts of a hostfile, over ssh
-  srun --ntasks-per-node=1 nystrom launch doctor --in-allocation     the nodes of a Slurm allocation
-  torchrun --nnodes 2 ... -m launch doctor                      any launcher that sets RANK and its like
-
-exit status: 0 if a run may start (warnings do not matter), 1 for a problem, 2 for a mistake in the command"""
+EXAMPLES = (
+    ("nystrom launch doctor --config configs/demo-clm.yaml", "this machine, and what the run needs"),
+    ("nystrom launch doctor --hostfile hosts --quick", "all hosts of a hostfile, over ssh"),
+    ("srun --ntasks-per-node=1 nystrom launch doctor --in-allocation", "the nodes of a Slurm allocation"),
+    ("torchrun --nnodes 2 ... -m launch doctor", "any launcher that sets RANK and its like"),
+)
+STATUSES = {0: "a run may start (warnings do not matter)", 1: "a problem", 2: "a mistake in the command"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``nystrom launch doctor``."""
-    from pretrain.config.load import add_config_arguments
-
     add_config_arguments(parser, required=False, what="also check what it needs (shards, disk, precision)")
     parser.add_argument("--processes", type=int, metavar="N", help="of the run (default: those that examine)")
     where = parser.add_mutually_exclusive_group()

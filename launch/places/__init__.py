@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 
+from data_pipeline.command_line import Example
 from data_pipeline.registry import Registry
 from launch.plan import LaunchPlan, Rendered
+from pretrain.arguments import EXIT_STATUSES
 
 
 class Place:
@@ -15,7 +18,10 @@ class Place:
     summary: str
     """What it is, for ``nystrom launch --help``: words without a full stop."""
     description: str = ""
+    examples: Sequence[Example] = ()
     epilog: str = ""
+    exit_status: Mapping[int, str] = EXIT_STATUSES
+    """Of a place that waits for the run: the run's own."""
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,10 +17,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.batch_file import batch_file, change_directory
-from launch.cluster import ContainerConfig
 from launch.plan import SECRETS, LaunchPlan
+
+if TYPE_CHECKING:
+    from launch.cluster import ContainerConfig
 
 FIRST_PORT, PORTS = 20_000, 10_000
 """The processes meet at port 20000 + job id modulo 10000: below the ports that Linux gives out by itself (32768)."""

@@ -26,8 +26,6 @@ from launch.plan import SECRETS, LaunchPlan, Rendered, make_plan
 from launch.rank_logs import LOGS
 from launch.restarts import Restarts, resumed, say, starts_anew
 from launch.watch import REPOSITORY, StopRequest, exit_status, read_status
-from pretrain.checks import check_inputs
-from pretrain.curriculum.plan import build_plan, check_world_size
 from pretrain.distributed.signals import EXIT_DONE, EXIT_PREEMPTED, EXIT_STALLED
 
 FENCE_MARGIN_SECONDS = 5.0
@@ -46,11 +44,11 @@ class Hostfile(Place):
         "Start `nystrom train` on the machines of a DeepSpeed hostfile, look after it, and answer with what became of "
         "the run. All machines are checked first; nothing is started if one is not ready."
     )
+    examples = ("nystrom launch hostfile --hostfile hosts --config configs/causal-16k.yaml",)
     epilog = (
-        "example: nystrom launch hostfile --hostfile hosts --config configs/causal-16k.yaml\n"
-        "a line of a hostfile: worker-0 slots=8\n\n"
-        "Code, environment, shards and run folder must be at the same paths on all machines. SIGTERM, Ctrl-C or\n"
-        "SIGHUP lets all processes save a checkpoint and end (exit status 75: the same command resumes). If this\n"
+        "A line of a hostfile: worker-0 slots=8\n\n"
+        "Code, environment, shards and run folder must be at the same paths on all machines. SIGTERM, Ctrl-C or "
+        "SIGHUP lets all processes save a checkpoint and end (exit status 75: the same command resumes). If this "
         "command or a network is gone, the processes everywhere save if they can, and end."
     )
 
@@ -172,6 +170,9 @@ def fence_seconds(stop_timeout: float) -> float:
 def numbers_of_hosts(plan: LaunchPlan) -> list[int]:
     """The numbers of hosts whose processes can share every batch evenly; raises :class:`UserError` if none can."""
     config = config_of(plan)
+    from pretrain.checks import check_inputs
+    from pretrain.curriculum.plan import build_plan, check_world_size
+
     check_inputs(config, 1)
     stages = build_plan(config)
     found, problem = [], None

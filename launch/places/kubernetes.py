@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 
@@ -37,10 +37,13 @@ class Kubernetes(Place):
         "Write the YAML of a JobSet that trains with a pod for each node, and give it to kubectl. The file is for "
         "people to read and keep. The run folder and the shards lie on volumes that exist; the image has nystrom."
     )
+    examples = (
+        "nystrom launch kubernetes --config configs/causal-16k.yaml --image registry/nystrom:1 --nodes 2 "
+        "--gpus-per-node 8 --pvc data:/data --set output_dir=/data/runs --dry-run",
+    )
+    exit_status: Mapping[int, str] = {0: "the files are written, and the run is submitted; a dry run: nothing is done"}
     epilog = (
-        "example:\n  nystrom launch kubernetes --config configs/causal-16k.yaml --image registry/nystrom:1 \\\n"
-        "    --nodes 2 --gpus-per-node 8 --pvc data:/data --set output_dir=/data/runs --dry-run\n\n"
-        "A pod that is preempted or evicted saves and ends with status 75, and the JobSet starts again. Statuses 2,\n"
+        "A pod that is preempted or evicted saves and ends with status 75, and the JobSet starts again. Statuses 2, "
         "74 and 76 end it; others restart it --max-restarts times. To save and stop: kubectl delete jobset NAME."
     )
 

@@ -39,13 +39,16 @@ class Local(Place):
         "Start `nystrom train` on several processes of this machine through DeepSpeed's launcher, look after them, and "
         "answer with what became of the run."
     )
+    examples = (
+        "nystrom launch local --nproc 2 --config configs/demo-clm.yaml --set optimizer.lr=1e-3",
+        ("nystrom launch local --nproc 2 -- eval lm --checkpoint runs/demo-clm", "an evaluation"),
+    )
     epilog = (
-        "example: nystrom launch local --nproc 2 --config configs/demo-clm.yaml --set optimizer.lr=1e-3\n\n"
-        "SIGTERM, Ctrl-C or SIGHUP lets the processes save a checkpoint and end (exit status 75: the same command\n"
-        "resumes); those still there after --stop-timeout are killed. A process that hangs for stall_seconds ends the\n"
-        "run with status 77 and is named. No process outlives this command; if it is itself killed, they save and end\n"
+        "SIGTERM, Ctrl-C or SIGHUP lets the processes save a checkpoint and end (exit status 75: the same command "
+        "resumes); those still there after --stop-timeout are killed. A process that hangs for stall_seconds ends the "
+        "run with status 77 and is named. No process outlives this command; if it is itself killed, they save and end "
         "at the next step, or after 300 s at the latest.\n\n"
-        "`nystrom launch local --nproc 2 -- eval SUITE ...` runs an evaluation on several processes, which share its\n"
+        "`nystrom launch local --nproc 2 -- eval SUITE ...` runs an evaluation on several processes, which share its "
         "work; SIGTERM, Ctrl-C or SIGHUP ends them at once, and the same command resumes with the rest."
     )
 

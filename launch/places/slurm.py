@@ -6,19 +6,22 @@ import argparse
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
 from launch.batch_file import Resources, job_name, seconds_of
-from launch.cluster import ClusterConfig, ContainerConfig, load_cluster
 from launch.places import PLACES, Place
 from launch.places._slurm_script import EARLY_SECONDS, Script, eval_file, grace_seconds, train_file
 from launch.places._slurm_submit import DEPENDENCY, submit
 from launch.plan import SECRETS, LaunchPlan, Rendered, make_plan
 from launch.rank_logs import LOGS
 from launch.restarts import starts_anew
+
+if TYPE_CHECKING:
+    from launch.cluster import ClusterConfig, ContainerConfig
 
 TRAIN_FILE, EVAL_FILE = "train.sbatch", "eval.sbatch"
 OURS = (
@@ -42,11 +45,13 @@ class Slurm(Place):
         "processes there. Before the time limit the run saves and ends with status 75; with --requeue Slurm starts it "
         "again, also after a preemption, and it resumes."
     )
+    examples = (
+        "nystrom launch slurm --config configs/causal-16k.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 "
+        "--partition gpu --account lab --requeue --eval lm",
+    )
+    exit_status: Mapping[int, str] = {0: "the files are written, and the run is submitted; a dry run: nothing is done"}
     epilog = (
-        "example:\n"
-        "  nystrom launch slurm --config configs/causal-16k.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 \\\n"
-        "    --partition gpu --account lab --requeue --eval lm\n\n"
-        "Run folder, shards and code must be on a file system that all nodes see. The job's exit status is the run's\n"
+        "Run folder, shards and code must be on a file system that all nodes see. The job's exit status is the run's "
         "own: 0, 2, 74, 75, 76 or 77. docs/slurm.md has the rest, and what a site's administrator must know."
     )
 
@@ -170,6 +175,8 @@ class Slurm(Place):
 
 def settings(args: argparse.Namespace) -> ClusterConfig:
     """The ``cluster.yaml``, or none, with what the command line says put over it."""
+    from launch.cluster import ClusterConfig, ContainerConfig, load_cluster
+
     site = load_cluster(args.cluster) if args.cluster is not None else ClusterConfig()
     names = ("partition", "account", "qos", "constraint", "time", "gpus_per_node", "cpus_per_task", "mem", "interface")
     said = {name: getattr(args, name) for name in (*names, "exclusive", "requeue")}

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from data_pipeline.command_line import Parser
 from data_pipeline.configuration import ITEM, blocks_in
 from data_pipeline.errors import UserError
-from pretrain.config.load import add_config_arguments, apply_override, find_config, parse_config, read_yaml
+from pretrain.arguments import add_config_arguments
+from pretrain.config.load import apply_override, find_config, parse_config, read_yaml
 from pretrain.config.reference import (
     all_keys,
     as_markdown,
@@ -26,26 +28,25 @@ from pretrain.config.reference import (
 WIDEST = 110
 FILE, SET, DEFAULT = "file", "--set", "default"
 
-EPILOG = """examples:
-  nystrom config                                          every key: type, default, meaning
-  nystrom config optimizer                                those of one block
-  nystrom config curriculum.N.seq_len                     one key; N is the number of an item of a list
-  nystrom config --config configs/books-clm.yaml          the values of a file, and which of them are defaults
-  nystrom config --config books-clm                       the same of a preset, wherever you are
-  nystrom config optimizer --config configs/books-clm.yaml --set optimizer.lr=1e-3
-  nystrom config --schema > nystrom.schema.json           for editors: completes keys and marks mistakes in them
-
-exit status: 0; 2 an unknown key, or a mistake in the file"""
+EXAMPLES = (
+    ("nystrom config", "every key: type, default, meaning"),
+    ("nystrom config optimizer", "those of one block"),
+    ("nystrom config curriculum.N.seq_len", "one key; N is the number of an item of a list"),
+    ("nystrom config --config configs/books-clm.yaml", "the values of a file, and which of them are defaults"),
+    ("nystrom config --config books-clm", "the same of a preset, wherever you are"),
+    ("nystrom config optimizer --config configs/books-clm.yaml --set optimizer.lr=1e-3", "a block, with a change"),
+    ("nystrom config --schema > nystrom.schema.json", "for editors: completes keys and marks mistakes in them"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nystrom config",
         description="Every key of a run's YAML with type, default and meaning. With --config, the value of every key "
         "of that file and where it comes from.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        exit_status={2: "an unknown key, or a mistake in the file"},
     )
     parser.add_argument("key", nargs="?", help="only this key or block, dotted: optimizer, optimizer.lr")
     add_config_arguments(parser, required=False, what="print what its keys come to")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from data_pipeline.batches.masking import Masking
 from data_pipeline.configuration import Strict
+
+if TYPE_CHECKING:
+    from data_pipeline.batches.masking import Masking
 
 
 class MaskingConfig(Strict):
@@ -56,6 +58,8 @@ class MaskingConfig(Strict):
 
     def build(self) -> Masking:
         """The same values as the data pipeline takes them."""
+        from data_pipeline.batches.masking import Masking  # imports numpy, which `--help` must not wait for
+
         return Masking(**self.model_dump())
 
 

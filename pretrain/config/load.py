@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,27 +13,6 @@ from pydantic import ValidationError
 from data_pipeline.configuration import faults
 from data_pipeline.errors import UserError
 from pretrain.config.run import RunConfig
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True, what: str = "") -> None:
-    """The arguments that :func:`load_config` takes, for every command that reads a run's file.
-
-    ``what``: what the command does with the file, for ``--help``.
-    """
-    parser.add_argument(
-        "--config",
-        required=required,
-        help=f"YAML file of the run{': ' * bool(what)}{what}; or the name of a preset, such as books-clm",
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the file, for example zero_stage=1 curriculum.0.micro_batch=8",
-    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

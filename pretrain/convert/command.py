@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 from typing import ClassVar
 
+from data_pipeline.command_line import Example
 from data_pipeline.registry import Registry
 
 PARTS = {
     "summary": "a line for the list of commands",
     "description": "what it does, for its own help",
-    "epilog": "examples",
+    "examples": "commands as one types them",
     "add_arguments": "its arguments",
     "run": "the work itself",
 }
@@ -25,7 +26,9 @@ class Command:
     name: ClassVar[str]
     summary: ClassVar[str]
     description: ClassVar[str]
-    epilog: ClassVar[str]
+    examples: ClassVar[tuple[Example, ...]]
+    epilog: ClassVar[str] = ""
+    """What else its own help says."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's own arguments."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
 from data_pipeline.units import count, format_bytes
 from pretrain.convert.hub_folder import HubFolder, open_folder
@@ -30,12 +31,11 @@ ASKING_SECONDS = 60.0
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nystrom push",
         description="Publish a folder of `nystrom convert to-hf` in a repository of the Hugging Face hub. The token is "
         "taken from HF_TOKEN, or from `hf auth login`.",
-        epilog="example:\n  nystrom push hf/books-clm someone/books-clm --dry-run",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=["nystrom push hf/books-clm someone/books-clm --dry-run"],
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="with config.json, README.md and safetensors")
     parser.add_argument("repo", metavar="REPO", help="OWNER/NAME; made if it does not exist")

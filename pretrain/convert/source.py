@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from data_pipeline.errors import UserError
 from data_pipeline.registry import Registry
-from pretrain.checkpoint.account import Entry
 from pretrain.convert.their_config import CONFIG, model_type
-from pretrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.checkpoint.account import Entry
     from pretrain.config import RunConfig
+    from pretrain.model.config import ModelConfig
 
 PARTS = {
     "description": "what it reads, for the help text and for messages",

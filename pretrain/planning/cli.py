@@ -5,31 +5,40 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from data_pipeline.command_line import Parser
 from data_pipeline.errors import UserError
-from pretrain.config import RunConfig, load_config
-from pretrain.config.load import add_config_arguments
+from pretrain.arguments import add_config_arguments
 from pretrain.machine import PEAK_FLOPS
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
 
 DEFAULT_MFU = 0.3
 
-EPILOG = """example:
-  nystrom plan --config configs/causal-small.yaml --gpus 8 --gpu-memory 80 --gpu H100 --price-per-gpu-hour 2.50
-
-Needs no GPU and no shards; without shards the size of the vocabulary comes from the file or from --vocab-size.
-Memory is the most that PyTorch allocates at once, found by running the model's code on tensors without values. CUDA,
-NCCL and fragmentation come on top: --margin. With --cpu the host's memory is what a process takes altogether.
-
-exit status: 0 the run fits, or --gpu-memory was not given; 1 it does not fit; 2 a mistake in the file or the options"""
+EXAMPLES = (
+    "nystrom plan --config configs/causal-small.yaml --gpus 8 --gpu-memory 80 --gpu H100 --price-per-gpu-hour 2.50",
+)
+EPILOG = """Needs no GPU and no shards; without shards the size of the vocabulary comes from the file or from
+--vocab-size. Memory is the most that PyTorch allocates at once, found by running the model's code on tensors without
+values. CUDA, NCCL and fragmentation come on top: --margin. With --cpu the host's memory is what a process takes
+altogether."""
+STATUSES = {
+    0: "the run fits, or --gpu-memory was not given",
+    1: "it does not fit",
+    2: "a mistake in the file or the options",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nystrom plan",
         description="Parameters, arithmetic, memory, time, cost and disk of a run, from its configuration alone.",
+        examples=EXAMPLES,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_status=STATUSES,
     )
     add_config_arguments(parser)
     parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens, where there are no shards yet")
@@ -70,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 if the run fits or that was not asked, else 1."""
     args = build_parser().parse_args(argv)
     _check(args)
+    from pretrain.config import load_config
+
     config = load_config(args.config, args.overrides)
     peak = _peak_flops(args, config)
     config = _with_vocabulary(config, args.vocab_size)

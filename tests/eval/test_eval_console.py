@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-from eval.console import describe, print_table, table_lines
+from eval.cli import main
+from eval.console import aligned, describe, print_table, table_lines
 from eval.results.schema import Metric, ModelInfo, Result, Table, read_result, write_result
 from eval.runner import outdated
 from eval.shared.progress import Progress, about, bars_on_terminals_only
@@ -119,3 +120,34 @@ def test_bars_of_libraries_are_for_terminals(monkeypatch: pytest.MonkeyPatch) ->
         assert drawn() == drawn(disable=False) == drawn(disable=True) == ""
     assert vars(tqdm)["__init__"] is before
     assert "3/3" in drawn()
+
+
+def test_the_last_column_is_wrapped_to_the_width() -> None:
+    rows = [("suite", "what it is"), ("lm", "held-out loss and perplexity of windows"), ("x", "")]
+    whole = ["suite  what it is", f"-----  {'-' * 39}", "lm     held-out loss and perplexity of windows", "x"]
+    assert aligned(rows).split("\n") == aligned(rows, 80).split("\n") == whole
+    narrow = [
+        "suite  what it is",
+        f"-----  {'-' * 21}",
+        "lm     held-out loss and",
+        "       perplexity of windows",
+        "x",
+    ]
+    assert aligned(rows, 31).split("\n") == narrow
+    assert aligned(rows, 5).split("\n") == narrow  # a column of text never gets narrower
+
+
+@pytest.mark.parametrize("words", [["list"], ["list", "lm"]])
+def test_the_list_fits_a_terminal_and_has_a_line_each_in_a_pipe(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    assert main(words) == 0
+    piped = capsys.readouterr().out.splitlines()
+    assert max(map(len, piped)) > 100
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(words) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert max(map(len, shown)) <= 90
+    assert " ".join("".join(shown).split()).count("held-out loss") == "".join(piped).count("held-out loss")
+    assert len(shown) > len(piped)

@@ -20,15 +20,15 @@ class FromHF(Command):
         "`nystrom fill` and `init_from` of a run take. Every tensor is accounted for; nothing in the source is run."
     )
 
+    examples = (
+        "nystrom convert from-hf nystromformer-512 converted",
+        "nystrom convert from-hf nystrom-512/model/cp-0099.model converted --tokenizer roberta-base",
+    )
+
     @property
     def epilog(self) -> str:  # type: ignore[override]
-        """The kinds of sources and examples."""
-        kinds = "".join(f"\n  {kind.description}" for kind in SOURCES.all().values())
-        return (
-            f"SOURCE is one of:{kinds}\n\nexamples:\n"
-            "  nystrom convert from-hf nystromformer-512 converted\n"
-            "  nystrom convert from-hf nystrom-512/model/cp-0099.model converted --tokenizer roberta-base\n"
-        )
+        """The kinds of sources."""
+        return f"SOURCE is one of: {'; '.join(kind.description for kind in SOURCES.all().values())}."
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """SOURCE, OUT and the tokenizer."""

@@ -26,10 +26,9 @@ class ToHf(Command):
         "The folder carries the model's own code, which needs torch and transformers alone, and a model card. "
         "--stock writes one for transformers' own Nyströmformer instead, where that computes the same."
     )
-    epilog = (
-        "examples:\n"
-        "  nystrom convert to-hf runs/demo-clm hf/demo-clm --dtype bf16\n"
-        "  nystrom convert to-hf runs/published hf/published --stock --length 512"
+    examples = (
+        "nystrom convert to-hf runs/demo-clm hf/demo-clm --dtype bf16",
+        "nystrom convert to-hf runs/published hf/published --stock --length 512",
     )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

@@ -17,14 +17,13 @@ class ToOnnx(Command):
     name = "to-onnx"
     summary = "a masked model as an ONNX file, for onnxruntime"
     description = (
-        "Write OUT/model.onnx, for any batch size and length, with the tokenizer and a README that shows its use. The\n"
-        "file is run by onnxruntime before OUT gets its name. Its outputs are compared with the model's, for several\n"
+        "Write OUT/model.onnx, for any batch size and length, with the tokenizer and a README that shows its use. The "
+        "file is run by onnxruntime before OUT gets its name. Its outputs are compared with the model's, for several "
         "batch sizes, lengths and paddings: if they differ, the command fails and leaves nothing behind."
     )
-    epilog = (
-        "examples:\n"
-        "  nystrom convert to-onnx runs/books onnx/books\n"
-        "  nystrom convert to-onnx runs/books onnx/books-half --dtype fp16 --no-head"
+    examples = (
+        "nystrom convert to-onnx runs/books onnx/books",
+        "nystrom convert to-onnx runs/books onnx/books-half --dtype fp16 --no-head",
     )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

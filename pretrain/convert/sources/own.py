@@ -9,7 +9,6 @@ from pydantic import ValidationError
 
 from data_pipeline.configuration import faults
 from data_pipeline.errors import UserError
-from pretrain.config import parse_config
 from pretrain.convert.facts import FACTS, read_facts
 from pretrain.convert.own import MODEL_TYPE, to_ours
 from pretrain.convert.source import SOURCES, Converted, Source
@@ -35,6 +34,7 @@ class Own(Source):
     def read(self, path: Path) -> Converted:
         """See :meth:`Source.read`."""
         from pretrain.checkpoint.load import weights_hash
+        from pretrain.config import parse_config
         from pretrain.convert.taking import Taking
 
         config = _network(path / CONFIG)
