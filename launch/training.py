@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from data_pipeline.bars import progress_bar
+from data_pipeline.console import INNER
 from data_pipeline.errors import UserError
 from data_pipeline.processes import child_command
 from launch import shadowing
@@ -165,7 +166,7 @@ def _watch(command: list[str], config: RunConfig, total: int) -> tuple[int, dequ
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(shadowing.HOME)]))
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
-    env["PYTHONUNBUFFERED"] = "1"
+    env["PYTHONUNBUFFERED"] = env[INNER] = "1"
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     bar = progress_bar(total=total, unit="tok", unit_scale=True, desc=config.name)
     # A session of its own: Ctrl-C at a terminal, and a notebook's interrupt, are for this process, which passes it on.

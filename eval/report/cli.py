@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.console import add_json, print_json, say_next
 from data_pipeline.errors import UserError
 
 
@@ -28,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("report.html"), help="the page to write (default: report.html)"
     )
     parser.add_argument("--title", help="heading of the page (default: the names of the runs)")
+    add_json(parser)
     return parser
 
 
@@ -39,11 +41,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     from data_pipeline.files import write_atomic
     from eval.report.page import render
     from eval.report.runs import read_runs
+    from pretrain.next_commands import with_text
 
-    text = render(read_runs(args.runs), args.title)
+    runs = read_runs(args.runs)
+    text = render(runs, args.title)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, text.encode(errors="replace"))
     except OSError as error:
         raise UserError(f"{args.out} cannot be written: {error}") from None
+    if args.json:
+        print_json({"file": args.out.resolve(), "bytes": args.out.stat().st_size, "runs": [run.name for run in runs]})
+        return
     print(f"report written to {args.out.resolve()}")
+    usable = next((run for run in runs if run.trained and run.setting("model", "objective")), None)
+    if usable is not None:
+        say_next(with_text(usable.path, str(usable.setting("model", "objective"))))
