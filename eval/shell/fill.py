@@ -63,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = None if asks else given_texts(args.text, args.texts, args.text_field, "--text")
     say_loading()
     from eval.shell.masks import fill
-
     from eval.shell.opening import gate_note, open_model
     from pretrain.next_commands import converting
 
