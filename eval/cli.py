@@ -165,10 +165,12 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team, answer:
     tracking = Tracking(folder, args.wandb if team.is_first else "off", subject)
     results: list[tuple[str, Result, bool]] = []
     failures: dict[str, list[str]] = {}
-    for suite in sorted(suites, key=lambda suite: not suite.task.is_gate):
+    for number, suite in enumerate(sorted(suites, key=lambda suite: not suite.task.is_gate), 1):
         if args.device != "auto" and "device" in type(suite.settings).model_fields:
             suite = replace(suite, settings=suite.settings.model_copy(update={"device": args.device}))
         name = f"{suite.name}-{args.name}" if args.name and not suite.task.is_gate else suite.name
+        if team.is_first:
+            print(f"{name}: suite {number} of {len(suites)} ...", file=sys.stderr, flush=True)
         try:
             result, fresh = runner.run(suite, name)
         except UserError as error:

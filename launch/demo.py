@@ -111,7 +111,7 @@ def _announce(steps: Sequence[Step], nproc: int) -> dict[str, float]:
     """Say how long these steps will take on this machine; returns the seconds of each by its title."""
     if not any(step.cost.tokens for step in steps):
         return {}  # seconds, which a measurement would double
-    print("Measuring how fast this machine trains, to say how long the demo takes ...", flush=True)
+    print("measuring how fast this machine trains, to say how long the demo takes ...", file=sys.stderr, flush=True)
     speed: Speed | None = measure(nproc)
     if speed is None:
         print("How long this takes could not be measured.", flush=True)

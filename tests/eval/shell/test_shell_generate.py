@@ -41,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], checkpoint: Path, *words: str) -> st
 
 
 def records(capsys: pytest.CaptureFixture[str], checkpoint: Path, *words: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run(capsys, checkpoint, "--jsonl", *words).splitlines()]
+    return [json.loads(line) for line in run(capsys, checkpoint, "--json", *words).splitlines()]
 
 
 def refused(capsys: pytest.CaptureFixture[str], checkpoint: Path | str, *words: str) -> str:
