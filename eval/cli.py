@@ -258,7 +258,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _described(suite: Suite) -> dict[str, Any]:
     fields = type(suite.settings).model_fields
-    values = suite.settings.model_dump(mode="json")
+    values = {key: getattr(suite.settings, key) for key in fields} | suite.settings.model_dump(mode="json")
     return {
         "name": suite.name,
         "task": suite.task.name,

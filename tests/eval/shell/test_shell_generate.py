@@ -300,7 +300,9 @@ def test_the_gates_verdict_is_said(export: Callable[..., Path], capsys: pytest.C
 
     def said() -> list[str]:
         assert program.main(["generate", "--checkpoint", str(checkpoint), *SHORT, "--prompt", "x"]) == 0
-        return capsys.readouterr().err.splitlines()
+        lines = capsys.readouterr().err.splitlines()
+        assert lines.pop() == f"next: nystrom convert to-hf {checkpoint} hf/judged"
+        return lines
 
     never = (
         f"note: the validity gate has not looked at these weights: nystrom eval validity --checkpoint {checkpoint} does"
