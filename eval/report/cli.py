@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.console import add_json, print_json, say_next
 from data_pipeline.errors import UserError
+from data_pipeline.units import count
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder: name the page, for example {args.out / 'report.html'}")
+    print(f"reading {count(len(args.runs), 'run')} and drawing ...", file=sys.stderr, flush=True)
     from data_pipeline.files import write_atomic
     from eval.report.page import render
     from eval.report.runs import read_runs
