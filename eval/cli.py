@@ -9,9 +9,10 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.command_line import Parser
+from data_pipeline.console import Answer, add_json, answering, print_json, say_loading, say_next
 from data_pipeline.errors import UserError
 from eval.suites.load import Suite, available, find, load_suites
 from eval.suites.options import add_options, overrides_of
@@ -74,6 +75,7 @@ def build_parser(shown: Collection[str] = ()) -> argparse.ArgumentParser:
         default="off",
         help="log fresh results to Weights & Biases too, its files in the results folder (default: off)",
     )
+    add_json(parser)
     add_options(parser, shown)
     return parser
 
@@ -99,8 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             suites = check_arguments(args)
         except UserError as error:
             raise SharedError(str(error)) from None
-        with join(rank) as team, team.alike():
-            return _evaluate(args, suites, team)
+        say_loading()
+        with join(rank) as team, team.alike(), answering(args.json and rank.is_first) as answer:
+            code = _evaluate(args, suites, team, answer)
+        if code == 0 and not args.json:
+            say_next(next_command(args))
+        return code
     except SharedError:
         if rank.is_first:
             raise
@@ -137,8 +143,8 @@ def check_data(shards: str | None, suites: Sequence[Suite]) -> None:
         )
 
 
-def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
-    from eval.console import few_items, print_table
+def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team, answer: Answer) -> int:
+    from eval.console import as_answer, few_items, print_table
     from eval.results.records import results_folder
     from eval.runner import Runner, outdated
     from eval.subject import load_subject
@@ -161,10 +167,12 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
     tracking = Tracking(folder, args.wandb if team.is_first else "off", subject)
     results: list[tuple[str, Result, bool]] = []
     failures: dict[str, list[str]] = {}
-    for suite in sorted(suites, key=lambda suite: not suite.task.is_gate):
+    for number, suite in enumerate(sorted(suites, key=lambda suite: not suite.task.is_gate), 1):
         if args.device != "auto" and "device" in type(suite.settings).model_fields:
             suite = replace(suite, settings=suite.settings.model_copy(update={"device": args.device}))
         name = f"{suite.name}-{args.name}" if args.name and not suite.task.is_gate else suite.name
+        if team.is_first:
+            print(f"{name}: suite {number} of {len(suites)} ...", file=sys.stderr, flush=True)
         try:
             result, fresh = runner.run(suite, name)
         except UserError as error:
@@ -186,6 +194,8 @@ def _evaluate(args: argparse.Namespace, suites: list[Suite], team: Team) -> int:
     if subject is not None:
         for line in outdated(folder, info, {name for name, _, _ in results}):
             print(line, flush=True)
+    if team.is_first:
+        answer.value = as_answer(info if subject is not None else None, folder, results, failures)
     team.gather(None)  # the launcher ends all soon after the first that failed: the first process has spoken by then
     if failures:
         raise _of_all(failures, len(suites))
@@ -202,6 +212,19 @@ def _of_all(failures: dict[str, list[str]], suites: int) -> UserError:
     return SharedError(f"{failed} of {suites} suites could not be run\n" + "\n".join(lines))
 
 
+def next_command(args: argparse.Namespace) -> list[str]:
+    """The page of what was evaluated: of the run, or of the folder with the results."""
+    if args.out or not args.checkpoint:
+        return ["report", str(args.out)]
+    from eval.results.records import results_folder
+
+    place = Path(args.checkpoint)
+    around = (place, place.parent, place.parent.parent)
+    run = next((folder for folder in around if (folder / "checkpoints").is_dir()), None)
+    folder = results_folder(place, run)
+    return ["report", str(run if run is not None and folder == run / "eval" else folder)]
+
+
 def _list(args: argparse.Namespace) -> int:
     """``nystrom eval list``: tasks and suites, a line each; with names, their settings."""
     from eval.console import aligned, terminal_width
@@ -209,7 +232,11 @@ def _list(args: argparse.Namespace) -> int:
     width = terminal_width()
     names = args.suites[1:]
     if names:
-        for suite in load_suites(names, args.suite_path or (), overrides_of(args)):
+        suites = load_suites(names, args.suite_path or (), overrides_of(args))
+        if args.json:
+            print_json({"suites": [_described(suite) for suite in suites]})
+            return 0
+        for suite in suites:
             print(f"{suite.name}: task {suite.task.name}" + (f", {suite.origin}" if suite.origin else ""))
             print(f"  {suite.description or suite.task.summary}")
             fields = type(suite.settings).model_fields
@@ -226,5 +253,20 @@ def _list(args: argparse.Namespace) -> int:
         rows.append(
             (path.stem, what, members[0].description if len(members) == 1 else ", ".join(s.name for s in members))
         )
-    print(aligned([("suite", "is", "what it measures"), *rows], width))
+    if args.json:
+        print_json({"suites": [dict(zip(("name", "is", "summary"), row, strict=True)) for row in rows]})
+    else:
+        print(aligned([("suite", "is", "what it measures"), *rows], width))
     return 0
+
+
+def _described(suite: Suite) -> dict[str, Any]:
+    fields = type(suite.settings).model_fields
+    values = {key: getattr(suite.settings, key) for key in fields} | suite.settings.model_dump(mode="json")
+    return {
+        "name": suite.name,
+        "task": suite.task.name,
+        "file": str(suite.origin) if suite.origin else None,
+        "summary": suite.description or suite.task.summary,
+        "settings": [{"key": key, "value": values[key], "meaning": fields[key].description} for key in fields],
+    }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.command_line import Parser
+from data_pipeline.console import add_json, print_json, say_next
 from data_pipeline.errors import UserError
 from eval.results.comparable import obstacle, same_unit
 from eval.results.records import read_records, results_folder
@@ -87,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SETTING",
         help="settings that may differ, such as lr (when models of two sizes are fine-tuned each at its own rate)",
     )
+    add_json(parser)
     return parser
 
 
@@ -102,10 +105,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     compared = [compare_files(x, y, args.ignore) for x, y in pairs if single or x.stem != gate().name]
     alone = sorted({path.stem for path in [*first, *second]} - {x.stem for x, _ in pairs}) if not single else []
-    _print(args.a, args.b, compared, alone)
+    content = {
+        "a": str(args.a),
+        "b": str(args.b),
+        "suites": [asdict(comparison) for comparison in compared],
+        "only_in_one": alone,
+    }
+    if args.json:
+        print_json(content)
+    else:
+        _print(args.a, args.b, compared, alone)
     if args.out:
-        _write(args.out, args.a, args.b, compared, alone)
-    return 0 if any(comparison.metrics for comparison in compared) else 1
+        _write(args.out, content)
+        print(f"written to {args.out}", file=sys.stderr if args.json else sys.stdout)
+    found = any(comparison.metrics for comparison in compared)
+    if found and not args.json and all((folder / "config.yaml").is_file() for folder in (args.a, args.b)):
+        say_next(["report", args.a, args.b])
+    return 0 if found else 1
 
 
 def results_at(path: Path) -> list[Path]:
@@ -264,21 +280,14 @@ def _print(a: Path, b: Path, compared: list[Comparison], alone: list[str]) -> No
         print(f"in one of the two only: {', '.join(alone)}")
 
 
-def _write(out: Path, a: Path, b: Path, compared: list[Comparison], alone: list[str]) -> None:
+def _write(out: Path, content: dict[str, Any]) -> None:
     from data_pipeline.files import write_atomic
 
-    content = {
-        "a": str(a),
-        "b": str(b),
-        "suites": [asdict(comparison) for comparison in compared],
-        "only_in_one": alone,
-    }
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, (json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}") from None
-    print(f"written to {out}")
 
 
 def _names(paths: Sequence[Path]) -> str:

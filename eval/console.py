@@ -6,12 +6,14 @@ import math
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from eval.results.caution import few_items as caution_of
 from eval.results.records import samples_path
-from eval.results.schema import Metric, Result, Table
+from eval.results.schema import Metric, ModelInfo, Result, Table
 from eval.task import described
 
 
@@ -29,6 +31,31 @@ def print_table(results: Sequence[tuple[str, Result, bool]], folder: Path) -> No
         lines = described(result.task).lines(result, samples_path(folder / f"{name}.json"))
         if lines:
             print("\n".join([f"\n{name}", *lines]))
+
+
+def as_answer(
+    model: ModelInfo | None,
+    folder: Path,
+    results: Sequence[tuple[str, Result, bool]],
+    failures: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    """The same for ``--json``: the model, and of each suite its file, its metrics, and whether it was computed now."""
+    return {
+        "model": asdict(model) if model is not None else None,
+        "folder": str(folder),
+        "results": [
+            {
+                "suite": name,
+                "task": result.task,
+                "file": str(folder / f"{name}.json"),
+                "computed": fresh,
+                "gate": result.gate,
+                "metrics": {metric: asdict(value) for metric, value in result.metrics.items()},
+            }
+            for name, result, fresh in results
+        ],
+        "failed": [{"suite": name, "error": error} for error, names in failures.items() for name in names],
+    }
 
 
 def verdict(result: Result) -> tuple[str, str]:

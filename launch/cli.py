@@ -7,12 +7,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from data_pipeline.command_line import Example, Parser
+from data_pipeline.console import say_loading
+from data_pipeline.units import count
 from launch import array, node, status, stop
 from launch.doctor import cli as doctor
 from launch.places import PLACES
 from launch.plan import add_plan_arguments
 from pretrain.arguments import EXIT_STATUSES
 
+WAITING = ("local", "hostfile")
+"""Places whose command waits for the end of the run."""
 Run = Callable[[argparse.Namespace], int]
 
 
@@ -146,6 +150,8 @@ def _start(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(rendered.text(), end="")
         return 0
+    if args.place == "local":  # the others say what they check, and start, by themselves
+        say_loading(f"PyTorch and DeepSpeed in {count(plan.processes, 'process', 'processes')}", elsewhere=True)
     return place.start(plan, args, rendered)
 
 
@@ -159,4 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return evaluate(words[1:split], words[split + 1 :])
     args = build_parser().parse_args(words)
     run: Run = args.command_run
-    return run(args)
+    code = run(args)
+    if run is _start and not args.dry_run and args.place in WAITING:
+        from pretrain.next_commands import say_after_training
+
+        say_after_training(code, ["launch", *words], args.config, args.overrides)
+    return code

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.command_line import Parser
+from data_pipeline.console import INNER, say_next
 from data_pipeline.errors import UserError
 from data_pipeline.processes import available_cores, child_command
 from launch.demo_estimate import Cost, Speed, duration, measure
@@ -108,6 +110,7 @@ def _demo(args: argparse.Namespace) -> int:
             return status
         rows.append(Timing(step.title, expected.get(step.title), time.monotonic() - began))
     _summary(args.dir, rows, time.monotonic() - started)
+    say_next(["generate", "--checkpoint", args.dir / "runs" / "demo-clm", "--prompt", "import "])
     return 0
 
 
@@ -115,6 +118,7 @@ def _announce(steps: Sequence[Step], nproc: int) -> dict[str, float]:
     """Say how long these steps will take on this machine; returns the seconds of each by its title."""
     if not any(step.cost.tokens for step in steps):
         return {}  # seconds, which a measurement would double
+    print("measuring how fast this machine trains, to say how long the demo takes ...", file=sys.stderr, flush=True)
     speed: Speed | None = measure(nproc)
     if speed is None:
         print("How long this takes could not be measured.", flush=True)
@@ -143,7 +147,8 @@ def _run(command: list[str]) -> int:
     try:
         # In a session of its own: Ctrl-C reaches it through this process only, and once.
         words = child_command(PROGRAM, *command, number=signal.SIGTERM)
-        process = subprocess.Popen(words, start_new_session=True)
+        env = {**os.environ, INNER: "1"}  # what comes next is the demo's next step
+        process = subprocess.Popen(words, start_new_session=True, env=env)
         asked = False
         while True:
             try:

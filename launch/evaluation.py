@@ -20,8 +20,10 @@ from collections.abc import Sequence
 import psutil
 
 from data_pipeline.command_line import Parser
+from data_pipeline.console import say_loading, say_next
 from data_pipeline.errors import UserError
 from data_pipeline.processes import available_cores, child_command
+from data_pipeline.units import count
 from launch.watch import REPOSITORY, StopRequest, become_subreaper, count_gpus, free_port
 from pretrain.distributed.signals import LAUNCHER_PID
 from pretrain.finish import LAUNCH_ID
@@ -40,7 +42,15 @@ def main(argv: Sequence[str], words: Sequence[str]) -> int:
     nproc = args.nproc if args.nproc is not None else max(1, count_gpus())
     if nproc < 1:
         raise UserError(f"--nproc {nproc}: at least one process is needed")
-    return launch_evaluation(nproc, check_command(words))
+    from eval.cli import build_parser, next_command
+
+    command = check_command(words)
+    evaluation = build_parser().parse_args(command)
+    say_loading(f"PyTorch in {count(nproc, 'process', 'processes')}", elsewhere=True)
+    code = launch_evaluation(nproc, command)
+    if code == 0 and not evaluation.json:
+        say_next(next_command(evaluation))
+    return code
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.command_line import Parser
+from data_pipeline.console import say_loading, say_next
 from data_pipeline.errors import UserError
 from pretrain.planning.cli import DEFAULT_MFU
 
@@ -81,12 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = args.name or args.out.stem
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"'{name}' can't name a run: give --name with letters, digits, '.', '_' and '-'")
+    say_loading()
     from pretrain.firstrun.choose import choose
     from pretrain.firstrun.inputs import read_corpus
     from pretrain.firstrun.page import as_yaml, summary
 
     corpus = read_corpus(args.data, args.valid, args.objective)
     machine = _named_machine(args) or _this_machine(args)
+    print("choosing size, batch and memory settings ...", file=sys.stderr, flush=True)
     if machine.flops:
         choice = choose(name, args.objective, corpus, machine)
     else:
@@ -98,9 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {run_dir} is there already, and a run of this name resumes it: --name gives another")
     if args.valid is None:
         print("note: without --valid there is no held-out loss, so nothing tells when the model begins to memorise")
-    print("next:")
-    for command in next_commands(args.out, choice):
-        print(f"  {command}")
+    say_next(*next_commands(args.out, choice))
     return 0
 
 
@@ -251,24 +252,20 @@ def _write(args: argparse.Namespace, text: str) -> None:
     write_atomic(args.out, text.encode())
 
 
-def next_commands(out: Path, choice: Choice) -> list[str]:
+def next_commands(out: Path, choice: Choice) -> list[list[str]]:
     """What comes after: the plan that the choice was checked with, and the run."""
     machine = choice.machine
-    file = shlex.quote(str(out))
-    plan = f"nystrom plan --config {file} --gpus {machine.processes} --gpu-memory {machine.memory:g}"
+    plan = ["plan", "--config", str(out), "--gpus", str(machine.processes), "--gpu-memory", f"{machine.memory:g}"]
     if not machine.on_gpu:
-        plan += f" --cpu --peak-flops {machine.flops:.3g} --mfu 1"
+        plan += ["--cpu", "--peak-flops", f"{machine.flops:.3g}", "--mfu", "1"]
     elif machine.gpu is not None:
-        plan += f" --gpu {shlex.quote(machine.gpu)}"
+        plan += ["--gpu", machine.gpu]
     if machine.processes <= LOCAL_GPUS or not machine.on_gpu:
-        return [plan, f"nystrom launch local --nproc {machine.processes} --config {file}"]
+        return [plan, ["launch", "local", "--nproc", str(machine.processes), "--config", str(out)]]
     nodes, rest = divmod(machine.processes, LOCAL_GPUS)
+    size = ["--nodes", str(nodes + bool(rest)), "--gpus-per-node", str(LOCAL_GPUS)]
     hours = max(1, -(-int(machine.hours * 60) // 60))
-    return [
-        plan,
-        f"nystrom launch slurm --nodes {nodes + bool(rest)} --gpus-per-node {LOCAL_GPUS} --time {hours}:00:00 "
-        f"--config {file}",
-    ]
+    return [plan, ["launch", "slurm", *size, "--time", f"{hours}:00:00", "--config", str(out)]]
 
 
 if __name__ == "__main__":

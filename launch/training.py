@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from data_pipeline.bars import progress_bar
+from data_pipeline.console import INNER
 from data_pipeline.errors import UserError
 from data_pipeline.html import html_facts
 from data_pipeline.processes import child_command
@@ -183,7 +184,7 @@ def _watch(command: list[str], config: RunConfig, total: int, anew: bool) -> tup
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(shadowing.HOME)]))
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
-    env["PYTHONUNBUFFERED"] = "1"
+    env["PYTHONUNBUFFERED"] = env[INNER] = "1"
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     # From where it resumes: the speed and the time left are of this start.
     before = 0 if anew else last_line(config.run_dir).get("tokens", 0)

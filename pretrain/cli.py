@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from data_pipeline.command_line import Parser
+from data_pipeline.console import say_loading
 from data_pipeline.errors import UserError
 from pretrain.arguments import EXIT_STATUSES, add_run_arguments
 from pretrain.distributed.signals import EXIT_STALLED
@@ -46,20 +47,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. A :class:`UserError` comes from one process only."""
-    args = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words)
     from pretrain.distributed.immediate_exit import exit_on_signals
+    from pretrain.next_commands import say_after_training
 
     restore = exit_on_signals()
     try:
-        return _main(args)
+        code = _main(args)
     finally:
         restore()
+    say_after_training(code, ["train", *words], args.config, args.overrides)
+    return code
 
 
 def _main(args: argparse.Namespace) -> int:
     from pretrain.config import load_config
     from pretrain.distributed.world import Rank, quiet_libraries, read_rank
-    from pretrain.run import train
     from pretrain.telemetry.lines import flush_output
 
     if not args.verbose:
@@ -67,7 +71,11 @@ def _main(args: argparse.Namespace) -> int:
     rank = Rank()
     try:
         rank = read_rank(args.local_rank)
-        return train(load_config(args.config, args.overrides), rank, resume=args.resume, verbose=args.verbose)
+        config = load_config(args.config, args.overrides)
+        say_loading("PyTorch and DeepSpeed")
+        from pretrain.run import train
+
+        return train(config, rank, resume=args.resume, verbose=args.verbose)
     except UserError:
         if not rank.is_first:
             # The first process has the same error nearly always, and launchers end the rest as soon as one exits; so

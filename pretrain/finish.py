@@ -126,10 +126,6 @@ def export_weights(
                     what = "Weights for use" if kind == "fp32" else "Their running average"
                     telemetry.say(f"Done. {what}: {run_dir / name} (hash {digest[:12]}).")
                 telemetry.say(_set_stale_average_aside(run_dir, _exports(found[1])))
-                telemetry.say(
-                    f"Next: nystrom eval validity lm --checkpoint {run_dir}, then nystrom report {run_dir} --out "
-                    "report.html"
-                )
         except OSError as error:
             code = EXIT_NOT_SAVED
             telemetry.say(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
+from commands_case import parse
 
 from launch import program
 
@@ -20,10 +19,6 @@ PAGES = sorted(
     str(path.relative_to(REPOSITORY))
     for path in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md"))
 )
-
-
-class Parsed(BaseException):
-    """Carries the arguments of a command out of it, before it does anything."""
 
 
 def commands(text: str) -> list[str]:
@@ -35,20 +30,6 @@ def commands(text: str) -> list[str]:
     lines = re.findall(r"^ {4,}(?:\$ )?nystrom ([a-z]+ .*)$", joined, re.MULTILINE)
     found = [re.split(r" [#>|] ", line)[0].strip() for line in lines]
     return [line for line in found if not re.search(r"\.\.\.|\b[A-Z]{3,}\b|<|^\w+: |^eval (list )?guesses", line)]
-
-
-def parse(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> argparse.Namespace:
-    """The arguments that the command gets; raises ``SystemExit`` where it refuses them."""
-    real = argparse.ArgumentParser.parse_args
-
-    def parse_and_leave(self: argparse.ArgumentParser, *arguments: Any, **named: Any) -> NoReturn:
-        raise Parsed(real(self, *arguments, **named))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
-        with pytest.raises(Parsed) as caught:
-            program.main(words)
-    return caught.value.args[0]
 
 
 @functools.cache

@@ -6,12 +6,13 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.units import format_bytes
 
 if TYPE_CHECKING:
+    from data_pipeline.shards.shardset import ShardSet
     from data_pipeline.sources.corpus import Corpus
     from data_pipeline.sources.documents import Document
     from data_pipeline.sources.reading import Reading
@@ -92,20 +93,52 @@ def corpus_of(args: argparse.Namespace, out: Path | None = None) -> Corpus | Non
     return None
 
 
+def input_words(args: argparse.Namespace) -> list[str]:
+    """The options of :func:`add_inputs` as they were given, for another command that reads the same text."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_inputs(parser)
+    words: list[str] = []
+    for action in parser._actions:
+        value = getattr(args, action.dest)
+        if value != action.default:
+            words += [action.option_strings[0], *(value if isinstance(value, list) else [value])]
+    return words
+
+
+def shard_facts(shards: ShardSet) -> dict[str, Any]:
+    """A shard folder as ``--json`` has it, in the words of ``nystrom data inspect --json``."""
+    manifest = shards.manifest
+    return {
+        "folder": str(shards.path),
+        "documents": manifest.num_documents,
+        "tokens": manifest.num_tokens,
+        "text_bytes": manifest.text_bytes or None,  # of imported tokens nobody has seen the text
+        "bytes": sum(entry.bytes for entry in manifest.files()),
+        "shards": len(manifest.shards),
+        "dtype": manifest.dtype,
+        "vocab_size": manifest.vocab_size,
+        "tokenizer_hash": manifest.tokenizer_hash,
+        "fingerprint": manifest.fingerprint,
+    }
+
+
 class Progress:
     """A progress bar over the text that passes, and the numbers for the closing line."""
 
     def __init__(self, description: str, total: int | None) -> None:
-        from data_pipeline.bars import progress_bar
+        from data_pipeline.bars import Lines, progress_bar
 
         self.started = time.monotonic()
         self.text_bytes = 0
         self._bar = progress_bar(desc=description, total=total, unit="B", unit_scale=True)
+        self._lines = Lines(description, total, "B") if self._bar.disable else None
 
     def text(self, size: int) -> None:
         """Count bytes of text."""
         self.text_bytes += size
         self._bar.update(size)
+        if self._lines is not None:
+            self._lines.update(size)
 
     def document(self, document: Document) -> None:
         """Count a document."""
@@ -113,7 +146,11 @@ class Progress:
 
     def phase(self, name: str) -> None:
         """Begin another pass over the text."""
+        from data_pipeline.bars import Lines
+
         self.text_bytes = 0
+        if self._lines is not None and name != self._lines.title:
+            self._lines = Lines(name, self._lines.total, "B")
         self._bar.reset()
         self._bar.set_description(name)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.cli.common import add_quotes
+from data_pipeline.console import add_json, print_json
 from data_pipeline.errors import UserError
 from data_pipeline.processes import available_cores
 from data_pipeline.units import format_bytes
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", type=int, default=5, metavar="N", help="overlaps to show")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all numbers and every text with a hit as JSON")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; left out: one for each core")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,8 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--examples {args.examples}: 0 or more")
     if args.out is not None and args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder: name the file, for example {args.out / 'contamination.json'}")
-    from tqdm import tqdm
-
+    from data_pipeline.bars import counting
     from data_pipeline.files import check_writable
     from data_pipeline.quality.contamination import contamination
     from data_pipeline.shards.shardset import ShardSet
@@ -70,17 +71,21 @@ def run(args: argparse.Namespace) -> None:
     tokens = sum(shards.num_tokens for shards in sets)
     size = sum(shards.manifest.text_bytes for shards in sets)
     began = time.monotonic()
-    with tqdm(desc="searching", total=tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
+    with counting("searching", tokens, " tokens") as update:
         found = contamination(
-            sets, texts, args.n, workers=args.workers or available_cores(), examples=args.examples, on_tokens=bar.update
+            sets, texts, args.n, workers=args.workers or available_cores(), examples=args.examples, on_tokens=update
         )
     seconds = time.monotonic() - began
     rows, start = [], 0
     for file, part in files.items():
         rows.append(_row(file, found, start, start + len(part), args.threshold))
         start += len(part)
+    result = _result(args, sets, rows, found.examples)
     if args.out is not None:  # first: whoever reads what is printed may go away
-        _write(args, sets, rows, found.examples)
+        _write(args.out, result)
+    if args.json:
+        print_json(result)
+        return
     _tell(rows, found.examples, args)
     print(
         f"{tokens:,} tokens, {format_bytes(size)} of text, searched in {seconds:.1f} s, "
@@ -149,12 +154,11 @@ def _tell(rows: list[dict[str, Any]], examples: Sequence[Example], args: argpars
                 )
 
 
-def _write(
+def _result(
     args: argparse.Namespace, sets: Sequence[ShardSet], rows: list[dict[str, Any]], examples: Sequence[Example]
-) -> None:
-    from data_pipeline.files import write_atomic
-
-    result = {
+) -> dict[str, Any]:
+    """All numbers, and every text with a hit."""
+    return {
         "n": args.n,
         "threshold": args.threshold,
         "shards": [{"folder": str(shards.path), "fingerprint": shards.fingerprint} for shards in sets],
@@ -177,8 +181,13 @@ def _write(
             for row in rows
         ],
     }
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    from data_pipeline.files import write_atomic
+
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(args.out, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
     except OSError as error:
-        raise UserError(f"{args.out} cannot be written: {error}") from None
+        raise UserError(f"{out} cannot be written: {error}") from None

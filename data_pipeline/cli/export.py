@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from data_pipeline.console import add_json, print_json
 from data_pipeline.errors import UserError
 from data_pipeline.units import format_bytes
 
@@ -31,19 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="parquet: a file ends with the row group that reaches this",
     )
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from tqdm import tqdm
-
+    from data_pipeline.bars import counting
     from data_pipeline.exchange.export import export_megatron, export_parquet
     from data_pipeline.shards.shardset import ShardSet
 
     if args.text and args.format != "parquet":
         raise UserError("--text is for --format parquet: Megatron-LM's files hold tokens only")
     shards = ShardSet.open(args.shards)
-    with tqdm(desc="exporting", total=2 * shards.num_tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
+    with counting("exporting", 2 * shards.num_tokens, " tokens") as update:
         if args.format == "parquet":
             done = export_parquet(
                 shards,
@@ -51,11 +52,25 @@ def run(args: argparse.Namespace) -> None:
                 text=args.text,
                 overwrite=args.overwrite,
                 file_tokens=args.file_tokens,
-                on_tokens=bar.update,
+                on_tokens=update,
             )
         else:
-            done = export_megatron(shards, args.out, overwrite=args.overwrite, on_tokens=bar.update)
-    size = format_bytes(sum(path.stat().st_size for path in done.files))
+            done = export_megatron(shards, args.out, overwrite=args.overwrite, on_tokens=update)
+    total = sum(path.stat().st_size for path in done.files)
+    if args.json:
+        print_json(
+            {
+                "files": list(done.files),
+                "format": args.format,
+                "documents": done.documents,
+                "tokens": done.tokens,
+                "bytes": total,
+                "ids_hash": done.ids_hash,
+                "shards_fingerprint": shards.fingerprint,
+            }
+        )
+        return
+    size = format_bytes(total)
     shown = ", ".join(str(path) for path in done.files[:2]) + (", ..." if len(done.files) > 2 else "")
     print(f"{shown}: {len(done.files)} file(s), {size}")
     print(

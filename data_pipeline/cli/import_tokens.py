@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.cli.common import Progress
+from data_pipeline.cli.common import Progress, shard_facts
+from data_pipeline.console import add_json, print_json, say_next
 from data_pipeline.errors import UserError
 from data_pipeline.units import format_bytes
 
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="a shard ends with the document that reaches this (this one does decide the files)",
     )
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -95,7 +97,17 @@ def run(args: argparse.Namespace) -> None:
         whole = not result.already_complete
     finally:
         progress.close(whole)
+    if args.json:
+        counts = {
+            "already_complete": result.already_complete,
+            "source_documents": None if result.already_complete else result.source_documents,
+            "source_tokens": None if result.already_complete else result.source_tokens,
+            "empty_documents": result.shards.manifest.empty_documents,
+        }
+        print_json(shard_facts(result.shards) | counts)
+        return
     print("\n".join(_lines(args.out, plan, result, progress)))
+    say_next(["data", "inspect", args.out])
 
 
 def _lines(out: Path, plan: ImportPlan, result: ImportResult, progress: Progress) -> list[str]:

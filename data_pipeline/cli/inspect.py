@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import itertools
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.console import add_json, print_json, say_next
 from data_pipeline.errors import UserError
 
 SUMMARY = "say what a shard folder holds: sizes, document lengths, frequent tokens, sources, samples"
 EXAMPLE = "nystrom data inspect shards/train --page train.html"
+HELD_OUT = ("valid", "validation", "heldout", "test")
 BAR = 40  # characters of the longest bar
 SHOWN_SOURCES, SHOWN_TOKENS, SHOWN_CHARACTERS = 8, 12, 90
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", type=Path, metavar="DIR", help="shard folder")
     parser.add_argument("--page", type=Path, metavar="FILE", help="also write it all as one HTML page")
     parser.add_argument("--samples", type=int, default=5, metavar="N", help="documents to show, from all over the text")
-    parser.add_argument("--json", action="store_true", help="print it all as JSON instead")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -30,8 +31,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--samples {args.samples}: must be 0 or more")
     if args.page is not None and args.page.is_dir():
         raise UserError(f"--page {args.page} is a folder: name the page, for example {args.page / 'shards.html'}")
-    from tqdm import tqdm
-
+    from data_pipeline.bars import counting
     from data_pipeline.files import check_writable, write_atomic
     from data_pipeline.report.contents import contents
     from data_pipeline.shards.shardset import ShardSet
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> None:
     if args.page is not None:
         check_writable(args.page)
     shards = ShardSet.open(args.shards)
-    with tqdm(desc="counting", total=shards.num_tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
-        summary = summarise(shards, bar.update)
+    with counting("counting", shards.num_tokens, " tokens") as update:
+        summary = summarise(shards, update)
     found = contents(shards, summary, sample_documents(shards, args.samples))
     if args.page is not None:
         from data_pipeline.report.page import render
@@ -53,13 +53,29 @@ def run(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"{args.page} cannot be written: {error}") from None
     if args.json:
-        # Characters that the output's encoding lacks as JSON writes them.
-        print(json.dumps(found, indent=1, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")))
+        print_json(found)
         return
     print(args.shards)
     print("\n".join(_lines(found)))
     if args.page is not None:
         print(f"page written to {args.page.resolve()}")
+    say_next(_next(args.shards))
+
+
+def _next(shards: Path) -> list[object]:
+    """A first configuration for these shards. Folders side by side may be training and held-out text by their names."""
+    from data_pipeline.shards.manifest import MANIFEST_FILE
+
+    def beside(*names: str) -> Path | None:
+        return next(
+            (p for name in names if (p := shards.parent / name) != shards and (p / MANIFEST_FILE).is_file()), None
+        )
+
+    train, valid = shards, beside(*HELD_OUT)
+    if shards.name in HELD_OUT and (found := beside("train")) is not None:
+        train, valid = found, shards
+    out = next(p for n in itertools.count(1) if not (p := Path("run.yaml" if n == 1 else f"run-{n}.yaml")).exists())
+    return ["init", "--data", train, *(["--valid", valid] if valid is not None else []), "--out", out]
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

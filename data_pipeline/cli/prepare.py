@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from data_pipeline.cli.common import Progress, add_inputs, corpus_of, counted, reading_of
+from data_pipeline.cli.common import Progress, add_inputs, corpus_of, counted, reading_of, shard_facts
+from data_pipeline.console import add_json, print_json, say_next
 from data_pipeline.errors import UserError
 from data_pipeline.units import format_bytes
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="field or column that says where a record is from, kept with each document; left out: the file's name",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace other shards that are there")
+    add_json(parser)
 
     chosen = parser.add_argument_group("which documents are kept")
     chosen.add_argument(
@@ -146,7 +148,31 @@ def run(args: argparse.Namespace) -> None:
         whole = not outcome.already_complete
     finally:
         progress.close(whole)
+    if args.json:
+        print_json(_facts(args.out, outcome))
+        return
     _tell(args.out, outcome, how, progress)
+    if outcome.shards is not None:
+        say_next(["data", "inspect", args.out])
+
+
+def _facts(out: Path, outcome: PrepareResult) -> dict[str, Any]:
+    """What was written; of a part of an array, which leaves no shard folder yet, its share of the work."""
+    facts: dict[str, Any] = {"folder": out, "complete": outcome.shards is not None}
+    if outcome.shards is not None:
+        manifest = outcome.shards.manifest
+        facts |= shard_facts(outcome.shards) | {
+            "empty_documents": manifest.empty_documents,
+            "bad_records": manifest.bad_records,
+            "dropped_documents": manifest.dropped_documents,
+            "reports": [out / report.name for report in manifest.reports],
+        }
+    return facts | {
+        "already_complete": outcome.already_complete,
+        "units": outcome.units,
+        "units_reused": outcome.units_reused,
+        "encoder": outcome.encoder,
+    }
 
 
 def _folder_of(tokenizer: Path) -> Path:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.cli.common import Progress, add_inputs, corpus_of, counted, reading_of
+from data_pipeline.cli.common import Progress, add_inputs, corpus_of, counted, input_words, reading_of
+from data_pipeline.console import add_json, print_json, say_next
 from data_pipeline.errors import UserError
 from data_pipeline.units import format_bytes
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from data_pipeline.sources.corpus import Corpus
     from data_pipeline.sources.pieces import Piece
     from data_pipeline.sources.reading import Reading
+    from data_pipeline.tokenization.tokenizer import Tokenizer
 
 INFO_FILE = "tokenizer_info.json"
 
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lowercase", action="store_true", help="wordpiece: remove case and accents, as BERT uncased")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for tokenizer.json")
     parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer that is there")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -65,7 +68,11 @@ def run(args: argparse.Namespace) -> None:
     if file.exists() and not args.overwrite:
         there = Tokenizer.load(args.out)
         if _same_training(info, key, there.hash):
+            if args.json:
+                _print_json(args, there, trained=False)
+                return
             print(f"{args.out}: already trained on this text, {there.vocab_size:,} tokens (hash {there.hash[:12]})")
+            _say_next(args)
             return
         raise UserError(
             f"{args.out} already holds a tokenizer trained otherwise ({there.vocab_size:,} tokens): choose another "
@@ -81,6 +88,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"cannot write to {args.out}: {error}") from None
     finally:
         texts.close()
+    if args.json:
+        counts = texts.counts
+        _print_json(args, trained, trained=True, documents=counts.documents, text_bytes=counts.text_bytes)
+        return
     if trained.vocab_size < args.vocab_size:
         print(
             f"the text has repeated pieces for {trained.vocab_size:,} tokens only, {args.vocab_size:,} were asked for: "
@@ -93,6 +104,33 @@ def run(args: argparse.Namespace) -> None:
     )
     for sample in texts.counts.located()[:5]:
         print(f"  left out: {texts.counts.place(sample)}: {sample.detail}")
+    _say_next(args)
+
+
+def _print_json(
+    args: argparse.Namespace,
+    tokenizer: Tokenizer,
+    *,
+    trained: bool,
+    documents: int | None = None,
+    text_bytes: int | None = None,
+) -> None:
+    print_json(
+        {
+            "folder": args.out,
+            "trained": trained,
+            "model": args.model,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer_hash": tokenizer.hash,
+            "documents": documents,
+            "text_bytes": text_bytes,
+        }
+    )
+
+
+def _say_next(args: argparse.Namespace) -> None:
+    shards = args.out.parent / "shards" / "train"
+    say_next(["data", "prepare", *input_words(args), "--tokenizer", args.out, "--out", shards])
 
 
 class _Texts:
@@ -120,8 +158,7 @@ class _Texts:
             self.progress.document(document)
             yield document.text
         self.progress.close()
-        if sys.stderr.isatty():
-            print(f"learning {self._vocab_size:,} tokens ...", file=sys.stderr, flush=True)
+        print(f"learning {self._vocab_size:,} tokens ...", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Take the progress bar down."""

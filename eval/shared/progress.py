@@ -11,11 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_pipeline.bars import progress_bar
-
-EVERY_SECONDS = 30.0
-"""Between two lines, at least: ten minutes in a file are twenty of them."""
-
+from data_pipeline.bars import EVERY_SECONDS, progress_bar
+from data_pipeline.units import about
 
 _DISABLE = list(inspect.signature(tqdm.__init__).parameters).index("disable") - 1
 """Place of tqdm's option among its arguments, where it is given without its name."""
@@ -91,10 +88,3 @@ def bars_on_terminals_only() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = own  # type: ignore[method-assign]
-
-
-def about(seconds: float) -> str:
-    """A time that is not known exactly, in the unit that fits it: "about 40 s", "about 9 min", "about 2.5 h"."""
-    if seconds < 90:
-        return f"about {max(seconds, 1):.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

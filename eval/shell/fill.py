@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
 from data_pipeline.command_line import Parser
+from data_pipeline.console import say_loading, say_next
 from data_pipeline.errors import UserError
 from eval.shell.options import add_model, add_output, check_output, opened, positive
 from eval.shell.texts import Given, at_terminal, converse, given_texts
@@ -60,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--text-field names a field of a file: give --texts too, or leave it out")
     asks = not args.text and args.texts is None and at_terminal()
     given = None if asks else given_texts(args.text, args.texts, args.text_field, "--text")
+    say_loading()
     from eval.shell.masks import fill
     from eval.shell.opening import gate_note, open_model
+    from pretrain.next_commands import converting
 
     subject = open_model(args.checkpoint, "mlm", args.device, args.precision)
     note = gate_note(subject, args.checkpoint)
@@ -77,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             for text in given:
                 handle(text)
+    if not args.jsonl:
+        say_next(converting(args.checkpoint))
     return 0
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
 from data_pipeline.command_line import Parser
+from data_pipeline.console import say_loading, say_next
 from data_pipeline.errors import UserError
 from eval.shell.options import add_model, add_output, check_output, not_negative, opened, positive
 from eval.shell.texts import Given, at_terminal, converse, given_texts
@@ -86,8 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given: Iterator[Given] | None = None
     if not asks:
         given = given_texts(args.prompt, args.prompts, args.text_field, "--prompt")
+    say_loading()
     from eval.shell.opening import gate_note, open_model
     from eval.shell.writing import Writer
+    from pretrain.next_commands import converting
 
     how = decoding_of(args)
     subject = open_model(args.checkpoint, "clm", args.device, args.precision)
@@ -102,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             converse(lambda line: _all(writer, shown, iter([line]), args.batch_size), hello)
         else:
             _all(writer, shown, given, args.batch_size)
+    if not args.jsonl:
+        say_next(converting(args.checkpoint))
     return 0
 
 

@@ -28,7 +28,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_output(parser: argparse.ArgumentParser, record: str) -> None:
     """Where the text goes, and as what."""
     group = parser.add_argument_group("output")
-    group.add_argument("--jsonl", action="store_true", help=f"one JSON object a line: {record}")
+    group.add_argument("--jsonl", "--json", action="store_true", help=f"one JSON object a line: {record}")
     group.add_argument("--out", type=Path, metavar="FILE", help="write to FILE (default: standard output)")
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from data_pipeline.command_line import Parser
 from data_pipeline.configuration import ITEM, blocks_in
+from data_pipeline.console import print_json
 from data_pipeline.errors import UserError
 from pretrain.arguments import add_config_arguments
 from pretrain.config.load import apply_override, find_config, parse_config, read_yaml
@@ -26,6 +27,7 @@ from pretrain.config.reference import (
 )
 
 WIDEST = 110
+KEY_FACTS = ("name", "block", "type", "default", "meaning")
 FILE, SET, DEFAULT = "file", "--set", "default"
 
 EXAMPLES = (
@@ -52,10 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_arguments(parser, required=False, what="print what its keys come to")
     parser.add_argument(
         "--format",
-        choices=["text", "markdown"],
+        choices=["text", "markdown", "json"],
         default="text",
-        help="markdown: the page docs/configuration.md (default: text)",
+        help="markdown: the page docs/configuration.md; json: the keys, or with --config the whole configuration with "
+        "its defaults (default: text)",
     )
+    parser.add_argument("--json", action="store_const", dest="format", const="json", help="the same as --format json")
     parser.add_argument(
         "--schema",
         action="store_true",
@@ -84,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(as_markdown(keys), end="")
         return 0
     chosen = keys if args.key is None else find(args.key, keys)
+    if args.config is None and args.format == "json":
+        print_json({"keys": [{name: getattr(key, name) for name in KEY_FACTS} for key in chosen]})
+        return 0
     if args.config is None:
         print(as_text(chosen, min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)))
         return 0
@@ -93,8 +100,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = [value for value in values if pattern_of(value.name) in names and _matches(value.name, args.key)]
         if not values:
             raise UserError(f"{args.config} has no '{args.key}'")
-    print(as_table(values))
+    if args.format == "json":
+        config = load_config(args.config, args.overrides).model_dump(mode="json")
+        print_json({"config": _part(config, args.key), "origins": {value.name: value.origin for value in values}})
+    else:
+        print(as_table(values))
     return 0
+
+
+def _part(config: Any, key: str | None) -> Any:
+    """What is below a dotted key; the whole list where the key has N for the number of an item."""
+    for part in key.split(".") if key else ():
+        if part == ITEM:
+            break
+        config = config[int(part)] if isinstance(config, list) else config[part]
+    return config
 
 
 class Value(NamedTuple):

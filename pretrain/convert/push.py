@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.command_line import Parser
+from data_pipeline.console import add_json, print_json, say_next
 from data_pipeline.errors import UserError
 from data_pipeline.units import count, format_bytes
 from pretrain.convert.hub_folder import HubFolder, open_folder
@@ -49,12 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--although-invalid", action="store_true", help="push a model that failed the validity gate; its card says so"
     )
+    add_json(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. Raises :class:`UserError` for whatever stops it."""
-    args = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words)
     folder = open_folder(args.folder)
     _check_repo(args.repo)
     if folder.passed is False and not args.although_invalid:
@@ -67,12 +70,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder.licence == UNKNOWN:
         print("note: the card names no licence (nystrom convert to-hf --license)", file=sys.stderr)
     if args.dry_run:
+        if args.json:
+            print_json(_facts(folder, args.repo) | {"dry_run": True, "done": None})
+            return 0
         _list(folder, args.repo)
+        say_next(["push", *(word for word in words if word != "--dry-run")])
         return 0
     wanted = True if args.private else False if args.public else None
     message = args.message or f"Upload {folder.path.resolve().name} with nystrom"
-    print(push(folder, args.repo, private=wanted, revision=args.revision, message=message, endpoint=args.endpoint))
+    done = push(folder, args.repo, private=wanted, revision=args.revision, message=message, endpoint=args.endpoint)
+    if args.json:
+        print_json(_facts(folder, args.repo) | {"dry_run": False, "done": done})
+    else:
+        print(done)
     return 0
+
+
+def _facts(folder: HubFolder, repo: str) -> dict[str, Any]:
+    return {
+        "folder": folder.path,
+        "repo": repo,
+        "bytes": folder.bytes,
+        "validity_passed": folder.passed,
+        "license": folder.licence,
+        "files": [{"name": name, "bytes": size} for name, size in folder.files],
+    }
 
 
 def _list(folder: HubFolder, repo: str) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data_pipeline.command_line import Parser
+from data_pipeline.console import add_json, print_json, say_loading, say_next
 from data_pipeline.errors import UserError
 from pretrain.arguments import add_config_arguments
 from pretrain.machine import PEAK_FLOPS
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-search", action="store_true", help="leave out the largest micro-batches and the changes that would fit"
     )
-    parser.add_argument("--json", action="store_true", help="everything as JSON, in bytes and seconds")
+    add_json(parser)
     return parser
 
 
@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(args.config, args.overrides)
     peak = _peak_flops(args, config)
     config = _with_vocabulary(config, args.vocab_size)
+    say_loading()
     from pretrain.planning.estimate import Question, estimate
     from pretrain.planning.page import as_dict, page
 
@@ -101,8 +102,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             search=not args.no_search,
         ),
     )
-    print(json.dumps(as_dict(found), indent=2) if args.json else page(found))
+    if args.json:
+        print_json(as_dict(found))
+    else:
+        print(page(found))
+        if found.fits is not False:
+            say_next(_starting(args))
     return 1 if found.fits is False else 0
+
+
+def _starting(args: argparse.Namespace) -> list[str]:
+    """The run that was planned, on this machine; empty for one that needs several nodes."""
+    if args.gpus > (args.gpus_per_node or 8) and not args.cpu:
+        return []
+    changes = ["--set", *args.overrides] if args.overrides else []
+    return ["launch", "local", "--nproc", str(args.gpus), "--config", args.config, *changes]
 
 
 def _check(args: argparse.Namespace) -> None:

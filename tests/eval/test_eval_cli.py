@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands_case import next_commands
 from suites_case import WORDS, no_mask
 
 from data_pipeline.errors import UserError, run_cli
@@ -31,8 +32,18 @@ def test_suites_write_results_and_are_not_run_again(causal: Path, shards: ShardS
     assert cli.main(command) == 0
     first = {p.name: p.read_bytes() for p in out.glob("*.json")}
     assert set(first) == {"validity.json", "lm.json", "generate.json"}
-    said = capsys.readouterr().out
+    said, following = capsys.readouterr()
+    assert next_commands(following) == [["report", str(out)]]
     assert "bits per byte" in said
+    assert cli.main([*command, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["folder"] == str(out)
+    assert [(each["suite"], each["computed"]) for each in answer["results"]] == [("lm", False), ("generate", False)]
+    for each in answer["results"]:
+        stored = json.loads(Path(each["file"]).read_text())
+        assert {name: metric["value"] for name, metric in each["metrics"].items()} == {
+            name: metric["value"] for name, metric in stored["metrics"].items()
+        }
     assert re.search(r"^lm +loss +\d\.\d{4} \[.*\] +[\d,]+ tokens$", said, re.MULTILINE)
     for row in ("greedy", "real continuation (control)", "shuffled tokens (control)"):
         assert re.search(rf"^{re.escape(row)} +0\.\d{{4}} ", said, re.MULTILINE)
@@ -112,6 +123,38 @@ def test_a_suite_that_cannot_be_run_does_not_stop_the_others(
     assert "perplexity" in captured.out  # the table of those that were
     assert (out / "lm.json").exists()
     assert not (out / "classify.json").exists()
+    assert run_cli(cli.main, "nystrom eval", [*command, "--json"]) == 2
+    answer = json.loads(capsys.readouterr().out)
+    assert [each["suite"] for each in answer["results"]] == ["lm"]
+    ((failed, error),) = ((each["suite"], each["error"]) for each in answer["failed"])
+    assert failed == "classify"
+    assert "'purple'" in error
+
+
+def test_the_report_is_of_the_run_or_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("runs/a/checkpoints/step000000016", "runs/a/export", "runs/a/export-ema", "alone"):
+        Path(place).mkdir(parents=True)
+    for checkpoint, shown in {
+        "runs/a": "runs/a",
+        "runs/a/export": "runs/a",
+        "runs/a/export-ema": "runs/a/eval/export-ema",
+        "runs/a/checkpoints/step000000016": "runs/a/eval/step000000016",
+        "alone": "alone/eval",
+    }.items():
+        args = cli.build_parser().parse_args(["lm", "--checkpoint", checkpoint])
+        assert cli.next_command(args) == ["report", shown]
+
+
+def test_the_list_as_json(capsys: Any) -> None:
+    assert cli.main(["list", "--json"]) == 0
+    listed = {each["name"]: each for each in json.loads(capsys.readouterr().out)["suites"]}
+    assert listed["lm"]["is"] == "task"
+    assert cli.main(["list", "lm", "--json"]) == 0
+    (lm,) = json.loads(capsys.readouterr().out)["suites"]
+    assert (lm["name"], lm["task"], lm["summary"]) == ("lm", "lm", listed["lm"]["summary"])
+    length = next(each for each in lm["settings"] if each["key"] == "max_tokens")
+    assert length["meaning"]
 
 
 def test_one_reason_for_several_suites_is_given_once(

@@ -69,6 +69,8 @@ def test_metrics_with_records_get_an_interval_and_others_a_difference(tmp_path: 
     out = capsys.readouterr().out
     assert "B is better" in out
     assert "± 0.1000" in out
+    assert compare(tmp_path / "a", tmp_path / "bb" / "eval", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out.json").read_text())
 
     assert compare(tmp_path / "bb", tmp_path / "a", "--out", tmp_path / "out.json") == 0
     back = json.loads((tmp_path / "out.json").read_text())["suites"][0]["metrics"][0]

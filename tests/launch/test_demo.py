@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from commands_case import next_commands
 from processes_case import family, start_python, survivors, wait_until
 
 from data_pipeline.errors import UserError
@@ -58,7 +59,9 @@ def test_a_second_time_does_only_what_is_missing(
     assert demo.main(["--dir", str(tmp_path)]) == 0
     steps = demo.demo_steps(tmp_path, 2)
     assert ran == [step.command for step in steps]
-    out = capsys.readouterr().out
+    out, following = capsys.readouterr()
+    clm = str(tmp_path / "runs" / "demo-clm")
+    assert next_commands(following) == [["generate", "--checkpoint", clm, "--prompt", "import "]]
     assert out.startswith("This takes about ")
     assert "1.5 ± 0.250" in out
     assert out.splitlines()[-1] == str(tmp_path / "report.html")
@@ -108,6 +111,7 @@ def test_every_command_of_the_demo_exists_and_its_configurations_are_what_the_st
 STAND_IN = """
 import os, signal, sys, time
 mode, heard = sys.argv[1], []
+open("inner", "w").write(os.environ["NYSTROM_INNER"])  # without which it would name next commands
 if mode == "exits":
     sys.exit(3)
 if mode == "killed":

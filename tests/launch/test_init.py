@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands_case import next_commands, parse
 from processes_case import start_python
 from training_case import metrics
 
@@ -60,9 +61,11 @@ def words(shards: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("roomy")
-def test_the_file_is_written_and_taken(shards: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_file_is_written_and_taken(
+    shards: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert program.main(words(shards, *MACHINE)) == 0
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     config = load_config("first.yaml")
     assert config.name == "first"
     assert config.data.train == str(shards / "train")
@@ -70,18 +73,19 @@ def test_the_file_is_written_and_taken(shards: Path, elsewhere: Path, capsys: py
     text = (elsewhere / "first.yaml").read_text(encoding="utf-8")
     assert text.startswith("# yaml-language-server: $schema=nystrom.schema.json\n# Made by: nystrom init --data ")
     assert json.loads((elsewhere / "nystrom.schema.json").read_text(encoding="utf-8")) == run_schema()
-    commands = [line.strip() for line in told.partition("next:\n")[2].splitlines()]
-    assert commands[0].startswith("nystrom plan --config first.yaml --gpus 1 --gpu-memory ")
-    assert commands[1:] == ["nystrom launch local --nproc 1 --config first.yaml"]
+    commands = next_commands(told)
+    assert shlex.join(commands[0]).startswith("plan --config first.yaml --gpus 1 --gpu-memory ")
+    assert commands[1:] == [["launch", "local", "--nproc", "1", "--config", "first.yaml"]]
+    assert [parse(monkeypatch, command).config for command in commands] == ["first.yaml", "first.yaml"]
     assert program.main(["config", "--config", "first.yaml"]) == 0
 
 
 @pytest.mark.usefixtures("roomy")
 def test_gpus_elsewhere(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(words(shards, "--gpus", "8", "--gpu-memory", "80", "--hours", "24", "--name", "big")) == 0
-    told = capsys.readouterr().out
-    assert "nystrom plan --config first.yaml --gpus 8 --gpu-memory 80 --gpu A100" in told
-    assert "nystrom launch local --nproc 8 --config first.yaml" in told
+    told, following = capsys.readouterr()
+    assert "next: nystrom plan --config first.yaml --gpus 8 --gpu-memory 80 --gpu A100\n" in following
+    assert "then: nystrom launch local --nproc 8 --config first.yaml\n" in following
     assert "the text ends it, not the time: more text helps" in told
     assert load_config("first.yaml").name == "big"
 
@@ -91,7 +95,7 @@ def test_many_gpus_are_for_slurm(shards: Path, capsys: pytest.CaptureFixture[str
     many = ["--gpus", "16", "--gpu-memory", "40", "--hours", "2.5", "--gpu", "a100", "--mfu", "0.4"]
     assert program.main(words(shards, *many)) == 0
     assert "nystrom launch slurm --nodes 2 --gpus-per-node 8 --time 3:00:00 --config first.yaml" in (
-        capsys.readouterr().out
+        capsys.readouterr().err
     )
 
 
@@ -201,8 +205,8 @@ def test_this_machine_is_measured_and_the_run_trains(
         assert measurer.flops(model, 4, 64) > 0  # it serves several questions
     assert 3 * forward_flops_per_token(model, 64) * 2 * 64 / speed < 60  # seconds of a step
     assert program.main(words(shards, *MACHINE)) == 0
-    (plan,) = (line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  nystrom plan"))
-    assert program.main([*shlex.split(plan)[1:], "--no-search"]) == 0  # the plan that is printed says that it fits
+    (plan,) = (words for words in next_commands(capsys.readouterr().err) if words[0] == "plan")
+    assert program.main([*plan, "--no-search"]) == 0  # the plan that is printed says that it fits
     assert "It fits in" in capsys.readouterr().out
     code = "from pretrain.cli import main\nraise SystemExit(main(['--config', 'first.yaml']))"
     process = start_python(code, elsewhere)

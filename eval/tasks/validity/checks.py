@@ -23,6 +23,7 @@ from typing import Any
 from eval.results.parts import Parts
 from eval.results.schema import Metric, ModelInfo, Outcome, Table, read_result_or_none
 from eval.results.store import result_key
+from eval.shared.progress import Progress
 from eval.subject import Subject
 from eval.tasks.validity import CHECKS_TABLE, ValiditySettings
 from eval.tasks.validity.causality import (
@@ -70,7 +71,13 @@ def run(subject: Subject, settings: ValiditySettings, parts: Parts | None = None
 
 def all_checks(subject: Subject, settings: ValiditySettings) -> list[Check]:
     """Every check at every length; those of one name measure the same thing."""
-    return [check for experiment in experiments(subject, settings) for check in experiment.run()]
+    found: list[Check] = []
+    listed = list(experiments(subject, settings))
+    with Progress(len(listed), TASK, "experiment") as bar:
+        for experiment in listed:
+            found += experiment.run()
+            bar.update()
+    return found
 
 
 @dataclass(frozen=True)

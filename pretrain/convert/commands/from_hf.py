@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from data_pipeline.console import add_json, print_json, say_loading, say_next
 from pretrain.convert.command import COMMANDS, Command
 from pretrain.convert.source import SOURCES, find_source
 
@@ -40,11 +41,14 @@ class FromHF(Command):
             metavar="FOLDER",
             help="the tokenizer of the weights, where SOURCE has none (default: SOURCE's own)",
         )
+        add_json(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Convert, and say what became of each tensor."""
+        say_loading()
         from pretrain.checkpoint.account import in_words
         from pretrain.convert.converted import check_out, read_tokenizer, write_folder
+        from pretrain.next_commands import with_text
 
         source = find_source(args.source)
         check_out(args.out)
@@ -52,6 +56,21 @@ class FromHF(Command):
         tokenizer = read_tokenizer(converted, args.source, args.tokenizer)
         digest = write_folder(converted, tokenizer, args.source, source.name, args.out)
         model = converted.model
+        if args.json:
+            print_json(
+                {
+                    "folder": args.out,
+                    "source": args.source,
+                    "kind": source.name,
+                    "objective": model.objective,
+                    "attention": model.attention,
+                    "length": converted.length,
+                    "weights_hash": digest,
+                    "tensors": in_words(converted.entries),
+                    "notes": list(converted.notes),
+                }
+            )
+            return 0
         print(
             f"{args.out}: {model.objective} of {model.num_layers} layers of {model.hidden_size}, attention "
             f"{model.attention}, up to {converted.length:,} tokens, from {args.source} ({source.name}); "
@@ -59,4 +78,5 @@ class FromHF(Command):
         )
         for line in [*in_words(converted.entries), *(f"note: {note}" for note in converted.notes)]:
             print(f"  {line}")
+        say_next(with_text(args.out, model.objective))
         return 0

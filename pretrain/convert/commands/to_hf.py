@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.console import add_json, print_json, say_loading, say_next
 from data_pipeline.errors import UserError
 from pretrain.convert.command import COMMANDS, Command
 from pretrain.convert.folder import DTYPES, SHARD_SIZE, write_folder
@@ -57,19 +58,34 @@ class ToHf(Command):
         )
         parser.add_argument("--language", metavar="CODES", help="of the training text, for the card: en or en,de")
         parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is such a folder")
+        add_json(parser)
 
     def run(self, args: argparse.Namespace) -> int:
-        from pretrain.checkpoint.load import load_model
-
         if args.length is not None and not args.stock:
             raise UserError("--length is for --stock: the folder with code takes texts of any length")
         if args.length is not None and args.length < 1:
             raise UserError(f"--length {args.length} must be at least 1 token")
+        say_loading()
+        from pretrain.checkpoint.load import load_model
+
         loaded = load_model(args.checkpoint)
         found: list[float | None] = []
         write_folder(args.out, lambda folder: found.append(_fill(folder, loaded, args)), overwrite=args.overwrite)
         size = sum(path.stat().st_size for path in args.out.iterdir())
         auto = "AutoModelForCausalLM" if loaded.model_config.objective == "clm" else "AutoModelForMaskedLM"
+        if args.json:
+            print_json(
+                {
+                    "folder": args.out,
+                    "dtype": args.dtype,
+                    "stock": args.stock,
+                    "bytes": size,
+                    "weights_hash": loaded.weights_hash,
+                    "class": auto,
+                    "largest_difference": found[0],
+                }
+            )
+            return 0
         kind = "for transformers' own Nyströmformer" if args.stock else "and their code"
         print(f"{args.out}: {args.dtype} weights {kind}, {size / 2**20:,.1f} MiB")
         if found[0] is None:
@@ -78,7 +94,19 @@ class ToHf(Command):
             print(f"loaded in transformers: largest difference of a logit {found[0]:.2g}")
         trust = "" if args.stock else ", trust_remote_code=True"
         print(f'in Python:\n  {auto}.from_pretrained("{args.out}"{trust})')
+        say_next(_pushing(args.out))
         return 0
+
+
+def _pushing(folder: Path) -> list[str]:
+    """What `nystrom push` would do with the folder; empty where it would refuse it."""
+    from pretrain.convert.hub_folder import open_folder
+
+    try:
+        passed = open_folder(folder).passed
+    except UserError:
+        return []
+    return [] if passed is False else ["push", str(folder), f"OWNER/{folder.resolve().name}", "--dry-run"]
 
 
 def _fill(folder: Path, loaded: LoadedModel, args: argparse.Namespace) -> float | None:

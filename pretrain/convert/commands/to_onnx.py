@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from data_pipeline.console import add_json, print_json, say_loading
 from data_pipeline.errors import UserError
 from data_pipeline.units import format_bytes
 from pretrain.convert.command import COMMANDS, Command
@@ -41,8 +42,10 @@ class ToOnnx(Command):
             metavar="SHARE",
             help="largest difference allowed, as a share of the largest value (default: 1e-4 for fp32, 1e-2 for fp16)",
         )
+        add_json(parser)
 
     def run(self, args: argparse.Namespace) -> int:
+        say_loading()
         from pretrain.convert.onnx.folder import check_free, check_packages, write_folder
 
         if args.tolerance is not None and not args.tolerance > 0:
@@ -55,6 +58,19 @@ class ToOnnx(Command):
             load_model(args.checkpoint), args.out, dtype=args.dtype, head=not args.no_head, tolerance=args.tolerance
         )
         written = result.written
+        if args.json:
+            print_json(
+                {
+                    "folder": args.out,
+                    "file": args.out / "model.onnx",
+                    "bytes": written.size,
+                    "dtype": args.dtype,
+                    "opset": written.opset,
+                    "ir_version": written.ir_version,
+                    "largest_differences": {name: found.share for name, found in result.differences.items()},
+                }
+            )
+            return 0
         print(
             f"{args.out}: model.onnx of {format_bytes(written.size)} (opset {written.opset}, IR version "
             f"{written.ir_version}, {args.dtype}), written in {result.seconds:.0f} s"

@@ -142,8 +142,10 @@ def test_mistakes_are_told_without_a_traceback(
     monkeypatch.chdir(corpus.parent)
     with pytest.raises(UserError, match=message):
         main(words)
+    capsys.readouterr()
     assert run_cli(main, "nystrom data", words) == 2
-    assert capsys.readouterr().err.startswith("nystrom data: error: ")
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" ...")]  # that it began
+    assert said[0].startswith("nystrom data: error: ")
 
 
 def test_zero_documents_for_a_tokenizer(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_a_reader_that_goes_away_is_no_traceback(corpus: Path) -> None:
         check=False,
     )
     assert done.stdout.strip() == str(out)
-    assert done.stderr == ""
+    assert re.sub(r"^(counting [\d,]+ tokens \.\.\.|next: nystrom init .*)\n", "", done.stderr, flags=re.M) == ""
 
 
 def test_the_filters_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +236,8 @@ def test_characters_that_the_output_lacks_are_escaped(tmp_path: Path) -> None:
     nystrom("prepare", "--input", path, "--tokenizer", tokenizer, "--out", tmp_path / "out")
     for env in ({"PYTHONIOENCODING": "latin1"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}):
         done = run_data("inspect", tmp_path / "out", env=env)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.returncode == 0
+        assert [line.split()[0] for line in done.stderr.splitlines()] == ["counting", "next:"]
         assert "\\u65e5\\u672c.jsonl (1 documents)" in done.stdout
         done = run_data("inspect", tmp_path / "out", "--json", env=env)
         assert json.loads(done.stdout)["samples"][0]["text"].startswith("日本 ☃ 😀 été")

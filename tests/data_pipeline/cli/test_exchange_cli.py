@@ -10,6 +10,7 @@ from exchange_case import write_datatrove, write_megatron
 
 from data_pipeline.cli import main
 from data_pipeline.errors import UserError
+from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
 
@@ -42,6 +43,11 @@ def test_import_says_what_it_counted_and_verified(
     assert "bytes per token" not in (tmp_path / "page.html").read_text()
     nystrom("inspect", tmp_path / "out", "--json")
     assert json.loads(capsys.readouterr().out)["bytes_per_token"] is None
+    nystrom(*words, "--overwrite", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["documents"], found["tokens"], found["text_bytes"], found["empty_documents"]) == (2, 7, None, 1)
+    assert (found["source_documents"], found["source_tokens"]) == (3, 8)
+    assert found["fingerprint"] == ShardSet.open(tmp_path / "out").fingerprint
 
 
 def test_ends_are_told(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +76,11 @@ def test_export_says_what_it_verified(tmp_path: Path, tokenizer: Path, capsys: p
     assert "verified: read back, 2 documents and 5 tokens as in" in said
     nystrom("export", tmp_path / "shards", tmp_path / "b", "--format", "megatron")
     assert f"{tmp_path}/b.bin, {tmp_path}/b.idx: 2 file(s)" in capsys.readouterr().out
+    nystrom("export", tmp_path / "shards", tmp_path / "b", "--format", "megatron", "--overwrite", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["files"] == [f"{tmp_path}/b.bin", f"{tmp_path}/b.idx"]
+    assert found["bytes"] == sum(Path(file).stat().st_size for file in found["files"])
+    assert (found["documents"], found["tokens"], found["format"]) == (2, 5, "megatron")
 
 
 def test_options_that_do_not_fit_are_refused(tmp_path: Path, tokenizer: Path) -> None:

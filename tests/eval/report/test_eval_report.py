@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from commands_case import next_commands
 from report_case import Page, make_run, write, write_everything
 
 from data_pipeline.errors import UserError, run_cli
@@ -249,3 +250,14 @@ def test_many_metrics_fold(tmp_path: Path) -> None:
     run = make_run(tmp_path, "run")
     write(run / "eval", "odd", Outcome({f"m_{i}": Metric(1.0, True) for i in range(30)}))
     assert "<summary>16 more metrics</summary>" in written(run)
+
+
+def test_the_command_answers_and_names_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, page = make_run(tmp_path, "one"), tmp_path / "page.html"
+    main([str(run), "--out", str(page), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"file": str(page), "bytes": page.stat().st_size, "runs": ["one"]}
+    main([str(run), "--out", str(page)])
+    said = capsys.readouterr()
+    assert said.out == f"report written to {page}\n"
+    assert next_commands(said.err) == [["generate", "--checkpoint", str(run), "--prompt", "The"]]

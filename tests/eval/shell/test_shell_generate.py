@@ -41,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], checkpoint: Path, *words: str) -> st
 
 
 def records(capsys: pytest.CaptureFixture[str], checkpoint: Path, *words: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run(capsys, checkpoint, "--jsonl", *words).splitlines()]
+    return [json.loads(line) for line in run(capsys, checkpoint, "--json", *words).splitlines()]
 
 
 def refused(capsys: pytest.CaptureFixture[str], checkpoint: Path | str, *words: str) -> str:
@@ -300,7 +300,9 @@ def test_the_gates_verdict_is_said(export: Callable[..., Path], capsys: pytest.C
 
     def said() -> list[str]:
         assert program.main(["generate", "--checkpoint", str(checkpoint), *SHORT, "--prompt", "x"]) == 0
-        return capsys.readouterr().err.splitlines()
+        lines = capsys.readouterr().err.splitlines()
+        assert lines.pop() == f"next: nystrom convert to-hf {checkpoint} hf/judged"
+        return lines
 
     never = (
         f"note: the validity gate has not looked at these weights: nystrom eval validity --checkpoint {checkpoint} does"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -171,6 +172,26 @@ def test_a_file_shows_what_is_set_and_what_is_default(tmp_path: Path) -> None:
     config = load_config(path, overrides)
     assert config.optimizer.lr == 3e-4
     assert values["seed"].text == str(config.seed)
+
+
+def test_a_configuration_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["config", "--config", "demo-clm", "--set", "optimizer.lr=0.5"]
+    assert program.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["config"] == load_config("demo-clm", ["optimizer.lr=0.5"]).model_dump(mode="json")
+    origins = found["origins"]
+    assert (origins["optimizer.lr"], origins["name"], origins["optimizer.eps"]) == ("--set", "file", "default")
+    for key, part in (("optimizer", found["config"]["optimizer"]), ("optimizer.lr", 0.5)):
+        assert program.main(["config", key, *words[1:], "--format", "json"]) == 0
+        assert json.loads(capsys.readouterr().out)["config"] == part
+    for key in ("curriculum.N.seq_len", "curriculum.1.seq_len"):
+        assert program.main(["config", key, *words[1:], "--json"]) == 0
+        part = json.loads(capsys.readouterr().out)["config"]
+        stages = found["config"]["curriculum"]
+        assert part == (stages if "N" in key else stages[1]["seq_len"])
+    assert program.main(["config", "optimizer.lr", "--json"]) == 0
+    (key,) = json.loads(capsys.readouterr().out)["keys"]
+    assert (key["name"], key["block"], key["type"]) == ("optimizer.lr", "optimizer", "number > 0")
 
 
 def test_a_file_with_sources_shows_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands_case import next_commands
 from safetensors.torch import load_file, save_file
 from stock_case import change_json, mlpen_folder, our_logits, tiny_model, tiny_tokenizer
 
@@ -67,12 +68,16 @@ def test_the_folder_is_an_export_that_says_where_it_is_from(
 ) -> None:
     out = tmp_path / "out"
     assert convert(folder, out) == 0
-    said = capsys.readouterr().out
+    said, following = capsys.readouterr()
+    assert next_commands(following) == [["fill", "--checkpoint", str(out), "--text", "The [MASK] of the book"]]
     assert f"{out}: mlm of 2 layers of 16, attention nystrom, up to 64 tokens, from {folder} (nystromformer)" in said
     assert "layers.0-1.attention.query.weight (16, 16)" in said
     assert "newly initialised: none\n" in said
     back = load_model(out)
-    assert back.weights_hash == loaded.weights_hash
+    assert convert(folder, tmp_path / "again", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["objective"], answer["length"], answer["kind"]) == ("mlm", 64, "nystromformer")
+    assert answer["weights_hash"] == back.weights_hash == loaded.weights_hash
     assert back.tokenizer.hash == loaded.tokenizer.hash
     assert (back.tokens, back.model_config.max_positions, back.run_config.name) == (0, 64, "theirs")
     ids = torch.randint(0, 280, (2, 64))

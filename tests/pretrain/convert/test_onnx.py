@@ -172,6 +172,10 @@ def test_the_folder(tmp_path: Path, written: dict[str, Any], capsys: pytest.Capt
     assert "model.onnx of 5 bytes (opset 20, IR version 10, fp32), written in 0 s" in printed.out
     assert "and the model, logits: 1.0e-06 of the largest value (2.0e-06 absolute)" in printed.out
     assert printed.err == ""
+    assert convert("runs/tiny", tmp_path / "again", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["largest_differences"]["logits"] == 1e-6
+    assert Path(found["file"]).stat().st_size == found["bytes"] == 5
 
 
 def test_options(tmp_path: Path, written: dict[str, Any]) -> None:

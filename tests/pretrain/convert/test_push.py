@@ -162,10 +162,15 @@ def test_a_dry_run_asks_nobody(hub: Hub, folder: Path, capsys: pytest.CaptureFix
     assert said.err.splitlines() == [
         "note: the card does not say that the validity gate has looked at this model",
         "note: the card names no licence (nystrom convert to-hf --license)",
+        f"next: nystrom push {folder} {REPO} --endpoint {hub.url}",
     ]
     sizes = {name: f"{len(data)} bytes" for name, data in contents(folder).items()}
     assert {line.split()[0]: " ".join(line.split()[1:]) for line in lines[:-1]} == sizes
     assert lines[-1] == f"7 files, {sum(map(len, contents(folder).values()))} bytes, would be pushed to {REPO}"
+    assert push(hub, folder, "--dry-run", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["files"] == [{"name": name, "bytes": len(data)} for name, data in sorted(contents(folder).items())]
+    assert (found["repo"], found["dry_run"], found["validity_passed"]) == (REPO, True, None)
     assert hub.asked == []
 
 

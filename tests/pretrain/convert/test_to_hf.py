@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bare_case import bare_site, run_bare
+from commands_case import next_commands
 from form_case import REGISTERED
 from hf_folder_case import _own_cache_of_modules, export, loaded_model, tokenizer  # noqa: F401
 
@@ -261,12 +262,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr("pretrain.convert.check.largest_difference", lambda *_, **__: None)
     out = tmp_path / "hf"
     assert main(["to-hf", "run", str(out), "--dtype", "bf16"]) == 0
-    said = capsys.readouterr().out
+    said, following = capsys.readouterr()
+    assert next_commands(following) == [["push", str(out), "OWNER/hf", "--dry-run"]]
     assert "not compared: transformers is not installed here" in said
     assert f'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)' in said
     with pytest.raises(UserError, match="exists already"):
         main(["to-hf", "run", str(out)])
-    assert main(["to-hf", "run", str(out), "--overwrite"]) == 0
+    assert main(["to-hf", "run", str(out), "--overwrite", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["folder"], answer["class"], answer["largest_difference"]) == (str(out), "AutoModelForCausalLM", None)
+    assert answer["bytes"] == sum(path.stat().st_size for path in out.iterdir())
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
     assert "license: unknown" in (out / "README.md").read_text()
     with pytest.raises(UserError, match="--max-shard-size 1XB"):

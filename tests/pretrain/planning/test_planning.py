@@ -330,7 +330,8 @@ def test_page_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     path = write(tmp_path)
     words = ["--config", path, "--gpus", "2", "--gpu-memory", "1", "--gpu", "a100", "--price-per-gpu-hour", "2"]
     assert cli.main(words) == 0
-    out = capsys.readouterr().out
+    out, following = capsys.readouterr()
+    assert following == f"next: nystrom launch local --nproc 2 --config {path}\n"
     for part in (
         "It fits in 921.6 MiB (1 GiB less",
         "Memory of one GPU in ",
@@ -354,7 +355,9 @@ def test_page_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_a_run_that_does_not_fit_has_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", write(tmp_path), "--gpu-memory", "0.001"]
     assert cli.main(words) == 1
-    assert "does NOT fit" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "does NOT fit" in said.out
+    assert said.err == ""
     assert cli.main([*words, "--no-search", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["fits"] is False
 
