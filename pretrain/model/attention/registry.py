@@ -18,5 +18,13 @@ FORMS: Registry[Form] = Registry("form of attention", "pretrain.model.attention.
 
 
 def form_of(config: ModelConfig) -> Form:
-    """The form of a model. Raises as :meth:`Registry.get`."""
+    """The form of a model, or of a layer, with one form; of one with several ask :func:`forms_of`, or
+    ``config.of_layer``. Raises as :meth:`Registry.get`."""
+    if not isinstance(config.attention, str):
+        raise ValueError(f"attention {config.attention} is a pattern: ask a layer for its form")
     return FORMS.get(config.attention)(config)
+
+
+def forms_of(config: ModelConfig) -> dict[str, Form]:
+    """The forms that a model's layers have, by name, in the order of their first layers; usually one."""
+    return {name: FORMS.get(name)(config) for name in dict.fromkeys(config.attention_by_layer)}
