@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from pretrain.model.attention.form import Form, Given
 from pretrain.model.attention.layout import Layout, Partition, Rectangle, Segments, even_segments
-from pretrain.model.attention.registry import form_of
+from pretrain.model.attention.registry import forms_of
 from pretrain.model.attention.softmax import softmax_attention
 from pretrain.model.compute import at_least_float32
 from pretrain.model.config import ModelConfig
@@ -44,7 +44,8 @@ def check_traceable(config: ModelConfig) -> None:
             "whole text again for every new token. Besides, the tiles that causal landmarks and windows are computed "
             "in follow from the text's length in Python"
         )
-    if "inverse_init" in form_of(config).settings and config.landmark_inverse and config.inverse_init != "block":
+    read = {key for form in forms_of(config).values() for key in form.settings}
+    if "inverse_init" in read and config.landmark_inverse and config.inverse_init != "block":
         raise UserError(
             f"inverse_init: {config.inverse_init} has no ONNX export: what a text gets then depends on the other texts "
             "of its batch, and the model's own batches are cut by length"
@@ -185,8 +186,9 @@ class TracedEncoder(nn.Module):
             assert isinstance(layer, Block)
             layer.attention.form = TracedForm(layer.attention.form)
         self.has_head = head
-        form = form_of(model.config)
-        self.exact_up_to = form.exact_up_to if form.pooled_to and form.exact_up_to else 0
+        # Layers with landmarks, as many as there are, all begin at one length: the settings are those of the model.
+        limits = [form.exact_up_to for form in forms_of(model.config).values() if form.pooled_to]
+        self.exact_up_to = max((limit or 0 for limit in limits), default=0)
         # Beyond a table of learned positions the model raises. In the graph the index of the row is out of bounds.
         self.most = model.config.max_positions if model.config.positions == "learned" else UNBOUNDED
 

@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.registry import Registry
 from pretrain.model.attention.form import PARTS, Form
+from pretrain.model.attention.pattern import Attention, shortest
 
 if TYPE_CHECKING:
     from pretrain.model.config import ModelConfig
 
 FORMS: Registry[Form] = Registry("form of attention", "pretrain.model.attention.forms", Form, PARTS, lazy=True)
+
+
+def pattern_of(word: str) -> Attention:
+    """A form's name, or the names of a pattern as one word: ``window/window/nystrom``. Raises ``ValueError`` for an
+    unknown name, with the known ones."""
+    return shortest([FORMS.check(name) for name in word.split("/")])
 
 
 def form_of(config: ModelConfig) -> Form:
