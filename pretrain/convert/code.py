@@ -31,6 +31,8 @@ CARRIED = "pretrain.convert.carried."
 ROOT = CARRIED + "modeling_nystrom"
 CONFIGURATION = CARRIED + "configuration_nystrom"
 CONFIG, REGISTRY = "pretrain.model.config", "pretrain.model.attention.registry"
+PATTERN = "pretrain.model.attention.pattern"
+"""Its functions are copied into the configuration, which so stays one file that needs no other."""
 _FOLDERS = ("data_pipeline", "pretrain")
 _PREFIXES = (CARRIED, "pretrain.model.", "data_pipeline.")
 """Left out of the names of copies: pretrain.model.attention.ring is attention_ring.py there."""
@@ -171,13 +173,16 @@ def _config_source() -> str:
         for n in [*checks, *properties, *plain]
     )
     calls = "\n".join(f"        self.{n.name}()" for n in checks)
+    pattern = _source(PATTERN)
+    functions = [n for n in ast.parse(pattern).body if isinstance(n, ast.FunctionDef) and n.name != "shortest"]
+    helpers = "\n\n\n".join("\n".join(pattern.splitlines()[n.lineno - 1 : n.end_lineno]) for n in functions)
     return f'''"""The typed description of the network."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
-
-from pretrain.model.attention.pattern import by_layer, label, written
 
 DEFAULTS: dict[str, dict[str, Any]] = {pformat(defaults, width=110, sort_dicts=False)}
 
@@ -204,4 +209,7 @@ class ModelConfig:
         return ModelConfig(**{{**self.model_dump(), **update}})
 
 {code}
+
+
+{helpers}
 '''

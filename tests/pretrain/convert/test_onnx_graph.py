@@ -30,6 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"attention": "nystrom", "inverse_iterations": 9, "norm": "post"},
     {"attention": "window"},
     {"attention": "softmax"},
+    {"attention": ["window", "nystrom", "softmax"], "num_layers": 3},
     {"conv_kernel": 0, "positions": "none"},
     {"positions": "learned", "norm": "post"},
     {"positions": "learned", "trained_positions": 30, "landmark_inverse": False},

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bare_case import bare_site, run_bare
-from form_case import REGISTERED
+from form_case import EVERY
 from hf_folder_case import _own_cache_of_modules, export, loaded_model, tokenizer  # noqa: F401
 
 from data_pipeline.errors import UserError
@@ -47,7 +47,7 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize(("attention", "objective"), REGISTERED)
+@pytest.mark.parametrize(("attention", "objective"), EVERY)
 def test_logits_are_ours_with_padding_on_either_side(
     attention: str, objective: str, block: dict[str, Any], tmp_path: Path
 ) -> None:

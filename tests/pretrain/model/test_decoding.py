@@ -17,6 +17,7 @@ from pretrain.model.transformer import NystromformerLM
 C, N, VOCABULARY = 4, 45, 23
 FORMS: dict[str, dict[str, Any]] = {
     **{name: {"attention": name} for name in FORMS.names() if "clm" in FORMS.get(name).objectives},
+    "pattern": {"attention": ("window", "nystrom", "softmax"), "num_layers": 3},
     "inverse": {"landmark_inverse": True, "learn_landmark_query": True},
     "inverse-fixed-gamma": {"landmark_inverse": True, "learn_gamma": False, "landmark_keys": "mean"},
     "mean-keys": {"landmark_keys": "mean"},
