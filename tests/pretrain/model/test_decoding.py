@@ -99,7 +99,7 @@ def test_every_kind_of_positions_and_norm(form: str, change: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("form", KEEPING)
 def test_prompts_of_every_length(form: str) -> None:
-    model, ids = decoder(num_layers=1, conv_kernel=4, **FORMS[form]), tokens(length=30)
+    model, ids = decoder(**{"num_layers": 1, "conv_kernel": 4} | FORMS[form]), tokens(length=30)
     full = forward(model, ids)
     for start in range(1, 31):
         torch.testing.assert_close(step_by_step(model, ids, start), full[:, start - 1 :], rtol=0, atol=1e-9)
