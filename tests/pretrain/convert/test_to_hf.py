@@ -116,6 +116,17 @@ def test_greedy_texts_of_unequal_prompts_are_ours(causal: tuple[Any, Any, Path],
         assert all(token in (stop, loaded.tokenizer.pad_id) for token in new[len(text) :])
 
 
+def test_layers_of_unlike_forms_decode_each_with_its_own_cache(tmp_path: Path) -> None:
+    loaded = loaded_model(objective="clm", init_std=0.5, attention=["nystrom", "softmax"], num_layers=3)
+    theirs = load(export(loaded, tmp_path / "hf"), "AutoModelForCausalLM").double()
+    assert theirs.config.network["attention"] == ["nystrom", "softmax"]
+    stop = loaded.tokenizer.eos_id
+    (ours,) = generate(loaded.model.double(), PROMPTS[1:2], max_new_tokens=20, temperature=0, stop_id=stop)
+    given = left(PROMPTS[1:2], loaded.tokenizer.pad_id)
+    out = theirs.generate(**given, max_new_tokens=20, do_sample=False)
+    assert out[0, len(PROMPTS[1]) :].tolist()[: len(ours)] == ours
+
+
 def test_beams_are_ours(causal: tuple[Any, Any, Path]) -> None:
     loaded, theirs, _ = causal
     ours, log_p = beam_search(loaded.model, PROMPTS, beams=3, max_new_tokens=12, stop_id=loaded.tokenizer.eos_id)
