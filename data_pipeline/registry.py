@@ -64,7 +64,8 @@ class Registry(Generic[Base]):
     def registered(self, *members: type[Base]) -> Iterator[None]:
         """Classes that are known within the block only: for tests and trials.
 
-        Whatever else registers within the block is forgotten too.
+        Whatever else registers within the block is forgotten too, but for modules of a lazy package's own listing: they
+        are imported once, and would not register again.
         """
         self.names()
         before, listing = dict(self._members), self._modules
@@ -73,7 +74,9 @@ class Registry(Generic[Base]):
                 self.register(member)
             yield
         finally:
-            self._members, self._modules = before, listing
+            own = {name: f"{self.package}.{name}" for name in listing or () if self.lazy}
+            loaded = {name: kind for name, kind in self._members.items() if kind.__module__ == own.get(name)}
+            self._members, self._modules = {**loaded, **before}, listing
 
     @property
     def known(self) -> Mapping[str, type[Base]]:

@@ -55,7 +55,7 @@ class Subject:
             weights_hash=self.loaded.weights_hash,
             run=self.loaded.run_config.name,
             objective=config.objective,
-            attention=config.attention,
+            attention=config.attention_label,
             parameters=self.model.num_parameters(),
             tokens=self.loaded.tokens,
             config_hash=hashlib.sha256(config.model_dump_json().encode()).hexdigest(),

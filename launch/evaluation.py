@@ -42,14 +42,14 @@ def main(argv: Sequence[str], words: Sequence[str]) -> int:
     nproc = args.nproc if args.nproc is not None else max(1, count_gpus())
     if nproc < 1:
         raise UserError(f"--nproc {nproc}: at least one process is needed")
-    from eval.cli import build_parser, next_command
+    from eval import cli as evaluating
 
     command = check_command(words)
-    evaluation = build_parser().parse_args(command)
+    evaluation = evaluating.build_parser().parse_args(command)
     say_loading(f"PyTorch in {count(nproc, 'process', 'processes')}", elsewhere=True)
     code = launch_evaluation(nproc, command)
     if code == 0 and not evaluation.json:
-        say_next(next_command(evaluation))
+        say_next(evaluating.next_command(evaluation))
     return code
 
 

@@ -40,7 +40,7 @@ def describe(
     )
     return "\n".join(
         [
-            f"Run {config.run_dir}: a {kind} {model.attention} model of {parameters:,} parameters "
+            f"Run {config.run_dir}: a {kind} {model.attention_label} model of {parameters:,} parameters "
             f"({model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size:,}).",
             *_describe_data(config, plan, data),
             f"Lengths: {stages}.",

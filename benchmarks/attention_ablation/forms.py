@@ -124,6 +124,9 @@ def select(names: Sequence[str] | None, base: ModelConfig) -> list[Variant]:
     for name in known if names is None else dict.fromkeys(names):
         changes: Changes = {}
         for part in name.split("+"):
+            if "/" in part:  # a pattern by layer
+                changes |= {"attention": part.split("/")}
+                continue
             if part not in known:
                 raise UserError(
                     f"no form '{part}' for objective {base.objective}; there are {', '.join(known)}, and several "

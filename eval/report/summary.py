@@ -16,6 +16,7 @@ from eval.report.training import OBJECTIVES
 from eval.results.caution import few_items
 from eval.results.schema import Result, Table
 from eval.task import Row, described, tasks
+from pretrain.model.attention import pattern
 
 # Suites of tasks without rows of their own show their first metric, so many of them at most.
 MOST_OTHERS = 8
@@ -155,7 +156,10 @@ def _objective(run: Run) -> str:
 
 def _attention(run: Run) -> str:
     named = next((r.model.attention for r in run.results.values() if r.model.attention), None)
-    return str(run.setting("model", "attention") or named or "–")
+    given, layers = run.setting("model", "attention"), run.setting("model", "num_layers")
+    if isinstance(given, list):  # a pattern by layer
+        return named or (pattern.label(given, layers) if layers else pattern.written(given))
+    return str(given or named or "–")
 
 
 def _of_model(run: Run, name: str) -> Figure:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_pipeline.errors import UserError
+from pretrain.model.attention.pattern import written
 from pretrain.model.attention.registry import form_of
 from pretrain.model.config import STAGE_FIELDS, ModelConfig
 
@@ -79,8 +80,11 @@ def _not_taken(name: str, there: ModelConfig, here: ModelConfig) -> str:
             return f"the head of objective {there.objective}"
         if name.endswith(".conv_weight"):
             return f"its taps lie elsewhere under objective {there.objective}"
-    last = name.rpartition(".")[2]
-    if _LAYER.match(name) and last in {*form_of(there).parameters(), *form_of(here).parameters()}:
+    last, layer = name.rpartition(".")[2], _LAYER.match(name)
+    if layer is None:
+        return ""
+    there, here = (model.of_layer(int(layer[1])) for model in (there, here))
+    if last in {*form_of(there).parameters(), *form_of(here).parameters()}:
         if there.objective != here.objective:
             return f"learned by attention {there.attention} under objective {there.objective}"
         if there.attention != here.attention:
@@ -103,15 +107,16 @@ def _table_words(there: int, here: int) -> str:
 def _keys(name: str, there: ModelConfig, here: ModelConfig) -> str:
     """The keys that a tensor's shape follows from, as far as they differ, with both values."""
     keys = ["hidden_size"]
-    last = name.rpartition(".")[2]
+    last, layer = name.rpartition(".")[2], _LAYER.match(name)
+    form = None if layer is None else form_of(here.of_layer(int(layer[1])))
     if name == WORDS or name.startswith("head.decoder"):
         keys += ["vocab_size"]
     elif ".feed_forward." in name:
         keys += ["intermediate_size"]
     elif last == "conv_weight":
         keys = ["num_heads", "conv_kernel"]
-    elif last in form_of(here).parameters():
-        keys += ["num_heads", *form_of(here).settings]
+    elif form is not None and last in form.parameters():
+        keys += ["num_heads", *form.settings]
     values = [(f"model.{key}", _value(there, key), _value(here, key)) for key in keys]
     differ = [f"{key} is {old} there and {new} here" for key, old, new in values if old != new]
     return " and ".join(differ) or "the model is another one"
@@ -140,7 +145,12 @@ def _refuse(faults: list[tuple[str, Shape, str]], there: ModelConfig, here: Mode
 def other_settings(there: ModelConfig, here: ModelConfig) -> list[str]:
     """Keys of the model that may differ and do, each with both values: they change what the weights compute."""
     old, new = there.model_dump(), here.model_dump()
-    return [f"model.{key} {old[key]} there, {new[key]} here" for key in old if _differs(key, old[key], new[key])]
+    differ = [key for key in old if _differs(key, old[key], new[key])]
+    return [f"model.{key} {_shown(there, key)} there, {_shown(here, key)} here" for key in differ]
+
+
+def _shown(config: ModelConfig, key: str) -> Any:
+    return written(config.attention) if key == "attention" else getattr(config, key)
 
 
 def _differs(key: str, old: Any, new: Any) -> bool:

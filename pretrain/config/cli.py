@@ -15,7 +15,7 @@ from data_pipeline.configuration import ITEM, blocks_in
 from data_pipeline.console import print_json
 from data_pipeline.errors import UserError
 from pretrain.arguments import add_config_arguments
-from pretrain.config.load import apply_override, find_config, parse_config, read_yaml
+from pretrain.config.load import apply_override, find_config, load_config, parse_config, read_yaml
 from pretrain.config.reference import (
     all_keys,
     as_markdown,

@@ -35,7 +35,7 @@ def run_schema() -> dict[str, Any]:
     blocks = raw.pop("$defs")
     schema = _plain(raw, blocks)
     properties = schema["properties"]
-    _name_choices(properties["model"]["properties"]["attention"], FORMS.names())
+    _form_choices(properties["model"]["properties"]["attention"])
     _name_choices(properties["optimizer"]["properties"]["kind"], KINDS.names())
     # What the configuration fills in or rewrites before it checks.
     inverse = properties["model"]["properties"]["landmark_inverse"]
@@ -54,6 +54,13 @@ def schema_text() -> str:
 
 def _name_choices(node: dict[str, Any], names: tuple[str, ...]) -> None:
     node.update({"type": "string", "enum": list(names)})
+
+
+def _form_choices(node: dict[str, Any]) -> None:
+    """One form, or a pattern of them by layer."""
+    name = {"type": "string", "enum": list(FORMS.names())}
+    node["anyOf"] = [name, {"type": "array", "items": name, "minItems": 1}]
+    node.pop("type", None)
 
 
 def _plain(node: Any, blocks: dict[str, Any]) -> Any:

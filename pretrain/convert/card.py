@@ -7,6 +7,7 @@ those do not say is called unknown.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -146,12 +147,22 @@ def _summary(loaded: LoadedModel) -> str:
 
 def _form_name(model: ModelConfig) -> str:
     names = {"nystrom": "Nyström attention", "softmax": "softmax attention", "window": "windowed attention"}
-    return names.get(model.attention, f"{model.attention} attention")
+    found = [names.get(name, f"{name} attention") for name in dict.fromkeys(model.attention_by_layer)]
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} and {found[-1]} by layer"
 
 
 def attention_in_words(model: ModelConfig) -> str:
     """What a token sees, in a sentence or two."""
-    causal, form = model.objective == "clm", model.attention
+    layers = Counter(model.attention_by_layer)
+    words = "; ".join(
+        (f"in {count} of {model.num_layers} layers " if len(layers) > 1 else "") + _form_in_words(model, name)
+        for name, count in layers.items()
+    )
+    return words + (f"; plus a depthwise convolution of {model.conv_kernel} taps" if model.conv_kernel else "")
+
+
+def _form_in_words(model: ModelConfig, form: str) -> str:
+    causal = model.objective == "clm"
     window = model.window_segments * model.segment_length
     if form == "softmax":
         words = "exact softmax attention"
@@ -178,7 +189,7 @@ def attention_in_words(model: ModelConfig) -> str:
         )
     else:
         words = f"the form {form}, which is not one of nystrom-pretrain's own"
-    return words + (f"; plus a depthwise convolution of {model.conv_kernel} taps" if model.conv_kernel else "")
+    return words
 
 
 def _model(loaded: LoadedModel, dtype: str) -> Iterator[str]:

@@ -57,7 +57,7 @@ def faults(loaded: LoadedModel, stock_length: int | None) -> Iterator[str]:
             "**Padding changes the results**: the convolution reads the padding, whatever the mask says. Give texts of "
             "one length, without padding."
         )
-        if loaded.model_config.attention != "softmax":
+        if "nystrom" in loaded.model_config.attention_by_layer:
             landmarks = 2 * loaded.model_config.num_landmarks
             yield (
                 f"**Lengths**: attention is exact there at every length. Texts of {landmarks:,} tokens or more have "

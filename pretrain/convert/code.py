@@ -5,7 +5,7 @@ time: beginning with the classes in :mod:`pretrain.convert.carried`, every modul
 imports of the project become relative. Some modules are replaced, because what they import is no part of the network:
 
 * the configuration, which is pydantic's here and a plain class there, made of the same keys, checks and properties;
-* the registry of forms, which looks for modules here and knows the form of the model there;
+* the registry of forms, which looks for modules here and knows the forms of the model there;
 * errors and constants of ``data_pipeline``.
 
 The copy needs torch and transformers (which brings numpy). Blocks under ``TYPE_CHECKING`` are left out.
@@ -16,12 +16,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pprint import pformat
 from typing import TYPE_CHECKING, Any
 
-from pretrain.model.attention.registry import form_of
+from pretrain.model.attention.registry import forms_of
 from pretrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ CARRIED = "pretrain.convert.carried."
 ROOT = CARRIED + "modeling_nystrom"
 CONFIGURATION = CARRIED + "configuration_nystrom"
 CONFIG, REGISTRY = "pretrain.model.config", "pretrain.model.attention.registry"
+PATTERN = "pretrain.model.attention.pattern"
+"""Its functions are copied into the configuration, which so stays one file that needs no other."""
 _FOLDERS = ("data_pipeline", "pretrain")
 _PREFIXES = (CARRIED, "pretrain.model.", "data_pipeline.")
 """Left out of the names of copies: pretrain.model.attention.ring is attention_ring.py there."""
@@ -52,7 +54,7 @@ def carried_code(config: ModelConfig) -> dict[str, str]:
     """The files of the code for a model of this configuration: text by name."""
     replaced = {
         CONFIG: _config_source(),
-        REGISTRY: _registry_source(form_of(config)),
+        REGISTRY: _registry_source(forms_of(config)),
         "data_pipeline.errors": _ERRORS,
     }
     files: dict[str, str] = {}
@@ -114,9 +116,12 @@ def _statements(tree: ast.AST) -> Iterator[Any]:
             yield from _statements(child)
 
 
-def _registry_source(form: Form) -> str:
-    kind = type(form)
-    return f'''"""The form of attention of this model."""
+def _registry_source(forms: Mapping[str, Form]) -> str:
+    kinds = {name: type(form) for name, form in forms.items()}
+    imports = "\n    ".join(f"from {kind.__module__} import {kind.__name__}" for kind in kinds.values())
+    known = ", ".join(f'"{name}": {kind.__name__}' for name, kind in kinds.items())
+    names = ", ".join(f"'{name}'" for name in kinds)
+    return f'''"""The forms of attention that this model has."""
 
 from __future__ import annotations
 
@@ -132,12 +137,23 @@ FORMS = _Forms()
 
 
 def form_of(config: Any) -> Any:
-    """The form of a model with this configuration."""
-    from {kind.__module__} import {kind.__name__}  # not at the top: that module imports this one
+    """The form of a layer with this configuration."""
+    return _kind(config.attention)(config)
 
-    if config.attention != "{kind.name}":
-        raise ValueError(f"attention {{config.attention!r}}: the code beside these weights has '{kind.name}' alone")
-    return {kind.__name__}(config)
+
+def forms_of(config: Any) -> dict[str, Any]:
+    """The forms that a model's layers have, by name, in the order of their first layers."""
+    return {{name: _kind(name)(config) for name in dict.fromkeys(config.attention_by_layer)}}
+
+
+def _kind(name: Any) -> Any:
+    # Not at the top: these modules import this one.
+    {imports}
+
+    kinds = {{{known}}}
+    if name not in kinds:
+        raise ValueError(f"attention {{name!r}}: the code beside these weights has {names} alone")
+    return kinds[name]
 '''
 
 
@@ -149,17 +165,23 @@ def _config_source() -> str:
     methods = [n for n in body if isinstance(n, ast.FunctionDef)]
     properties = [n for n in methods if any(ast.unparse(d) == "property" for d in n.decorator_list)]
     checks = [n for n in methods if any(ast.unparse(d) == "model_validator(mode='after')" for d in n.decorator_list)]
+    plain = [n for n in methods if not n.decorator_list]
     defaults = {o: ModelConfig.model_validate({"objective": o}).model_dump() for o in ("mlm", "clm")}
     lines = source.splitlines()
     code = "\n\n".join(
         "\n".join(["    @property"] * (n in properties) + lines[n.lineno - 1 : n.end_lineno])
-        for n in [*checks, *properties]
+        for n in [*checks, *properties, *plain]
     )
     calls = "\n".join(f"        self.{n.name}()" for n in checks)
+    pattern = _source(PATTERN)
+    functions = [n for n in ast.parse(pattern).body if isinstance(n, ast.FunctionDef) and n.name != "shortest"]
+    helpers = "\n\n\n".join("\n".join(pattern.splitlines()[n.lineno - 1 : n.end_lineno]) for n in functions)
     return f'''"""The typed description of the network."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 DEFAULTS: dict[str, dict[str, Any]] = {pformat(defaults, width=110, sort_dicts=False)}
@@ -182,5 +204,12 @@ class ModelConfig:
         """All keys and values."""
         return {{name: getattr(self, name) for name in self.model_fields}}
 
+    def model_copy(self, update: dict[str, Any]) -> ModelConfig:
+        """The same with other values."""
+        return ModelConfig(**{{**self.model_dump(), **update}})
+
 {code}
+
+
+{helpers}
 '''

@@ -59,10 +59,9 @@ def why_not_stock(config: ModelConfig, length: int | None = None) -> list[str]:
         )
         if getattr(config, key) != wanted
     ]
-    if config.attention not in ("nystrom", "softmax"):
-        why.append(
-            f"model.attention is {config.attention}: transformers' Nyströmformer has landmarks or exact attention"
-        )
+    foreign = [name for name in dict.fromkeys(config.attention_by_layer) if name not in ("nystrom", "softmax")]
+    if foreign:
+        why.append(f"{_layers_with(config, foreign[0])}: transformers' Nyströmformer has landmarks or exact attention")
     if config.conv_kernel == 0:
         why.append("model.conv_kernel is 0: transformers' Nyströmformer cannot leave the convolution out")
     if config.objective == "mlm" and not is_exact(config, length):
@@ -72,8 +71,21 @@ def why_not_stock(config: ModelConfig, length: int | None = None) -> list[str]:
     return why
 
 
+def _layers_with(config: ModelConfig, form: str) -> str:
+    """``model.attention is window``; of a pattern, with the numbers of the layers, from 1."""
+    if isinstance(config.attention, str):
+        return f"model.attention is {form}"
+    numbers = [str(number + 1) for number, name in enumerate(config.attention_by_layer) if name == form]
+    return f"model.attention is {form} in layer{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
+
+
 def _why_other_landmarks(config: ModelConfig, length: int | None) -> list[str]:
     why = []
+    if not isinstance(config.attention, str) and "softmax" in config.attention:
+        why.append(
+            f"{_layers_with(config, 'softmax')} and has landmarks in others: transformers' Nyströmformer has one "
+            "number of landmarks for all layers"
+        )
     if not config.landmark_inverse:
         why.append("model.landmark_inverse is false: transformers' Nyströmformer has the inverse")
     elif config.inverse_iterations != ITERATIONS:
@@ -94,12 +106,13 @@ def _why_other_landmarks(config: ModelConfig, length: int | None) -> list[str]:
 
 def is_exact(config: ModelConfig, length: int | None) -> bool:
     """Whether texts of ``length`` tokens have exact softmax attention in this masked model."""
-    from pretrain.model.attention.registry import form_of
+    from pretrain.model.attention.registry import forms_of
 
-    if config.attention == "softmax":
-        return True
-    limit = form_of(config).exact_up_to
-    return config.attention == "nystrom" and None not in (limit, length) and length <= limit  # type: ignore[operator]
+    for name, form in forms_of(config).items():
+        limit = form.exact_up_to
+        if name != "softmax" and (name != "nystrom" or limit is None or length is None or length > limit):
+            return False
+    return True
 
 
 def stock_config(config: ModelConfig, roles: Mapping[str, int], length: int, dtype: str = "fp32") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.configuration import Strict
+from pretrain.model.attention.pattern import Attention, by_layer, label, shortest, written
 from pretrain.model.attention.registry import FORMS
 
 STAGE_FIELDS = ("rope_theta", "rope_position_scale", "trained_positions")
@@ -23,11 +24,12 @@ class ModelConfig(Strict):
     objective: Literal["mlm", "clm"] = Field(
         "mlm", description="mlm: masked encoder, guesses hidden tokens. clm: causal decoder, guesses the next token."
     )
-    attention: str = Field(
+    attention: Attention = Field(
         "nystrom",
         description="nystrom: landmarks, linear in the length. window: near tokens only. softmax: exact attention, "
-        "quadratic in the length.",
-        json_schema_extra={"type": " | ".join(FORMS.names())},
+        "quadratic in the length. A list, such as `[window, window, nystrom]`, is a pattern by layer: it is repeated "
+        "from the first layer on and cut behind the last one.",
+        json_schema_extra={"type": f"{' | '.join(FORMS.names())}, or a list of these"},
     )
     vocab_size: int | None = Field(
         None,
@@ -163,10 +165,15 @@ class ModelConfig(Strict):
         description="Taps, in tokens, of the depthwise convolution over values. Odd for mlm. 0 leaves it out.",
     )
 
-    @field_validator("attention")
+    @field_validator("attention", mode="before")
     @classmethod
-    def _known_form(cls, name: str) -> str:
-        return FORMS.check(name)
+    def _known_forms(cls, given: Any) -> Attention:
+        names = [given] if isinstance(given, str) else given
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{given!r} is neither the name of a form nor a list of names")
+        if not names:
+            raise ValueError("an empty list gives the layers no form: name one, or a pattern as [window, nystrom]")
+        return shortest([FORMS.check(name) for name in names])
 
     @model_validator(mode="before")
     @classmethod
@@ -177,6 +184,13 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        used = self.attention_by_layer
+        idle = [] if isinstance(self.attention, str) else [name for name in self.attention if name not in used]
+        if idle:
+            raise ValueError(
+                f"attention {written(self.attention)}: with num_layers {self.num_layers} no layer has {idle[0]}: give "
+                "the model more layers, or leave that form out"
+            )
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
@@ -211,6 +225,22 @@ class ModelConfig(Strict):
                 f"use {self.conv_kernel + 1}"
             )
         return self
+
+    @property
+    def attention_by_layer(self) -> tuple[str, ...]:
+        """The name of each layer's form of attention."""
+        return by_layer(self.attention, self.num_layers)
+
+    @property
+    def attention_label(self) -> str:
+        """The forms in words: ``nystrom``, or with their numbers of layers ``window x4 + nystrom x2``."""
+        return label(self.attention, self.num_layers)
+
+    def of_layer(self, number: int) -> ModelConfig:
+        """What layer ``number``, from 0, computes by: the same settings under its one form of attention."""
+        if isinstance(self.attention, str):
+            return self
+        return self.model_copy(update={"attention": self.attention[number % len(self.attention)]})
 
     @property
     def head_dim(self) -> int:

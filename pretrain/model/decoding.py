@@ -20,7 +20,7 @@ from torch import Tensor
 from data_pipeline.errors import UserError
 from pretrain.model.attention.cache import DecodingStep
 from pretrain.model.attention.layout import Layout
-from pretrain.model.attention.registry import form_of
+from pretrain.model.attention.registry import forms_of
 from pretrain.model.compute import at_least_float32
 from pretrain.model.config import ModelConfig
 
@@ -37,10 +37,11 @@ class DecodingCache:
         self.config = config
         self.max_length = max_length
         self.device = device
-        self.kept = form_of(config).cache(max_length)
-        self.layers = [self.kept.layer(rows, dtype, device) for _ in range(config.num_layers)]
-        self.plan: Any = None
-        """What the next forward pass does."""
+        self.kept = {name: form.cache(max_length) for name, form in forms_of(config).items()}
+        """By the name of the form."""
+        self.layers = [self.kept[name].layer(rows, dtype, device) for name in config.attention_by_layer]
+        self.plans: dict[str, Any] = {}
+        """What the next forward pass does, by the name of the form."""
         self._lengths = np.zeros(rows, dtype=np.int64)
         self._position = torch.zeros(rows, dtype=torch.int64, device=device)
 
@@ -65,7 +66,7 @@ class DecodingCache:
         if not (lengths.all() and np.array_equal(starts // max(length, 1), np.arange(rows))):
             raise UserError("each row of a batch of prompts must be one sequence of at least one token")
         self._check_lengths(lengths)
-        self.plan = self.kept.prompts(starts, lengths, self.device)
+        self.plans = {name: kept.prompts(starts, lengths, self.device) for name, kept in self.kept.items()}
         self._set_lengths(lengths)
         return starts + lengths - 1
 
@@ -74,9 +75,9 @@ class DecodingCache:
         if not self._lengths.all():
             raise RuntimeError("a cache gets prompts first, then single tokens")
         self._check_lengths(self._lengths + 1)
-        step = self.kept.step(self._lengths, self._position)
-        self.plan = step
-        return step
+        steps = {name: kept.step(self._lengths, self._position) for name, kept in self.kept.items()}
+        self.plans = dict(steps)
+        return next(iter(steps.values()))  # as a layout they are all alike
 
     def advance(self) -> None:
         """Count the tokens of the step, after the pass."""
@@ -140,7 +141,7 @@ def decode(model: NystromformerLM, token_ids: Tensor, cache: DecodingCache) -> T
 def cache_elements(config: ModelConfig, rows: int, length: int) -> int:
     """Numbers in a cache for ``rows`` texts of up to ``length`` tokens: all that the tensors of its layers hold.
 
-    For each row and layer, what the form says (:meth:`Form.cache`).
+    For each row and layer, what the layer's form says (:meth:`Form.cache`).
     """
     low, high = _elements_per_row(config, length)
     return rows * (low + high)
@@ -155,5 +156,6 @@ def cache_bytes(config: ModelConfig, rows: int, length: int, dtype: torch.dtype)
 
 def _elements_per_row(config: ModelConfig, length: int) -> tuple[int, int]:
     """Those in the dtype of the model, and those in at least float32."""
-    low, high = form_of(config).cache(length).elements()
-    return config.num_layers * low, config.num_layers * high
+    sizes = {name: form.cache(length).elements() for name, form in forms_of(config).items()}
+    by_layer = [sizes[name] for name in config.attention_by_layer]
+    return sum(low for low, _ in by_layer), sum(high for _, high in by_layer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pretrain.model.attention.registry import form_of
+from collections import Counter
+
+from pretrain.model.attention.registry import form_of, forms_of
 from pretrain.model.config import ModelConfig
 
 
@@ -12,25 +14,36 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, target_share: flo
 
     A multiply-add counts 2. Norms, activations, softmax and embedding look-ups are left out, as is usual, and so is
     whatever is computed and then masked. With h the hidden size, f the feed-forward's, d the head width, n the length,
-    V the vocabulary and L the layers:
+    V the vocabulary and a sum over the layers:
 
-        L * (2 (4 h^2 + 2 h f) + attention + 2 k h) + head
+        sum (2 (4 h^2 + 2 h f) + attention + 2 k h) + head
 
     * k is the convolution's kernel.
-    * attention: what the form says, :func:`attention_flops_per_token`.
+    * attention: what the layer's form says, :func:`attention_flops_per_token`.
     * head: 2 h V for every position of a causal model. A masked model runs it on targets only: ``target_share``
       (default 0.15 for mlm, 1 for clm) of 2 h^2 + 2 h V.
     """
-    h, n = config.hidden_size, seq_len
+    h = config.hidden_size
     masked = config.objective == "mlm"
     layer = 2.0 * (4 * h * h + 2 * h * config.ffn_size) + 2 * config.conv_kernel * h
-    layer += attention_flops_per_token(config, n)
     share = target_share if target_share is not None else (0.15 if masked else 1.0)
     head = share * (2 * h * (config.vocab_size or 0) + (2 * h * h if masked else 0))
-    return config.num_layers * layer + head
+    return sum(count * (layer + flops) for flops, count in _by_form(config, seq_len)) + head
 
 
 def attention_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """One layer's attention proper, without projections and convolution; the terms are in the forms'
-    :meth:`~pretrain.model.attention.form.Form.flops`."""
+    :meth:`~pretrain.model.attention.form.Form.flops`. Raises ``ValueError`` for a pattern: ask
+    ``config.of_layer(number)``, or :func:`all_attention_flops_per_token`."""
     return form_of(config).flops(seq_len)
+
+
+def all_attention_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """That of all layers together, each by its own form."""
+    return sum(count * flops for flops, count in _by_form(config, seq_len))
+
+
+def _by_form(config: ModelConfig, seq_len: int) -> list[tuple[float, int]]:
+    """Of each form: the operations of one layer, and how many layers have it."""
+    counts = Counter(config.attention_by_layer)
+    return [(form.flops(seq_len), counts[name]) for name, form in forms_of(config).items()]

@@ -57,7 +57,7 @@ class NystromformerLM(nn.Module):
         """How layers run in training mode, if not by calling them: whoever trains the model may set it, to compute a
         layer again in the backward pass or to run a compiled one. Evaluation and decoding never use it."""
         self.embeddings = Embeddings(config, config.vocab_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config.of_layer(number)) for number in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if config.norm == "pre" else None
         self.head = Head(config, config.vocab_size)
         if config.tie_embeddings:
@@ -111,8 +111,9 @@ class NystromformerLM(nn.Module):
                 f"layout is for ({layout.batch}, {layout.length}) tokens, input_ids are ({batch}, {length})"
             )
         x = self.embeddings(input_ids, layout, self.config.trained_positions)
-        context = AttentionContext.build(self.config, layout, x.device, x.dtype, None if cache is None else cache.plan)
-        for number, layer in enumerate(self.layers):
+        plans = None if cache is None else cache.plans
+        contexts = AttentionContext.by_layer(self.config, layout, x.device, x.dtype, plans)
+        for number, (layer, context) in enumerate(zip(self.layers, contexts, strict=True)):
             if self.run_layer is not None and self.training and cache is None:
                 x = self.run_layer(layer, x, context)
             else:

@@ -11,7 +11,7 @@ from pretrain.config import RunConfig
 from pretrain.curriculum.plan import build_plan
 from pretrain.curriculum.stages import stage_model
 from pretrain.model.config import ModelConfig
-from pretrain.model.flops import attention_flops_per_token, forward_flops_per_token
+from pretrain.model.flops import all_attention_flops_per_token, forward_flops_per_token
 from pretrain.planning.fit import Change, MemoryBudget, changes_that_fit, largest_micro_batch, peak
 from pretrain.planning.memory import (
     LIBRARIES,
@@ -180,7 +180,7 @@ def plan_time(config: RunConfig, processes: int, *, mfu: float, peak_flops: floa
     for stage, planned in zip(config.curriculum, plan.stages, strict=True):
         share = target_share(config, stage) if config.model.objective == "mlm" else None
         forward = forward_flops_per_token(config.model, stage.seq_len, share)
-        attention = config.model.num_layers * attention_flops_per_token(config.model, stage.seq_len)
+        attention = all_attention_flops_per_token(config.model, stage.seq_len)
         speed = None if peak_flops is None else processes * mfu * peak_flops / (TRAINING * forward * slowdown)
         tokens = planned.end_tokens - planned.start_tokens
         out.append(StageTime(stage.seq_len, planned.num_batches, tokens, forward, attention / forward, speed))

@@ -36,7 +36,7 @@ def _model(found: Estimate) -> list[str]:
     ]
     columns = ["length", "steps", "tokens", "GFLOP/token forward", "training", "attention proper"]
     return [
-        f"{config.name}: a {kind} {model.attention} model of {found.num_parameters:,} parameters",
+        f"{config.name}: a {kind} {model.attention_label} model of {found.num_parameters:,} parameters",
         f"  {parts}; the head's words are {head}",
         f"  {model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads, vocabulary {model.vocab_size:,}",
         "",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pretrain.engine.layers import layer_runner
 from pretrain.model.attention.layout import Layout
+from pretrain.model.attention.pattern import shortest
 from pretrain.model.attention.self_attention import SelfAttention
 from pretrain.model.compute import assume_device
 from pretrain.model.config import ModelConfig
@@ -32,7 +33,7 @@ from pretrain.model.layers import Block, Embeddings, FeedForward, Head
 from pretrain.model.transformer import NystromformerLM, build_model
 
 TRACED_LAYERS = 3
-"""The first, the last and one between: a deeper model repeats the one between."""
+"""The first, the last and one between: a deeper model of one form repeats the one between."""
 
 LAYER_PARTS = ("attention", "feed-forward", "norms and residual")
 PARTS = ("embeddings", *LAYER_PARTS, "head and loss")
@@ -56,8 +57,8 @@ class Trace:
     kept: dict[str, int]
     """At the end of the forward pass, for the backward pass, by the part of the model that made it; see :data:`PARTS`.
     With ``activation_checkpointing`` what is computed again is not here."""
-    kept_by_layer: dict[str, int]
-    """The share of one layer in it."""
+    kept_by_layer: tuple[dict[str, int], ...]
+    """The share of each traced layer in it."""
     gradients: tuple[Gradient, ...]
     """In the order of the backward pass. The forward pass's own peak is in the first."""
 
@@ -81,12 +82,14 @@ def trace_micro_batch(
 
     dtype: of weights and activations. on_gpu: the code that the model runs on a GPU; nothing needs one here.
     checkpointing: layers are computed again in the backward pass. Deep models are traced at :data:`TRACED_LAYERS`
-    layers and extended, unless ``all_layers``; ``tests/pretrain/planning/test_planning.py`` holds the two to be equal.
+    layers, one more for each further form of attention, and extended, unless ``all_layers``;
+    ``tests/pretrain/planning/test_planning.py`` holds the two to be equal.
     """
-    depth = config.num_layers
-    if depth > TRACED_LAYERS and not all_layers:
-        few = config.model_copy(update={"num_layers": TRACED_LAYERS})
-        return _deepen(_trace(few, layout, targets, dtype, on_gpu, checkpointing), depth)
+    forms = config.attention_by_layer
+    few = (forms[0], *dict.fromkeys(forms[1:-1]), forms[-1])
+    if len(few) < len(forms) and not all_layers:
+        traced = config.model_copy(update={"num_layers": len(few), "attention": shortest(few)})
+        return _deepen(_trace(traced, layout, targets, dtype, on_gpu, checkpointing), few, forms)
     return _trace(config, layout, targets, dtype, on_gpu, checkpointing)
 
 
@@ -113,10 +116,10 @@ def _trace(
         torch.autograd.graph._engine_run_backward(
             (loss_sum,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
-    one_layer = after_layers[-1] - after_layers[-2] if len(after_layers) > 1 else Counter(kept)
+    shares = [after - before for before, after in zip([Counter(), *after_layers], after_layers, strict=False)]
     return Trace(
         {part: kept.get(part, 0) for part in PARTS},
-        {part: one_layer[part] for part in LAYER_PARTS},
+        tuple({part: share[part] for part in LAYER_PARTS} for share in shares),
         tuple(gradients),
     )
 
@@ -252,27 +255,37 @@ def _layer(name: str) -> int | None:
     return int(words[1]) if words[0] == "layers" else None
 
 
-def _deepen(trace: Trace, depth: int) -> Trace:
-    """The trace of ``depth`` layers from one of three, of which the middle one stands for all that are added.
+def _deepen(trace: Trace, few: Sequence[str], forms: Sequence[str]) -> Trace:
+    """The trace of a model whose layers have ``forms`` from one whose layers have ``few``: the first and the last of
+    these, and between them each form that is to be repeated.
 
     A layer's backward pass runs while the layers below it still keep what they kept: as much more for each of them.
     """
     by_layer: dict[int | None, list[Gradient]] = {}
     for gradient in trace.gradients:
         by_layer.setdefault(_layer(gradient.parameter), []).append(gradient)
-    first, middle, last = (by_layer[number] for number in range(TRACED_LAYERS))
-    added = depth - TRACED_LAYERS
-    one_layer = sum(trace.kept_by_layer.values())
+    stands_for = [0, *(1 + few[1:-1].index(name) for name in forms[1:-1]), len(few) - 1]
+    # What a layer keeps is that of the last one with its form: the first one may keep what later ones share.
+    shares = dict(zip(few, trace.kept_by_layer, strict=True))
+    sizes = {name: sum(share.values()) for name, share in shares.items()}
 
-    def moved(gradients: list[Gradient], layers: int) -> list[Gradient]:
-        return [Gradient(g.parameter, g.numel, g.live + layers * one_layer) for g in gradients]
+    def moved(gradients: list[Gradient], size: int) -> list[Gradient]:
+        return [Gradient(g.parameter, g.numel, g.live + size) for g in gradients]
 
-    position = trace.gradients.index(last[0])
-    out = moved(list(trace.gradients[:position]), added)
-    out += moved(last, added)
-    for number in range(added, -1, -1):
-        out += moved(middle, number)
-    out += first
-    out += trace.gradients[trace.gradients.index(first[-1]) + 1 :]
-    kept = {part: size + added * trace.kept_by_layer.get(part, 0) for part, size in trace.kept.items()}
-    return Trace(kept, trace.kept_by_layer, tuple(out))
+    def more_below(number: int) -> int:
+        """Bytes that the layers below layer ``number`` keep beyond those below the one that stands for it."""
+        return sum(sizes[name] for name in forms[:number]) - sum(sizes[name] for name in few[: stands_for[number]])
+
+    last = len(forms) - 1
+    position = trace.gradients.index(by_layer[len(few) - 1][0])
+    out = moved(list(trace.gradients[:position]), more_below(last))
+    for number in range(last, -1, -1):
+        out += moved(by_layer[stands_for[number]], more_below(number))
+    out += trace.gradients[trace.gradients.index(by_layer[0][-1]) + 1 :]
+    added = Counter(forms)
+    added.subtract(few)
+    kept = {
+        part: size + sum(count * shares[name].get(part, 0) for name, count in added.items())
+        for part, size in trace.kept.items()
+    }
+    return Trace(kept, tuple(shares[name] for name in forms), tuple(out))

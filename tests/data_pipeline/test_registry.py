@@ -88,3 +88,13 @@ def test_a_name_is_taken_once_and_given_back_after_a_block(folder: Path) -> None
         with pytest.raises(RegistrationError, match="kind 'same' is registered twice"):
             kinds.register(two)
     assert kinds.names() == ()
+
+
+def test_a_lazy_module_that_a_block_imports_first_stays_known_behind_it(folder: Path) -> None:
+    (folder / "new.py").write_text(MODULE.format(name="new", part=1))
+    kinds = registry(lazy=True)
+    other = type("Other", (Kind,), {"name": "other", "part": 1})
+    with kinds.registered(other):
+        inside = kinds.get("new")
+    assert kinds.get("new") is inside
+    assert kinds.names() == ("new",)

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from pretrain.model import Layout, ModelConfig, build_model
-from pretrain.model.attention.registry import FORMS, form_of
+from pretrain.model.attention.pattern import Attention
+from pretrain.model.attention.registry import FORMS, forms_of
 from pretrain.model.decoding import DecodingCache, cache_bytes, cache_elements, decode, prefill
-from pretrain.model.flops import attention_flops_per_token
+from pretrain.model.flops import all_attention_flops_per_token
 from pretrain.model.transformer import NystromformerLM
 
 VOCAB = 31
 REGISTERED = [(name, objective) for name in FORMS.names() for objective in FORMS.get(name).objectives]
 """Every form with every objective that it is for."""
+PATTERNS: list[tuple[Attention, str]] = [(("window", "nystrom"), "mlm"), (("nystrom", "softmax"), "clm")]
+"""Models whose layers have unlike forms."""
+EVERY: list[tuple[Attention, str]] = [*REGISTERED, *PATTERNS]
 
 
 def config(**changes: Any) -> ModelConfig:
@@ -113,7 +117,7 @@ def gradients_packed_equal_separate(model: NystromformerLM) -> None:
 
 def no_gradient_from_the_future(model: NystromformerLM, kind: str) -> None:
     """kind: full, padded or documents."""
-    ids, form = tokens(1, 22), form_of(model.config)
+    ids, forms = tokens(1, 22), list(forms_of(model.config).values())
     documents = torch.tensor([{"full": [0] * 22, "padded": [0] * 19 + [-1] * 3, "documents": [0] * 14 + [1] * 8}[kind]])
     embedded: list[Tensor] = []
 
@@ -130,8 +134,10 @@ def no_gradient_from_the_future(model: NystromformerLM, kind: str) -> None:
         (grad,) = torch.autograd.grad(out[0, t].sum(), embedded[0], retain_graph=True)
         visible = (documents[0] == documents[0, t]) & (torch.arange(22) <= t)
         assert (grad[0, ~visible] == 0).all(), f"logits at {t} depend on what they must not see"
-        if form.far == "unseen":  # each layer sees at least w - 1 segments back, or itself where there is no window
-            back = 0 if form.window is None else form.window.segment_length * (form.window.segments - 1)
+        if all(form.far == "unseen" for form in forms):
+            # Each layer sees at least w - 1 segments back, or itself where there is no window.
+            windows = [form.window for form in forms]
+            back = min(0 if w is None else w.segment_length * (w.segments - 1) for w in windows)
             visible &= torch.arange(22) > t - max(len(model.layers) * back, 1)
         assert (grad[0, visible].abs().sum(-1) > 0).all(), f"logits at {t} do not see all of their past"
 
@@ -149,11 +155,11 @@ def the_future_changes_nothing_and_prefixes_agree(model: NystromformerLM) -> Non
 
 def exact_up_to_what_it_says(model: NystromformerLM) -> None:
     """The same weights under exact attention: equal up to ``exact_up_to`` tokens, and not far beyond it."""
-    form = form_of(model.config)
+    forms = list(forms_of(model.config).values())
     twin = build_model(model.config.model_copy(update={"attention": "softmax"})).double().eval()
     twin.load_state_dict(model.state_dict(), strict=False)  # without the form's own parameters
-    limit = form.exact_up_to
-    assert (form.far == "exact") == (limit is None)
+    limit = min((form.exact_up_to for form in forms if form.exact_up_to is not None), default=None)
+    assert all(form.far == "exact" for form in forms) == (limit is None)
     for length in [1, 7, 50] if limit is None else [n for n in (1, limit) if n <= limit]:
         ids = tokens(2, length)
         torch.testing.assert_close(logits(model, ids), logits(twin, ids), rtol=0, atol=1e-9)
@@ -164,16 +170,18 @@ def exact_up_to_what_it_says(model: NystromformerLM) -> None:
 
 def flops_are_sane(settings: ModelConfig) -> None:
     """Positive, those of exact attention where the form is exact, and more in all for a longer text."""
-    form, total = form_of(settings), 0.0
+    forms, total = list(forms_of(settings).values()), 0.0
+    limit = min((form.exact_up_to for form in forms if form.exact_up_to is not None), default=None)
     for n in (1, 2, 5, 8, 9, 30, 31, 64, 200, 1000):
-        flops = attention_flops_per_token(settings, n)
+        flops = all_attention_flops_per_token(settings, n)
         assert flops > 0
         assert n * flops > total
         total = n * flops
-        if form.exact_up_to is None:
-            assert flops == form.exact_flops(n)
-        elif n <= form.exact_up_to:  # a window counts each token it looks at, exact attention its mean
-            assert flops == pytest.approx(form.exact_flops(n))
+        exact = settings.num_layers * forms[0].exact_flops(n)
+        if limit is None:
+            assert flops == exact
+        elif n <= limit:  # a window counts each token it looks at, exact attention its mean
+            assert flops == pytest.approx(exact)
 
 
 def compiles_to_one_graph(model: NystromformerLM) -> None:

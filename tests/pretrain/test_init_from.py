@@ -150,6 +150,15 @@ def test_forms_of_attention_take_each_others_projections() -> None:
     assert back["new"]["layers.0.attention.gamma_logit"].why == "learned by attention nystrom"
 
 
+def test_forms_by_layer_take_and_leave_by_layer() -> None:
+    causal = {"objective": "clm", "landmark_inverse": True, "attention": ["nystrom", "softmax"]}
+    moved = fates(causal, {**causal, "attention": ["softmax", "nystrom"]})
+    first, second = (f"layers.{i}.attention.gamma_logit" for i in (0, 1))
+    assert (moved["left over"].keys(), moved["new"].keys()) == ({first}, {second})
+    assert moved["new"][second].why == "learned by attention nystrom"
+    assert first in fates(causal, {**causal, "attention": "nystrom"})["taken"]
+
+
 def test_a_head_of_its_own_starts_as_the_word_table_it_was() -> None:
     assert "head.decoder.weight" in fates({}, {"tie_embeddings": False})["taken"]
     left = fates({"tie_embeddings": False}, {})["left over"]

@@ -95,7 +95,10 @@ def resumable(corpus: Path, runs: Path, **changes: Any) -> dict[str, Any]:
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     corpus: Path, tmp_path: Path, zero_stage: int, precision: str, objective: str, stop_at: int, how: str
 ) -> None:
-    common = {"zero_stage": zero_stage, "precision": precision, "model": {**DROPOUT, "objective": objective}}
+    model = {**DROPOUT, "objective": objective}
+    if (zero_stage, objective) == (2, "clm"):
+        model["attention"] = ["nystrom", "softmax"]  # layers of unlike forms
+    common = {"zero_stage": zero_stage, "precision": precision, "model": model}
     whole = write_config(tmp_path / "whole.yaml", resumable(corpus, tmp_path, name="whole", **common))
     parts = write_config(tmp_path / "parts.yaml", resumable(corpus, tmp_path, name="parts", **common))
     assert values(run_ranks(train, 2, config=whole)) == [0, 0]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from eval.tasks.approximation.exact import BUDGET, exact_attention, matrix_distance
+from pretrain.model.attention.blockwise import Window
 from pretrain.model.attention.layout import Layout
-from pretrain.model.attention.registry import form_of
+from pretrain.model.attention.registry import form_of, forms_of
 from pretrain.model.attention.self_attention import AttentionContext, SelfAttention
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import NystromformerLM
@@ -51,12 +52,16 @@ def observe(model: NystromformerLM, input_ids: Tensor, forms: Mapping[str, Model
     layout = Layout.full(*input_ids.shape)
     weight = model.embeddings.word_embeddings.weight
     contexts = {
-        name: AttentionContext.build(config, layout, weight.device, weight.dtype) for name, config in forms.items()
+        name: AttentionContext.by_layer(config, layout, weight.device, weight.dtype) for name, config in forms.items()
     }
+    windows = (form.window for form in forms_of(model.config).values())
+    window = next((window for window in windows if window is not None), None)
 
     def look(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(module, SelfAttention)
-        found.append(_compare(module, args[0], args[1], forms, contexts))
+        number = len(found)  # of this layer
+        own = {name: (config.of_layer(number), contexts[name][number]) for name, config in forms.items()}
+        found.append(_compare(module, args[0], args[1], own, window))
 
     attentions = [module for module in model.modules() if isinstance(module, SelfAttention)]
     handles = [module.register_forward_pre_hook(look) for module in attentions]
@@ -88,22 +93,22 @@ def _compare(
     module: SelfAttention,
     x: Tensor,
     context: AttentionContext,
-    forms: Mapping[str, ModelConfig],
-    contexts: Mapping[str, AttentionContext],
+    forms: Mapping[str, tuple[ModelConfig, AttentionContext]],
+    window: Window | None,
 ) -> dict[str, Tensor | None]:
-    """(R, H) of one layer, by name."""
+    """(R, H) of one layer, by name. window: of the model, also where this layer is one without."""
     causal = module.form.causal
     q, k, v = (t.transpose(1, 2) for t in module.project(x, context))
     length = q.shape[2]
     at = torch.arange(length, device=q.device)
-    first, window = None, module.form.window
+    first = None
     if causal and window is not None:
         first = ((at // window.segment_length - window.segments + 1) * window.segment_length).clamp(min=0)
     exact = exact_attention(q, k, v, causal=causal, window=first)
     mean = v.cumsum(2) / (at + 1)[:, None] if causal else v.mean(2, keepdim=True).expand_as(v)
     out: dict[str, Tensor | None] = {"error " + MEAN_OF_V: _relative(mean, exact.output)}
-    for name, config in forms.items():
-        result = run_form(module, config, q, k, v, contexts[name])
+    for name, (config, shared) in forms.items():
+        result = run_form(module, config, q, k, v, shared)
         out["error " + name] = _relative(result, exact.output)
     matrix = uniform = None
     if q.shape[1] * length * length <= BUDGET:

@@ -57,9 +57,10 @@ def _layers(figures: Figures) -> Table:
     titles = {"matrix": "error of the matrix", "matrix_uniform": "of the uniform matrix"}
     titles |= {"entropy": "entropy, nats", "entropy_share": "share of log n", "near": "mass in the window"}
     columns |= {title: mean.mean(1) for name, title in titles.items() if (mean := figures.mean(name)) is not None}
+    names = figures.config.attention_by_layer
     rows = [
         [
-            f"layer {layer + 1}",
+            f"layer {layer + 1}" + ("" if isinstance(figures.config.attention, str) else f" ({names[layer]})"),
             *(float(values[layer]) for values in columns.values()),
             *_with_interval(figures.changes[f"exact_layer_{layer + 1}"]),
         ]

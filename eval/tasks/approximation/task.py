@@ -19,7 +19,7 @@ import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from data_pipeline.batches.masking import Masking
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
-from eval.shared.forms import changed, with_attention
+from eval.shared.forms import changed, settings_read, with_attention
 from eval.shared.progress import Progress
 from eval.subject import Subject, batches
 from eval.tasks.approximation import ApproximationSettings
@@ -40,7 +40,7 @@ from eval.tasks.approximation.figures import Figures
 from eval.tasks.approximation.observe import observe
 from eval.tasks.approximation.summary import summarize
 from eval.tasks.approximation.variants import SWEPT, TRAINED, Variant, by_layer, defaults, sweeps, whole
-from pretrain.model.attention.registry import form_of
+from pretrain.model.attention.registry import forms_of
 from pretrain.model.transformer import NystromformerLM
 
 VERSION = 2
@@ -51,24 +51,20 @@ PART_TOKENS = 1024
 def resolve(subject: Subject, settings: ApproximationSettings) -> ApproximationSettings:
     """The window and what is varied filled in; raises :class:`UserError` for a model that approximates nothing."""
     config = subject.loaded.model_config
-    form = form_of(config)
-    match form.far:
-        case "approximate":
-            pass
-        case "exact" | "unseen" as far:
-            what = "computes exact attention" if far == "exact" else "sees its window and nothing beyond it"
-            raise UserError(
-                f"suite approximation compares approximate with exact attention, and this model (attention: "
-                f"{config.attention}) {what}: there is nothing to approximate. `efficiency` and `lm` measure it"
-            )
-        case _:
-            assert_never(form.far)
+    far = {form.far for form in forms_of(config).values()}
+    if "approximate" not in far:
+        words = {"exact": "computes exact attention", "unseen": "sees its window and nothing beyond it"}
+        what = " or ".join(words[kind] for kind in sorted(far))
+        raise UserError(
+            f"suite approximation compares approximate with exact attention, and this model (attention: "
+            f"{config.attention_label}) {what}: there is nothing to approximate. `efficiency` and `lm` measure it"
+        )
     for name, key in SWEPT.items():
-        if getattr(settings, name) and key not in form.settings:
+        if getattr(settings, name) and key not in settings_read(config):
             option, kind = f"--{name.replace('_', '-')}", "masked" if subject.causal else "causal"
-            if key in form_of(changed(config, {"objective": "mlm" if subject.causal else "clm"})).settings:
+            if key in settings_read(changed(config, {"objective": "mlm" if subject.causal else "clm"})):
                 raise UserError(f"{option} is for {kind} models, and this one is not")
-            raise UserError(f"{option} has no effect: attention {config.attention} does not read {key}")
+            raise UserError(f"{option} has no effect: attention {config.attention_label} does not read {key}")
     if settings.inverse_steps and not config.landmark_inverse:
         raise UserError("--inverse-steps has no effect: the model was trained without the inverse")
     length = subject.check_length(settings.length or subject.trained_length, "--length")

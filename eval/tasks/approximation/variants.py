@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.shared.forms import EXACT, POOLED, WINDOW
+from eval.shared.forms import EXACT, POOLED, WINDOW, settings_read
 from eval.tasks.approximation import ApproximationSettings
-from pretrain.model.attention.registry import form_of
 from pretrain.model.config import ModelConfig
 
 TRAINED = "trained"
@@ -18,7 +17,8 @@ SWEPT = {
     "landmarks": "num_landmarks",
     "inverse_steps": "inverse_iterations",
 }
-"""By the name of this suite's setting, the key of the model's configuration that it varies, where the form reads it."""
+"""By the name of this suite's setting, the key of the model's configuration that it varies, where the form of
+some layer reads it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def whole(config: ModelConfig) -> list[Variant]:
     causal = config.objective == "clm"
     tokens = config.segment_length * (config.window_segments if causal else 2 * config.window_segments - 1)
     found = [Variant(TRAINED, "as trained", {}, compared=True), Variant("exact", "exact softmax", EXACT)]
-    if config.landmark_inverse and "landmark_inverse" in form_of(config).settings:
+    if config.landmark_inverse and "landmark_inverse" in settings_read(config):
         found.append(Variant("pooled", "landmarks without the inverse", POOLED, compared=True))
     # A masked Nystrom model has no window of its own: the loss alone shows how near the text is that it needs.
     found.append(Variant("window", f"window of {tokens} tokens alone", WINDOW, compared=causal))
@@ -73,7 +73,7 @@ def sweeps(config: ModelConfig, settings: ApproximationSettings) -> list[Variant
 
 def swept(config: ModelConfig, settings: ApproximationSettings) -> dict[str, Sequence[int]]:
     """By the name of the model's setting, the values to try, the model's own among them."""
-    read = form_of(config).settings
+    read = settings_read(config)
     wanted = {key: getattr(settings, name) for name, key in SWEPT.items() if key in read}
     return {key: sorted({*tried, getattr(config, key)}) for key, tried in wanted.items() if tried}
 
@@ -90,4 +90,4 @@ def defaults(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "window_sizes": tuple(sorted({1, w, w + 1, 2 * w})),
         "landmarks": around(config.num_landmarks, 1),
     }
-    return {name: values for name, values in found.items() if SWEPT[name] in form_of(config).settings}
+    return {name: values for name, values in found.items() if SWEPT[name] in settings_read(config)}

@@ -82,7 +82,7 @@ def machine(subject: Subject) -> str:
 def run(subject: Subject, settings: EfficiencySettings, parts: Parts) -> Outcome:
     """Measure, in a single part: several processes at work would disturb each other."""
     config = subject.loaded.model_config
-    own = f"as trained ({config.attention})"
+    own = f"as trained ({config.attention_label})"
     forms: dict[str, dict[str, Any]] = {own: {}, "exact softmax": EXACT, "window alone": WINDOW}
     forms = {name: changes for name, changes in forms.items() if changes.get("attention") != config.attention}
     found = parts.one("timing", lambda: measure(subject, settings, forms))

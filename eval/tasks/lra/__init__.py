@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.sources.reading import Quotes
 from eval.task import ModuleTask, Row, Settings, quotes_field, register
-from pretrain.model.attention.registry import FORMS
+from pretrain.model.attention.registry import pattern_of
 
 PUBLISHED = "left out: as published for the dataset"
 
@@ -47,8 +47,8 @@ class LRASettings(Settings):
     networks: tuple[str, ...] = Field(
         ("softmax", "nystrom"),
         min_length=1,
-        description="networks trained side by side, by their form of attention; softmax has no convolution, as "
-        "published, and softmax-conv has it",
+        description="networks trained side by side, by their form of attention, a pattern by layer as window/nystrom; "
+        "softmax has no convolution, as published, and softmax-conv has it",
     )
     hidden_size: int = Field(64, ge=2, description="width of the network")
     layers: int = Field(2, ge=1, description="of the network")
@@ -74,7 +74,10 @@ class LRASettings(Settings):
     @field_validator("networks")
     @classmethod
     def _known_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name if name == "softmax-conv" else FORMS.check(name) for name in networks)
+        for name in networks:
+            if name != "softmax-conv":
+                pattern_of(name)
+        return networks
 
     @model_validator(mode="after")
     def _check(self) -> LRASettings:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from eval.tasks.lra import LRASettings
 from pretrain.model.attention.layout import Layout
+from pretrain.model.attention.registry import pattern_of
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import NystromformerLM, build_model
 
@@ -22,7 +23,7 @@ def model_config(settings: LRASettings, attention: str, vocabulary: int, longest
     """
     return ModelConfig(
         objective="mlm",
-        attention="softmax" if attention == "softmax-conv" else attention,
+        attention=pattern_of("softmax" if attention == "softmax-conv" else attention),
         vocab_size=vocabulary,
         hidden_size=settings.hidden_size,
         num_layers=settings.layers,

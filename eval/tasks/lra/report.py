@@ -110,7 +110,7 @@ def deviations(settings: LRASettings) -> list[str]:
         for name, value in expected.items()
         if getattr(settings, name) != value
     ]
-    if "nystrom" in settings.networks and settings.num_landmarks not in LANDMARKS:
+    if any("nystrom" in name.split("/") for name in settings.networks) and settings.num_landmarks not in LANDMARKS:
         found.append(f"num_landmarks {settings.num_landmarks} (published {', '.join(map(str, LANDMARKS))})")
     return found
 
@@ -137,7 +137,7 @@ def _note(settings: LRASettings, dataset: Dataset) -> str:
 
 
 def _key(name: str) -> str:
-    return name.replace("-", "_")
+    return name.replace("-", "_").replace("/", "_")
 
 
 def _metric(records: list[dict[str, Any]], estimator: Estimator) -> Metric:

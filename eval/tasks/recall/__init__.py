@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from eval.task import ModuleTask, Settings, register
-from pretrain.model.attention.registry import FORMS
+from pretrain.model.attention.registry import pattern_of
 
 KEY = "{key}"
 
@@ -23,7 +23,8 @@ class RecallSettings(Settings):
     attention: tuple[str, ...] = Field(
         ("own",),
         min_length=1,
-        description="forms of attention set side by side, by their names; own: as the checkpoint was trained",
+        description="forms of attention set side by side, by their names, a pattern by layer as window/window/nystrom; "
+        "own: as the checkpoint was trained",
     )
     train_steps: int = Field(
         0, ge=0, description="also after so many steps of training on the task; 0: the checkpoint as it is, only"
@@ -47,7 +48,10 @@ class RecallSettings(Settings):
     @field_validator("attention")
     @classmethod
     def _known_forms(cls, forms: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(form if form == "own" else FORMS.check(form) for form in forms)
+        for form in forms:
+            if form != "own":
+                pattern_of(form)
+        return forms
 
     @model_validator(mode="after")
     def _distinct(self) -> RecallSettings:

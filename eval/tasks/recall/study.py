@@ -66,7 +66,7 @@ def study(subject: Subject, settings: RecallSettings, kind: Kind, parts: Parts) 
         if form not in models:
             models[form] = subject.model
             if form != OWN:
-                models[form] = with_attention(subject.model, {"attention": form}, fresh=True)
+                models[form] = with_attention(subject.model, {"attention": known[form].attention}, fresh=True)
         return models[form]
 
     def look(form: str, number: int, cell: Cell) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _trained(
         longest=settings.train_length,
         precision=settings.precision,
     )
-    curve = train(network, kind, recipe, seed, f"{config.attention}, seed {seed}")
+    curve = train(network, kind, recipe, seed, f"{config.attention_label}, seed {seed}")
     scored = [items(network, held_out(kind, n, settings), controls=False) for n in range(len(kind.cells))]
     return {"curve": curve, "items": scored}
 

@@ -9,6 +9,7 @@ its architecture can do, more than what pretraining made of it.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from typing import Any, TypeVar
 
 from data_pipeline.errors import UserError
@@ -26,7 +27,7 @@ from eval.tasks.recall.study import study
 from eval.tasks.recall.train import default_lr
 from eval.tasks.recall.vocabulary import Text, symbols
 from pretrain.model.attention.form import Far
-from pretrain.model.attention.registry import form_of
+from pretrain.model.attention.registry import forms_of
 
 VERSION = 2
 # What without training on the task changes no number: left at its default, so that any two models have it alike.
@@ -134,6 +135,14 @@ _FARTHER: dict[Far, str] = {
 }
 
 
+_WHOLE: dict[Far, str] = {
+    "approximate": "all tokens through landmarks",
+    "unseen": "some tokens only",
+    "exact": "all tokens exactly",
+}
+"""What a layer without a window sees."""
+
+
 def _note(subject: Subject, settings: RecallSettings, kind: Kind, window: int | None) -> str:
     """What a reader of the numbers must know about this model and these rows."""
     whole, config = subject.trained_length, subject.loaded.model_config
@@ -143,14 +152,19 @@ def _note(subject: Subject, settings: RecallSettings, kind: Kind, window: int | 
         parts.append(
             f"Rows of {', '.join(map(str, longer))} tokens are longer than the {whole} that the model was trained on."
         )
-    form = form_of(config)
-    if form.window is not None:
-        least, most = (form.window.segments - 1) * form.window.segment_length + 1, window
-        parts.append(f"Each layer sees the {least} to {most} nearest tokens exactly{_FARTHER[form.far]}.")
+    layers = Counter(config.attention_by_layer)
+    for name, form in forms_of(config).items():
+        if form.window is not None:
+            size = form.window.segment_length
+            least, most = (form.window.segments - 1) * size + 1, form.window.segments * size
+            who = "Each layer" if len(layers) == 1 else f"{name} ({layers[name]} of {config.num_layers} layers)"
+            parts.append(f"{who} sees the {least} to {most} nearest tokens exactly{_FARTHER[form.far]}.")
+        elif len(layers) > 1:
+            parts.append(f"{name} ({layers[name]} of {config.num_layers} layers) sees {_WHOLE[form.far]}.")
     if len(named_forms(config, settings.attention)) > 1:
         parts.append(
             "Forms other than the model's own have the same weights, which were not trained for them; "
-            f"own: {config.attention}."
+            f"own: {config.attention_label}."
         )
     if settings.train_steps:
         start = "the checkpoint" if settings.start == "checkpoint" else "random weights"

@@ -16,8 +16,9 @@ from data_pipeline.errors import UserError
 from eval.shared.scoring import rows_of
 from eval.subject import Subject
 from eval.tasks.validity import ValiditySettings
+from pretrain.model.attention.form import Form
 from pretrain.model.attention.layout import Layout
-from pretrain.model.attention.registry import form_of
+from pretrain.model.attention.registry import forms_of
 
 Precision = Literal["fp32", "bf16"]
 
@@ -181,15 +182,16 @@ def share(value: Tensor | float, scale: float) -> float:
 def structure_length(subject: Subject) -> int:
     """Tokens enough for the approximate part of the attention to take part, with a last segment that is not whole."""
     config = subject.loaded.model_config
-    form = form_of(config)
-    if form.exact_up_to is None:
-        length = 128
-    elif form.window is not None:
-        length = form.window.segment_length * (form.window.segments + 4) + form.window.segment_length // 2
-    else:
-        length = 3 * form.exact_up_to + 5
-    length = max(length, 64)
+    length = max(64, *(_length_for(form) for form in forms_of(config).values()))
     return min(length, config.max_positions) if config.positions == "learned" else length
+
+
+def _length_for(form: Form) -> int:
+    if form.exact_up_to is None:
+        return 128
+    if form.window is not None:
+        return form.window.segment_length * (form.window.segments + 4) + form.window.segment_length // 2
+    return 3 * form.exact_up_to + 5
 
 
 def probed_length(subject: Subject, scored: int = 0) -> int:
@@ -201,8 +203,8 @@ def probed_length(subject: Subject, scored: int = 0) -> int:
 
 def positions_at_edges(subject: Subject, length: int) -> list[int]:
     """Positions t < length - 1 on both sides of the edges of segments and of powers of two, ascending."""
-    window = form_of(subject.loaded.model_config).window
-    step = max(length // 8, 1) if window is None else window.segment_length
+    windows = (form.window for form in forms_of(subject.loaded.model_config).values())
+    step = min((window.segment_length for window in windows if window is not None), default=max(length // 8, 1))
     powers = [2**i for i in range(3, length.bit_length())]
     edges = {e + side for e in [*range(0, length, step), *powers] for side in (-2, -1, 0, 1)}
     return sorted(t for t in {0, *edges, length - 2} if 0 <= t < length - 1)

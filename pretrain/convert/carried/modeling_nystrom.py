@@ -84,7 +84,7 @@ class NystromModel(NystromPreTrainedModel):
         super().__init__(config)
         self.network = config.model_config()
         self.embeddings = Embeddings(self.network, config.vocab_size)
-        self.layers = nn.ModuleList(Block(self.network) for _ in range(self.network.num_layers))
+        self.layers = nn.ModuleList(Block(self.network.of_layer(i)) for i in range(self.network.num_layers))
         self.norm = None
         if self.network.norm == "pre":
             self.norm = nn.LayerNorm(self.network.hidden_size, eps=self.network.norm_eps)
@@ -157,8 +157,9 @@ class NystromModel(NystromPreTrainedModel):
         self, input_ids: Tensor, layout: Layout, cache: DecodingCache | None, states: list[Tensor] | None
     ) -> Tensor:
         x = self.embeddings(input_ids, layout, self.network.trained_positions)
-        context = AttentionContext.build(self.network, layout, x.device, x.dtype, None if cache is None else cache.plan)
-        for number, layer in enumerate(self.layers):
+        plans = None if cache is None else cache.plans
+        contexts = AttentionContext.by_layer(self.network, layout, x.device, x.dtype, plans)
+        for number, (layer, context) in enumerate(zip(self.layers, contexts, strict=True)):
             if states is not None:
                 states.append(x)
             if self.gradient_checkpointing and self.training:

@@ -73,7 +73,7 @@ class FromHF(Command):
             return 0
         print(
             f"{args.out}: {model.objective} of {model.num_layers} layers of {model.hidden_size}, attention "
-            f"{model.attention}, up to {converted.length:,} tokens, from {args.source} ({source.name}); "
+            f"{model.attention_label}, up to {converted.length:,} tokens, from {args.source} ({source.name}); "
             f"weights {digest[:12]}"
         )
         for line in [*in_words(converted.entries), *(f"note: {note}" for note in converted.notes)]:

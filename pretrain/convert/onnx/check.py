@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_pipeline.errors import UserError
-from pretrain.model.attention.registry import form_of
+from pretrain.model.attention.registry import forms_of
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import NystromformerLM
 
@@ -56,7 +56,8 @@ def batches(config: ModelConfig, seed: int = 0) -> Iterator[Batch]:
     """Batches of 1 to 4 rows of random tokens, on both sides of the length where landmarks begin, padded left and
     right, one of a single token and one with an empty row."""
     assert config.vocab_size is not None
-    limit = form_of(config).exact_up_to or 64
+    limits = {form.pooled_to is not None: form.exact_up_to for form in forms_of(config).values() if form.exact_up_to}
+    limit = limits.get(True) or limits.get(False) or 64
     most = config.max_positions if config.positions == "learned" else 2**31
     rows = [[1], [limit], [limit + 1], [3 * limit], [5 * limit + 3, 0, limit + 1, limit], [2 * limit + 1, 1, limit - 1]]
     generator = torch.Generator().manual_seed(seed)

@@ -70,7 +70,8 @@ def write_model(model: NystromformerLM, path: Path, *, dtype: str = "fp32", head
         except torch.onnx.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise UserError(
-                f"the exporter of torch {torch.__version__} cannot trace attention: {model.config.attention}: {reason}"
+                f"the exporter of torch {torch.__version__} cannot trace attention: {model.config.attention_label}: "
+                f"{reason}"
             ) from None
         assert program is not None
         _forget_sources(program.model)

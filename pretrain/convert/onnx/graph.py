@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from pretrain.model.attention.form import Form, Given
 from pretrain.model.attention.layout import Layout, Partition, Rectangle, Segments, even_segments
-from pretrain.model.attention.registry import form_of
+from pretrain.model.attention.pattern import written
+from pretrain.model.attention.registry import forms_of
 from pretrain.model.attention.softmax import softmax_attention
 from pretrain.model.compute import at_least_float32
 from pretrain.model.config import ModelConfig
@@ -44,11 +45,22 @@ def check_traceable(config: ModelConfig) -> None:
             "whole text again for every new token. Besides, the tiles that causal landmarks and windows are computed "
             "in follow from the text's length in Python"
         )
-    if "inverse_init" in form_of(config).settings and config.landmark_inverse and config.inverse_init != "block":
+    if len(_limits(config)) > 1:
+        raise UserError(
+            f"attention {written(config.attention)} has no ONNX export: the landmarks of its forms begin at different "
+            "lengths, and the graph selects short rows once for all layers"
+        )
+    read = {key for form in forms_of(config).values() for key in form.settings}
+    if "inverse_init" in read and config.landmark_inverse and config.inverse_init != "block":
         raise UserError(
             f"inverse_init: {config.inverse_init} has no ONNX export: what a text gets then depends on the other texts "
             "of its batch, and the model's own batches are cut by length"
         )
+
+
+def _limits(config: ModelConfig) -> set[int]:
+    """Up to how many tokens the layers with landmarks have exact attention; 0 where a form never has."""
+    return {form.exact_up_to or 0 for form in forms_of(config).values() if form.pooled_to}
 
 
 class ShortRows(NamedTuple):
@@ -185,8 +197,7 @@ class TracedEncoder(nn.Module):
             assert isinstance(layer, Block)
             layer.attention.form = TracedForm(layer.attention.form)
         self.has_head = head
-        form = form_of(model.config)
-        self.exact_up_to = form.exact_up_to if form.pooled_to and form.exact_up_to else 0
+        self.exact_up_to = max(_limits(model.config), default=0)
         # Beyond a table of learned positions the model raises. In the graph the index of the row is out of bounds.
         self.most = model.config.max_positions if model.config.positions == "learned" else UNBOUNDED
 

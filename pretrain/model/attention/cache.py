@@ -64,7 +64,7 @@ class LayerCache(ABC):
 
 
 class Cache(ABC):
-    """What a form keeps of texts of up to some length, for one layer and the same in all of them."""
+    """What a form keeps of texts of up to some length, for one layer and the same in all layers of that form."""
 
     @abstractmethod
     def prompts(self, starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Any:

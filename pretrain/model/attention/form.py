@@ -1,8 +1,8 @@
 """What a form of attention is: the parts that the model, decoding, planning and the evaluation ask it for.
 
 Nobody matches on a form's name. Whoever needs to know something of a form asks an object of its class, made for a
-model's configuration by :func:`pretrain.model.attention.registry.form_of`. A form that lacks a part is refused when it
-is registered: a part that is missed would else run as another form's.
+model's configuration by :func:`pretrain.model.attention.registry.form_of`, or by ``forms_of`` where layers differ. A
+form that lacks a part is refused when it is registered: a part that is missed would else run as another form's.
 
 This module imports no torch when it is loaded: the registry is read while a configuration is parsed.
 """

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.registry import Registry
 from pretrain.model.attention.form import PARTS, Form
+from pretrain.model.attention.pattern import Attention, shortest
 
 if TYPE_CHECKING:
     from pretrain.model.config import ModelConfig
@@ -17,6 +18,20 @@ if TYPE_CHECKING:
 FORMS: Registry[Form] = Registry("form of attention", "pretrain.model.attention.forms", Form, PARTS, lazy=True)
 
 
+def pattern_of(word: str) -> Attention:
+    """A form's name, or the names of a pattern as one word: ``window/window/nystrom``. Raises ``ValueError`` for an
+    unknown name, with the known ones."""
+    return shortest([FORMS.check(name) for name in word.split("/")])
+
+
 def form_of(config: ModelConfig) -> Form:
-    """The form of a model. Raises as :meth:`Registry.get`."""
+    """The form of a model, or of a layer, with one form; of one with several ask :func:`forms_of`, or
+    ``config.of_layer``. Raises as :meth:`Registry.get`."""
+    if not isinstance(config.attention, str):
+        raise ValueError(f"attention {config.attention} is a pattern: ask a layer for its form")
     return FORMS.get(config.attention)(config)
+
+
+def forms_of(config: ModelConfig) -> dict[str, Form]:
+    """The forms that a model's layers have, by name, in the order of their first layers; usually one."""
+    return {name: FORMS.get(name)(config) for name in dict.fromkeys(config.attention_by_layer)}

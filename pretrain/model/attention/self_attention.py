@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from pretrain.model.attention.cache import DecodingStep, LayerCache
 from pretrain.model.attention.form import Form, Given, Rotary
 from pretrain.model.attention.layout import Layout, Partition, Rectangle
-from pretrain.model.attention.registry import form_of
+from pretrain.model.attention.registry import form_of, forms_of
 from pretrain.model.compute import at_least_float32
 from pretrain.model.conv import skip_convolution
 from pretrain.model.positions import RotaryTable, apply_rotary, rotary_table
@@ -31,7 +32,7 @@ def _say_exact(name: str, longest: int, limit: int | None) -> None:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all layers share for one batch: which tokens attend to which, and the rotary tables."""
+    """What all layers of one form share for one batch: which tokens attend to which, and the rotary tables."""
 
     partition: Partition
     rotary: RotaryTable | None
@@ -49,12 +50,32 @@ class AttentionContext:
         dtype: torch.dtype,
         plan: Any = None,
     ) -> AttentionContext:
-        """Once per batch. dtype: the weights'; tables are float32, or float64 for a float64 model."""
-        form = form_of(config)
-        rotary = None
-        if config.positions == "rotary":
-            angles = partial(_table, config, dtype=dtype)
-            rotary = Rotary(angles(layout.positions(device)), angles)
+        """Once per batch, for layers of one form. dtype: the weights'; tables are float32, or float64 for a float64
+        model."""
+        return cls._of(form_of(config), layout, _rotary(config, layout, device, dtype), device, plan)
+
+    @classmethod
+    def by_layer(
+        cls,
+        config: ModelConfig,
+        layout: Layout,
+        device: torch.device,
+        dtype: torch.dtype,
+        plans: Mapping[str, Any] | None = None,
+    ) -> tuple[AttentionContext, ...]:
+        """Once per batch: one for each layer, the same object for layers of one form. plans: by the name of the form,
+        where a decoding cache has them."""
+        rotary = _rotary(config, layout, device, dtype)
+        contexts = {
+            name: cls._of(form, layout, rotary, device, None if plans is None else plans[name])
+            for name, form in forms_of(config).items()
+        }
+        return tuple(contexts[name] for name in config.attention_by_layer)
+
+    @classmethod
+    def _of(
+        cls, form: Form, layout: Layout, rotary: Rotary | None, device: torch.device, plan: Any
+    ) -> AttentionContext:
         shared = form.prepare(layout, rotary, device, plan)
         table = None if rotary is None else rotary.table
         if isinstance(plan, DecodingStep):  # nothing is taken apart: the cache itself attends
@@ -66,6 +87,13 @@ class AttentionContext:
         return cls(layout.partition(device, causal=form.causal, num_landmarks=form.pooled_to), table, shared, plan)
 
 
+def _rotary(config: ModelConfig, layout: Layout, device: torch.device, dtype: torch.dtype) -> Rotary | None:
+    if config.positions != "rotary":
+        return None
+    angles = partial(_table, config, dtype=dtype)
+    return Rotary(angles(layout.positions(device)), angles)
+
+
 def _table(config: ModelConfig, positions: Tensor, *, dtype: torch.dtype) -> RotaryTable:
     return rotary_table(
         positions, config.head_dim, config.rope_theta, at_least_float32(dtype), scale=config.rope_position_scale
@@ -73,7 +101,7 @@ def _table(config: ModelConfig, positions: Tensor, *, dtype: torch.dtype) -> Rot
 
 
 class SelfAttention(nn.Module):
-    """(B, N, hidden) -> (B, N, hidden), by the form that the configuration names.
+    """(B, N, hidden) -> (B, N, hidden), by the one form that its configuration names (``ModelConfig.of_layer``).
 
     The convolution's weight and what the form itself learns are parameters of this module, not of submodules. How often
     the attention function runs depends on the batch's layout, and ZeRO-3 must gather weights equally often on every

@@ -72,6 +72,18 @@ def test_a_null_loss_is_a_gap_in_the_line(tmp_path: Path) -> None:
     assert (row.figures[0].text, row.hint) == ("3.100", "on shards/valid")
 
 
+def test_a_pattern_by_layer_is_named_with_its_numbers_of_layers(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    text = (run / "config.yaml").read_text()
+    for given, shown in (
+        ("[window, nystrom], num_layers: 3", "window x2 + nystrom x1"),
+        ("[window, nystrom]", "[window, nystrom]"),  # how many layers is not known
+        ("softmax", "softmax"),
+    ):
+        (run / "config.yaml").write_text(text.replace("attention: nystrom", f"attention: {given}"))
+        assert rows_of(facts([read_run(run)]))["Attention"].figures[0].text == shown
+
+
 def test_scores_of_earlier_weights_say_so(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     model = ModelInfo("old", "run", "clm", "nystrom", 1234567, 4000)

@@ -15,6 +15,7 @@ from benchmarks.attention_ablation.forms import configure, select
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from eval.results.parts import Parts
+from eval.shared.forms import window_tokens
 from eval.tasks.approximation import ApproximationSettings
 from eval.tasks.approximation import task as approximation
 from eval.tasks.efficiency import EfficiencySettings
@@ -25,7 +26,7 @@ from eval.tasks.recall import task as recall
 from eval.tasks.validity import ValiditySettings
 from eval.tasks.validity import checks as validity
 from pretrain.config import parse_config
-from pretrain.model.attention.registry import FORMS
+from pretrain.model.attention.registry import FORMS, pattern_of
 from pretrain.planning import cli
 
 MQAR: dict[str, Any] = {"lengths": (48,), "pairs": (2,), "rows": 2, "symbols": 32}
@@ -37,10 +38,11 @@ def known() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("attention", ["near", "sink"])
+@pytest.mark.parametrize("attention", ["near", "sink", "window/nystrom"])
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_the_gate_passes_it(export: Callable[..., Path], shards: ShardSet, attention: str, objective: str) -> None:
-    subject = subject_of(export(f"{attention}-{objective}", attention=attention, objective=objective), shards)
+    name = f"{attention.replace('/', '-')}-{objective}"
+    subject = subject_of(export(name, attention=pattern_of(attention), objective=objective), shards)
     outcome = validity.run(subject, ValiditySettings(positions=16))
     rows = {row[0]: row[3] for row in outcome.tables[0].rows}
     assert all(rows.values()), rows
@@ -98,13 +100,52 @@ def test_efficiency_measures_it_with_its_own_cache(export: Callable[..., Path], 
     assert memory[24, "as trained (near)"] == memory[64, "as trained (near)"] < memory[64, "exact softmax"]
 
 
+def test_a_pattern_is_met_layer_by_layer(export: Callable[..., Path], shards: ShardSet) -> None:
+    """By recall, as a variant and as the model's own; by approximation, efficiency, and what results say of it."""
+    pattern = export("pattern", attention=["nystrom", "softmax"], objective="clm", landmark_inverse=True)
+    subject = subject_of(pattern, shards)
+    assert subject.info().attention == "nystrom x1 + softmax x1"
+    assert window_tokens(subject.loaded.model_config) is None
+
+    settings = recall.resolve(subject, MQARSettings(**MQAR, attention=("softmax/nystrom", "nystrom/softmax")))
+    outcome = recall.run(subject, settings, Parts())
+    cells = [str(name) for table in outcome.tables for row in table.rows for name in row]
+    assert any("softmax/nystrom" in cell for cell in cells)
+    assert not any("nystrom/softmax" in cell for cell in cells)  # that is its own
+    notes = " ".join(table.note for table in outcome.tables)
+    assert "nystrom (1 of 2 layers) sees the 9 to 16 nearest tokens exactly, those farther back through" in notes
+    assert "softmax (1 of 2 layers) sees all tokens exactly." in notes
+    assert "own: nystrom x1 + softmax x1." in notes
+
+    settings = approximation.resolve(subject, ApproximationSettings(length=44, max_tokens=88, window_sizes=(1,)))
+    outcome = approximation.run(subject, settings, Parts())
+    layers = {row[0]: row[1] for row in outcome.tables[1].rows}
+    assert layers["layer 1 (nystrom)"] > 0.01
+    assert layers["layer 2 (softmax)"] < 1e-5
+    both = [window for grid in outcome.grids if grid.name.endswith("inside the window") for window in grid.values]
+    assert len(both) == 2
+    near = subject_of(export("pattern-near", attention=["near", "softmax"], objective="clm"), shards)
+    words = r"attention: near x1 \+ softmax x1\) computes exact attention or sees its window"
+    with pytest.raises(UserError, match=words):
+        approximation.resolve(near, ApproximationSettings(length=44, max_tokens=88))
+
+    asked = EfficiencySettings(lengths=(24, 64), rounds=2, precision="fp32", decode_tokens=4)
+    outcome = efficiency.run(subject, efficiency.resolve(subject, asked), Parts())
+    memory = {row[1]: row[9] for row in outcome.tables[1].rows if row[0] == 64}
+    assert memory["window alone"] < memory["as trained (nystrom x1 + softmax x1)"] != memory["exact softmax"]
+
+
 def test_the_ablation_knows_it() -> None:
     base = configure({"objective": "clm", "vocab_size": 31, "hidden_size": 16, "num_heads": 2}, "model")
     assert [variant.config.attention for variant in select(["near", "sink+conv-none"], base)] == ["near", "sink"]
+    (pattern,) = select(["near/sink/near/sink+conv-none"], base)
+    assert (pattern.config.attention, pattern.config.conv_kernel) == (("near", "sink"), 0)
 
 
-@pytest.mark.parametrize("attention", ["near", "sink"])
-def test_it_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str], attention: str) -> None:
+@pytest.mark.parametrize(
+    ("attention", "words"), [("near", "near"), ("sink", "sink"), (["near", "near", "sink"], "near x3 + sink x1")]
+)
+def test_it_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str], attention: Any, words: str) -> None:
     model = {"attention": attention, "vocab_size": 300, "hidden_size": 32, "num_layers": 4, "num_heads": 2}
     values = {
         "name": "planned", "model": {"objective": "clm", "segment_length": 16, **model}, "data": {"train": "not/there"},
@@ -114,4 +155,4 @@ def test_it_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str], atten
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     assert cli.main(["--config", str(path), "--gpus", "2", "--gpu-memory", "80", "--gpu", "H100"]) in (0, None)
-    assert f"a causal {attention} model" in capsys.readouterr().out
+    assert f"a causal {words} model" in capsys.readouterr().out

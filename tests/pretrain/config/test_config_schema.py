@@ -69,7 +69,9 @@ def test_every_shipped_configuration_is_valid(path: Path, loader: type[yaml.Safe
 
 def test_what_a_run_writes_itself_is_valid() -> None:
     many = {"train": [{"path": "a", "weight": 1}, {"path": "b", "weight": 2.5}]}
-    config = parse_config(minimal(data=many, callbacks=["my.module:Class", {"call": "m:C", "settings": {"x": 1}}]))
+    model = {"attention": ["window", "nystrom"]}
+    callbacks = ["my.module:Class", {"call": "m:C", "settings": {"x": 1}}]
+    config = parse_config(minimal(data=many, callbacks=callbacks, model=model))
     assert list(VALIDATOR.iter_errors(yaml.safe_load(config.to_yaml()))) == []
     assert list(VALIDATOR.iter_errors(minimal(data=many, callbacks=["my.module:Class"]))) == []
 
@@ -80,6 +82,8 @@ def test_what_a_run_writes_itself_is_valid() -> None:
         ({"objective": "clm"}, ()),  # belongs into model
         ({"model": {"hidden_sise": 64}}, ("model",)),
         ({"model": {"attention": "nystrm"}}, ("model", "attention")),
+        ({"model": {"attention": []}}, ("model", "attention")),
+        ({"model": {"attention": ["window", "nystrm"]}}, ("model", "attention")),
         ({"model": {"hidden_size": 0}}, ("model", "hidden_size")),
         ({"model": {"landmark_inverse": "yes please"}}, ("model", "landmark_inverse")),
         ({"optimizer": {"kind": "sgd"}}, ("optimizer", "kind")),
@@ -136,7 +140,8 @@ def test_each_key_is_described_as_in_the_reference() -> None:
         assert node["description"].startswith(keys[name].meaning), name
         if keys[name].default not in ("required", "its defaults") and not keys[name].is_map:
             assert "default" in node or keys[name].default in node["description"], name
-    assert found["model.attention"]["enum"] == list(FORMS.names())
+    one, pattern = found["model.attention"]["anyOf"]
+    assert one["enum"] == pattern["items"]["enum"] == list(FORMS.names())
     assert found["optimizer.kind"]["enum"] == list(KINDS.names())
     assert found["checkpoint.every_tokens"]["description"].endswith("If left out: by `every_minutes`.")
     assert found["optimizer.lr"]["default"] == 0.001

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from form_case import REGISTERED, config
+from form_case import EVERY, config
 
 from pretrain.convert.code import carried_code, file_name
 from pretrain.model.config import ModelConfig
@@ -18,7 +18,7 @@ from pretrain.model.config import ModelConfig
 ALLOWED = {"torch", "transformers", "numpy", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize(("attention", "objective"), REGISTERED)
+@pytest.mark.parametrize(("attention", "objective"), EVERY)
 def test_every_file_imports_what_is_there_and_nothing_of_the_project(attention: str, objective: str) -> None:
     files = carried_code(config(attention=attention, objective=objective))
     assert {"modeling_nystrom.py", "configuration_nystrom.py", "config.py"} <= set(files)

@@ -17,6 +17,7 @@ from pretrain.convert.folder import cast
 BLOCKS = [
     {"objective": "clm"},
     {"objective": "clm", "landmark_inverse": True, "learn_landmark_query": True, "tie_embeddings": False},
+    {"objective": "clm", "landmark_inverse": True, "attention": ["nystrom", "softmax"]},
     {"objective": "mlm", "norm": "post", "positions": "learned"},
 ]
 

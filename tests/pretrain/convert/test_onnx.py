@@ -66,7 +66,13 @@ class TorchSession:
 
 
 @pytest.mark.parametrize(
-    ("changes", "limit"), [({}, 11), ({"landmark_inverse": False}, 6), ({"attention": "softmax"}, 64)]
+    ("changes", "limit"),
+    [
+        ({}, 11),
+        ({"landmark_inverse": False}, 6),
+        ({"attention": "softmax"}, 64),
+        ({"attention": ["window", "nystrom"]}, 11),
+    ],
 )
 def test_batches_lie_on_both_sides_of_where_landmarks_begin(changes: dict[str, Any], limit: int) -> None:
     batches = list(check.batches(config(objective="mlm", **changes)))
@@ -352,7 +358,7 @@ def test_the_page_has_lines_that_work(real: tuple[Path, LoadedModel, str], tmp_p
     "changes",
     [
         {"landmark_inverse": False, "positions": "learned", "trained_positions": 30, "norm": "post"},
-        {"attention": "window"},
+        {"attention": ["window", "nystrom"]},
     ],
     ids=lambda changes: " ".join(map(str, changes.values())),
 )

@@ -30,6 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"attention": "nystrom", "inverse_iterations": 9, "norm": "post"},
     {"attention": "window"},
     {"attention": "softmax"},
+    {"attention": ["window", "nystrom", "softmax"], "num_layers": 3},
     {"conv_kernel": 0, "positions": "none"},
     {"positions": "learned", "norm": "post"},
     {"positions": "learned", "trained_positions": 30, "landmark_inverse": False},
@@ -149,3 +150,16 @@ def test_what_has_no_graph_is_refused_with_the_reason() -> None:
     # Where nothing is inverted the setting has no effect.
     for changes in ({"landmark_inverse": False}, {"attention": "softmax"}):
         graph.check_traceable(config(objective="mlm", inverse_init="original", vocab_size=VOCAB, **changes))
+
+
+def test_landmarks_that_begin_at_different_lengths_are_refused() -> None:
+    class Later(FORMS.get("nystrom")):  # type: ignore[misc]
+        name = "later"
+        exact_up_to = 40
+
+    with FORMS.registered(Later):
+        with pytest.raises(
+            UserError, match=r"attention \[nystrom, later\] has no ONNX export: the landmarks of its forms"
+        ):
+            graph.check_traceable(config(objective="mlm", attention=["nystrom", "later"]))
+        graph.check_traceable(config(objective="mlm", attention=["window", "later"]))

@@ -194,7 +194,13 @@ def test_16_bits_on_disk_compute_where_transformers_can(tokenizer: Tokenizer, tm
         ({"objective": "clm"}, None, "model.objective is clm"),
         ({"norm": "pre"}, None, "model.norm is pre"),
         ({"positions": "rotary"}, None, "model.positions is rotary"),
-        ({"attention": "window"}, None, "model.attention is window"),
+        ({"attention": "window"}, None, "model.attention is window: "),
+        ({"attention": ["window", "nystrom"]}, None, "model.attention is window in layer 1: "),
+        (
+            {"attention": ["nystrom", "softmax"]},
+            64,
+            "model.attention is softmax in layer 2 and has landmarks in others",
+        ),
         ({"conv_kernel": 0}, None, "model.conv_kernel is 0"),
         ({"landmark_inverse": False}, 64, "model.landmark_inverse is false"),
         ({"inverse_iterations": 7}, 64, "model.inverse_iterations is 7.* has 6"),
@@ -212,7 +218,15 @@ def test_why_not(tokenizer: Tokenizer, tmp_path: Path, changes: dict[str, Any], 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("changes", [{}, {"landmark_inverse": False, "num_landmarks": 16}, {"inverse_init": "block"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"landmark_inverse": False, "num_landmarks": 16},
+        {"inverse_init": "block"},
+        {"attention": ["nystrom", "softmax"]},
+    ],
+)
 def test_short_texts_need_no_landmarks(changes: dict[str, Any]) -> None:
     config = ModelConfig(**{**PUBLISHED, "vocab_size": 300, **changes})
     assert why_not_stock(config, 15) == []

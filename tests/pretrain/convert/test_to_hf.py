@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 from bare_case import bare_site, run_bare
+<<<<<<< HEAD
 from commands_case import next_commands
 from form_case import REGISTERED
+=======
+from form_case import EVERY
+>>>>>>> layers
 from hf_folder_case import _own_cache_of_modules, export, loaded_model, tokenizer  # noqa: F401
 
 from data_pipeline.errors import UserError
@@ -48,7 +52,7 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize(("attention", "objective"), REGISTERED)
+@pytest.mark.parametrize(("attention", "objective"), EVERY)
 def test_logits_are_ours_with_padding_on_either_side(
     attention: str, objective: str, block: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -115,6 +119,17 @@ def test_greedy_texts_of_unequal_prompts_are_ours(causal: tuple[Any, Any, Path],
         new = out[row, given["input_ids"].shape[1] :].tolist()
         assert new[: len(text)] == text
         assert all(token in (stop, loaded.tokenizer.pad_id) for token in new[len(text) :])
+
+
+def test_layers_of_unlike_forms_decode_each_with_its_own_cache(tmp_path: Path) -> None:
+    loaded = loaded_model(objective="clm", init_std=0.5, attention=["nystrom", "softmax"], num_layers=3)
+    theirs = load(export(loaded, tmp_path / "hf"), "AutoModelForCausalLM").double()
+    assert theirs.config.network["attention"] == ["nystrom", "softmax"]
+    stop = loaded.tokenizer.eos_id
+    (ours,) = generate(loaded.model.double(), PROMPTS[1:2], max_new_tokens=20, temperature=0, stop_id=stop)
+    given = left(PROMPTS[1:2], loaded.tokenizer.pad_id)
+    out = theirs.generate(**given, max_new_tokens=20, do_sample=False)
+    assert out[0, len(PROMPTS[1]) :].tolist()[: len(ours)] == ours
 
 
 def test_beams_are_ours(causal: tuple[Any, Any, Path]) -> None:

@@ -21,6 +21,7 @@ from pretrain.config import parse_config
 from pretrain.model import ModelConfig, build_model
 from pretrain.model.attention import forms
 from pretrain.model.attention.form import Form
+from pretrain.model.attention.pattern import Attention
 from pretrain.model.attention.registry import FORMS, form_of
 from pretrain.model.transformer import NystromformerLM
 from pretrain.planning.estimate import parameters_by_part
@@ -42,6 +43,7 @@ CAUSAL_FORMS: list[Callable[[NystromformerLM], None]] = [
     lambda model: case.the_cache_has_the_size_it_says(model.config),
 ]
 registered_forms = pytest.mark.parametrize(("attention", "objective"), case.REGISTERED)
+every_form = pytest.mark.parametrize(("attention", "objective"), case.EVERY)
 toys = pytest.mark.parametrize("toy", [Near, Sink])
 
 
@@ -52,13 +54,13 @@ def known() -> Iterator[None]:
 
 
 # The other properties are tested over the registry, with more kinds of models, in test_model.py and test_decoding.py.
-@registered_forms
-def test_exact_up_to_what_it_says(attention: str, objective: str) -> None:
+@every_form
+def test_exact_up_to_what_it_says(attention: Attention, objective: str) -> None:
     case.exact_up_to_what_it_says(case.model_of(attention=attention, objective=objective))
 
 
-@registered_forms
-def test_flops_are_sane(attention: str, objective: str) -> None:
+@every_form
+def test_flops_are_sane(attention: Attention, objective: str) -> None:
     case.flops_are_sane(case.config(attention=attention, objective=objective))
     case.flops_are_sane(case.config(attention=attention, objective=objective, landmark_inverse=False))
 

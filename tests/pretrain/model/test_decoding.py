@@ -17,6 +17,7 @@ from pretrain.model.transformer import NystromformerLM
 C, N, VOCABULARY = 4, 45, 23
 FORMS: dict[str, dict[str, Any]] = {
     **{name: {"attention": name} for name in FORMS.names() if "clm" in FORMS.get(name).objectives},
+    "pattern": {"attention": ("window", "nystrom", "softmax"), "num_layers": 3},
     "inverse": {"landmark_inverse": True, "learn_landmark_query": True},
     "inverse-fixed-gamma": {"landmark_inverse": True, "learn_gamma": False, "landmark_keys": "mean"},
     "mean-keys": {"landmark_keys": "mean"},
@@ -98,7 +99,7 @@ def test_every_kind_of_positions_and_norm(form: str, change: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("form", KEEPING)
 def test_prompts_of_every_length(form: str) -> None:
-    model, ids = decoder(num_layers=1, conv_kernel=4, **FORMS[form]), tokens(length=30)
+    model, ids = decoder(**{"num_layers": 1, "conv_kernel": 4} | FORMS[form]), tokens(length=30)
     full = forward(model, ids)
     for start in range(1, 31):
         torch.testing.assert_close(step_by_step(model, ids, start), full[:, start - 1 :], rtol=0, atol=1e-9)

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from form_case import (
-    REGISTERED,
+    EVERY,
+    PATTERNS,
     VOCAB,
     batch_mates_do_not_matter,
     compiles_to_one_graph,
@@ -39,6 +40,10 @@ VARIANTS: list[dict[str, object]] = [
         ("softmax", "none", "pre"),
     ]
 ] + [
+    *(
+        {"objective": objective, "attention": pattern, "positions": "rotary", "norm": "pre"}
+        for pattern, objective in PATTERNS
+    ),
     {"objective": "mlm", "attention": "nystrom", "positions": "none", "norm": "pre", "landmark_inverse": False},
     {"objective": "clm", "attention": "nystrom", "positions": "rotary", "norm": "pre", "landmark_inverse": True},
     {"objective": "clm", "attention": "nystrom", "positions": "none", "norm": "pre", "landmark_keys": "mean"},
@@ -48,7 +53,7 @@ VARIANTS: list[dict[str, object]] = [
 
 
 def name_of(variant: dict[str, object]) -> str:
-    return "-".join(map(str, variant.values()))
+    return "-".join("/".join(value) if isinstance(value, tuple) else str(value) for value in variant.values())
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
@@ -275,7 +280,7 @@ def test_it_learns_a_repetitive_sequence(objective: str) -> None:
 @pytest.mark.parametrize(
     ("attention", "objective"),
     # 5 s each
-    [pytest.param(*pair, marks=[] if pair == ("nystrom", "clm") else pytest.mark.slow) for pair in REGISTERED],
+    [pytest.param(*pair, marks=[] if pair == ("nystrom", "clm") else pytest.mark.slow) for pair in EVERY],
 )
 def test_full_rows_compile_to_one_graph(attention: str, objective: str) -> None:
     compiles_to_one_graph(model_of(attention=attention, objective=objective))

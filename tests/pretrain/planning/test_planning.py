@@ -62,13 +62,19 @@ def test_parameters_are_those_of_the_built_model(changes: dict[str, Any]) -> Non
     assert sum(group.numel for group in groups) == model.num_parameters()
 
 
-KINDS = [("mlm", "nystrom"), ("clm", "nystrom"), ("clm", "softmax"), ("mlm", "window")]
+KINDS: list[tuple[str, Any]] = [
+    ("mlm", "nystrom"),
+    ("clm", "nystrom"),
+    ("clm", "softmax"),
+    ("mlm", "window"),
+    ("mlm", ["window", "nystrom"]),
+]
 
 
-@pytest.mark.parametrize(("objective", "attention"), KINDS)
+@pytest.mark.parametrize(("objective", "attention"), [*KINDS, ("clm", ["nystrom", "window", "nystrom", "softmax"])])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_deep_model_is_extended_from_three_layers_exactly(
-    objective: str, attention: str, checkpointing: bool
+    objective: str, attention: Any, checkpointing: bool
 ) -> None:
     deep = SMALL | {"objective": objective, "attention": attention, "num_layers": 6, "segment_length": 16}
     config = ModelConfig.model_validate(deep | ({"norm": "post", "dropout": 0.1} if attention == "softmax" else {}))
