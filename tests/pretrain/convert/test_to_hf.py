@@ -10,12 +10,8 @@ from typing import Any
 import pytest
 import torch
 from bare_case import bare_site, run_bare
-<<<<<<< HEAD
 from commands_case import next_commands
-from form_case import REGISTERED
-=======
 from form_case import EVERY
->>>>>>> layers
 from hf_folder_case import _own_cache_of_modules, export, loaded_model, tokenizer  # noqa: F401
 
 from data_pipeline.errors import UserError
