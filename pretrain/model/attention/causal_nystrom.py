@@ -51,6 +51,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pretrain.model.attention.blockwise import Window, blockwise_attention
+from pretrain.model.attention.pyramid import FLAT, Level, Pyramid, all_levels
 from pretrain.model.attention.softmax import attend, segment_means
 from pretrain.model.compute import at_least_float32
 
@@ -78,12 +79,13 @@ def causal_nystrom_attention(
     offset: Tensor | None = None,
     gamma: Tensor | None = None,
     weighted: bool = True,
+    pyramid: Pyramid = FLAT,
 ) -> Tensor:
     """Attention of every token to those before it. q, k, v: (R, H, n, d) for any n; returns (R, H, n, d).
 
     ``offset``: (H, S, d) or (H, 1, d), added to the mean query of each segment, S at least n / c. ``gamma``: (H,) in
     (1/2, 1), or None for pooled values. ``weighted``: landmark keys are weighted as the values are, or else plain
-    means.
+    means. ``pyramid``: far landmarks have parents, which are seen in their place.
 
     A sequence of up to ``window.segments`` segments gets exact causal attention.
     """
@@ -99,8 +101,18 @@ def causal_nystrom_attention(
     queries = landmark_queries(q, size, offset).flatten(0, 1)
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     far = causal_landmarks(queries, k, v, None if gamma is None else gamma.repeat(rows), count=count, weighted=weighted)
-    out = blockwise_attention(q, k, v, far.keys, far.values.to(v.dtype), far.mass, window)
+    if pyramid.levels > 1:
+        with torch.autocast(q.device.type, enabled=False):
+            far = stacked(Level(queries[:, :count], *far), pyramid, weighted=weighted)
+    out = blockwise_attention(q, k, v, far.keys, far.values.to(v.dtype), far.mass, window, pyramid)
     return out.unflatten(0, (rows, heads))[:, :, :length]
+
+
+def stacked(landmarks: Level, pyramid: Pyramid, *, weighted: bool) -> Landmarks:
+    """The levels above the landmarks of all segments, one behind the other."""
+    levels = all_levels(landmarks, pyramid, weighted=weighted)
+    keys, mass, values = (torch.cat(parts, dim=1) for parts in list(zip(*levels, strict=True))[1:])
+    return Landmarks(keys, mass, values)
 
 
 def causal_window_attention(q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:

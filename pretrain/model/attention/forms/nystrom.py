@@ -12,12 +12,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.errors import UserError
 from pretrain.model.attention.blockwise import Window
 from pretrain.model.attention.causal_nystrom import causal_nystrom_attention
 from pretrain.model.attention.form import Form, Given, OwnParameter, Rotary
 from pretrain.model.attention.forms.window import segment_sizes, tokens_seen
 from pretrain.model.attention.layout import Layout, Rectangle
 from pretrain.model.attention.nystrom import nystrom_attention, pooled_attention
+from pretrain.model.attention.pyramid import FLAT, Pyramid
 from pretrain.model.attention.registry import FORMS
 from pretrain.model.attention.ring import Ring, RingStep
 from pretrain.model.compute import at_least_float32
@@ -44,6 +46,7 @@ class Nystrom(Form):
                 offset=given.get("offset"),
                 gamma=given.get("gamma"),
                 weighted=config.landmark_keys == "weighted",
+                pyramid=self.pyramid,
             )
         if config.landmark_inverse:
             return nystrom_attention(
@@ -66,6 +69,7 @@ class Nystrom(Form):
             landmarks=True,
             history=self.config.landmark_inverse,
             weighted=self.config.landmark_keys == "weighted",
+            pyramid=self.pyramid,
         )
 
     def flops(self, seq_len: int) -> float:
@@ -75,7 +79,8 @@ class Nystrom(Form):
 
         Causal, m landmarks of c tokens: 4 h for every token seen in the window and every landmark seen, on average. The
         landmarks' own work is divided by n: 6 h m c for their keys, masses and values. With the inverse come 4 h c m (m
-        + 1) / 2 for B V, and h m^2 each for A and the triangular solve.
+        + 1) / 2 for B V, and h m^2 each for A and the triangular solve. In a pyramid a token sees fewer, and each
+        landmark is made into a parent once, which is 6 h for each child.
         """
         if seq_len <= self.exact_up_to:
             return self.exact_flops(seq_len)
@@ -88,9 +93,9 @@ class Nystrom(Form):
             return 8.0 * m * h + small / n
         c, w = self._window
         sizes = segment_sizes(n, c)
-        landmarks = sum(size * max(i - w + 1, 0) for i, size in enumerate(sizes))
+        landmarks = sum(size * self.pyramid.seen(max(i - w + 1, 0)) for i, size in enumerate(sizes))
         m = len(sizes) - w
-        own = 6.0 * h * m * c
+        own = 6.0 * h * m * c + 6.0 * h * self.pyramid.branching * sum(self.pyramid.nodes(m)[1:])
         if config.landmark_inverse:
             own += 4.0 * h * c * m * (m + 1) / 2 + 2.0 * h * m * m
         return (4.0 * h * (tokens_seen(self._window, n, causal=True) + landmarks) + own) / n
@@ -139,6 +144,23 @@ class Nystrom(Form):
         return Window(self.config.segment_length, self.config.window_segments)
 
     @property
+    def pyramid(self) -> Pyramid:
+        """Which landmarks, and parents of landmarks, a causal model's tokens see."""
+        config = self.config
+        if config.landmark_levels == 1:
+            return FLAT
+        return Pyramid(config.landmark_levels, config.landmark_band, config.landmark_branching)
+
+    def check(self) -> None:
+        super().check()
+        if self.causal and self.config.landmark_levels > 1 and self.config.landmark_inverse:
+            raise UserError(
+                f"landmark_levels {self.config.landmark_levels} and landmark_inverse exclude each other: the "
+                "triangular inverse needs the landmark of every segment. Set landmark_inverse: false, or "
+                "landmark_levels: 1"
+            )
+
+    @property
     def pooled_to(self) -> int | None:
         return None if self.causal else self.config.num_landmarks
 
@@ -146,8 +168,8 @@ class Nystrom(Form):
     def settings(self) -> tuple[str, ...]:
         if not self.causal:
             return ("landmark_inverse", "num_landmarks", "inverse_iterations", "inverse_init")
-        keys = ("landmark_inverse", "segment_length", "window_segments", "landmark_keys", "learn_landmark_query")
-        return (*keys, "gamma_init", "learn_gamma")
+        keys = ("landmark_inverse", "segment_length", "window_segments", "landmark_keys", "landmark_levels")
+        return (*keys, "landmark_band", "landmark_branching", "learn_landmark_query", "gamma_init", "learn_gamma")
 
     def prepare(
         self, layout: Layout, rotary: Rotary | None, device: torch.device, plan: object | None
