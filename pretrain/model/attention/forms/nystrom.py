@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from pretrain.model.attention.registry import FORMS
 from pretrain.model.attention.ring import Ring, RingStep
 from pretrain.model.compute import at_least_float32
 from pretrain.model.positions import RotaryTable, apply_rotary, segment_rotary_table
+
+if TYPE_CHECKING:
+    from pretrain.model.config import ModelConfig
 
 
 @FORMS.register
@@ -146,10 +150,7 @@ class Nystrom(Form):
     @property
     def pyramid(self) -> Pyramid:
         """Which landmarks, and parents of landmarks, a causal model's tokens see."""
-        config = self.config
-        if config.landmark_levels == 1:
-            return FLAT
-        return Pyramid(config.landmark_levels, config.landmark_band, config.landmark_branching)
+        return pyramid_of(self.config)
 
     def check(self) -> None:
         super().check()
@@ -209,6 +210,13 @@ class Nystrom(Form):
             logit = own["gamma_logit"]
             return 0.5 + 0.5 * torch.sigmoid(logit.to(at_least_float32(logit.dtype)))
         return torch.full((self.config.num_heads,), self.config.gamma_init, device=device)
+
+
+def pyramid_of(config: ModelConfig) -> Pyramid:
+    """Which landmarks a causal token sees, by the configuration's levels, band and branching."""
+    if config.landmark_levels == 1:
+        return FLAT
+    return Pyramid(config.landmark_levels, config.landmark_band, config.landmark_branching)
 
 
 def _offset(landmark_query: Tensor, rotary: RotaryTable | None) -> Tensor:
