@@ -161,6 +161,12 @@ class ModelConfig(Strict):
     learn_landmark_query: bool = Field(
         False, description="Causal landmarks' queries get a learned offset for each head."
     )
+    landmark_query_rank: int = Field(
+        0,
+        ge=0,
+        description="Rank of a learned map of causal landmarks' queries for each head, which is added to them and "
+        "starts at zero. 0: none.",
+    )
     gamma_init: float = Field(
         0.75,
         gt=0.5,

@@ -36,7 +36,13 @@ from torch import Tensor
 
 from pretrain.model.attention.blockwise import Window
 from pretrain.model.attention.cache import Cache, DecodingStep, LayerCache
-from pretrain.model.attention.causal_nystrom import Landmarks, causal_landmarks, landmark_queries, pool_segments
+from pretrain.model.attention.causal_nystrom import (
+    Correction,
+    Landmarks,
+    causal_landmarks,
+    landmark_queries,
+    pool_segments,
+)
 from pretrain.model.attention.form import Given
 from pretrain.model.attention.landmark_slots import LandmarkSlots, PromptNodes, Rise, rises
 from pretrain.model.attention.pyramid import FLAT, Level, Pyramid, merge
@@ -291,19 +297,18 @@ class RingLayer(LayerCache):
             self.query_sum = torch.where(plan.in_tail, tail, 0).sum(dim=2)
             if plan.segments.shape[1]:
                 q, k, v = (plan.take(x, plan.segments) for x in (q, k, v))
-                self._fill_landmarks(q, k, v, plan.nodes, given.get("offset"), given.get("gamma"))
+                self._fill_landmarks(q, k, v, plan.nodes, given)
 
-    def _fill_landmarks(
-        self, q: Tensor, k: Tensor, v: Tensor, nodes: PromptNodes, offset: Tensor | None, gamma: Tensor | None
-    ) -> None:
+    def _fill_landmarks(self, q: Tensor, k: Tensor, v: Tensor, nodes: PromptNodes, given: Given) -> None:
         """q, k, v: (B, H, S * c, d) of the first S segments. A row with fewer of them gets landmarks of any tokens for
         the others: no token sees one before its segment is complete, and then it is made anew."""
         assert self.mass is not None
+        gamma = given.get("gamma")
         rows, _, length, _ = k.shape
         first, count = self.size.slots, length // self.segment_length
         if self.past_keys is not None and self.past_values is not None:
             self.past_keys[:, :, :length], self.past_values[:, :, :length] = k, v
-        queries = landmark_queries(q, self.segment_length, offset)
+        queries = landmark_queries(q, self.segment_length, given.get("offset"), correction_of(given))
         far = causal_landmarks(
             queries.flatten(0, 1),
             k.flatten(0, 1),
@@ -334,7 +339,7 @@ class RingLayer(LayerCache):
             if self.query_sum is not None:
                 self.query_sum += query
                 if step.completed is not None:
-                    self._add_landmarks(step.completed, self.query_sum, given.get("offset"), given.get("gamma"))
+                    self._add_landmarks(step.completed, self.query_sum, given)
             return out.unsqueeze(1).to(v.dtype)
 
     def _read(self, query: Tensor, step: RingStep, conv_weight: Tensor | None) -> Tensor:
@@ -354,10 +359,13 @@ class RingLayer(LayerCache):
             weights[:, :, :near] += taps[:, step.taps].transpose(0, 1)
         return (weights.to(values.dtype).unsqueeze(-2) @ values).squeeze(-2)
 
-    def _add_landmarks(self, done: Completed, query_sum: Tensor, offset: Tensor | None, gamma: Tensor | None) -> None:
+    def _add_landmarks(self, done: Completed, query_sum: Tensor, given: Given) -> None:
         assert self.mass is not None
-        query = query_sum[done.rows] / self.segment_length  # (R, H, d)
-        if offset is not None:
+        gamma, correction = given.get("gamma"), correction_of(given)
+        mean = query = query_sum[done.rows] / self.segment_length  # (R, H, d)
+        if correction is not None:
+            query = query + correction(mean.transpose(0, 1).unsqueeze(0)).squeeze(0).transpose(0, 1)
+        if (offset := given.get("offset")) is not None:
             query = query + offset.transpose(0, 1)
         query_sum[done.rows] = 0
         own = (done.rows[:, None], slice(None), done.slots)
@@ -400,6 +408,13 @@ class RingLayer(LayerCache):
             mass[rows, :, slot] = merged.mass
             if level + 1 < sums.shape[2]:
                 sums[rows, :, level + 1] += query
+
+
+def correction_of(given: Given) -> Correction | None:
+    """The map of landmarks' queries, if a form gives one."""
+    if "query_into" not in given:
+        return None
+    return Correction(given["query_into"], given["query_out"], given.get("query_cos"), given.get("query_sin"))
 
 
 def next_value(

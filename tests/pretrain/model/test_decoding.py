@@ -21,10 +21,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "inverse-fixed-gamma": {"landmark_inverse": True, "learn_gamma": False, "landmark_keys": "mean"},
     "mean-keys": {"landmark_keys": "mean"},
     "learned-query": {"learn_landmark_query": True},
+    "query-map": {"landmark_query_rank": 2, "learn_landmark_query": True},
+    "query-map-without-positions": {"landmark_query_rank": 2, "positions": "none"},
     "pyramid": {"landmark_levels": 16, "landmark_band": 1},
     "pyramid-of-threes": {
         "landmark_levels": 2, "landmark_band": 2, "landmark_branching": 3, "segment_length": 2, "landmark_keys": "mean",
-        "learn_landmark_query": True,
+        "landmark_query_rank": 1, "learn_landmark_query": True,
     },
 }  # fmt: skip
 KEEPING = [name for name, changes in FORMS.items() if "attention" in changes] + ["inverse", "pyramid"]
@@ -45,7 +47,7 @@ def decoder(dtype: torch.dtype = torch.float64, **changes: Any) -> Nystromformer
     model = build_model(settings(**changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("landmark_query", "gamma_logit")):
+            if name.endswith(("landmark_query", "landmark_query_out", "gamma_logit")):
                 parameter.normal_()
     return model.to(dtype)
 
