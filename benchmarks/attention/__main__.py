@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+OF_THE_MODEL = (
+    "landmarks", "segment_length", "window_segments", "conv_kernel", "landmark_band", "landmark_branching"
+)  # fmt: skip
+
 DESCRIPTION = """Forward and backward of one attention (q, k, v to output), ours and the published ones, as ratios to
 PyTorch's scaled_dot_product_attention, timed in turns in one process; and the memory kept for the backward pass."""
 
@@ -40,6 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", default="1024,4096,8192,16384", metavar="N,N", help="tokens of a row")
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="T,T", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--forms", default="all", metavar="F,F", help="what competes; a wrong name lists them")
+    parser.add_argument(
+        "--without-exact",
+        action="store_true",
+        help="only the forms that are named, for lengths where exact takes hours",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a CPU's matrix products")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows")
@@ -58,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--segment-length", type=int, metavar="N", help="c of the causal form")
     model.add_argument("--window-segments", type=int, metavar="N", help="w of the causal form")
     model.add_argument("--conv-kernel", type=int, metavar="N", help="taps of the convolution")
+    model.add_argument("--landmark-band", type=int, metavar="N", help="b of the pyramid")
+    model.add_argument("--landmark-branching", type=int, metavar="N", help="r of the pyramid")
     return parser
 
 
@@ -68,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = [_positive("--lengths", text) for text in listed("--lengths", args.lengths)]
     dtypes = chosen("--dtypes", args.dtypes, DTYPES)
     check_positive(args, "threads", "batch", "heads", "head_dim", "repeats", "landmarks", "conv_kernel")
+    check_positive(args, "landmark_band", "landmark_branching")
     check_positive(args, "seconds", "max_gib")
     check_file("--out", args.out)
     return _measure(args, arguments, lengths, dtypes)
@@ -88,7 +100,7 @@ def _measure(args: argparse.Namespace, arguments: list[str], lengths: list[int],
     from benchmarks.attention.setting import Setting
 
     names = list(FORMS) if args.forms == "all" else chosen("--forms", args.forms, FORMS)
-    forms = with_references(names)
+    forms = [FORMS[name] for name in names] if args.without_exact else with_references(names)
     masked, causal = _models(args)
     device = _device(args.device)
     why_not = _no_goals(args)
@@ -124,6 +136,7 @@ def _measure(args: argparse.Namespace, arguments: list[str], lengths: list[int],
                 rows=rows,
                 stages=stages,
                 goals=[{**asdict(verdict), "met": verdict.met} for verdict in verdicts],
+                growth=[asdict(found) for found in report.growth(rows)],
                 complete=complete,
             )
         return verdicts
@@ -161,6 +174,8 @@ def _print(
         f"{where}, {provenance['date']}.\nOne large matrix product, TFLOP/s: {speeds}.\n"
     )
     print(report.table(rows))
+    if growth := report.growth(rows):
+        print("\n" + report.growth_table(growth))
     if stages:
         print("\n" + report.stage_table(stages))
 
@@ -179,6 +194,8 @@ def _models(args: argparse.Namespace) -> tuple[ModelConfig, ModelConfig]:
             segment_length=args.segment_length,
             window_segments=args.window_segments,
             conv_kernel=args.conv_kernel,
+            landmark_band=args.landmark_band,
+            landmark_branching=args.landmark_branching,
         )
     except ValidationError as error:
         raise UserError(faults(error, None)[0]) from None
@@ -204,7 +221,7 @@ def _no_goals(args: argparse.Namespace) -> str | None:
     for name, value in GOAL_SETTING.items():
         if getattr(args, name) != value:
             return f"they are for --{name.replace('_', '-')} {value}"
-    for name in ("landmarks", "segment_length", "window_segments", "conv_kernel"):
+    for name in OF_THE_MODEL:
         if getattr(args, name) is not None:
             return f"they are for the default --{name.replace('_', '-')}"
     return None

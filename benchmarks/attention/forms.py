@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention.setting import Setting, document_ids, document_lengths, exact, forward_flops
 from pretrain.model.attention.blockwise import Window
 from pretrain.model.attention.causal_nystrom import causal_nystrom_attention
+from pretrain.model.attention.forms.nystrom import pyramid_of
 from pretrain.model.attention.layout import Layout, Partition, Rectangle
 from pretrain.model.attention.nystrom import nystrom_attention
 from pretrain.model.config import ModelConfig
@@ -172,13 +173,20 @@ def _tensors(partition: Partition) -> tuple[Tensor, ...]:
 def causal(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, config: ModelConfig) -> Tensor:
     """Our causal form, q, k, v: (R, H, n, d); gamma: (H,), None for pooled values. The only place of the benchmark that
     knows how it is called."""
-    window = Window(config.segment_length, config.window_segments)
-    return causal_nystrom_attention(q, k, v, window=window, gamma=gamma, weighted=config.landmark_keys == "weighted")
+    return causal_nystrom_attention(
+        q,
+        k,
+        v,
+        window=Window(config.segment_length, config.window_segments),
+        gamma=gamma,
+        weighted=config.landmark_keys == "weighted",
+        pyramid=pyramid_of(config),
+    )
 
 
-def _causal_nystrom(conv: bool, inverse: bool) -> Callable[[Setting], Built]:
+def _causal_nystrom(conv: bool, inverse: bool, of: Callable[[Setting], ModelConfig]) -> Callable[[Setting], Built]:
     def build(setting: Setting) -> Built:
-        config = setting.causal
+        config = of(setting)
         gamma = setting.gamma() if inverse else None
         weight = setting.conv_weight(config) if conv else None
 
@@ -225,6 +233,11 @@ def _causal_inverse(setting: Setting) -> ModelConfig:
     return setting.causal.model_copy(update={"landmark_inverse": True})
 
 
+def causal_pyramid(setting: Setting) -> ModelConfig:
+    """With as many levels as the length needs."""
+    return setting.causal.model_copy(update={"landmark_levels": 64})
+
+
 def _flops(
     config: Callable[[Setting], ModelConfig], lengths: Callable[[Setting], list[int]] = _rows, *, conv: bool = False
 ) -> Callable[[Setting], float]:
@@ -267,13 +280,14 @@ for _conv, _suffix, _words in ((False, "", ""), (True, "+conv", ", convolution")
     for _name, _what, _config in (
         ("nystrom", "pooled values", _causal),
         ("inverse", "triangular inverse", _causal_inverse),
+        ("pyramid", "pyramid of landmarks", causal_pyramid),
     ):
         CAUSAL.append(
             Form(
                 f"causal-{_name}{_suffix}",
                 f"ours, causal, {_what}{_words}",
                 ("causal-sdpa",),
-                _causal_nystrom(_conv, inverse=_name == "inverse"),
+                _causal_nystrom(_conv, _name == "inverse", _config),
                 _flops(_config, conv=_conv),
                 causal_gib,
             )

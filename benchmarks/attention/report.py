@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from benchmarks import common
@@ -74,6 +76,7 @@ def write_json(
     rows: Sequence[Row],
     stages: Sequence[Stage],
     goals: Sequence[dict[str, Any]],
+    growth: Sequence[dict[str, Any]],
     complete: bool,
 ) -> None:
     """Everything in one file; ``complete`` is false while lengths are still to come."""
@@ -86,6 +89,7 @@ def write_json(
         "rows": [asdict(row) for row in rows],
         "stages": [asdict(stage) for stage in stages],
         "goals": list(goals),
+        "growth": list(growth),
     }
     common.write_json(path, content, tell=False)
 
@@ -120,6 +124,37 @@ def stage_table(stages: Sequence[Stage]) -> str:
         [x.dtype, str(x.length), x.form, x.stage, _percent(x.share), f"{1000 * x.seconds.median:.3g}"] for x in stages
     ]
     return markdown(["precision", "n", "form", "stage by itself", "of the form's time", "ms"], lines)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a form's time grows with the length: as n to the power of ``slope``, by least squares of the logarithms."""
+
+    form: str
+    dtype: str
+    shortest: int
+    longest: int
+    slope: float
+
+
+def growth(rows: Sequence[Row]) -> list[Growth]:
+    """Of each form and precision that was measured at two lengths or more."""
+    times: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        if row.total_seconds is not None:
+            times.setdefault((row.form, row.dtype), {})[row.length] = row.total_seconds.median
+    found = []
+    for (form, dtype), by_length in times.items():
+        if len(by_length) > 1:
+            slope = linear_regression([math.log(n) for n in by_length], [math.log(t) for t in by_length.values()]).slope
+            found.append(Growth(form, dtype, min(by_length), max(by_length), slope))
+    return found
+
+
+def growth_table(found: Sequence[Growth]) -> str:
+    """Markdown: one line for each form."""
+    lines = [[x.dtype, x.form, f"{x.shortest} to {x.longest}", f"n^{x.slope:.2f}"] for x in found]
+    return markdown(["precision", "form", "n", "time grows as"], lines)
 
 
 def _ratio(spread: Spread | None, quartiles: bool = True) -> str:

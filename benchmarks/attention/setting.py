@@ -59,6 +59,8 @@ def models(
     segment_length: int | None = None,
     window_segments: int | None = None,
     conv_kernel: int | None = None,
+    landmark_band: int | None = None,
+    landmark_branching: int | None = None,
 ) -> tuple[ModelConfig, ModelConfig]:
     """The masked and the causal model; what is None has ModelConfig's default. Raises pydantic.ValidationError."""
     own = {
@@ -66,6 +68,8 @@ def models(
         "segment_length": segment_length,
         "window_segments": window_segments,
         "conv_kernel": conv_kernel,
+        "landmark_band": landmark_band,
+        "landmark_branching": landmark_branching,
     }
     shared = {"hidden_size": heads * head_dim, "num_heads": heads, "positions": "none"}
     shared |= {key: value for key, value in own.items() if value is not None}

@@ -9,15 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.attention.forms import Built
+from benchmarks.attention.forms import Built, causal_pyramid
 from benchmarks.attention.measure import Case
 from benchmarks.attention.setting import Setting
 from pretrain.model.attention import causal_nystrom
 from pretrain.model.attention.blockwise import Window, blockwise_attention
+from pretrain.model.attention.forms.nystrom import pyramid_of
 from pretrain.model.attention.layout import Rectangle
 from pretrain.model.attention.nystrom import iterative_inverse, landmark_means
+from pretrain.model.attention.pyramid import Level
 from pretrain.model.attention.softmax import attend
 from pretrain.model.conv import skip_convolution
+
+OF_CAUSAL = [f"causal-{kind}{conv}" for kind in ("nystrom", "inverse", "pyramid") for conv in ("", "+conv")]
 
 
 def stages(form: str, setting: Setting, inputs: Sequence[Tensor], built: Built) -> list[Case]:
@@ -28,8 +32,8 @@ def stages(form: str, setting: Setting, inputs: Sequence[Tensor], built: Built) 
     found: list[Case] = []
     if form in ("nystrom", "nystrom+conv"):
         found = _bidirectional(setting, q, k, v)
-    elif form in ("causal-nystrom", "causal-inverse", "causal-nystrom+conv", "causal-inverse+conv"):
-        found = _causal(setting, q, k, v, inverse="inverse" in form)
+    elif form in OF_CAUSAL:
+        found = _causal(setting, q, k, v, form)
     if found and form.endswith("+conv"):
         weight, causal = built.weights[-1], form.startswith("causal")
         convolve = partial(skip_convolution, causal=causal)
@@ -77,9 +81,10 @@ def _bidirectional(setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> list[Ca
     return [first, second, third, last]
 
 
-def _causal(setting: Setting, q: Tensor, k: Tensor, v: Tensor, *, inverse: bool) -> list[Case]:
+def _causal(setting: Setting, q: Tensor, k: Tensor, v: Tensor, form: str) -> list[Case]:
     """:func:`causal_nystrom_attention`, taken apart; this function knows its parts and must change with them."""
-    config = setting.causal
+    config = causal_pyramid(setting) if "pyramid" in form else setting.causal
+    pyramid, weighted = pyramid_of(config), config.landmark_keys == "weighted"
     size, window = config.segment_length, Window(config.segment_length, config.window_segments)
     count = -(-setting.length // size) - window.segments
     if setting.length <= size * window.segments:
@@ -89,10 +94,11 @@ def _causal(setting: Setting, q: Tensor, k: Tensor, v: Tensor, *, inverse: bool)
 
     def means(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         queries = causal_nystrom.landmark_queries(q.unsqueeze(0), size, None)[0]
-        far = causal_nystrom.causal_landmarks(
-            queries, k, v, None, count=count, weighted=config.landmark_keys == "weighted"
-        )
-        return far.keys, far.mass, far.values
+        far = causal_nystrom.causal_landmarks(queries, k, v, None, count=count, weighted=weighted)
+        return queries[:, :count], *far
+
+    def parents(*landmarks: Tensor) -> tuple[Tensor, ...]:
+        return causal_nystrom.stacked(Level(*landmarks), pyramid, weighted=weighted)
 
     def gather(query: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_nystrom._gather(query.to(k.dtype), k, v, size)
@@ -108,12 +114,14 @@ def _causal(setting: Setting, q: Tensor, k: Tensor, v: Tensor, *, inverse: bool)
         return torch.linalg.solve_triangular(gamma * eye + (1 - gamma) * core, right, upper=False)
 
     def read(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mass: Tensor) -> Tensor:
-        return blockwise_attention(q, k, v, keys, values.to(v.dtype), mass, window)
+        return blockwise_attention(q, k, v, keys, values.to(v.dtype), mass, window, pyramid)
 
-    first, (keys, mass, values) = _case("landmarks", means, q, k, v)
+    first, (query, keys, mass, values) = _case("landmarks", means, q, k, v)
     found = [first]
-    if inverse:
-        query = q.detach().unflatten(1, (-1, size)).mean(dim=2, dtype=keys.dtype)[:, :count]
+    if "pyramid" in form:
+        second, (keys, mass, values) = _case("parents", parents, query, keys, mass, values)
+        found.append(second)
+    if "inverse" in form:
         second, (gathered,) = _case("gather B V", gather, query, k, v)
         third, (values,) = _case("triangular solve", solve, query, keys, mass, values, gathered)
         found += [second, third]

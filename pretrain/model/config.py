@@ -145,8 +145,29 @@ class ModelConfig(Strict):
         description="Keys of causal landmarks. weighted: means weighted by the segment's softmax, its tangent. mean: "
         "plain means.",
     )
+    landmark_levels: int = Field(
+        1,
+        gt=0,
+        description="Levels of causal landmarks, at most. 1: one for each segment, however far. More: far ones get "
+        "parents that stand for several, so that a token reads about log n of them. 16 is enough for any text.",
+    )
+    landmark_band: int = Field(
+        16,
+        gt=0,
+        description="Landmarks of each level that a token sees at least, before the next level begins; with "
+        "`landmark_levels` above 1.",
+    )
+    landmark_branching: int = Field(
+        2, gt=1, description="Landmarks that a parent stands for; with `landmark_levels` above 1."
+    )
     learn_landmark_query: bool = Field(
         False, description="Causal landmarks' queries get a learned offset for each head."
+    )
+    landmark_query_rank: int = Field(
+        0,
+        ge=0,
+        description="Rank of a learned map of causal landmarks' queries for each head, which is added to them and "
+        "starts at zero. 0: none.",
     )
     gamma_init: float = Field(
         0.75,

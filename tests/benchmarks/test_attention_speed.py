@@ -26,7 +26,8 @@ from eval.tasks.efficiency.measure import Spread
 
 CPU = torch.device("cpu")
 TINY = ["--heads", "2", "--head-dim", "8", "--landmarks", "8", "--segment-length", "4", "--conv-kernel", "5"]
-OURS = ("nystrom", "nystrom+conv", "causal-inverse", "causal-inverse+conv", "causal-nystrom", "causal-nystrom+conv")
+OURS = ("nystrom", "nystrom+conv", "causal-inverse", "causal-inverse+conv", "causal-nystrom", "causal-nystrom+conv",
+        "causal-pyramid", "causal-pyramid+conv")  # fmt: skip
 INSTALLED = {"transformers": "transformers", "lucidrains": "nystrom_attention"}
 
 
@@ -36,7 +37,7 @@ def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def setting(length: int, *, batch: int = 2, dtype: torch.dtype = torch.float32, **keys: Any) -> Setting:
-    own = {"landmarks": 8, "segment_length": 4, "window_segments": 2, "conv_kernel": 5} | keys
+    own = {"landmarks": 8, "segment_length": 4, "window_segments": 2, "conv_kernel": 5, "landmark_band": 1} | keys
     return Setting(batch, 2, 8, length, dtype, CPU, *models(2, 8, **own))
 
 
@@ -214,7 +215,9 @@ def test_flop_ratios_are_the_formulas() -> None:
     assert ratio["nystrom+conv"] == ratio["transformers"] == pytest.approx(by_hand + 2 * 5 * h / (4 * n * h))
     documents = sum(size**2 for size in document_lengths(256, 0)) / 256**2
     assert ratio["packed-sdpa"] == pytest.approx(documents)
-    assert ratio["causal-nystrom"] < ratio["causal-inverse"] < ratio["causal-inverse+conv"] < 1
+    assert (
+        ratio["causal-pyramid"] < ratio["causal-nystrom"] < ratio["causal-inverse"] < ratio["causal-inverse+conv"] < 1
+    )
     assert ratio["sdpa"] == ratio["causal-sdpa"] == 1
 
 
@@ -250,6 +253,18 @@ def test_goals_are_judged_by_the_median_and_missing_ones_stay_open() -> None:
     assert {goal.form for goal in report.GOALS} <= set(run.FORMS)
 
 
+def test_growth_is_the_slope_of_the_logarithms() -> None:
+    def row(form: str, length: int, seconds: float) -> Row:
+        return Row(form, form, "float32", length, None, total_seconds=Spread(seconds, 0.0, 9.0))
+
+    rows = [*(row("a", n, 3e-6 * n**1.1) for n in (1024, 4096, 8192)), row("b", 1024, 1.0), row("c", 8, 1.0)]
+    rows += [row("c", 16, 4.0), Row("c", "c", "float32", 32, "memory")]
+    a, c = report.growth(rows)
+    assert (a.form, a.shortest, a.longest, a.slope) == ("a", 1024, 8192, pytest.approx(1.1))
+    assert (c.form, c.longest, c.slope) == ("c", 16, pytest.approx(2))
+    assert "n^1.10" in report.growth_table([a])
+
+
 # --------------------------------------------------------------------------------------------------------- the command
 
 
@@ -259,7 +274,7 @@ def test_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main([*arguments, "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line.startswith(("| float32", "| bfloat16"))]
-    assert len({line.count("|") for line in table}) == 2, "one width for each of the two tables"
+    assert len({line.count("|") for line in table}) == 3, "one width for each of the three tables"
     assert any(line.startswith("No goals: they are for --heads 12") for line in lines)
 
     content = json.loads(out.read_text())
@@ -284,7 +299,16 @@ def test_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     packed = next(row for row in content["rows"] if row["form"] == "packed-nystrom")
     assert list(packed["against"]) == ["sdpa", "packed-sdpa"]
     assert {stage["form"] for stage in content["stages"]} == set(OURS)
+    assert {found["form"] for found in content["growth"]} >= set(OURS)
     assert all(stage["share"] > 0 for stage in content["stages"])
+
+
+def test_without_exact_only_what_is_named_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--lengths", "32", "--dtypes", "float32", "--repeats", "1", "--forms", "causal-pyramid"]
+    assert cli.main([*arguments, "--without-exact"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| float32")]
+    assert len(lines) == 1
+    assert "causal-pyramid | exact was skipped" in lines[0]
 
 
 def test_a_form_over_the_memory_cap_is_skipped_saying_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -29,11 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain.model.attention.pyramid import FLAT, Pyramid
 from pretrain.model.compute import at_least_float32, device_type
 
 
 class Window(NamedTuple):
-    """A token of segment i sees tokens of segments i - w + 1 to i up to itself, and landmarks 0 to i - w."""
+    """A token of segment i sees tokens of segments i - w + 1 to i up to itself, and landmarks of those before."""
 
     segment_length: int
     """c."""
@@ -42,17 +43,24 @@ class Window(NamedTuple):
 
 
 def blockwise_attention(
-    q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, far_bias: Tensor, window: Window
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far_k: Tensor,
+    far_v: Tensor,
+    far_bias: Tensor,
+    window: Window,
+    pyramid: Pyramid = FLAT,
 ) -> Tensor:
     """Softmax attention, logits scaled by d^-1/2, of every token to its window and to the landmarks before it.
 
-    q, k, v: (B, S * c, d). far_k, far_v: (B, m, d) with m = S - w landmarks, or m = 0 for the window alone. far_v has
-    q's dtype, far_k that or float32. far_bias: (B, m), added to their logits. Returns (B, S * c, d) in q's dtype.
-    Logits, softmax and gradients of the landmarks are at least float32, weights have q's precision. Differentiable
-    once.
+    q, k, v: (B, S * c, d). far_k, far_v: (B, m, d) with m = S - w landmarks, or m = 0 for the window alone. Those of a
+    ``pyramid`` are its levels one behind the other, ``pyramid.nodes(S - w)`` of them. far_v has q's dtype, far_k that
+    or float32. far_bias: (B, m), added to their logits. Returns (B, S * c, d) in q's dtype. Logits, softmax and
+    gradients of the landmarks are at least float32, weights have q's precision. Differentiable once.
     """
     with torch.autocast(q.device.type, enabled=False):
-        return _Blockwise.apply(q, k, v, far_k, far_v, far_bias, window)
+        return _Blockwise.apply(q, k, v, far_k, far_v, far_bias, window, pyramid)
 
 
 # Bytes of a tile's logits: a CPU wants them in its second-level cache, a GPU wants few launches.
@@ -62,29 +70,71 @@ _ALIGN = 32
 _PARTS = 8
 """Unless tiles get too small, one spans at most one part in so many of the sequence: the first of its segments looks in
 vain at the landmarks that only the last one sees."""
+_PYRAMID_PARTS = 16
+"""In a pyramid each further segment of a tile adds about two columns that most of the others do not see."""
 
 
 class _Tile(NamedTuple):
     heads: slice
     first: int
     last: int
+    far: tuple[slice, ...]
+    """Landmark columns by level: some are hidden from some of the tile's segments."""
     visible: int
-    """Landmark columns, rounded up: some are hidden from some of the tile's segments."""
+    """How many, rounded up by columns that nobody sees."""
 
 
-def _tiles(q: Tensor, landmarks: int, window: Window) -> Iterator[_Tile]:
+class _Reach:
+    """Which landmarks the segments of a sequence see, of those that lie behind each other level by level."""
+
+    def __init__(self, landmarks: int, segments: int, window: Window, pyramid: Pyramid) -> None:
+        self.window, self.pyramid = window, pyramid
+        counts = pyramid.nodes(max(segments - window.segments, 0)) if landmarks else []
+        if sum(counts) != landmarks:
+            raise ValueError(f"{landmarks} landmarks, where {segments} segments have {counts} by level")
+        self.starts = [sum(counts[:level]) for level in range(len(counts))]
+        self.most = pyramid.seen(max(segments - window.segments, 0)) if landmarks else 0
+
+    def parts(self, first: int, last: int) -> tuple[slice, ...]:
+        """By level, the columns that segments ``first`` to ``last`` - 1 see among them. Bounds only grow."""
+        if not self.starts:
+            return ()
+        back = self.window.segments
+        high = self.pyramid.ranges(max(last - back, 0))
+        low = self.pyramid.ranges(max(first + 1 - back, 0))
+        firsts = [a for a, _ in low] + [0] * (len(high) - len(low))
+        return tuple(slice(o + a, o + b) for o, a, (_, b) in zip(self.starts, firsts, high, strict=False))
+
+    def hidden(self, tile: _Tile, device: torch.device) -> Tensor:
+        """(count, visible) bool: the columns of a tile that a segment does not see."""
+        segments = torch.arange(tile.first, tile.last, device=device)
+        far = (segments - self.window.segments + 1).clamp(min=0)
+        firsts, lasts = self.pyramid.columns(far, len(tile.far))
+        out = torch.ones(tile.last - tile.first, tile.visible, dtype=torch.bool, device=device)
+        at = 0
+        for level, part in enumerate(tile.far):
+            size, start = part.stop - part.start, self.starts[level]
+            node = torch.arange(part.start - start, part.stop - start, device=device)
+            out[:, at : at + size] = (node < firsts[level][:, None]) | (node >= lasts[level][:, None])
+            at += size
+        return out
+
+
+def _tiles(q: Tensor, reach: _Reach) -> Iterator[_Tile]:
     """q: (B, S, c, d). Later segments come later for every head: the backward pass relies on it."""
     heads, segments, size, _ = q.shape
-    columns = landmarks + window.segments * size
+    columns = reach.most + reach.window.segments * size
     limit = _TILE_BYTES.get(device_type(q), _TILE_BYTES_GPU) // at_least_float32(q.dtype).itemsize
     most = max(1, limit // (size * columns))  # segments of one head that fill a tile
-    step = min(segments, most, max(-(-segments // _PARTS), most // heads))
+    few = -(-segments // _PARTS) if len(reach.starts) <= 1 else max(1, columns // _PYRAMID_PARTS)
+    step = min(segments, most, max(few, most // heads))
     group = max(1, most // step)
     for first in range(0, segments, step):
         last = min(first + step, segments)
-        visible = min(_round_up(last - window.segments), landmarks)
+        far = reach.parts(first, last)
+        visible = _round_up(sum(part.stop - part.start for part in far))
         for head in range(0, heads, group):
-            yield _Tile(slice(head, min(head + group, heads)), first, last, visible)
+            yield _Tile(slice(head, min(head + group, heads)), first, last, far, visible)
 
 
 def _round_up(count: int) -> int:
@@ -109,17 +159,21 @@ class _Workspace:
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, far_bias: Tensor, window: Window
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        far_k: Tensor,
+        far_v: Tensor,
+        far_bias: Tensor,
+        window: Window,
+        pyramid: Pyramid,
     ) -> Tensor:
-        ctx.landmarks, ctx.window = far_k.shape[1], window
-        extra = _round_up(ctx.landmarks) - ctx.landmarks
-        if extra:
-            far_k, far_v = F.pad(far_k, (0, 0, 0, extra)), F.pad(far_v, (0, 0, 0, extra))
-            far_bias = F.pad(far_bias, (0, extra))
+        ctx.window, ctx.pyramid = window, pyramid
         q, k, v = (x.unflatten(1, (-1, window.segment_length)) for x in (q, k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        read = _Read(q, k, v, far_k, far_v, far_bias, window)
-        for tile in _tiles(q, far_k.shape[1], window):
+        read = _Read(q, k, v, far_k, far_v, far_bias, window, pyramid)
+        for tile in _tiles(q, read.reach):
             at = (tile.heads, slice(tile.first, tile.last))
             weights = read.weights(tile, read.queries(tile), read.columns(k, far_k, tile, "columns", read.operand))
             rows = read.space("rows", *weights.shape[:2], q.shape[3])
@@ -133,29 +187,29 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):
             q, k, v, far_k, far_v, far_bias = ctx.saved_tensors
-            read = _Read(q, k, v, far_k, far_v, far_bias, ctx.window)
+            read = _Read(q, k, v, far_k, far_v, far_bias, ctx.window, ctx.pyramid)
             grad = grad.to(q.dtype).unflatten(1, (-1, ctx.window.segment_length))
             d_q, d_k, d_v, d_far_k, d_far_v, d_bias = _backward(grad, read)
-            m = ctx.landmarks
-            return (
-                d_q.flatten(1, 2),
-                d_k.flatten(1, 2),
-                d_v.flatten(1, 2),
-                d_far_k[:, :m],
-                d_far_v[:, :m],
-                d_bias[:, :m],
-                None,
-            )
+            return (d_q.flatten(1, 2), d_k.flatten(1, 2), d_v.flatten(1, 2), d_far_k, d_far_v, d_bias, None, None)
 
 
 class _Read:
     """The parts that forward and backward share. q, k, v: (B, S, c, d)."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, far_bias: Tensor, window: Window
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        far_k: Tensor,
+        far_v: Tensor,
+        far_bias: Tensor,
+        window: Window,
+        pyramid: Pyramid,
     ) -> None:
         self.q, self.k, self.v, self.far_k, self.far_v, self.far_bias = q, k, v, far_k, far_v, far_bias
         self.window = window
+        self.reach = _Reach(far_k.shape[1], q.shape[1], window, pyramid)
         self.back = window.segments - 1
         self.space = _Workspace(q)
         self.high = at_least_float32(q.dtype)
@@ -166,8 +220,7 @@ class _Read:
         size = window.segment_length
         like = q.new_empty(0, dtype=self.high)
         self.triangle = _minus_infinity_above(0, size, size, like)
-        most = max(tile.last - tile.first for tile in _tiles(q, far_k.shape[1], window))
-        self.staircase = _minus_infinity_above(-1, most, most + window.segments + _ALIGN, like)[:, None]
+        self.hidden: tuple[int, Tensor] | None = None
 
     def queries(self, tile: _Tile) -> Tensor:
         """A tile's queries, scaled, as an operand: (B' * count, c, d)."""
@@ -183,9 +236,20 @@ class _Read:
         for i, (skip, source) in enumerate(self.windows(x, tile)):
             out[:, :skip, i * size : (i + 1) * size] = 0  # before the sequence's start
             out[:, skip:, i * size : (i + 1) * size] = source
-        if tile.visible:
-            out[:, :, near:] = far[tile.heads, None, : tile.visible]
+        for part in tile.far:
+            out[:, :, near : near + part.stop - part.start] = far[tile.heads, None, part]
+            near += part.stop - part.start
+        out[:, :, near:] = 0
         return out.flatten(0, 1)
+
+    def far_logits(self, tile: _Tile) -> Tensor:
+        """(B', count, 1, visible): what is added to the logits of a tile's landmarks, minus infinity where hidden."""
+        if self.hidden is None or self.hidden[0] != tile.first:  # one for all heads
+            self.hidden = (tile.first, self.reach.hidden(tile, self.q.device))
+        bias = [self.far_bias[tile.heads, part] for part in tile.far]
+        missing = tile.visible - sum(part.shape[1] for part in bias)
+        row = F.pad(torch.cat(bias, dim=1), (0, missing)).unsqueeze(1)
+        return row.masked_fill(self.hidden[1], -torch.inf).unsqueeze(2)
 
     def windows(self, x: Tensor, tile: _Tile) -> Iterator[tuple[int, Tensor]]:
         """For each of the w segments of a window, oldest first: how many of the tile's segments do not have it, and
@@ -218,11 +282,8 @@ class _Read:
         for segment in range(tile.first, min(tile.last, self.back)):
             by_segment[:, segment - tile.first, :, : (self.back - segment) * size] = -torch.inf
         if tile.visible:
-            far = by_segment[..., near:]
-            far += self.far_bias[tile.heads, None, None, : tile.visible]
-            # The tile's first segment sees first - back landmarks, or none, and each next one sees one more.
-            seen, short = max(tile.first - self.back, 0), max(self.back - tile.first, 0)
-            far[..., seen:] += self.staircase[:count, :, short : short + tile.visible - seen]
+            far = logits.view(tile.heads.stop - tile.heads.start, count, size, -1)[..., near:]
+            far += self.far_logits(tile)
         return self.low(torch.softmax(logits, 2, out=self.space("weights", *shape, dtype=self.high)), "weights")
 
 
@@ -234,7 +295,7 @@ def _backward(grad: Tensor, read: _Read) -> tuple[Tensor, ...]:
     d_bias = torch.zeros_like(read.far_bias)
     d_far_k, d_far_v = (torch.zeros_like(x, dtype=d_bias.dtype) for x in (read.far_k, read.far_v))
 
-    for tile in _tiles(q, read.far_k.shape[1], read.window):
+    for tile in _tiles(q, read.reach):
         at = (tile.heads, slice(tile.first, tile.last))
         part, d_out = read.queries(tile), grad[at].flatten(0, 1)
         keys = read.columns(read.k, read.far_k, tile, "columns", read.operand)
@@ -249,7 +310,13 @@ def _backward(grad: Tensor, read: _Read) -> tuple[Tensor, ...]:
                 source = d_columns[:, skip:, i * size : (i + 1) * size]
                 target.copy_(source) if i == read.back else target.add_(source)
             if tile.visible:
-                d_far[tile.heads, : tile.visible] += _sum(d_columns[:, :, near:], (1,), d_far.dtype)
+                add_by_level(d_far, _sum(d_columns[:, :, near:], (1,), d_far.dtype))
+
+        def add_by_level(target: Tensor, x: Tensor, tile: _Tile = tile) -> None:
+            at = 0
+            for part in tile.far:
+                target[tile.heads, part] += x[:, at : at + part.stop - part.start]
+                at += part.stop - part.start
 
         d_columns = space("d_columns", *keys.shape)
         scatter(torch.bmm(weights.transpose(1, 2), d_out, out=d_columns), d_v, d_far_v)
@@ -263,7 +330,7 @@ def _backward(grad: Tensor, read: _Read) -> tuple[Tensor, ...]:
         scatter(torch.bmm(d_logits.transpose(1, 2), part, out=d_columns), d_k, d_far_k)
         if tile.visible:
             by_segment = d_logits.view(tile.heads.stop - tile.heads.start, -1, *d_logits.shape[1:])
-            d_bias[tile.heads, : tile.visible] += _sum(by_segment[..., near:], (1, 2), d_bias.dtype)
+            add_by_level(d_bias, _sum(by_segment[..., near:], (1, 2), d_bias.dtype))
     return d_q, d_k, d_v, d_far_k.to(read.far_k.dtype), d_far_v.to(read.far_v.dtype), d_bias
 
 

@@ -26,6 +26,7 @@ Which token goes where in the ring, and what a new token sees, is planned once f
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,8 +36,16 @@ from torch import Tensor
 
 from pretrain.model.attention.blockwise import Window
 from pretrain.model.attention.cache import Cache, DecodingStep, LayerCache
-from pretrain.model.attention.causal_nystrom import Landmarks, causal_landmarks, landmark_queries, pool_segments
+from pretrain.model.attention.causal_nystrom import (
+    Correction,
+    Landmarks,
+    causal_landmarks,
+    landmark_queries,
+    pool_segments,
+)
 from pretrain.model.attention.form import Given
+from pretrain.model.attention.landmark_slots import LandmarkSlots, PromptNodes, Rise, rises
+from pretrain.model.attention.pyramid import FLAT, Level, Pyramid, merge
 from pretrain.model.attention.softmax import attend
 from pretrain.model.compute import at_least_float32
 
@@ -53,7 +62,9 @@ class RingSize:
     window: Window | None = None
     """What a token sees of it; None: all."""
     landmarks: int = 0
-    """m, as many as the last token can see; with ``window``."""
+    """m, segments with a landmark: as many as the last token can see; with ``window``."""
+    pyramid: Pyramid = FLAT
+    """Which of these landmarks, and of their parents, a token sees."""
     history: int = 0
     """Tokens whose keys and values are kept for B V: m c, or 0 for pooled values."""
     conv_kernel: int = 0
@@ -63,6 +74,11 @@ class RingSize:
     def segment_length(self) -> int:
         """c; 1 without a window."""
         return self.window.segment_length if self.window else 1
+
+    @cached_property
+    def far(self) -> LandmarkSlots:
+        """Where landmarks are kept."""
+        return LandmarkSlots(self.landmarks, self.window.segments if self.window else 1, self.pyramid)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +93,8 @@ class Prompts:
     """(B, 1, c, 1) bool: which of those count."""
     segments: Tensor
     """(B, S * c): the tokens of complete segments; any where a row has fewer of them."""
+    nodes: PromptNodes
+    """Which of their landmarks and parents of landmarks go into which slot."""
 
     @classmethod
     def plan(cls, starts: np.ndarray, lengths: np.ndarray, size: RingSize, device: torch.device) -> Prompts:
@@ -95,6 +113,7 @@ class Prompts:
             tail=among(tail),
             in_tail=(tail < total)[:, None, :, None],
             segments=among(torch.arange(complete, device=device).expand(len(lengths), -1)),
+            nodes=PromptNodes.plan(size.far, total[:, 0] // segment),
         )
 
     @staticmethod
@@ -117,6 +136,10 @@ class Completed:
     """(R, c) int64: and in the ring."""
     count: int = field(kw_only=True)
     """One more than the largest number in ``segment``."""
+    place: Tensor = field(kw_only=True)
+    """(R,) int64: the slot of the landmark."""
+    rises: tuple[Rise, ...] = field(kw_only=True)
+    """The parents that get complete with it."""
 
     @classmethod
     def plan(cls, lengths: np.ndarray, size: RingSize, device: torch.device) -> Completed | None:
@@ -129,7 +152,8 @@ class Completed:
         segment = lengths[rows] // every
         positions = segment[:, None] * every + np.arange(every)
         places = [torch.from_numpy(x).to(device) for x in (rows, segment, positions, positions % size.slots)]
-        return cls(*places, count=int(segment.max()) + 1)
+        place = torch.from_numpy(segment % size.far.sizes[0]).to(device)
+        return cls(*places, count=int(segment.max()) + 1, place=place, rises=rises(size.far, rows, segment, device))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,12 +176,12 @@ class RingStep(DecodingStep):
         kernel, device = size.conv_kernel, position.device
         segment, window = size.window or (1, 1)
         end = int(lengths.max()) + 1
-        landmarks = min(max((end - 1) // segment - window + 1, 0), size.landmarks)
+        landmarks = size.far.read(min(max((end - 1) // segment - window + 1, 0), size.landmarks))
         near = size.slots if landmarks else min(size.slots, end)
         t = position[:, None]
         age = (t - torch.arange(near, device=device)) % size.slots  # how many tokens ago each slot was written
         seen = t if size.window is None else torch.minimum(t, (window - 1) * segment + t % segment)
-        far = torch.arange(landmarks, device=device) > t // segment - window
+        far = size.far.hidden(position // segment, landmarks)
         return cls(
             len(lengths),
             1,
@@ -176,7 +200,8 @@ class Ring(Cache):
 
     Numbers for each row and layer, with hidden size h, H heads and r, m as in :class:`RingSize`: 2 h (r + m) for keys
     and values. Landmarks add m H + h for the masses and the sum; the history adds 2 h m c. Beyond the window, c more
-    tokens add 2 h + H; to that of exact attention they add 2 h c.
+    tokens add 2 h + H; to that of exact attention they add 2 h c. In a pyramid m is the number of slots of all levels,
+    which grows with the logarithm of the length, and each level but the last adds a sum of queries, h.
     """
 
     def __init__(self, config: ModelConfig, size: RingSize, *, weighted: bool = True) -> None:
@@ -198,13 +223,15 @@ class Ring(Cache):
         landmarks: bool = False,
         history: bool = False,
         weighted: bool = True,
+        pyramid: Pyramid = FLAT,
     ) -> Ring:
         """The tokens of a window, and as many more as the skip convolution is wide. landmarks: beyond the window;
         history: all tokens that these stand for, too."""
         c, w = window
         slots = min(c * max(w, -(-config.conv_kernel // c)), max_length)
         m = max(-(-max_length // c) - w, 0) if landmarks else 0
-        return cls(config, RingSize(slots, window, m, m * c if history else 0, config.conv_kernel), weighted=weighted)
+        size = RingSize(slots, window, m, pyramid, m * c if history else 0, config.conv_kernel)
+        return cls(config, size, weighted=weighted)
 
     def prompts(self, starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Prompts:
         return Prompts.plan(starts, lengths, self.size, device)
@@ -217,14 +244,14 @@ class Ring(Cache):
 
     def elements(self) -> tuple[int, int]:
         size, hidden = self.size, self.config.hidden_size
-        kept = 2 * hidden * (size.slots + size.landmarks + size.history)
-        return kept, size.landmarks * self.config.num_heads + hidden if size.landmarks else 0
+        kept = 2 * hidden * (size.slots + size.far.total + size.history)
+        return kept, size.far.total * self.config.num_heads + hidden * len(size.far.sizes)
 
 
 class RingLayer(LayerCache):
     """One layer's ring, its landmarks and what these are made of."""
 
-    STATE = ("keys", "values", "mass", "query_sum", "past_keys", "past_values")
+    STATE = ("keys", "values", "mass", "query_sum", "level_sums", "past_keys", "past_values")
     keys: Tensor
     """(B, H, r + m, d): the ring, then k~."""
     values: Tensor
@@ -232,7 +259,9 @@ class RingLayer(LayerCache):
     mass: Tensor | None = None
     """(B, H, m), M."""
     query_sum: Tensor | None = None
-    """(B, H, d)."""
+    """(B, H, d), of the tokens of a segment in progress."""
+    level_sums: Tensor | None = None
+    """(B, H, levels - 1, d), of the nodes that wait for a parent."""
     past_keys: Tensor | None = None
     """(B, H, m * c, d), of complete segments."""
     past_values: Tensor | None = None
@@ -243,12 +272,14 @@ class RingLayer(LayerCache):
         self.segment_length = size.segment_length
         self.weighted = ring.weighted
         # Zeros: what is not there yet gets a weight of 0, and 0 times what lies in fresh memory may be NaN.
-        self.keys = torch.zeros(rows, heads, size.slots + size.landmarks, width, dtype=dtype, device=device)
+        self.keys = torch.zeros(rows, heads, size.slots + size.far.total, width, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         high = at_least_float32(self.keys.dtype)
         if size.landmarks:
-            self.mass = torch.zeros(rows, heads, size.landmarks, dtype=high, device=device)
+            self.mass = torch.zeros(rows, heads, size.far.total, dtype=high, device=device)
             self.query_sum = torch.zeros(rows, heads, width, dtype=high, device=device)
+            if (above := len(size.far.sizes) - 1) > 0:
+                self.level_sums = torch.zeros(rows, heads, above, width, dtype=high, device=device)
         if size.history:
             self.past_keys = torch.zeros(rows, heads, size.history, width, dtype=dtype, device=device)
             self.past_values = torch.zeros_like(self.past_keys)
@@ -266,18 +297,20 @@ class RingLayer(LayerCache):
             self.query_sum = torch.where(plan.in_tail, tail, 0).sum(dim=2)
             if plan.segments.shape[1]:
                 q, k, v = (plan.take(x, plan.segments) for x in (q, k, v))
-                self._fill_landmarks(q, k, v, given.get("offset"), given.get("gamma"))
+                self._fill_landmarks(q, k, v, plan.nodes, given)
 
-    def _fill_landmarks(self, q: Tensor, k: Tensor, v: Tensor, offset: Tensor | None, gamma: Tensor | None) -> None:
+    def _fill_landmarks(self, q: Tensor, k: Tensor, v: Tensor, nodes: PromptNodes, given: Given) -> None:
         """q, k, v: (B, H, S * c, d) of the first S segments. A row with fewer of them gets landmarks of any tokens for
         the others: no token sees one before its segment is complete, and then it is made anew."""
         assert self.mass is not None
+        gamma = given.get("gamma")
         rows, _, length, _ = k.shape
         first, count = self.size.slots, length // self.segment_length
         if self.past_keys is not None and self.past_values is not None:
             self.past_keys[:, :, :length], self.past_values[:, :, :length] = k, v
+        queries = landmark_queries(q, self.segment_length, given.get("offset"), correction_of(given))
         far = causal_landmarks(
-            landmark_queries(q, self.segment_length, offset).flatten(0, 1),
+            queries.flatten(0, 1),
             k.flatten(0, 1),
             v.flatten(0, 1),
             None if gamma is None else gamma.repeat(rows),
@@ -285,6 +318,10 @@ class RingLayer(LayerCache):
             weighted=self.weighted,
         )
         keys, mass, values = (x.unflatten(0, (rows, -1)) for x in far)
+        if self.level_sums is not None:
+            level = Level(queries, keys, mass, values)
+            (_, keys, mass, values), self.level_sums = nodes.keep(level, self.size.pyramid, weighted=self.weighted)
+            count = keys.shape[2]
         self.keys[:, :, first : first + count] = keys
         self.values[:, :, first : first + count] = values
         self.mass[:, :, :count] = mass
@@ -302,7 +339,7 @@ class RingLayer(LayerCache):
             if self.query_sum is not None:
                 self.query_sum += query
                 if step.completed is not None:
-                    self._add_landmarks(step.completed, self.query_sum, given.get("offset"), given.get("gamma"))
+                    self._add_landmarks(step.completed, self.query_sum, given)
             return out.unsqueeze(1).to(v.dtype)
 
     def _read(self, query: Tensor, step: RingStep, conv_weight: Tensor | None) -> Tensor:
@@ -322,10 +359,13 @@ class RingLayer(LayerCache):
             weights[:, :, :near] += taps[:, step.taps].transpose(0, 1)
         return (weights.to(values.dtype).unsqueeze(-2) @ values).squeeze(-2)
 
-    def _add_landmarks(self, done: Completed, query_sum: Tensor, offset: Tensor | None, gamma: Tensor | None) -> None:
+    def _add_landmarks(self, done: Completed, query_sum: Tensor, given: Given) -> None:
         assert self.mass is not None
-        query = query_sum[done.rows] / self.segment_length  # (R, H, d)
-        if offset is not None:
+        gamma, correction = given.get("gamma"), correction_of(given)
+        mean = query = query_sum[done.rows] / self.segment_length  # (R, H, d)
+        if correction is not None:
+            query = query + correction(mean.transpose(0, 1).unsqueeze(0)).squeeze(0).transpose(0, 1)
+        if (offset := given.get("offset")) is not None:
             query = query + offset.transpose(0, 1)
         query_sum[done.rows] = 0
         own = (done.rows[:, None], slice(None), done.slots)
@@ -334,9 +374,9 @@ class RingLayer(LayerCache):
         far = pool_segments(query.flatten(0, 1).unsqueeze(1), *one, weighted=self.weighted)
         keys, mass, pooled = (x.squeeze(1).unflatten(0, query.shape[:2]) for x in far)
 
-        place = (done.rows, slice(None), self.size.slots + done.segment)
+        place = (done.rows, slice(None), self.size.slots + done.place)
         self.keys[place] = keys.to(self.keys.dtype)
-        self.mass[done.rows, :, done.segment] = mass
+        self.mass[done.rows, :, done.place] = mass
         if gamma is not None and self.past_keys is not None and self.past_values is not None:
             past = (done.rows[:, None], slice(None), done.positions)
             self.past_keys[past], self.past_values[past] = k, v
@@ -349,6 +389,32 @@ class RingLayer(LayerCache):
             history = self.past_keys[done.rows, :, :tokens], self.past_values[done.rows, :, :tokens]
             pooled = next_value(query, pooled, known, *history, done.segment, gamma)
         self.values[place] = pooled.to(self.values.dtype)
+        if self.level_sums is not None:
+            self.level_sums[done.rows, :, 0] += query
+            self._add_parents(done.rises, self.mass, self.level_sums)
+
+    def _add_parents(self, rises: tuple[Rise, ...], mass: Tensor, sums: Tensor) -> None:
+        """From children that are as they are kept, in the dtype of the model."""
+        for level, (rows, children, slot) in enumerate(rises):
+            branching = children.shape[1]
+            query = sums[rows, :, level] / branching  # (R, H, d)
+            sums[rows, :, level] = 0
+            own = (rows[:, None], slice(None), self.size.slots + children)
+            key, value = (x[own].transpose(1, 2).to(query.dtype) for x in (self.keys, self.values))  # (R, H, r, d)
+            entropy = mass[rows[:, None], :, children].transpose(1, 2)
+            merged = merge(query, key, entropy, value, weighted=self.weighted)
+            place = (rows, slice(None), self.size.slots + slot)
+            self.keys[place], self.values[place] = (x.to(self.keys.dtype) for x in (merged.keys, merged.values))
+            mass[rows, :, slot] = merged.mass
+            if level + 1 < sums.shape[2]:
+                sums[rows, :, level + 1] += query
+
+
+def correction_of(given: Given) -> Correction | None:
+    """The map of landmarks' queries, if a form gives one."""
+    if "query_into" not in given:
+        return None
+    return Correction(given["query_into"], given["query_out"], given.get("query_cos"), given.get("query_sin"))
 
 
 def next_value(

@@ -22,8 +22,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "inverse-fixed-gamma": {"landmark_inverse": True, "learn_gamma": False, "landmark_keys": "mean"},
     "mean-keys": {"landmark_keys": "mean"},
     "learned-query": {"learn_landmark_query": True},
-}
-KEEPING = [name for name, changes in FORMS.items() if "attention" in changes] + ["inverse"]
+    "query-map": {"landmark_query_rank": 2, "learn_landmark_query": True},
+    "query-map-without-positions": {"landmark_query_rank": 2, "positions": "none"},
+    "pyramid": {"landmark_levels": 16, "landmark_band": 1},
+    "pyramid-of-threes": {
+        "landmark_levels": 2, "landmark_band": 2, "landmark_branching": 3, "segment_length": 2, "landmark_keys": "mean",
+        "landmark_query_rank": 1, "learn_landmark_query": True,
+    },
+}  # fmt: skip
+KEEPING = [name for name, changes in FORMS.items() if "attention" in changes] + ["inverse", "pyramid"]
 """One for each kind of state."""
 
 
@@ -41,7 +48,7 @@ def decoder(dtype: torch.dtype = torch.float64, **changes: Any) -> Nystromformer
     model = build_model(settings(**changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("landmark_query", "gamma_logit")):
+            if name.endswith(("landmark_query", "landmark_query_out", "gamma_logit")):
                 parameter.normal_()
     return model.to(dtype)
 
@@ -219,6 +226,28 @@ def test_memory_grows_by_landmarks_only() -> None:
     assert growth(attention="window") == 0
     assert growth(attention="softmax") == layers * 2 * hidden * C
     assert growth(landmark_inverse=True) == layers * (2 * hidden + heads + 2 * hidden * C)
+
+
+@pytest.mark.parametrize("w", [1, 3])
+@pytest.mark.parametrize(("band", "branching"), [(1, 2), (3, 2), (2, 4)])
+def test_memory_of_a_pyramid_grows_with_the_logarithm(band: int, branching: int, w: int) -> None:
+    pyramid = {"landmark_levels": 30, "landmark_band": band, "landmark_branching": branching, "window_segments": w}
+    layers, hidden, heads = 2, 12, 2
+    a_level = (band + branching) * branching // (branching - 1) + w
+    for power in range(3, 9):
+        length = C * (branching**power * band + w)
+        near = layers * 2 * hidden * C * max(w, 2)  # of the window, and as far back as the convolution reaches
+        got = cache_elements(settings(**pyramid), 1, length)
+        assert got <= near + (power + 1) * layers * (a_level * (2 * hidden + heads) + hidden)
+    flat = cache_elements(settings(window_segments=w), 1, length)
+    assert got < flat / 2
+
+
+def test_a_pyramid_decodes_far_beyond_its_first_levels() -> None:
+    """Every slot of every level is written again many times."""
+    model = decoder(landmark_levels=16, landmark_band=1, segment_length=2, window_segments=1, positions="none")
+    ids = tokens(length=301)
+    torch.testing.assert_close(step_by_step(model, ids, 37), forward(model, ids)[:, 36:], rtol=0, atol=1e-9)
 
 
 def test_no_room_no_positions_no_prompt() -> None:

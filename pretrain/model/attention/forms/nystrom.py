@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.errors import UserError
 from pretrain.model.attention.blockwise import Window
 from pretrain.model.attention.causal_nystrom import causal_nystrom_attention
 from pretrain.model.attention.form import Form, Given, OwnParameter, Rotary
 from pretrain.model.attention.forms.window import segment_sizes, tokens_seen
 from pretrain.model.attention.layout import Layout, Rectangle
 from pretrain.model.attention.nystrom import nystrom_attention, pooled_attention
+from pretrain.model.attention.pyramid import FLAT, Pyramid
 from pretrain.model.attention.registry import FORMS
-from pretrain.model.attention.ring import Ring, RingStep
+from pretrain.model.attention.ring import Ring, RingStep, correction_of
 from pretrain.model.compute import at_least_float32
 from pretrain.model.positions import RotaryTable, apply_rotary, segment_rotary_table
+
+if TYPE_CHECKING:
+    from pretrain.model.config import ModelConfig
 
 
 @FORMS.register
@@ -42,8 +48,10 @@ class Nystrom(Form):
                 v,
                 window=self._window,
                 offset=given.get("offset"),
+                correction=correction_of(given),
                 gamma=given.get("gamma"),
                 weighted=config.landmark_keys == "weighted",
+                pyramid=self.pyramid,
             )
         if config.landmark_inverse:
             return nystrom_attention(
@@ -66,6 +74,7 @@ class Nystrom(Form):
             landmarks=True,
             history=self.config.landmark_inverse,
             weighted=self.config.landmark_keys == "weighted",
+            pyramid=self.pyramid,
         )
 
     def flops(self, seq_len: int) -> float:
@@ -75,7 +84,8 @@ class Nystrom(Form):
 
         Causal, m landmarks of c tokens: 4 h for every token seen in the window and every landmark seen, on average. The
         landmarks' own work is divided by n: 6 h m c for their keys, masses and values. With the inverse come 4 h c m (m
-        + 1) / 2 for B V, and h m^2 each for A and the triangular solve.
+        + 1) / 2 for B V, and h m^2 each for A and the triangular solve. In a pyramid a token sees fewer, and each
+        landmark is made into a parent once, which is 6 h for each child.
         """
         if seq_len <= self.exact_up_to:
             return self.exact_flops(seq_len)
@@ -88,9 +98,9 @@ class Nystrom(Form):
             return 8.0 * m * h + small / n
         c, w = self._window
         sizes = segment_sizes(n, c)
-        landmarks = sum(size * max(i - w + 1, 0) for i, size in enumerate(sizes))
+        landmarks = sum(size * self.pyramid.seen(max(i - w + 1, 0)) for i, size in enumerate(sizes))
         m = len(sizes) - w
-        own = 6.0 * h * m * c
+        own = 6.0 * h * m * c + 6.0 * h * self.pyramid.branching * sum(self.pyramid.nodes(m)[1:])
         if config.landmark_inverse:
             own += 4.0 * h * c * m * (m + 1) / 2 + 2.0 * h * m * m
         return (4.0 * h * (tokens_seen(self._window, n, causal=True) + landmarks) + own) / n
@@ -114,6 +124,10 @@ class Nystrom(Form):
         if self.has_landmark_query:
             shape = (config.num_heads, config.head_dim)
             found["landmark_query"] = OwnParameter(shape, nn.init.zeros_, decay=False)  # a bias for each head
+        if self.causal and (rank := config.landmark_query_rank):
+            into = partial(nn.init.normal_, std=config.head_dim**-0.5)
+            found["landmark_query_into"] = OwnParameter((config.num_heads, config.head_dim, rank), into)
+            found["landmark_query_out"] = OwnParameter((config.num_heads, rank, config.head_dim), nn.init.zeros_)
         if self.has_gamma and config.learn_gamma:
             share = 2 * config.gamma_init - 1
             reset = partial(nn.init.constant_, val=math.log(share / (1 - share)))
@@ -139,6 +153,20 @@ class Nystrom(Form):
         return Window(self.config.segment_length, self.config.window_segments)
 
     @property
+    def pyramid(self) -> Pyramid:
+        """Which landmarks, and parents of landmarks, a causal model's tokens see."""
+        return pyramid_of(self.config)
+
+    def check(self) -> None:
+        super().check()
+        if self.causal and self.config.landmark_levels > 1 and self.config.landmark_inverse:
+            raise UserError(
+                f"landmark_levels {self.config.landmark_levels} and landmark_inverse exclude each other: the "
+                "triangular inverse needs the landmark of every segment. Set landmark_inverse: false, or "
+                "landmark_levels: 1"
+            )
+
+    @property
     def pooled_to(self) -> int | None:
         return None if self.causal else self.config.num_landmarks
 
@@ -146,21 +174,29 @@ class Nystrom(Form):
     def settings(self) -> tuple[str, ...]:
         if not self.causal:
             return ("landmark_inverse", "num_landmarks", "inverse_iterations", "inverse_init")
-        keys = ("landmark_inverse", "segment_length", "window_segments", "landmark_keys", "learn_landmark_query")
-        return (*keys, "gamma_init", "learn_gamma")
+        keys = ("landmark_inverse", "segment_length", "window_segments", "landmark_keys", "landmark_levels")
+        return (
+            *keys,
+            "landmark_band",
+            "landmark_branching",
+            "learn_landmark_query",
+            "landmark_query_rank",
+            "gamma_init",
+            "learn_gamma",
+        )
 
     def prepare(
         self, layout: Layout, rotary: Rotary | None, device: torch.device, plan: object | None
-    ) -> RotaryTable | None:
-        """The mean over each segment's rotary angles, (1, S, 1, d / 2): what a constant added to every query amounts
-        to. Only for a learned offset and rotary positions. In decoding: of the segments that the step completes."""
-        if rotary is None or not self.has_landmark_query:
+    ) -> SegmentAngles | None:
+        """The rotary angles of each segment, for what is learned of landmarks' queries. In decoding: of the segments
+        that the step completes."""
+        if rotary is None or not (self.has_landmark_query or (self.causal and self.config.landmark_query_rank)):
             return None
         size = self.config.segment_length
         if isinstance(plan, RingStep):
             if plan.completed is None:
                 return None
-            return segment_rotary_table(rotary.of(plan.completed.positions.flatten().unsqueeze(0)), size)
+            return SegmentAngles.of(rotary.of(plan.completed.positions.flatten().unsqueeze(0)), size)
         segments = -(-layout.length // size)
         if segments <= self.config.window_segments and plan is None:
             return None
@@ -168,15 +204,19 @@ class Nystrom(Form):
         if not (layout.is_full and layout.length == segments * size):
             # Every sequence starts at position 0, so one table serves all.
             table = rotary.of(torch.arange(segments * size, device=device).unsqueeze(0))
-        return segment_rotary_table(table, size)
+        return SegmentAngles.of(table, size)
 
-    def given(self, own: Given, shared: RotaryTable | None, device: torch.device) -> dict[str, Tensor]:
-        """``gamma`` and ``offset``, as far as there are; see :meth:`attend`."""
+    def given(self, own: Given, shared: SegmentAngles | None, device: torch.device) -> dict[str, Tensor]:
+        """``gamma``, ``offset`` and the parts of a ``Correction``, as far as there are; see :meth:`attend`."""
         found = {}
         if (gamma := self.gamma(own, device)) is not None:
             found["gamma"] = gamma
         if self.has_landmark_query and "landmark_query" in own:
-            found["offset"] = _offset(own["landmark_query"], shared)
+            found["offset"] = _offset(own["landmark_query"], None if shared is None else shared.mean)
+        if self.causal and self.config.landmark_query_rank and "landmark_query_out" in own:
+            found["query_into"], found["query_out"] = own["landmark_query_into"], own["landmark_query_out"]
+            if shared is not None:
+                found["query_cos"], found["query_sin"] = (x[0, :, 0] for x in shared.first)
         return found
 
     def gamma(self, own: Given, device: torch.device) -> Tensor | None:
@@ -187,6 +227,28 @@ class Nystrom(Form):
             logit = own["gamma_logit"]
             return 0.5 + 0.5 * torch.sigmoid(logit.to(at_least_float32(logit.dtype)))
         return torch.full((self.config.num_heads,), self.config.gamma_init, device=device)
+
+
+class SegmentAngles(NamedTuple):
+    """Rotary tables of S segments, each (1, S, 1, d / 2)."""
+
+    mean: RotaryTable
+    """The mean over a segment: what a constant that is added to every query amounts to."""
+    first: RotaryTable
+    """That of its first token."""
+
+    @classmethod
+    def of(cls, table: RotaryTable, segment_length: int) -> SegmentAngles:
+        """table: of the tokens of whole segments, (1, S * c, 1, d / 2)."""
+        cos, sin = (x[:, ::segment_length] for x in table)
+        return cls(segment_rotary_table(table, segment_length), (cos, sin))
+
+
+def pyramid_of(config: ModelConfig) -> Pyramid:
+    """Which landmarks a causal token sees, by the configuration's levels, band and branching."""
+    if config.landmark_levels == 1:
+        return FLAT
+    return Pyramid(config.landmark_levels, config.landmark_band, config.landmark_branching)
 
 
 def _offset(landmark_query: Tensor, rotary: RotaryTable | None) -> Tensor:
