@@ -1,6 +1,6 @@
 """The project for Python programs: ``import nystrom_pretrain as nystrom``. docs/python.md shows all of it.
 
-A name is imported when it is first used, so this module costs next to nothing by itself. It is also the console script
+A name is imported when it is first used, so this package costs next to nothing by itself. It is also the console script
 ``nystrom``. Before the first import it looks whether another package hides the project's own ones, whose names are
 common words.
 """
@@ -59,7 +59,7 @@ def entry() -> None:
 
 def _hidden(words: Sequence[str]) -> str | None:
     """What hides a package that the command ``words`` needs; the module that looks is read by its path."""
-    path = Path(__file__).resolve().parent / "launch" / "shadowing.py"
+    path = Path(__file__).resolve().parents[1] / "launch" / "shadowing.py"
     spec = importlib.util.spec_from_file_location("nystrom_shadowing", path)
     assert spec is not None
     assert spec.loader is not None
