@@ -78,9 +78,10 @@ class _HeadByHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         v, weight = ctx.saved_tensors
-        taps, need_v, need_weight = weight.shape[1], *ctx.needs_input_grad[:2]
-        d_v = _convolve(grad, weight.flip(1), taps - 1 - ctx.before) if need_v else None
-        return d_v, _of_weight(v, grad, taps, ctx.before) if need_weight else None, None
+        taps: int = weight.shape[1]
+        d_v = _convolve(grad, weight.flip(1), taps - 1 - ctx.before) if ctx.needs_input_grad[0] else None
+        d_weight = _of_weight(v, grad, taps, ctx.before) if ctx.needs_input_grad[1] else None
+        return d_v, d_weight, None
 
 
 def _convolve(v: Tensor, weight: Tensor, before: int) -> Tensor:
