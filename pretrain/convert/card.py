@@ -154,7 +154,7 @@ def _form_name(model: ModelConfig) -> str:
 def attention_in_words(model: ModelConfig) -> str:
     """What a token sees, in a sentence or two."""
     layers = Counter(model.attention_by_layer)
-    words = "; ".join(
+    words = ", and ".join(
         (f"in {count} of {model.num_layers} layers " if len(layers) > 1 else "") + _form_in_words(model, name)
         for name, count in layers.items()
     )

@@ -347,7 +347,7 @@ def test_a_licence_is_one_that_the_hub_takes(
         ({"attention": "softmax"}, "exact softmax attention; plus a depthwise convolution of 65 taps"),
         (
             {"attention": ["window", "window", "softmax"], "num_layers": 6},
-            "in 4 of 6 layers exact attention to 2 segments of 64 tokens, and 1 on the other side; no others; "
+            "in 4 of 6 layers exact attention to 2 segments of 64 tokens, and 1 on the other side; no others, and "
             "in 2 of 6 layers exact softmax attention; plus",
         ),
         ({"attention": "window", "conv_kernel": 0}, "exact attention to 2 segments of 64 tokens, and 1 on the other"),
