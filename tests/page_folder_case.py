@@ -73,13 +73,11 @@ def write_inputs(folder: Path) -> None:
         (folder / "ratings-test.jsonl", half[1]),
         (folder / "notes.jsonl", rows),
         (folder / "test.jsonl", half[1]),
+        (folder / "reviews.jsonl", rows),
         (folder / "text" / "a.jsonl", rows),
     ):
         _write_rows(path, part)
     _write_rows(folder / "notes.bars", rows)
-    broken = [json.dumps(row) for row in rows]
-    broken[7] = broken[9] = '{"text": "cut'
-    (folder / "reviews.jsonl").write_text("\n".join(broken) + "\n")
     import zstandard
 
     (folder / "web").mkdir()
@@ -106,7 +104,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def write_rest(folder: Path, environment: Mapping[str, str]) -> None:
-    """What earlier commands would have made: tokenizer, shards, runs, tokens of other programs."""
+    """What earlier commands would have made: tokenizer, shards, runs and their gate, tokens of other programs."""
     sources = [
         "data tokenizer --input 'books/train/*.txt' --vocab-size 8192 --out tokenizer",
         "data prepare --input 'books/train/*.txt' --tokenizer tokenizer --out shards/train",
@@ -116,6 +114,8 @@ def write_rest(folder: Path, environment: Mapping[str, str]) -> None:
     lines += ["mkdir -p demo/shards", "cp -r shards/train shards/books", "cp -r shards/valid shards/law"]
     lines += ["cp -r shards/train shards/valid demo/shards"]
     lines += [f"nystrom train --config {words.replace(' ', ' --set ', 1)}" for words in RUNS.values()]
+    lines += [f"nystrom eval validity lm --checkpoint {run}" for run in ("runs/books-clm", "runs/exact")]
+    lines += ["nystrom eval validity --checkpoint demo/runs/demo-clm"]
     done = subprocess.run(
         ["bash", "-ec", "\n".join(lines)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -133,6 +133,14 @@ def write_rest(folder: Path, environment: Mapping[str, str]) -> None:
     (folder / "datatrove").mkdir()
     write_datatrove(folder / "datatrove" / "a.ds", ids)
     _write_nystromformer(folder / "nystromformer-512")
+
+
+def change_for(page: str, folder: Path) -> None:
+    """What is otherwise in the copy of one page."""
+    if page == "docs/data.md":  # it shows what happens where lines are cut short
+        lines = (folder / "reviews.jsonl").read_text().splitlines()
+        lines[7] = lines[9] = '{"text": "cut'
+        (folder / "reviews.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def _labelled(count: int) -> list[tuple[str, str, float]]:

@@ -11,7 +11,7 @@ TRAINING = shlex.split(
     "'validation={tokens: 1024}' telemetry.wandb=disabled precision=fp32"
 )
 """8 steps of 4 rows."""
-FITS = "epochs=1 seeds=1 scratch_seeds=1"
+FITS = "epochs=1 seeds=1 scratch_seeds=1 max_length=64"
 SUITES = {
     "lm": "max_tokens=2048",
     "context": "probes=8",
@@ -24,10 +24,10 @@ SUITES = {
     "classify": FITS,
     "regress": FITS,
     "stsb": FITS,
-    "reviews-long": FITS + " max_length=64",
+    "reviews-long": FITS,
     "retrieval": "random_networks=1",
     "sts": "random_networks=1",
-    "listops-small": "train_size=64 dev_size=16 test_size=16 steps=4 warmup=1 validate_every=2",
+    "listops-small": "train_size=64 dev_size=16 test_size=16 steps=4 warmup=2 validate_every=2",
 }
 """Settings of each suite."""
 MEMBERS = {"nightly": ["lm", "reviews-long", "passkey"]}

@@ -234,6 +234,8 @@ def _execute(words: list[str], scale: Any) -> None:
             sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     if words[:2] == ["-m", "data_pipeline.processes"]:
         words = ["-m", *words[4:]]  # it asks to end with its parent, which our client is: its end is ours
+    if not words:
+        words = ["-c", sys.stdin.read()]
     if scale is not None:
         words = scale(words)
     kind = words[0] if words[0] in ("-m", "-c") else ""

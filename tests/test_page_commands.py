@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from page_folder_case import write_inputs, write_rest
+from page_folder_case import change_for, write_inputs, write_rest
 from page_server_case import programs
 from pages_case import PAGES, REPOSITORY, Block, to_mark
 
@@ -110,6 +110,7 @@ RUN = [page for page in PAGES if to_run(page)]
 def test_the_commands_of_the_page_run(page: str, workshop: Workshop, tmp_path: Path) -> None:
     folder = tmp_path / "page"
     shutil.copytree(workshop.folder, folder, symlinks=True)
+    change_for(page, folder)
     failures = run_page(page, folder, workshop.environment)
     assert not failures, "\n\n".join(failures)
 
@@ -118,7 +119,25 @@ def test_the_commands_of_the_page_run(page: str, workshop: Workshop, tmp_path: P
 def test_a_command_that_fails_is_told(workshop: Workshop, tmp_path: Path) -> None:
     text = "<!-- run -->\n\n    nystrom data verify shards    # not there\n    nystrom --version | grep -c nystrom\n\n"
     text += "<!-- run -->\n\n    $ nystrom data verify shards\n    nystrom data: error: shards has no manifest.json\n"
+    (tmp_path / "prompts.txt").touch()
     failures = run_page("made-up.md", tmp_path, workshop.environment, text)
     assert [failure.splitlines()[:2] for failure in failures] == [
         ["made-up.md:3: nystrom data verify shards", "status 2 and not 0:"]
     ]
+
+
+@pytest.mark.slow
+def test_a_program_of_the_server_is_a_process_like_others(workshop: Workshop, tmp_path: Path) -> None:
+    def bash(script: str) -> tuple[int, str]:
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=workshop.environment, capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, done.stdout
+
+    shown = "import os, sys; print(os.getcwd(), os.environ['A'], sys.argv, sys.stdin.read()); sys.exit(3)"
+    assert bash(f'echo in | A=b python -c "{shown}" x') == (3, f"{tmp_path} b ['-c', 'x'] in\n\n")
+    asleep = "import time; print(1, flush=True); time.sleep(50)"
+    # A signal reaches it, and its end is that of the program.
+    assert bash(f'coproc python -c "{asleep}"; read <&${{COPROC[0]}}; kill $COPROC_PID; wait $COPROC_PID')[0] == 143
+    started = "import subprocess, sys; print(subprocess.run([sys.executable, '-c', 'print(5)']).returncode)"
+    assert bash(f'python -u -c "{started}"') == (0, "5\n0\n")
