@@ -31,12 +31,19 @@ RUNS = {
 LINKS = {
     "runs/a": "books-clm",
     "runs/b": "exact",
-    "runs/books": "../demo/runs/demo-mlm",
     "runs/demo-clm": "../demo/runs/demo-clm",
     "runs/demo-mlm": "../demo/runs/demo-mlm",
     "RUN": "runs/books-clm",
 }
 """Other names of them in the pages."""
+MADE_ANEW = {
+    "README.md": "tokenizer shards/train shards/valid shards/books runs",
+    "docs/first-run.md": "tokenizer shards/train shards/valid",
+    "docs/data.md": "tokenizer shards/books",
+    "docs/attention.md": "tokenizer shards/train",
+    "docs/training.md": "shards/train",
+}
+"""What these pages make from the texts themselves, or plan before it is there."""
 
 
 def documents(seed: int, count: int, words: int = 120) -> list[str]:
@@ -114,7 +121,7 @@ def write_rest(folder: Path, environment: Mapping[str, str]) -> None:
     lines += ["mkdir -p demo/shards", "cp -r shards/train shards/books", "cp -r shards/valid shards/law"]
     lines += ["cp -r shards/train shards/valid demo/shards"]
     lines += [f"nystrom train --config {words.replace(' ', ' --set ', 1)}" for words in RUNS.values()]
-    lines += [f"nystrom eval validity lm --checkpoint {run}" for run in ("runs/books-clm", "runs/exact")]
+    lines += [f"nystrom eval validity lm context --checkpoint {run}" for run in ("runs/books-clm", "runs/exact")]
     lines += ["nystrom eval validity --checkpoint demo/runs/demo-clm"]
     done = subprocess.run(
         ["bash", "-ec", "\n".join(lines)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -137,6 +144,8 @@ def write_rest(folder: Path, environment: Mapping[str, str]) -> None:
 
 def change_for(page: str, folder: Path) -> None:
     """What is otherwise in the copy of one page."""
+    for name in MADE_ANEW.get(page, "").split():
+        shutil.rmtree(folder / name)
     if page == "docs/data.md":  # it shows what happens where lines are cut short
         lines = (folder / "reviews.jsonl").read_text().splitlines()
         lines[7] = lines[9] = '{"text": "cut'
@@ -145,7 +154,7 @@ def change_for(page: str, folder: Path) -> None:
 
 def _labelled(count: int) -> list[tuple[str, str, float]]:
     """Text, label and score; the first word tells the label."""
-    texts = [text.replace("\n", " ") for text in documents(3, count, 60)]
+    texts = [text.replace("\n", " ") for text in documents(3, count, 110)]
     kinds = [("wonderful", "good"), ("dreadful", "bad")]
     return [(f"{kinds[n % 2][0]} {text}", kinds[n % 2][1], 1.0 + n % 5) for n, text in enumerate(texts)]
 

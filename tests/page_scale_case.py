@@ -19,7 +19,7 @@ SUITES = {
     "generate": "num_samples=2 max_new_tokens=8",
     "repeats": "rows=2",
     "passkey": "rows=2",
-    "attention": "max_tokens=1024",
+    "approximation": "max_tokens=1024",
     "efficiency": "lengths=[64,128] rounds=1 decode_tokens=2",
     "classify": FITS,
     "regress": FITS,
@@ -30,7 +30,7 @@ SUITES = {
     "listops-small": "train_size=64 dev_size=16 test_size=16 steps=4 warmup=2 validate_every=2",
 }
 """Settings of each suite."""
-MEMBERS = {"nightly": ["lm", "reviews-long", "passkey"]}
+MEMBERS = {"nightly": ["lm", "reviews-long", "passkey"], "attention": ["approximation", "efficiency"]}
 """Suites of suites that a page shows."""
 
 

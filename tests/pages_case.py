@@ -152,11 +152,9 @@ def read_page(page: str, text: str | None = None) -> Page:
             while not body[-1].strip():
                 body.pop()
             indent, next_at = min(len(text) - len(text.lstrip()) for text in body if text.strip()), end
-            if at > 1 and "-->" in lines[at - 1]:
-                faults.append(f"{page}:{at + 1}: a blank line is missing between the marker and the block")
         else:
             if line.strip() and waiting:
-                faults.append(f"{page}:{at + 1}: the marker above stands before no block")
+                faults.append(f"{page}:{at + 1}: the marker above stands before no block (or a blank line is missing)")
                 waiting = []
             at += 1
             continue

@@ -99,7 +99,7 @@ def test_blocks_and_their_markers_are_found() -> None:
         ("<!-- run: tests/test_page_markers.py::test_nothing -->", "no test tests/test_page_markers.py::test_nothing"),
         ("<!-- run: tests/nothing.py::test_x -->", "no test tests/nothing.py::test_x"),
         ("<!-- run `sort` -->\n\n<!-- run -->", "no command holds `sort`"),
-        ("<!-- run -->\n\nText.", "the marker above stands before no block"),
+        ("<!-- run -->\n\nText.", "before no block (or a blank line is missing)"),
     ],
 )
 def test_what_is_no_marker_is_told(marker: str, told: str) -> None:
@@ -107,4 +107,5 @@ def test_what_is_no_marker_is_told(marker: str, told: str) -> None:
 
 
 def test_an_indented_block_stays_one_only_behind_a_blank_line() -> None:
-    assert len(faults("p.md", "Text.\n\n<!-- run -->\n    make x\n")) == 1
+    (fault,) = faults("p.md", "Text.\n\n<!-- run -->\n    make x\n")
+    assert fault.startswith("p.md:4: the marker above stands before no block")
