@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 
-TRAINING = shlex.split(
+MODEL = shlex.split(
     "model.hidden_size=32 model.num_layers=2 model.num_heads=2 model.num_landmarks=8 model.segment_length=16 "
-    "model.conv_kernel=5 batch_tokens=1024 'schedule={kind: constant}' "
-    "'curriculum=[{until_tokens: 8192, seq_len: 256, micro_batch: 2}]' 'checkpoint={every_tokens: 4096}' "
-    "'validation={tokens: 1024}' telemetry.wandb=disabled precision=fp32"
+    "model.conv_kernel=5"
+)
+TRAINING = MODEL + shlex.split(
+    "batch_tokens=1024 'curriculum=[{until_tokens: 8192, seq_len: 256, micro_batch: 2}]' 'schedule={kind: constant}' "
+    "'checkpoint={every_tokens: 4096}' 'validation={tokens: 1024}' telemetry.wandb=disabled precision=fp32"
 )
 """8 steps of 4 rows."""
 FITS = "epochs=1 seeds=1 scratch_seeds=1 max_length=64"
@@ -39,8 +41,10 @@ def scaled(words: list[str]) -> list[str]:
     match words:
         case ["-m", "launch.program", "data", "tokenizer", *rest]:
             return [*words[:4], *rest, "--vocab-size", "512"]
-        case ["-m", "launch.program", "train" | "plan", *rest]:
+        case ["-m", "launch.program", "train", *rest]:
             return [*words[:3], *_settings(rest, TRAINING)]
+        case ["-m", "launch.program", "plan", *rest]:
+            return [*words[:3], *_settings(rest, MODEL)]
         case ["-m", "pretrain", *rest]:
             return ["-m", "pretrain", *_settings(rest, TRAINING)]
         case ["-m", "launch.program", "eval", *rest]:
