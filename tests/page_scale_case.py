@@ -44,7 +44,7 @@ def scaled(words: list[str]) -> list[str]:
         case ["-m", "launch.program", "train", *rest]:
             return [*words[:3], *_settings(rest, TRAINING)]
         case ["-m", "launch.program", "plan", *rest]:
-            return [*words[:3], *_settings(rest, MODEL)]
+            return [*words[:3], *_settings(rest, MODEL), "--no-search"]  # the search took most of half a minute
         case ["-m", "pretrain", *rest]:
             return ["-m", "pretrain", *_settings(rest, TRAINING)]
         case ["-m", "launch.program", "eval", *rest]:
