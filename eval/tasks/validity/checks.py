@@ -23,6 +23,7 @@ from typing import Any
 from eval.results.parts import Parts
 from eval.results.schema import Metric, ModelInfo, Outcome, Table, read_result_or_none
 from eval.results.store import result_key
+from eval.shared.progress import Progress
 from eval.subject import Subject
 from eval.tasks.validity import CHECKS_TABLE, ValiditySettings
 from eval.tasks.validity.causality import (
@@ -70,7 +71,14 @@ def run(subject: Subject, settings: ValiditySettings, parts: Parts | None = None
 
 def all_checks(subject: Subject, settings: ValiditySettings) -> list[Check]:
     """Every check at every length; those of one name measure the same thing."""
-    return [check for experiment in experiments(subject, settings) for check in experiment.run()]
+    found, jobs = [], list(experiments(subject, settings))
+    with Progress(
+        len(jobs), "validity", "experiment"
+    ) as progress:  # half a minute on a quiet core, and many on a busy one
+        for job in jobs:
+            found += job.run()
+            progress.update()
+    return found
 
 
 @dataclass(frozen=True)
