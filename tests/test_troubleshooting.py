@@ -49,7 +49,7 @@ def source() -> str:
 def stands_in(message: str, text: str) -> bool:
     """Whether the constant parts of a message follow each other in ``text``, a field between each two."""
     parts = [re.escape(part).replace(r"\ ", " ") for part in re.split(r"\.\.\.", message)]
-    return re.search("[^\"\n]{0,60}?\0[^\"\n]{0,60}?".join(parts), text) is not None
+    return re.search('[^"\n]{0,60}?\0[^"\n]{0,60}?'.join(parts), text) is not None
 
 
 OURS = sorted({entry.message for entry in entries(PAGE.read_text(encoding="utf-8")) if entry.library is None})
