@@ -67,6 +67,25 @@ def add_quotes(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_bad_fraction(parser: argparse._ActionsContainer, kept: str = "") -> None:
+    """The option that says how many broken records are skipped; ``kept`` says more of what becomes of them."""
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.001,
+        metavar="F",
+        help=f"stop when more than this share of the records is broken; broken records are skipped and counted{kept}",
+    )
+
+
+def bad_fraction_of(args: argparse.Namespace) -> float:
+    """That share; raises :class:`UserError` for one that is none."""
+    share: float = args.max_bad_fraction
+    if not 0 <= share <= 1:
+        raise UserError(f"--max-bad-fraction is a share between 0 and 1, got {share}")
+    return share
+
+
 def reading_of(args: argparse.Namespace) -> Reading:
     """What the options say about documents."""
     from data_pipeline.sources.reading import Reading

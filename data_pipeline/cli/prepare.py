@@ -7,7 +7,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.cli.common import Progress, add_inputs, corpus_of, counted, reading_of, shard_facts
+from data_pipeline.cli.common import (
+    Progress,
+    add_bad_fraction,
+    add_inputs,
+    bad_fraction_of,
+    corpus_of,
+    counted,
+    reading_of,
+    shard_facts,
+)
 from data_pipeline.console import add_json, print_json, say_next
 from data_pipeline.errors import UserError
 from data_pipeline.units import format_bytes
@@ -48,14 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="drop duplicates: exact, or near, near:threshold=0.8 (MinHash); the text is then read twice",
     )
-    chosen.add_argument(
-        "--max-bad-fraction",
-        type=float,
-        default=0.001,
-        metavar="F",
-        help="stop when more than this share of the records is broken; broken records are skipped, counted, and kept "
-        "in bad_records.jsonl",
-    )
+    add_bad_fraction(chosen, "; samples are kept in bad_records.jsonl")
 
     work = parser.add_argument_group("how the work is done (the result is the same, byte for byte)")
     work.add_argument("--workers", type=int, metavar="N", help="processes; left out: one for each core")
@@ -189,12 +191,10 @@ def _how(args: argparse.Namespace) -> PrepareOptions:
         raise UserError("--shard-index and --num-shards belong together: which part of how many")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers must be at least 1, got {args.workers}")
-    if not 0 <= args.max_bad_fraction <= 1:
-        raise UserError(f"--max-bad-fraction is a share between 0 and 1, got {args.max_bad_fraction}")
     return PrepareOptions(
         workers=args.workers or available_cores(),
         backend=args.backend,
-        max_bad_fraction=args.max_bad_fraction,
+        max_bad_fraction=bad_fraction_of(args),
         part=None if args.shard_index is None else JobPart(args.shard_index, args.num_shards),
         ray=args.ray,
         overwrite=args.overwrite,

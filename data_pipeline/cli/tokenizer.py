@@ -10,7 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.cli.common import Progress, add_inputs, corpus_of, counted, input_words, reading_of
+from data_pipeline.cli.common import (
+    Progress,
+    add_bad_fraction,
+    add_inputs,
+    bad_fraction_of,
+    corpus_of,
+    counted,
+    input_words,
+    reading_of,
+)
 from data_pipeline.console import add_json, print_json, say_next
 from data_pipeline.errors import UserError
 from data_pipeline.units import format_bytes
@@ -30,6 +39,7 @@ EXAMPLE = "nystrom data tokenizer --input 'books/*.txt' --vocab-size 16384 --out
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_inputs(parser)
+    add_bad_fraction(parser)
     parser.add_argument(
         "--model",
         choices=("bpe", "wordpiece", "unigram"),
@@ -52,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     from data_pipeline.tokenization.training import check_training, train_tokenizer
 
     check_training(args.vocab_size, args.model, args.lowercase)
-    corpus, reading = corpus_of(args, args.out), reading_of(args)
+    corpus, reading, share = corpus_of(args, args.out), reading_of(args), bad_fraction_of(args)
     if corpus is None:
         raise UserError("a tokenizer may read its text more than once: save standard input to a file first")
     pieces = corpus.pieces(sys.maxsize, reading)  # one for each file
@@ -79,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
             "folder, or --overwrite to replace it"
         )
     check_writable(file)
-    texts = _Texts(corpus, pieces, reading, args.vocab_size)
+    texts = _Texts(corpus, pieces, reading, args.vocab_size, share)
     try:
         trained = train_tokenizer(texts, args.vocab_size, args.model, lowercase=args.lowercase)
         trained.save(args.out)
@@ -136,8 +146,8 @@ def _say_next(args: argparse.Namespace) -> None:
 class _Texts:
     """The texts of the inputs, once for each pass a trainer makes, with a progress bar and counts of the last pass."""
 
-    def __init__(self, corpus: Corpus, pieces: list[Piece], reading: Reading, vocab_size: int) -> None:
-        self._corpus, self._reading, self._vocab_size = corpus, reading, vocab_size
+    def __init__(self, corpus: Corpus, pieces: list[Piece], reading: Reading, vocab_size: int, share: float) -> None:
+        self._corpus, self._reading, self._vocab_size, self._share = corpus, reading, vocab_size, share
         from data_pipeline.sources.format import text_is_hidden
 
         self._total = None if any(map(text_is_hidden, pieces)) else sum(piece.size for piece in pieces)
@@ -146,7 +156,7 @@ class _Texts:
     def _begin(self) -> None:
         from data_pipeline.sources.tally import Tally
 
-        self.counts = Tally()
+        self.counts = Tally(max_bad_fraction=self._share)
         self.progress = Progress("reading", self._total)
 
     def __iter__(self) -> Iterator[str]:

@@ -198,7 +198,8 @@ def _acquire(folder: Path, lock: int, kind: int, refusal: str) -> None:
 def start_run(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: JobPart | None, deal: Deal) -> None:
     """Clear what does not belong to this run and leave its purpose in the work folder.
 
-    Raises :class:`UserError` for a folder in which another run is unfinished, unless ``overwrite``.
+    Raises :class:`UserError` for a folder in which another run is unfinished, unless ``overwrite``. A whole run may
+    take the place of one that has finished nothing: mostly that was a mistake in the command.
     """
     plan = work / PLAN
     try:
@@ -208,7 +209,7 @@ def start_run(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: 
     except (FileNotFoundError, ValueError):
         same, found = False, "shards without a manifest"
         known = any(unit_of(p.name) is not None for p in folder.iterdir())
-    if known and not same and not overwrite:
+    if known and not same and not overwrite and (part is not None or _begun(folder, work)):
         raise occupied_error(folder, found)
     if part is not None:
         if not same:
@@ -232,6 +233,13 @@ def start_run(folder: Path, work: Path, purpose: str, *, overwrite: bool, part: 
         remove_files(work, [_REPLACED])
     for place in (folder, work):
         remove_files(place, [p.name for p in place.iterdir() if p.name.endswith(TMP_SUFFIX)])
+
+
+def _begun(folder: Path, work: Path) -> bool:
+    """Whether a run left work there that would be lost: shards, records of units, signatures."""
+    names = (path.name for path in work.iterdir() if path.is_file() and not path.name.endswith(TMP_SUFFIX))
+    left = [name for name in names if name not in (PLAN, _REPLACED) and not name.startswith("lock")]
+    return bool(left) or any(unit_of(path.name) is not None for path in folder.iterdir())
 
 
 def _json(value: object) -> bytes:

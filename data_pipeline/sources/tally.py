@@ -102,8 +102,16 @@ class Tally:
             f"{self.bad.total():,} of {self.records:,} records are broken ({reasons}), more than the fraction "
             f"{self.max_bad_fraction:g} that is allowed; the first:\n"
             + "".join(f"  {line}\n" for line in lines)
-            + "mend or leave out these inputs, or allow more with --max-bad-fraction"
+            + self._remedy()
         )
+
+    def _remedy(self) -> str:
+        """What to do about too many: where most lack the text's field, another one was meant."""
+        usual = "mend or leave out these inputs, or allow more with --max-bad-fraction"
+        if 2 * (self.bad["no field"] + self.bad["not text"]) > self.records:
+            choose = "choose the text's field with --text-field (meta.text: a field of a field) or --template"
+            return f"{choose}; or {usual}"
+        return usual
 
     def place(self, sample: BadRecord) -> str:
         """Where a sample is, for messages."""

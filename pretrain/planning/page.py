@@ -128,12 +128,16 @@ def _rest(found: Estimate) -> list[str]:
     if found.data is None:
         lines.append("the shards of data.train are not there: nothing is said of epochs")
     else:
-        epochs = ", ".join(
-            f"{value:.2f} times" + (f" {name}" if len(found.data["epochs"]) > 1 else "")
-            for name, value in found.data["epochs"].items()
-        )
-        lines.append(f"reads {epochs} the {found.data['tokens']:,} tokens of data.train")
+        lines.append(_reads(found.data["epochs"], found.data["tokens"]))
     return lines
+
+
+def _reads(epochs: dict[str, float], tokens: int) -> str:
+    """How often each source is read; ``tokens`` are those of all sources."""
+    if len(epochs) == 1:
+        return f"reads {next(iter(epochs.values())):.2f} times the {tokens:,} tokens of data.train"
+    each = ", ".join(f"{name} {value:.2f} times" for name, value in epochs.items())
+    return f"reads {each}; data.train has {tokens:,} tokens in all"
 
 
 def as_dict(found: Estimate) -> dict[str, Any]:

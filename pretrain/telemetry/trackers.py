@@ -102,6 +102,8 @@ class Trackers:
             except Exception as error:
                 del self._trackers[name]
                 self._left_out(name, error)
+                if name.startswith("wandb") and isinstance(error, ConnectionError):
+                    forget_wandb()
 
     def _left_out(self, name: str, error: Exception) -> None:
         first_line = (str(error).splitlines() or [""])[0]
@@ -151,6 +153,18 @@ def init_wandb(**options: Any) -> Any:
     for handler in logging.getLogger("wandb").handlers:
         handler.handleError = lambda record: None  # type: ignore[method-assign]
     return run
+
+
+def forget_wandb() -> None:
+    """Let go of a service of wandb's that is gone.
+
+    Slurm's preemption signals it with all other processes of a step. At exit wandb would say goodbye to it, which is
+    a traceback of 30 lines in the job's log.
+    """
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
 class Wandb:

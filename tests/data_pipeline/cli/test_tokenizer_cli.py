@@ -48,3 +48,16 @@ def test_lowercase(text: Path) -> None:
     assert Tokenizer.load(text / "out").decode(Tokenizer.load(text / "out").encode("THE Fox")) == "the fox"
     with pytest.raises(UserError, match="lowercase is for wordpiece"):
         nystrom(*command, "--model", "unigram", "--vocab-size", 400)
+
+
+def test_broken_records_are_left_out_as_far_as_is_allowed(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ['{"text": "the fox ran over the hill"}\n'] * 9
+    (text / "rows.jsonl").write_text("".join(rows) + '{"text": "cut')
+    command = ("tokenizer", "--input", text / "rows.jsonl", "--vocab-size", 300, "--out", text / "out")
+    with pytest.raises(UserError, match=r"1 of 10 records are broken.*(?s:.*)or allow more with --max-bad-fraction"):
+        nystrom(*command)
+    with pytest.raises(UserError, match="share between 0 and 1, got -1"):
+        nystrom(*command, "--max-bad-fraction", "-1")
+    nystrom(*command, "--max-bad-fraction", "0.1")
+    assert "line 10: not a JSON record" in capsys.readouterr().out
+    assert Tokenizer.load(text / "out").vocab_size <= 300

@@ -83,8 +83,21 @@ def test_a_wrong_field_stops_at_once_and_names_the_right_ones(
 ) -> None:
     from data_pipeline.sources.reading import Reading
 
-    with pytest.raises(UserError, match=r"0\.jsonl, line 1: no field 'body'; its fields are: text"):
+    with pytest.raises(UserError, match=r"0\.jsonl, line 1: no field 'body'; its fields are: text") as caught:
         prepare(plan(inputs, small_tokenizer, reading=Reading("body")), tmp_path / "out")
+    assert "choose the text's field with --text-field" in str(caught.value)
+    # The mended command needs no other folder: nothing was finished there.
+    outcome = prepare(plan(inputs, small_tokenizer), tmp_path / "out")
+    assert (outcome.units_reused, outcome.documents) == (0, len(TEXTS))
+
+
+def test_a_few_records_without_the_field_are_no_reason_to_choose_another(
+    inputs: Path, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    break_lines(inputs / "0.jsonl", 1, 2)
+    with pytest.raises(UserError, match="2 of 240 records are broken") as caught:
+        prepare(plan(inputs, small_tokenizer), tmp_path / "out")
+    assert "--text-field" not in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from suites_case import no_mask, subject_of
 
 from benchmarks.validity.plants import Plant, planted
+from data_pipeline import bars
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from eval.results.schema import read_result
@@ -49,6 +51,18 @@ def test_sound_models_pass(
     assert all(checks.values()), checks
     assert any(name.startswith("causality") for name in checks) == (model["objective"] == "clm")
     assert ("decoding: token by token" in checks) == (model["objective"] == "clm")
+
+
+def test_where_there_is_no_terminal_it_says_how_far_it_is(
+    export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half(subject: Subject, settings: ValiditySettings) -> list[SimpleNamespace]:
+        return [SimpleNamespace(run=lambda: ["a check"])] * 2
+
+    monkeypatch.setattr(validity, "experiments", half)
+    monkeypatch.setattr(bars, "EVERY_SECONDS", 0.0)
+    assert validity.all_checks(subject_of(export("said", objective="clm"), None), ValiditySettings()) == ["a check"] * 2
+    assert "validity: 1 of 2 experiments, about" in capsys.readouterr().out
 
 
 def segment_mean_leak(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:

@@ -157,6 +157,22 @@ def test_the_offline_run_that_follows_a_failed_online_one_opens(
     assert capsys.readouterr().out.count("left out") == 1
 
 
+@pytest.mark.parametrize(("error", "left"), [(ConnectionResetError("lost"), set()), (OSError("full"), {"kept"})])
+def test_a_service_that_is_gone_is_not_told_at_exit(
+    tmp_path: Path, fake_wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch, error: OSError, left: set[str]
+) -> None:
+    opened = trackers.Trackers(tmp_path, config("offline"))
+    fake_wandb.in_use = {"kept"}
+
+    def log(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(trackers.Wandb, "_log", log)
+    opened.line({"kind": "train", "step": 1, "loss": 0.5})
+    # A service that still answers is not torn down: that waits until it has written everything.
+    assert fake_wandb.in_use == left
+
+
 @pytest.mark.parametrize("torn", ["", '{"train": 1', "[3]"])
 def test_a_torn_record_of_what_was_sent_leaves_nothing_out(tmp_path: Path, fake_wandb: FakeWandb, torn: str) -> None:
     sent = tmp_path / "wandb" / "last_steps.json"
