@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from suites_case import no_mask, subject_of
 
 from benchmarks.validity.plants import Plant, planted
-from data_pipeline import bars
 from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from eval.results.schema import read_result
 from eval.runner import Runner
+from eval.shared import progress
 from eval.subject import Subject
 from eval.suites.load import load_suites
 from eval.tasks.generation import GenerateSettings
@@ -60,7 +60,7 @@ def test_where_there_is_no_terminal_it_says_how_far_it_is(
         return [SimpleNamespace(run=lambda: ["a check"])] * 2
 
     monkeypatch.setattr(validity, "experiments", half)
-    monkeypatch.setattr(bars, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     assert validity.all_checks(subject_of(export("said", objective="clm"), None), ValiditySettings()) == ["a check"] * 2
     assert "validity: 1 of 2 experiments, about" in capsys.readouterr().out
 
