@@ -17,6 +17,7 @@ from pretrain.model.transformer import NystromformerLM, build_model
 EXACT: dict[str, Any] = {"attention": "softmax"}
 WINDOW: dict[str, Any] = {"attention": "window"}
 POOLED: dict[str, Any] = {"landmark_inverse": False}
+FLAT: dict[str, Any] = {"landmark_levels": 1}
 OWN = "own"
 
 

@@ -173,9 +173,15 @@ def _form_in_words(model: ModelConfig, form: str) -> str:
         )
     elif form == "nystrom" and causal:
         values = "through a triangular inverse" if model.landmark_inverse else "pooled"
+        far = "each earlier segment through one landmark"
+        if model.landmark_levels > 1:
+            far = (
+                f"earlier ones through a pyramid of landmarks (band {model.landmark_band}, branching "
+                f"{model.landmark_branching}, at most {model.landmark_levels} levels)"
+            )
         words = (
             f"Nyström-style landmarks, causal: {model.window_segments} segments of {model.segment_length} tokens "
-            f"exactly, each earlier segment through one landmark, its values {values}; exact up to {window} tokens"
+            f"exactly, {far}, values {values}; exact up to {window} tokens"
         )
     elif form == "nystrom" and model.landmark_inverse:
         words = (

@@ -52,7 +52,7 @@ def _forms(figures: Figures) -> Table:
 def _layers(figures: Figures) -> Table:
     trained = figures.errors[TRAINED]
     columns: dict[str, Floats] = {"relative error": trained.mean(1), "of the worst head": trained.max(1)}
-    titles = {"pooled": "without the inverse", "window": "window alone", MEAN_OF_V: MEAN_OF_V}
+    titles = {"pooled": "without the inverse", "flat": "flat landmarks", "window": "window alone", MEAN_OF_V: MEAN_OF_V}
     columns |= {title: figures.errors[key].mean(1) for key, title in titles.items() if key in figures.errors}
     titles = {"matrix": "error of the matrix", "matrix_uniform": "of the uniform matrix"}
     titles |= {"entropy": "entropy, nats", "entropy_share": "share of log n", "near": "mass in the window"}
@@ -86,7 +86,7 @@ def _layer_series(figures: Figures) -> list[Series]:
     chart = "error by layer"
     found = [
         curve(titles[key], figures.errors[key].mean(1), ERROR, chart)
-        for key in (TRAINED, "pooled", "window")
+        for key in (TRAINED, "pooled", "flat", "window")
         if key in figures.errors
     ]
     found.append(curve(MEAN_OF_V, figures.errors[MEAN_OF_V].mean(1), ERROR, chart, reference=True))

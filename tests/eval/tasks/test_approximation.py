@@ -294,6 +294,16 @@ def test_causal_inverse_and_learned_query_are_used_and_left_out(export: Callable
     assert set(own) < {id(parameter) for parameter in subject.model.parameters()}
 
 
+def test_a_pyramid_stands_beside_flat_landmarks(export: Callable[..., Path], shards: ShardSet) -> None:
+    changes = {"objective": "clm", "segment_length": 2, "window_segments": 1, "conv_kernel": 0}
+    flat = export("flat", **changes)
+    pyramid = export("pyramid", **changes, landmark_levels=9, landmark_band=1)
+    found = [approximation(subject_of(path, shards), settings_for("clm")).metrics for path in (flat, pyramid)]
+    assert "relative_error_flat" not in found[0]
+    assert found[1]["loss_flat"].value == pytest.approx(found[0]["loss"].value, rel=1e-5)  # the same weights
+    assert found[1]["relative_error"].value > 1.02 * found[1]["relative_error_flat"].value
+
+
 def test_numbers_do_not_depend_on_the_parts(causal: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = subject_of(causal, shards)
     whole = approximation(subject, settings_for("clm"))

@@ -342,8 +342,9 @@ def test_a_licence_is_one_that_the_hub_takes(
     [
         ({"objective": "mlm"}, "Nyström attention (Xiong et al. 2021) with 64 landmarks"),
         ({"objective": "mlm", "landmark_inverse": False}, "mean keys and values of 64 segments, without the inverse"),
-        ({"objective": "clm"}, "its values pooled; exact up to 128 tokens"),
-        ({"objective": "clm", "landmark_inverse": True}, "its values through a triangular inverse"),
+        ({"objective": "clm"}, "one landmark, values pooled; exact up to 128 tokens"),
+        ({"objective": "clm", "landmark_levels": 9}, "a pyramid of landmarks (band 16, branching 2, at most 9 levels)"),
+        ({"objective": "clm", "landmark_inverse": True}, "values through a triangular inverse"),
         ({"attention": "softmax"}, "exact softmax attention; plus a depthwise convolution of 65 taps"),
         (
             {"attention": ["window", "window", "softmax"], "num_layers": 6},
