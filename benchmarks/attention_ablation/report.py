@@ -53,13 +53,18 @@ def _forms(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record |
 
 
 def _grouped(task: Task, grouping: str, labels: Sequence[str], variants: Sequence[Variant], runs: Runs) -> str:
-    records = [record for own in runs.values() for record in own.values()]
+    # Results kept from before a task had this grouping are without it.
+    known = {
+        form: {seed: record for seed, record in own.items() if grouping in record["groups"]}
+        for form, own in runs.items()
+    }
+    records = [record for own in known.values() for record in own.values()]
     bins = [i for i in range(len(labels)) if any(record["groups"][grouping][i]["targets"] for record in records)]
     head = [f"{_title(task.main)} by {grouping}", *(labels[i] for i in bins)]
     lines = [
         [
             variant.name,
-            *(_mean(runs.get(variant.name, {}), task.main, _pooled(task.main, grouping, (i,))) for i in bins),
+            *(_mean(known.get(variant.name, {}), task.main, _pooled(task.main, grouping, (i,))) for i in bins),
         ]
         for variant in variants
     ]
