@@ -22,7 +22,13 @@ def report(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record |
     """The table of forms, one table for each grouping of targets, and what the figures mean."""
     parts = [_forms(task, variants, runs, timing), _explain(task, runs, timing)]
     for grouping, labels in task.groupings.items():
-        parts.append(_grouped(task, grouping, labels, variants, runs))
+        # Results kept from before the task had this grouping are without it.
+        known = {
+            form: {seed: record for seed, record in own.items() if grouping in record["groups"]}
+            for form, own in runs.items()
+        }
+        if any(known.values()):
+            parts.append(_grouped(task, grouping, labels, variants, known))
     return "\n\n".join(parts)
 
 
@@ -53,18 +59,13 @@ def _forms(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record |
 
 
 def _grouped(task: Task, grouping: str, labels: Sequence[str], variants: Sequence[Variant], runs: Runs) -> str:
-    # Results kept from before a task had this grouping are without it.
-    known = {
-        form: {seed: record for seed, record in own.items() if grouping in record["groups"]}
-        for form, own in runs.items()
-    }
-    records = [record for own in known.values() for record in own.values()]
+    records = [record for own in runs.values() for record in own.values()]
     bins = [i for i in range(len(labels)) if any(record["groups"][grouping][i]["targets"] for record in records)]
     head = [f"{_title(task.main)} by {grouping}", *(labels[i] for i in bins)]
     lines = [
         [
             variant.name,
-            *(_mean(known.get(variant.name, {}), task.main, _pooled(task.main, grouping, (i,))) for i in bins),
+            *(_mean(runs.get(variant.name, {}), task.main, _pooled(task.main, grouping, (i,))) for i in bins),
         ]
         for variant in variants
     ]
