@@ -184,6 +184,27 @@ def test_the_outcome_follows_from_its_records(
     assert outcome.samples
 
 
+@pytest.mark.parametrize("settings", [VARIABLES, WORDS, VALUES], ids=["variables", "words", "values"])
+def test_heat_maps_are_means_over_the_cells_of_a_place(
+    settings: RecallSettings, causal: Path, shards: ShardSet
+) -> None:
+    asked = settings.model_copy(update={"train_steps": 1, "train_batch_tokens": 128, "precision": "fp32"})
+    subject = subject_of(causal, shards)
+    outcome = recall(subject, asked)
+    axes = task.make_kind(subject, task.resolve(subject, asked)).axes
+    assert axes is not None
+    assert [grid.name.split(": ")[1] for grid in outcome.grids] == [
+        f"{what}, {mode}" for mode in ("as it is", "trained") for what in ("accuracy", "gain, nats")
+    ][:3]  # gain needs the controls, which are scored as the model is
+    grid = outcome.grids[0]
+    for y, row in zip(grid.y, grid.values, strict=True):
+        for x, value in zip(grid.x, row, strict=True):
+            here = [r for r in outcome.records if (str(r[axes[0]]), str(r[axes[1]])) == (y, x)]
+            assert len(here) == settings.rows * (2 if settings is VARIABLES else 1)
+            right, questions = sum(r["accuracy"] for r in here), sum(r["questions"] for r in here)
+            assert value == pytest.approx(right / questions)
+
+
 def test_two_models_of_one_tokenizer_are_asked_the_same(
     causal: Path, export: Callable[..., Path], shards: ShardSet
 ) -> None:
