@@ -15,11 +15,13 @@ from benchmarks import common
 from benchmarks.attention_ablation.books import Books
 from benchmarks.attention_ablation.forms import FORMS, configure, select, window_tokens
 from benchmarks.attention_ablation.mqar import MultiQueryRecall
+from benchmarks.attention_ablation.mqar_spread import SpreadRecall
 from benchmarks.attention_ablation.passkey import Passkey
 from benchmarks.attention_ablation.report import report
 from benchmarks.attention_ablation.study import Record, Results, Study
 from benchmarks.attention_ablation.tasks import Shape, Task
 from benchmarks.attention_ablation.training import Recipe
+from benchmarks.attention_ablation.variables import VariableTracking
 from benchmarks.common import check_positive, listed, run
 from data_pipeline.errors import UserError
 from eval.subject import choose_device
@@ -47,6 +49,7 @@ class Defaults:
     lr: float
     model: Mapping[str, Any]
     held_out_tokens: int = 65_536
+    pairs: int = 8
 
 
 # Two layers wide enough to solve the task with exact attention, from weights of about 1 / sqrt(hidden): passkey is
@@ -55,6 +58,21 @@ _SMALL = {"vocab_size": 48, "num_layers": 2, "num_heads": 2, "num_landmarks": 16
 DEFAULTS = {
     "books": Defaults(2_000_000, 512, 8192, 1e-3, {"hidden_size": 192, "num_layers": 4, "num_heads": 4}),
     "mqar": Defaults(2_000_000, 64, 4096, 2e-3, _SMALL | {"hidden_size": 128, "init_std": 0.08, "segment_length": 4}),
+    "mqar-spread": Defaults(
+        4_000_000,
+        256,
+        8192,
+        2e-3,
+        _SMALL | {"vocab_size": 112, "hidden_size": 128, "init_std": 0.08, "segment_length": 4},
+        pairs=16,
+    ),
+    "variables": Defaults(
+        2_000_000,
+        64,
+        4096,
+        2e-3,
+        _SMALL | {"hidden_size": 128, "init_std": 0.08, "segment_length": 4, "num_layers": 3},
+    ),
     "passkey": Defaults(
         1_500_000, 128, 4096, 5e-3, _SMALL | {"hidden_size": 64, "init_std": 0.125, "segment_length": 8}
     ),
@@ -103,11 +121,17 @@ def build_parser() -> argparse.ArgumentParser:
     books = parser.add_argument_group("books")
     books.add_argument("--train", metavar="SHARDS", help="prepared shards to train on")
     books.add_argument("--valid", metavar="SHARDS", help="held-out shards")
-    recall = parser.add_argument_group("mqar and passkey")
-    recall.add_argument("--pairs", type=int, default=8, metavar="N", help="mqar: key-value pairs")
+    recall = parser.add_argument_group("mqar, mqar-spread, variables and passkey")
+    recall.add_argument("--pairs", type=int, metavar="N", help="mqar: key-value pairs (default by task)")
     recall.add_argument(
         "--gap", type=int, metavar="N", help="mqar: filler between pairs and queries (default: out of reach of windows)"
     )
+    recall.add_argument(
+        "--spread", type=float, default=0.5, metavar="X", help="mqar-spread: share of the row with pairs"
+    )
+    recall.add_argument("--values", type=int, default=1, metavar="N", help="mqar-spread: values of a key")
+    recall.add_argument("--chains", type=int, default=4, metavar="N", help="variables: chains of assignments")
+    recall.add_argument("--hops", type=int, default=1, metavar="N", help="variables: assignments behind the first one")
     recall.add_argument("--digits", type=int, default=2, metavar="N", help="passkey: digits of the key")
     return parser
 
@@ -173,14 +197,20 @@ def _task(args: argparse.Namespace, recipe: Recipe, held_out_tokens: int) -> tup
     if args.task == "books":
         if "vocab_size" in values:
             raise UserError("--set vocab_size: task books takes it from the shards")
-        books = Books.open(args.train, args.valid, args.objective, shape, recipe.tokens)
+        window = window_tokens(configure(values, "model"))
+        books = Books.open(args.train, args.valid, args.objective, shape, recipe.tokens, window)
         return _base(values | {"vocab_size": books.vocab_size}, recipe.seq_len), books
     base = _base(values, recipe.seq_len)
     vocab_size, window = base.vocab_size or 0, window_tokens(base)
     if args.task == "passkey":
         return base, Passkey(shape, base.objective, vocab_size, args.digits, window)
+    if args.task == "variables":
+        return base, VariableTracking(shape, vocab_size, args.chains, args.hops, window)
     gap = base.num_layers * max(window, base.conv_kernel) if args.gap is None else args.gap
-    return base, MultiQueryRecall(shape, vocab_size, args.pairs, gap, window)
+    pairs = DEFAULTS[args.task].pairs if args.pairs is None else args.pairs
+    if args.task == "mqar-spread":
+        return base, SpreadRecall(shape, vocab_size, pairs, args.values, args.spread, gap, window)
+    return base, MultiQueryRecall(shape, vocab_size, pairs, gap, window)
 
 
 def _base(values: Mapping[str, Any], seq_len: int) -> ModelConfig:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.attention_ablation.forms import Objective
-from benchmarks.attention_ablation.tasks import Examples, Far, Shape
+from benchmarks.attention_ablation.tasks import DistanceBins, Examples, Far, Ints, Shape
 from data_pipeline.batches import IGNORE
-from data_pipeline.batches.loader import TrainLoader, validation_batches
+from data_pipeline.batches.loader import Batch, TrainLoader, validation_batches
 from data_pipeline.batches.masking import Masking
 from data_pipeline.batches.mixture import TrainingData
 from data_pipeline.batches.order import Plan, StageSpec
@@ -23,12 +23,28 @@ POSITION_BINS = 8
 HELD_OUT_SEED = 0
 
 
+def last_occurrence(inputs: Ints, labels: Ints) -> Ints:
+    """(B, N): tokens from each target back to the last place before it in the row that has the same token; 0 for none.
+
+    ``inputs`` and ``labels`` (B, N) of a causal model: ``labels[:, t]`` follows ``inputs[:, t]``.
+    """
+    found = np.zeros_like(inputs)
+    for row, (tokens, last) in enumerate(zip(inputs, labels[:, -1], strict=True)):
+        text = np.append(tokens, last)
+        order = np.argsort(text, kind="stable")  # places of the same token stand together, in their order
+        again = text[order[1:]] == text[order[:-1]]
+        later, earlier = order[1:][again], order[:-1][again]
+        found[row, later - 1] = later - earlier
+    return found
+
+
 @dataclass(frozen=True)
 class Books:
     """Rows of ``nystrom data prepare``'s shards in the order and with the masking of pretraining.
 
-    Causal: the loss is given for eighths of the row, as a form that loses what is far back shows it late in the row;
-    masked: one figure.
+    Causal: the loss is given for eighths of the row, as a form that loses what is far back shows it late in the row.
+    It is given, too, by how many windows back the target's token last occurred in the row: recall can help where there
+    is an earlier occurrence. Masked: one figure.
     """
 
     train: ShardSet
@@ -36,12 +52,20 @@ class Books:
     objective: Objective
     shape: Shape
     tokens: int
+    window: int
+    """Tokens, the unit of distances."""
     name: str = "books"
     main: str = "loss"
 
     @classmethod
     def open(
-        cls, train: str | Path | None, valid: str | Path | None, objective: Objective, shape: Shape, tokens: int
+        cls,
+        train: str | Path | None,
+        valid: str | Path | None,
+        objective: Objective,
+        shape: Shape,
+        tokens: int,
+        window: int,
     ) -> Books:
         """Raises :class:`UserError` for shards that are missing, damaged, too short or of two tokenizers."""
         if not train or not valid:
@@ -51,7 +75,9 @@ class Books:
         if shape.batch_tokens % shape.seq_len:
             raise UserError(f"--batch-tokens {shape.batch_tokens} is not a multiple of --seq-len {shape.seq_len}")
         opened = ShardSet.open(train)
-        task = cls(opened, ShardSet.open(valid, expect_tokenizer=opened.tokenizer_hash), objective, shape, tokens)
+        task = cls(
+            opened, ShardSet.open(valid, expect_tokenizer=opened.tokenizer_hash), objective, shape, tokens, window
+        )
         task._loader(0)
         next(task.held_out())
         return task
@@ -78,7 +104,8 @@ class Books:
         return {
             "position": tuple(
                 f"{np.flatnonzero(bins == i).min()}-{np.flatnonzero(bins == i).max()}" for i in np.unique(bins)
-            )
+            ),
+            "windows since the last occurrence": (*self._since.labels, "never"),
         }
 
     @property
@@ -117,8 +144,18 @@ class Books:
             masking=Masking(),
         )
         for batch in batches:
-            bins = np.broadcast_to(self._bins(), tuple(batch.labels.shape))
-            yield Examples(batch.input_ids, batch.labels, {"position": bins} if self.objective == "clm" else {})
+            yield Examples(batch.input_ids, batch.labels, self._groups(batch) if self.objective == "clm" else {})
+
+    def _groups(self, batch: Batch) -> dict[str, Ints]:
+        since = last_occurrence(batch.input_ids.numpy(), batch.labels.numpy())
+        return {
+            "position": np.broadcast_to(self._bins(), since.shape),
+            "windows since the last occurrence": np.where(since > 0, self._since(since), len(self._since.labels)),
+        }
+
+    @property
+    def _since(self) -> DistanceBins:
+        return DistanceBins(self.window, self.shape.seq_len, factor=4)
 
     def _bins(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         length = self.shape.seq_len

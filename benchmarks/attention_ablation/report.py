@@ -22,7 +22,13 @@ def report(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record |
     """The table of forms, one table for each grouping of targets, and what the figures mean."""
     parts = [_forms(task, variants, runs, timing), _explain(task, runs, timing)]
     for grouping, labels in task.groupings.items():
-        parts.append(_grouped(task, grouping, labels, variants, runs))
+        # Results kept from before the task had this grouping are without it.
+        known = {
+            form: {seed: record for seed, record in own.items() if grouping in record["groups"]}
+            for form, own in runs.items()
+        }
+        if any(known.values()):
+            parts.append(_grouped(task, grouping, labels, variants, known))
     return "\n\n".join(parts)
 
 

@@ -96,16 +96,18 @@ class Shape:
 
 @dataclass(frozen=True)
 class DistanceBins:
-    """Distances in tokens to bins whose edges are 0, 1, 2, 4, 8, ... windows, up to ``longest`` tokens."""
+    """Distances in tokens to bins whose edges are 0, 1, 2, 4, 8, ... windows, up to ``longest`` tokens; by powers of
+    ``factor``."""
 
     window: int
     longest: int
+    factor: int = 2
     edges: Ints = field(init=False)
 
     def __post_init__(self) -> None:
         edges = [0, 1]
         while edges[-1] * self.window <= self.longest:
-            edges.append(2 * edges[-1])
+            edges.append(self.factor * edges[-1])
         object.__setattr__(self, "edges", np.array(edges, dtype=np.int64))
 
     @property

@@ -15,15 +15,17 @@ import torch
 
 from benchmarks.attention_ablation import __main__ as cli
 from benchmarks.attention_ablation import study
-from benchmarks.attention_ablation.books import Books
+from benchmarks.attention_ablation.books import Books, last_occurrence
 from benchmarks.attention_ablation.forms import FORMS, configure, select, window_tokens
 from benchmarks.attention_ablation.measure import interleaved, memory
 from benchmarks.attention_ablation.mqar import FILLER, MultiQueryRecall
+from benchmarks.attention_ablation.mqar_spread import SpreadRecall
 from benchmarks.attention_ablation.passkey import DIGITS, FIRST_DIGIT, MARKER, MASK, Passkey
 from benchmarks.attention_ablation.report import report
 from benchmarks.attention_ablation.study import Record, Results
 from benchmarks.attention_ablation.tasks import DistanceBins, Shape, Task, generator
 from benchmarks.attention_ablation.training import Recipe, TrainStep, evaluate, initial_model, train
+from benchmarks.attention_ablation.variables import VariableTracking
 from data_pipeline.batches import IGNORE
 from data_pipeline.batches.loader import TrainLoader
 from data_pipeline.batches.masking import Masking
@@ -50,6 +52,7 @@ RECIPE = Recipe(tokens=256, batch_tokens=128, seq_len=32, lr=1e-2, bf16=False, d
 SHAPE = Shape(seq_len=32, batch_tokens=128, held_out_tokens=256)
 SMALL = ["--tokens", "256", "--batch-tokens", "128", "--seq-len", "32", "--held-out-tokens", "256", "--device", "cpu"]
 SMALL += ["--pairs", "3", "--gap", "9", "--timing-rounds", "1"]
+CHAINS = ["--chains", "2", "--hops", "2"]
 SETS = [f"--set={name}={value}" for name, value in TINY.items()]
 
 
@@ -111,6 +114,61 @@ def test_queries_are_drawn_as_by_numpys_weighted_choice_without_replacement() ->
     assert np.bincount(slots.reshape(-1), minlength=task.slots) / 20_000 == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.parametrize("values", [1, 2])
+def test_every_query_finds_its_value_among_spread_pairs(values: int) -> None:
+    task = SpreadRecall(Shape(64, 256, 64 * 50), 48, pairs=4, values=values, spread=0.5, gap=6, window=4)
+    step, first_value = (1, FILLER + task.half) if values == 1 else (2, FILLER + task.half)
+    for inputs, labels, distance in zip(*task.rows(generator(7), 100), strict=True):
+        queries = np.flatnonzero(labels != IGNORE)
+        assert len(queries) == 4 * values
+        assert queries.min() - (step - 1) >= 38
+        for at in queries:
+            key = inputs[at - step + 1]
+            value_of = {int(inputs[i + 1]): i for i in range(0, 32, 2) if inputs[i] == key}
+            assert len(value_of) == values
+            place = value_of[int(labels[at])]
+            assert distance[at] == at - place
+            if values > 1:  # the mark names the kind: half of the values each
+                kind = (labels[at] - first_value) // (task.half // values)
+                assert inputs[at] == FILLER + 2 * task.half + kind
+        assert not distance[labels == IGNORE].any()
+    far = task.far
+    assert far is None  # rows of 16 windows
+    for batch in task.held_out():
+        targets = (batch.labels != IGNORE).numpy()
+        assert set(batch.groups["distance in windows"][targets]) <= {2, 3, 4}  # 2-4 to 8-16 windows
+    wide = SpreadRecall(Shape(256, 256, 256), 48, pairs=4, values=values, spread=0.5, gap=6, window=4)
+    assert wide.far is not None
+    assert wide.groupings["distance in windows"][wide.far.bins[0]] == "16-32"
+
+
+def test_every_variable_is_asked_for_and_its_hops_counted() -> None:
+    task = VariableTracking(Shape(64, 256, 64 * 20), 80, chains=3, hops=2, window=4)
+    for inputs, labels, distance, hops in zip(*task.rows(generator(7), 100), strict=True):
+        queries = np.flatnonzero(labels != IGNORE)
+        assert list(queries) == list(range(64 - 18, 64, 2))
+        assigned = {int(inputs[i]): (i, int(inputs[i + 1])) for i in range(0, 46, 2) if inputs[i] >= FILLER}
+        assert len(assigned) == 9
+        for at in queries:
+            place, said = assigned[int(inputs[at])]
+            assert distance[at] == at - place
+            steps = 0
+            while said in assigned:
+                said, steps = assigned[said][1], steps + 1
+            assert (said, steps) == (labels[at], hops[at])
+        assert np.bincount(hops[queries]).tolist() == [3, 3, 3]
+        assert not hops[labels == IGNORE].any()
+    for batch in task.held_out():
+        targets = (batch.labels != IGNORE).numpy()
+        assert np.bincount(batch.groups["hops"][targets]).tolist() == [3 * len(targets)] * 3
+    assert task.far is not None
+    assert (task.far.grouping, task.far.bins) == ("hops", (2,))
+
+
+def test_rows_of_mqar_are_keyed_as_before() -> None:
+    assert set(recall().settings) == {"vocab_size", "pairs", "gap", "window", "held_out_tokens"}
+
+
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_the_key_stands_behind_the_first_marker(objective: Any) -> None:
     task = Passkey(SHAPE, objective, vocab_size=48, digits=3, window=8)
@@ -154,9 +212,49 @@ def test_distance_bins() -> None:
     assert bins.labels == ("0-1", "1-2", "2-4", "4-8")
     assert bins(np.array([0, 9, 10, 19, 20, 39, 40, 45])).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert bins.beyond(2) == (2, 3)
+    bins = DistanceBins(window=10, longest=200, factor=4)
+    assert bins.labels == ("0-1", "1-4", "4-16", "16-64")
+    assert bins(np.array([0, 9, 10, 39, 40, 159, 160, 200])).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("make", [recall, lambda: Passkey(SHAPE, "mlm", vocab_size=48, digits=2, window=8)])
+def test_the_last_occurrence_is_found_as_by_a_loop() -> None:
+    text = np.random.default_rng(0).integers(0, 9, (20, 41))
+    inputs, labels = text[:, :-1].copy(), text[:, 1:].copy()
+    labels[3] = IGNORE
+    found = last_occurrence(inputs, labels)
+    for row in range(20):
+        for at in range(40):
+            before = [at + 1 - i for i in range(at + 1) if inputs[row, i] == text[row, at + 1]]
+            if row != 3:
+                assert found[row, at] == min(before, default=0)
+
+
+def test_the_loss_on_books_is_given_by_the_last_occurrence(shards: Path) -> None:
+    task = Books.open(shards, shards, "clm", SHAPE, 1024, window=2)
+    assert task.groupings["windows since the last occurrence"] == ("0-1", "1-4", "4-16", "16-64", "never")
+    assert "window" not in task.settings  # the model's keys say it: results of earlier versions are still found
+    seen: set[int] = set()
+    for batch in task.held_out():
+        bins = batch.groups["windows since the last occurrence"]
+        for inputs, labels, found in zip(batch.input_ids.tolist(), batch.labels.tolist(), bins, strict=True):
+            for at, (goal, bin_) in enumerate(zip(labels, found, strict=True)):
+                before = [at + 1 - i for i in range(at + 1) if inputs[i] == goal]
+                edges = [2, 8, 32, 128]
+                assert goal == IGNORE or bin_ == (sum(before[-1] >= edge for edge in edges) if before else 4)
+        seen |= set(bins.ravel())
+    assert seen == {0, 1, 2, 4}  # rows of 16 windows
+    assert set(Books.open(shards, shards, "mlm", SHAPE, 1024, window=2).groupings) == set()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        recall,
+        lambda: Passkey(SHAPE, "mlm", vocab_size=48, digits=2, window=8),
+        lambda: SpreadRecall(SHAPE, 48, pairs=3, values=1, spread=0.5, gap=2, window=8),
+        lambda: VariableTracking(SHAPE, 48, chains=2, hops=2, window=8),
+    ],
+)
 def test_rows_are_a_function_of_the_seed(make: Callable[[], Task]) -> None:
     def rows(task: Task, seed: int) -> torch.Tensor:
         return torch.cat([batch.input_ids for batch in itertools.islice(task.train_batches(seed), 4)])
@@ -171,7 +269,7 @@ def test_rows_are_a_function_of_the_seed(make: Callable[[], Task]) -> None:
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_books_are_the_rows_of_pretraining(shards: Path, objective: Any) -> None:
-    task = Books.open(shards, shards, objective, SHAPE, 1024)
+    task = Books.open(shards, shards, objective, SHAPE, 1024, window=8)
     batches = list(task.train_batches(5))
     plan = Plan([StageSpec(32, 1024)], block_length=32, batch_tokens=128)
     data = TrainingData.stream(ShardSet.open(shards), 32)
@@ -328,6 +426,35 @@ def test_books(objective: str, shards: Path, tmp_path: Path, capsys: pytest.Capt
         assert f"| {(parts[6]['loss'] + parts[7]['loss']) / 2:.4f} |" in printed
 
 
+@pytest.mark.parametrize(("task", "label"), [("mqar-spread", "distance in windows"), ("variables", "hops")])
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_tasks_of_spread_facts(
+    task: str, label: str, objective: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--task", task, "--objective", objective, "--forms", "softmax", "--out", str(tmp_path / "r.json")]
+    assert cli.main([*asked, *SMALL, *SETS, *CHAINS, "--gap", "2", "--timing-rounds", "0"]) == 0
+    printed = capsys.readouterr().out
+    (run,) = json.loads((tmp_path / "r.json").read_text())["runs"].values()
+    assert run["task"]["name"] == task
+    assert sum(part["targets"] for part in run["groups"][label]) == run["score"]["targets"] > 0
+    assert f"| accuracy, % by {label} |" in printed
+
+
+def test_a_result_without_a_grouping_is_left_out_of_its_table(shards: Path) -> None:
+    """Results from before books were grouped by the last occurrence are still in the other tables."""
+    task, variants = Books.open(shards, shards, "clm", SHAPE, 1024, window=8), select(["softmax", "nystrom"], base())
+    part = {"loss": 2.0, "accuracy": 0.5, "targets": 8}
+    since = "windows since the last occurrence"
+    rest = {"parameters": 1234, "memory": {"bytes": 2**20, "kind": "kept"}, "training": {"mean_loss": 2.5}}
+    old: Record = {"score": part, "groups": {"position": [part] * 8}, **rest}
+    new: Record = old | {"groups": {"position": [part] * 8, since: [part, part | {"targets": 0}, part, part]}}
+    lines = report(task, variants, {"softmax": {0: old}, "nystrom": {0: new}}, None).splitlines()
+    at = lines.index(f"| loss, nats by {since} | 0-1 | 4-16 | never |")
+    assert lines[at + 2 : at + 4] == ["| softmax | - | - | - |", "| nystrom | 2.0000 | 2.0000 | 2.0000 |"]
+    lines = report(task, variants, {"softmax": {0: old}, "nystrom": {0: old}}, None).splitlines()
+    assert not any(since in line for line in lines)
+
+
 def test_what_is_there_is_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,6 +539,12 @@ def test_a_number_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None
         (["--device", "abacus"], "--device abacus"),
         (["--task", "passkey", "--set", "vocab_size=20"], "has no filler"),
         (["--task", "passkey", "--digits", "16", "--set", "vocab_size=200"], "no room for a needle"),
+        (["--task", "mqar-spread", "--spread", "1.5"], "a spread between 0 and 1"),
+        (["--task", "mqar-spread", "--pairs", "9"], "no room for 9 keys with 1 value(s)"),
+        (["--task", "mqar-spread", "--pairs", "9", "--values", "2"], "--set vocab_size=54 or more"),
+        (["--task", "variables", "--chains", "1"], "at least two chains"),
+        (["--task", "variables", "--chains", "4", "--hops", "4"], "--set vocab_size=56 or more"),
+        (["--task", "variables", "--chains", "4", "--hops", "2"], "--seq-len 48 or more"),
         (["--task", "books"], "vocab_size: task books takes it from the shards"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -61,14 +61,19 @@ class RecallSettings(Settings):
         return self
 
 
-class NeedleSettings(RecallSettings):
-    """One key in a haystack, by depth and length."""
+class RowSettings(RecallSettings):
+    """What the tasks have that are scored by length."""
 
     lengths: tuple[int, ...] | None = Field(
         None,
         min_length=1,
         description="tokens of a row; left out: a quarter, a half and all of the run's longest length",
     )
+
+
+class NeedleSettings(RowSettings):
+    """One key in a haystack, by depth and length."""
+
     depths: tuple[int, ...] = Field(
         (0, 25, 50, 75, 100), min_length=1, description="where the needle is, in percent from the row's beginning"
     )
@@ -96,22 +101,69 @@ class NeedleSettings(RecallSettings):
         return self
 
 
-class MQARSettings(RecallSettings):
+class MQARSettings(RowSettings):
     """Many keys with values, asked for later in the row."""
 
-    lengths: tuple[int, ...] | None = Field(
-        None,
-        min_length=1,
-        description="tokens of a row; left out: a quarter, a half and all of the run's longest length",
-    )
     pairs: tuple[int, ...] = Field((4, 8, 16), min_length=1, description="keys with a value in a row")
     gap: int = Field(0, ge=0, description="filler between the last pair and the first place for a query, tokens")
     symbols: int = Field(256, ge=32, description="different tokens that random rows are made of")
+    spread: float = Field(
+        0,
+        ge=0,
+        lt=1,
+        description="share of the row, from its beginning, in which the pairs stand anywhere; 0: packed at its start",
+    )
+    values: int = Field(1, ge=1, description="values of a key, each in a pair of its own; several need spread")
 
     @model_validator(mode="after")
     def _check(self) -> MQARSettings:
         if any(pairs < 2 for pairs in self.pairs):
             raise ValueError("pairs: at least 2, or there is nothing to tell apart")
+        if self.values > 1 and not self.spread:
+            raise ValueError(f"values: {self.values} of a key need the pairs spread, for example spread 0.5")
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Without ``spread`` and ``values`` where they are at their defaults: results from before them keep their
+        keys."""
+        found = super().as_dict()
+        return {name: value for name, value in found.items() if name not in _LATER or value != _LATER[name]}
+
+
+_LATER = {"spread": 0, "values": 1}
+
+
+class VariablesSettings(RowSettings):
+    """Chains of assignments, by hops, chains and length."""
+
+    hops: tuple[int, ...] = Field(
+        (0, 1, 2, 4), min_length=1, description="assignments between a value and the variable asked for; 0: none"
+    )
+    chains: tuple[int, ...] = Field((4,), min_length=1, description="chains of assignments in a row")
+    symbols: int = Field(256, ge=32, description="different tokens that random rows are made of")
+
+    @model_validator(mode="after")
+    def _check(self) -> VariablesSettings:
+        if min(self.hops) < 0:
+            raise ValueError(f"hops: {min(self.hops)} is negative")
+        if min(self.chains) < 2:
+            raise ValueError("chains: at least 2, or there is nothing to tell apart")
+        return self
+
+
+class CommonWordsSettings(RowSettings):
+    """Words of which one came most often, by ratio of frequencies and length."""
+
+    ratios: tuple[int, ...] = Field(
+        (2, 4, 8), min_length=1, description="how many times as often as another option the commonest word comes"
+    )
+    choices: int = Field(10, ge=2, description="words the commonest is told from, itself included")
+    symbols: int = Field(256, ge=32, description="different tokens that random rows are made of")
+
+    @model_validator(mode="after")
+    def _check(self) -> CommonWordsSettings:
+        if min(self.ratios) < 2:
+            raise ValueError(f"ratios: {min(self.ratios)} is less than 2: no word would be the commonest")
         return self
 
 
@@ -173,3 +225,29 @@ class InductionTask(ModuleTask):
     order, section = 82, 32
     heading = "Induction"
     lead = "Whether a passage seen once is continued when it comes again, by the distance between."
+
+
+@register
+class VariablesTask(ModuleTask):
+    """See ``variables`` and ``task``."""
+
+    name = "variables"
+    summary = "variable tracking: chains of assignments, by hops, chains and length"
+    settings = VariablesSettings
+    module = "eval.tasks.recall.task"
+    order, section = 83, 33
+    heading = "Variable tracking"
+    lead = "The value of a variable, through a chain of assignments that are spread over the row (RULER)."
+
+
+@register
+class CommonWordsTask(ModuleTask):
+    """See ``common_words`` and ``task``."""
+
+    name = "common-words"
+    summary = "which of some words came most often, by ratio of frequencies and length"
+    settings = CommonWordsSettings
+    module = "eval.tasks.recall.task"
+    order, section = 84, 34
+    heading = "Common words"
+    lead = "The word that came most often, told from others: evidence that is spread over the whole row (RULER)."

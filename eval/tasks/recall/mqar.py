@@ -21,7 +21,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from eval.tasks.recall import MQARSettings
-from eval.tasks.recall.questions import Cell, Ints, Questions
+from eval.tasks.recall.questions import Cell, Ints, Questions, choices
 
 POWER = 0.01
 
@@ -42,8 +42,8 @@ def slots(length: int, pairs: int, gap: int) -> int:
 
 def draw(rng: np.random.Generator, count: int, *, length: int, pairs: int, gap: int, filler: int, half: int) -> Pairs:
     """``count`` rows as the module describes them; ``half``: keys, and values, to choose from."""
-    keys = filler + _choices(rng, count, half, pairs)
-    values = filler + half + _choices(rng, count, half, pairs)
+    keys = filler + choices(rng, count, half, pairs)
+    values = filler + half + choices(rng, count, half, pairs)
     inputs = rng.integers(0, filler, (count, length))
     inputs[:, 0 : 2 * pairs : 2] = keys
     inputs[:, 1 : 2 * pairs : 2] = values
@@ -110,8 +110,3 @@ class MQAR:
         options = np.broadcast_to(self.symbols[values][:, None, :], (count, pairs, pairs)).copy()
         answer = np.broadcast_to(np.arange(pairs), (count, pairs)).copy()
         return Questions(inputs, at, options, answer, queries - 2 * np.arange(pairs), {"without": without})
-
-
-def _choices(rng: np.random.Generator, count: int, size: int, chosen: int) -> Ints:
-    """(count, chosen): numbers below ``size``, no row with the same one twice."""
-    return rng.permuted(np.tile(np.arange(size, dtype=np.int64), (count, 1)), axis=1)[:, :chosen]

@@ -223,7 +223,7 @@ def _bins(study: Study) -> list[tuple[float, Any]]:
 
 
 def _grids(study: Study, view: View) -> list[Grid]:
-    """Accuracy, from chance to 1, and gain of each variant by the two facts of the cells."""
+    """Accuracy, from chance to 1, and gain of each variant by two facts of the cells, over cells that share them."""
     if view.kind.axes is None:
         return []
     rows, columns = (sorted({cell.facts[axis] for cell in view.kind.cells}) for axis in view.kind.axes)
@@ -232,12 +232,11 @@ def _grids(study: Study, view: View) -> list[Grid]:
         for key, label in (("right", "accuracy"), ("gain", "gain, nats")):
             if key not in cells[0][0]:
                 continue
-            values = {
-                tuple(cell.facts[axis] for axis in view.kind.axes or ()): float(
-                    np.mean([value for item in items for value in item[key]])
-                )
-                for cell, items in zip(view.kind.cells, cells, strict=True)
-            }
+            places: dict[tuple[int, ...], list[float]] = {}
+            for cell, items in zip(view.kind.cells, cells, strict=True):
+                found = [value for item in items for value in item[key]]
+                places.setdefault(tuple(cell.facts[axis] for axis in view.kind.axes), []).extend(found)
+            values = {place: float(np.mean(found)) for place, found in places.items()}
             grids.append(
                 Grid(
                     f"{view.title}: {label}, {variant.name}",

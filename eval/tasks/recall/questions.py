@@ -38,7 +38,8 @@ class Questions:
     answer: Ints
     """(B, T): which option is right."""
     distance: Ints
-    """(B, T): tokens from the answer's place back to where it can be read, its only other occurrence as an answer."""
+    """(B, T): tokens from the answer's place back to where it can be read: its only other occurrence as an answer, or
+    the first of several."""
     controls: dict[str, Ints] = field(default_factory=dict)
     """Name -> inputs (B, N) with the same questions whose answer is not there: ``without`` (nothing of the options
     in its place), ``other`` (another option in its place)."""
@@ -82,3 +83,8 @@ class Kind(Protocol):
 def generator(*words: int) -> np.random.Generator:
     """A generator that is a function of these numbers."""
     return np.random.default_rng(list(words))
+
+
+def choices(rng: np.random.Generator, count: int, size: int, chosen: int) -> Ints:
+    """(count, chosen): numbers below ``size`` in random order, no row with the same one twice."""
+    return rng.permuted(np.tile(np.arange(size, dtype=np.int64), (count, 1)), axis=1)[:, :chosen]

@@ -17,14 +17,25 @@ from eval.results.parts import Parts
 from eval.results.schema import Outcome
 from eval.shared.forms import OWN, named_forms, window_tokens
 from eval.subject import Subject, choose_precision
-from eval.tasks.recall import InductionSettings, MQARSettings, NeedleSettings, RecallSettings
+from eval.tasks.recall import (
+    CommonWordsSettings,
+    InductionSettings,
+    MQARSettings,
+    NeedleSettings,
+    RecallSettings,
+    RowSettings,
+    VariablesSettings,
+)
+from eval.tasks.recall.common_words import CommonWords
 from eval.tasks.recall.induction import Induction
 from eval.tasks.recall.mqar import MQAR
 from eval.tasks.recall.needle import Needle
 from eval.tasks.recall.outcome import View, outcome
 from eval.tasks.recall.questions import Kind
+from eval.tasks.recall.spread import SpreadMQAR
 from eval.tasks.recall.study import study
 from eval.tasks.recall.train import default_lr
+from eval.tasks.recall.variables import Variables
 from eval.tasks.recall.vocabulary import Text, symbols
 from pretrain.model.attention.form import Far
 from pretrain.model.attention.registry import forms_of
@@ -51,7 +62,7 @@ def resolve(subject: Subject, settings: AnyRecall) -> AnyRecall:
         found["distances"] = tuple(sorted(distances))
         lengths: tuple[int, ...] = (longest,)
     else:
-        assert isinstance(settings, NeedleSettings | MQARSettings)
+        assert isinstance(settings, RowSettings)
         lengths = settings.lengths or tuple(sorted({max(whole // 4, 2), max(whole // 2, 2), whole}))
         found["lengths"] = tuple(sorted(subject.check_length(length, "--lengths") for length in lengths))
     # As asked for, for models of any form: which of these is the model's own is told from its weights.
@@ -91,7 +102,12 @@ def make_kind(subject: Subject, settings: RecallSettings) -> Kind:
     mask_id = None if subject.causal else tokenizer.mask_id
     assert subject.causal or mask_id is not None  # without one a masked model is not loaded
     if isinstance(settings, MQARSettings):
-        return MQAR(settings, symbols(tokenizer, settings.symbols, settings.seed), mask_id)
+        made = SpreadMQAR if settings.spread else MQAR
+        return made(settings, symbols(tokenizer, settings.symbols, settings.seed), mask_id)
+    if isinstance(settings, VariablesSettings):
+        return Variables(settings, symbols(tokenizer, settings.symbols, settings.seed), mask_id)
+    if isinstance(settings, CommonWordsSettings):
+        return CommonWords(settings, symbols(tokenizer, settings.symbols, settings.seed), mask_id)
     if isinstance(settings, InductionSettings):
         assert settings.distances is not None
         if settings.content == "text":
@@ -123,7 +139,11 @@ def _title(settings: RecallSettings) -> str:
     if isinstance(settings, NeedleSettings):
         return "Passkey" if settings.key == "digits" else "Needle"
     if isinstance(settings, MQARSettings):
-        return "Associative recall"
+        return "Associative recall, pairs spread" if settings.spread else "Associative recall"
+    if isinstance(settings, VariablesSettings):
+        return "Variable tracking"
+    if isinstance(settings, CommonWordsSettings):
+        return "Common words"
     assert isinstance(settings, InductionSettings)
     return "Repeated text" if settings.content == "text" else "Repeated random tokens"
 

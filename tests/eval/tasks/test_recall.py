@@ -20,13 +20,24 @@ from eval.results.statistics import estimate
 from eval.shared.forms import named_forms, window_tokens, with_attention
 from eval.subject import Subject
 from eval.suites.load import available, load_suites
-from eval.tasks.recall import InductionSettings, MQARSettings, NeedleSettings, RecallSettings, task
+from eval.tasks.recall import (
+    CommonWordsSettings,
+    InductionSettings,
+    MQARSettings,
+    NeedleSettings,
+    RecallSettings,
+    VariablesSettings,
+    task,
+)
 from eval.tasks.recall.questions import generator
 from eval.tasks.recall.score import answers, items
 from pretrain.model import build_model
 
 NEEDLE = NeedleSettings(lengths=(100, 160), depths=(0, 100), haystack="filler", key="digits", digits=2, rows=3)
 MQAR = MQARSettings(lengths=(40, 64), pairs=(2, 4), symbols=64, rows=4)
+VALUES = MQARSettings(lengths=(48, 64), pairs=(2, 3), symbols=64, rows=4, spread=0.4, values=2)
+VARIABLES = VariablesSettings(lengths=(40, 64), hops=(0, 2), chains=(2, 3), symbols=64, rows=3)
+WORDS = CommonWordsSettings(lengths=(40, 64), ratios=(2, 4), choices=3, symbols=64, rows=4)
 RANDOM = InductionSettings(distances=(8, 16, 48), passage=8, symbols=64, rows=3)
 
 
@@ -34,7 +45,11 @@ def recall(subject: Subject, settings: RecallSettings, parts: Parts | None = Non
     return task.run(subject, task.resolve(subject, settings), parts or Parts())
 
 
-@pytest.mark.parametrize("settings", [NEEDLE, MQAR, RANDOM], ids=["needle", "mqar", "random"])
+@pytest.mark.parametrize(
+    "settings",
+    [NEEDLE, MQAR, VALUES, VARIABLES, WORDS, RANDOM],
+    ids=["needle", "mqar", "values", "variables", "words", "random"],
+)
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_scores_equal_a_naive_float64_computation(
     settings: RecallSettings, objective: str, causal: Path, masked: Path, shards: ShardSet
@@ -169,6 +184,27 @@ def test_the_outcome_follows_from_its_records(
     assert outcome.samples
 
 
+@pytest.mark.parametrize("settings", [VARIABLES, WORDS, VALUES], ids=["variables", "words", "values"])
+def test_heat_maps_are_means_over_the_cells_of_a_place(
+    settings: RecallSettings, causal: Path, shards: ShardSet
+) -> None:
+    asked = settings.model_copy(update={"train_steps": 1, "train_batch_tokens": 128, "precision": "fp32"})
+    subject = subject_of(causal, shards)
+    outcome = recall(subject, asked)
+    axes = task.make_kind(subject, task.resolve(subject, asked)).axes
+    assert axes is not None
+    assert [grid.name.split(": ")[1] for grid in outcome.grids] == [
+        f"{what}, {mode}" for mode in ("as it is", "trained") for what in ("accuracy", "gain, nats")
+    ][:3]  # gain needs the controls, which are scored as the model is
+    grid = outcome.grids[0]
+    for y, row in zip(grid.y, grid.values, strict=True):
+        for x, value in zip(grid.x, row, strict=True):
+            here = [r for r in outcome.records if (str(r[axes[0]]), str(r[axes[1]])) == (y, x)]
+            assert len(here) == settings.rows * (2 if settings is VARIABLES else 1)
+            right, questions = sum(r["accuracy"] for r in here), sum(r["questions"] for r in here)
+            assert value == pytest.approx(right / questions)
+
+
 def test_two_models_of_one_tokenizer_are_asked_the_same(
     causal: Path, export: Callable[..., Path], shards: ShardSet
 ) -> None:
@@ -235,6 +271,11 @@ def test_what_plays_no_part_does_not_keep_models_from_being_compared(
         (NeedleSettings, {"question": "{key} first"}, "question: '{key} first' must have {key} in it, once, and words"),
         (NeedleSettings, {"lengths": (64, 64)}, "lengths: 64 64 has one twice"),
         (MQARSettings, {"pairs": (1,)}, "pairs: at least 2"),
+        (MQARSettings, {"values": 2}, "values: 2 of a key need the pairs spread, for example spread 0.5"),
+        (MQARSettings, {"spread": 1.0}, "less than 1"),
+        (VariablesSettings, {"hops": (-1, 2)}, "hops: -1 is negative"),
+        (VariablesSettings, {"chains": (1, 4)}, "chains: at least 2"),
+        (CommonWordsSettings, {"ratios": (1, 2)}, "ratios: 1 is less than 2"),
         (InductionSettings, {"distances": (16, 32), "passage": 20}, "distances: 16 is shorter than the passage of 20"),
     ],
 )
@@ -257,9 +298,10 @@ def test_text_needs_held_out_shards(causal: Path) -> None:
 
 
 def test_the_projects_suites_are_valid() -> None:
-    ours = [path.stem for path in available() if path.stem.split("-")[0] in ("needle", "passkey", "mqar", "induction")]
+    first = ("needle", "passkey", "mqar", "induction", "variables", "common")
+    ours = [path.stem for path in available() if path.stem.split("-")[0] in first]
     suites = load_suites([*ours, "repeats"])
-    assert {suite.task.name for suite in suites} == {"needle", "mqar", "induction"}
+    assert {suite.task.name for suite in suites} == {"needle", "mqar", "induction", "variables", "common-words"}
     assert all(suite.description for suite in suites)
 
 
