@@ -27,8 +27,8 @@ class ModelConfig(Strict):
     attention: Attention = Field(
         "nystrom",
         description="nystrom: landmarks, linear in the length. window: near tokens only. softmax: exact attention, "
-        "quadratic in the length. A list, such as `[window, window, nystrom]`, is a pattern by layer: it is repeated "
-        "from the first layer on and cut behind the last one.",
+        "quadratic in the length. A list is a pattern by layer, as `[window, window, nystrom]`. It repeats from the "
+        "first layer and is cut behind the last.",
         json_schema_extra={"type": f"{' | '.join(FORMS.names())}, or a list of these"},
     )
     vocab_size: int | None = Field(

@@ -358,7 +358,7 @@ def test_the_page_has_lines_that_work(real: tuple[Path, LoadedModel, str], tmp_p
     "changes",
     [
         {"landmark_inverse": False, "positions": "learned", "trained_positions": 30, "norm": "post"},
-        {"attention": ["window", "nystrom"]},
+        {"attention": ["window", "nystrom"], "num_layers": 2},
     ],
     ids=lambda changes: " ".join(map(str, changes.values())),
 )
