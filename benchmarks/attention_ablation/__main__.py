@@ -33,6 +33,8 @@ same initial weights, and compare loss, recall far back, time and memory."""
 EXAMPLE = """examples:
   python -m benchmarks.attention_ablation --task passkey
   python -m benchmarks.attention_ablation --task mqar --forms softmax,window,nystrom,inverse --seeds 0,1,2
+  python -m benchmarks.attention_ablation --task mqar-spread --pairs 16 --seq-len 256 --values 2 --set vocab_size=96
+  python -m benchmarks.attention_ablation --task variables --hops 2 --set num_layers=4
   python -m benchmarks.attention_ablation --task books --train shards/train --valid shards/valid --seeds 0,1
 
 A (form, seed, settings) whose result is in --out already is not run again: after an interruption the same command
