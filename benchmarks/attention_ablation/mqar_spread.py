@@ -2,7 +2,7 @@
 
 Pairs stand anywhere in the first part of the row and queries anywhere in the rest. With several values a key is asked
 for each of them. The target of a query is its value, at the query's last token. Nothing else is a target. ``mlm`` reads
-the same rows bidirectionally. The default gap leaves no query whose pair is in its window.
+the same rows bidirectionally. With a gap of a window or more no query finds its pair in its window.
 """
 
 from __future__ import annotations

@@ -166,8 +166,8 @@ class ModelConfig(Strict):
     landmark_query_rank: int = Field(
         0,
         ge=0,
-        description="Rank of a learned map of causal landmarks' queries for each head, which is added to them and "
-        "starts at zero. 0: none.",
+        description="Rank of a learned map of causal landmarks' queries, added to them, for each head. It starts at "
+        "zero. 0: none.",
     )
     gamma_init: float = Field(
         0.75,
