@@ -212,7 +212,7 @@ def test_each_node_gets_one_task_that_meets_the_others_at_the_first(job: Job) ->
         ({"left": 100}, False, "somebody asked for it"),
         ({"state": "COMPLETING", "preempted": "2026-01-01T00:00:00"}, False, "Slurm ends this job itself"),
         ({"left": 200, "signalled": True, "checkpoint": False}, False, "before a checkpoint was made"),
-        ({"left": 200, "signalled": True, "requeue": False}, False, "sbatch this file again to resume"),
+        ({"left": 200, "signalled": True, "requeue": False}, False, "saved; to resume: sbatch "),
     ],
 )
 def test_it_requeues_itself_where_slurm_stopped_it(job: Job, what: dict[str, Any], requeued: bool, words: str) -> None:
@@ -294,6 +294,36 @@ def test_jobs_are_submitted_and_told(place: Path, shared: list[str], capsys: pyt
     assert f"{place}/runs/run/logs/slurm-7.log" in told.out
     assert "waits:  PartitionTimeLimit" in told.out
     assert "job 7 does not start by waiting: Slurm says PartitionTimeLimit" in told.err
+
+
+def test_a_second_job_of_the_run_is_warned_of(
+    place: Path, shared: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warning = "job 7 of this run is in Slurm's queue"
+    assert launch(*shared) == 0
+    assert warning not in capsys.readouterr().err
+    assert launch(*shared) == 0
+    assert warning in capsys.readouterr().err
+    assert launch(*shared, "--sbatch=--dependency=singleton") == 0
+    assert warning not in capsys.readouterr().err
+    (place.parent / "bin" / "squeue").write_text("#!/bin/sh\n")  # it has ended
+    assert launch(*shared) == 0
+    assert warning not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("allocation failure: Invalid generic resource (gres) specification", "GPUs that no node has"),
+        ("Requested node configuration is not available", "not so many nodes with these cores, GPUs and memory"),
+        ("Access/permission denied", ""),
+    ],
+)
+def test_a_refusal_says_where_to_look(said: str, hint: str) -> None:
+    from launch.places._slurm_submit import _hint
+
+    assert hint in _hint(said)
+    assert bool(_hint(said)) == bool(hint)
 
 
 def test_nothing_is_submitted_half(
