@@ -162,7 +162,9 @@ def _judge_living(found: RunStatus, holder: Holder, status: dict[str, Any], now:
             other = f"Slurm job {found.slurm_job} is of this run too"
             found.notes.append(f"{other}, and cannot train while job {job[1]} does")
         found.slurm_job = job[1]
-    found.next = f"to save and stop: nystrom launch stop {found.run}"
+    # `launch stop` works on the process's machine alone.
+    how = f"scancel --batch --signal=TERM {job[1]}" if job else f"nystrom launch stop {found.run}"
+    found.next = f"to save and stop: {how}"
     if written < holder.since - 1:
         found.state, found.what = "starting", f"{at}: it is building the model or reading a checkpoint"
         found.code = None

@@ -273,6 +273,7 @@ def test_the_job_of_the_process_is_named_and_not_a_second_one(run: Path, monkeyp
     found = read_run(run, NOW)
     assert (found.state, found.slurm_job, found.logs) == ("running", "17", str(run / "logs" / "slurm-17-0-0"))
     assert found.what.endswith(", Slurm job 17")
+    assert found.next == "to save and stop: scancel --batch --signal=TERM 17"
     assert found.notes == ["Slurm job 18 is of this run too, and cannot train while job 17 does"]
     answer(monkeypatch, "")  # the second one has ended
     assert read_run(run, NOW).notes == []
