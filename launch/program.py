@@ -110,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from data_pipeline.errors import run_cli
 
+    note = shadowing.foreign_libraries()
+    if note is not None:
+        print(f"nystrom: warning: {note}", file=sys.stderr)
     module = importlib.import_module(COMMANDS[command][0])
     return run_cli(module.main, f"nystrom {command}", rest)
 

@@ -54,6 +54,17 @@ def newest_launch(run_dir: Path) -> Path | None:
     return None
 
 
+def newest_slurm_job(run_dir: Path, launch_id: str | None = None) -> str | None:
+    """The newest job of a run: its log, the launch's name, or, of one that never ran, ``logs/slurm.job``."""
+    names = [launch_id or ""]
+    with contextlib.suppress(OSError):
+        names += [path.name for path in (run_dir / LOGS).glob("slurm-*.log")]
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        names.append(f"slurm-{(run_dir / LOGS / SLURM_JOB).read_text().strip()}-")
+    jobs = [int(found[1]) for name in names if (found := re.match(r"slurm-(\d+)[-.]", name))]
+    return str(max(jobs)) if jobs else None
+
+
 def first_error(folder: Path) -> RankError | None:
     """The error that came first in the logs of a launch; None if no log has one.
 

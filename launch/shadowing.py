@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -21,6 +22,9 @@ NEEDED = {"data": ("data_pipeline",), "eval": (*BELOW, "eval"), "report": (*BELO
 """The packages that a command imports; one that is not here imports ``BELOW``."""
 STARTS_PROCESSES = ("launch", "demo")
 """Commands that start ``python -m ...``, which searches the working directory first."""
+
+LIBRARIES = ("numpy", "torch", "deepspeed", "tokenizers", "datasets", "pyarrow", "pydantic", "safetensors", "yaml")
+"""Libraries of this project that modules of clusters also put into PYTHONPATH."""
 
 
 def message(words: Sequence[str]) -> str | None:
@@ -37,6 +41,29 @@ def message(words: Sequence[str]) -> str | None:
             if HOME / name not in found:
                 return _explain(name, found)
     return None
+
+
+def foreign_libraries() -> str | None:
+    """A note about libraries of the environment that PYTHONPATH hides, as ``module load python`` may do; else None.
+
+    It is no error: somebody may mean it. Libraries that are in PYTHONPATH alone hide nothing.
+    """
+    environment = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
+    for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        folder = Path(entry)
+        if not entry or folder in environment:
+            continue
+        hidden = [name for name in LIBRARIES if _has(folder, name) and any(_has(own, name) for own in environment)]
+        if hidden:
+            return (
+                f"PYTHONPATH has {folder}: its {', '.join(hidden)} hides what the environment {sys.prefix} has. "
+                "Unless you mean that: unset PYTHONPATH, also in the jobs (setup: [..., unset PYTHONPATH])"
+            )
+    return None
+
+
+def _has(folder: Path, name: str) -> bool:
+    return (folder / name).is_dir() or (folder / f"{name}.py").is_file()
 
 
 def _search(name: str, path: Sequence[str]) -> list[Path]:

@@ -8,7 +8,6 @@ holder of ``run.lock`` moves its time every five seconds, by the clock of the fi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from launch.rank_logs import LAST_LINES, SLURM_JOB, first_error, newest_launch, rank_logs
+from launch.rank_logs import LAST_LINES, first_error, newest_launch, newest_slurm_job, rank_logs
 from launch.restarts import METRICS, last_lines
 from launch.status_text import table, text
 from launch.watch import read_status
@@ -37,6 +36,8 @@ STALE_LOCK_SECONDS = 60.0
 """A lock on another machine that has not moved for so long is of a process that is gone; it moves every 5 s."""
 SILENT_SECONDS = 300.0
 """A living run that has written no number for so long is called silent; it writes one every 10 s, or each step."""
+BATCH_FILE = "slurm/train.sbatch"
+"""Where `nystrom launch slurm` writes it in the run folder, unless asked otherwise."""
 SIGNS = ("config.yaml", STATUS, METRICS, LOCK, "checkpoints", LOGS)
 """What makes a folder a run's: any of them."""
 
@@ -148,9 +149,22 @@ def _is_gone(found: RunStatus, holder: Holder, run_dir: Path, now: float) -> boo
 
 def _judge_living(found: RunStatus, holder: Holder, status: dict[str, Any], now: float) -> None:
     at = f"on {holder.host}, process {holder.pid}"
-    at += f", Slurm job {found.slurm_job}" if (found.launch_id or "").startswith("slurm-") else ""
     written = _real(status.get("time")) or 0.0
-    found.next = f"to save and stop: nystrom launch stop {found.run}"
+    name = status.get("launch_id")
+    folder = Path(found.run) / LOGS / str(name)
+    if written >= holder.since - 1 and isinstance(name, str) and folder.is_dir():
+        # A second job that was submitted meanwhile has a newer folder.
+        found.launch_id, found.logs, found.ranks = name, str(folder), len(rank_logs(folder))
+    job = re.match(r"slurm-(\d+)-", found.launch_id or "")
+    if job:
+        at += f", Slurm job {job[1]}"
+        if found.slurm_job not in (None, job[1]) and _in_queue(str(found.slurm_job)):
+            other = f"Slurm job {found.slurm_job} is of this run too"
+            found.notes.append(f"{other}, and cannot train while job {job[1]} does")
+        found.slurm_job = job[1]
+    # `launch stop` works on the process's machine alone.
+    how = f"scancel --batch --signal=TERM {job[1]}" if job else f"nystrom launch stop {found.run}"
+    found.next = f"to save and stop: {how}"
     if written < holder.since - 1:
         found.state, found.what = "starting", f"{at}: it is building the model or reading a checkpoint"
         found.code = None
@@ -168,8 +182,12 @@ def _judge_ended(found: RunStatus, holder: Holder | None, status: dict[str, Any]
     state = status.get("state")
     again = _again(found, run_dir)
     starting = _newer_launch(found, status, run_dir, now)
-    if found.slurm_job and _waits_in_queue(found):
-        return
+    if found.slurm_job and (queued := _in_queue(found.slurm_job)) is not None:
+        if queued.startswith("PENDING|"):
+            _judge_waiting(found, queued.partition("|")[2])
+            return
+        if not queued and starting is not None and starting[0] == "starting" and _is_of(found.slurm_job, found):
+            starting = "killed", f"Slurm job {found.slurm_job} ended before the run began: see {_slurm_log(found)}"
     said = found.code is not None and (holder is None or (_real(status.get("time")) or 0.0) >= holder.since - 1)
     if holder is not None and not said:
         found.state = "killed"
@@ -177,7 +195,9 @@ def _judge_ended(found: RunStatus, holder: Holder | None, status: dict[str, Any]
         found.next = f"the lock needs no care; {again}"
     elif starting is not None:
         found.state, found.what = starting
-        found.next = "" if found.state == "starting" else f"mend the first error; {again}"
+        found.code = None  # of the start before
+        first = {"crashed": "mend the first error; ", "killed": "look at its log; "}.get(found.state, "")
+        found.next = "" if found.state == "starting" else f"{first}{again}"
     elif state == "done":
         found.state, found.what = "done", "its weights are exported"
         found.next = f"nystrom eval validity lm --checkpoint {found.run}"
@@ -214,6 +234,9 @@ _NEXT = {
 def _again(found: RunStatus, run_dir: Path) -> str:
     """How to resume."""
     at = f"from the checkpoint of step {found.checkpoint['step']:,}" if found.checkpoint else "from the beginning"
+    script = run_dir / BATCH_FILE
+    if (found.launch_id or "").startswith("slurm-") and script.is_file():
+        return f"sbatch {script} resumes {at}"
     words = _last_start(run_dir).get("command")
     words = words[1:] if isinstance(words, list) else []
     words = [word for word in map(str, words) if not word.startswith(("--local_rank", "--local-rank"))]
@@ -237,19 +260,32 @@ def _newer_launch(found: RunStatus, status: dict[str, Any], run_dir: Path, now: 
     return "starting", f"launch {folder.name}: its processes are meeting"
 
 
-def _waits_in_queue(found: RunStatus) -> bool:
-    """Ask Slurm, where it is; a job that was requeued waits under the same number."""
+def _in_queue(job: str) -> str | None:
+    """STATE|REASON of a job as Slurm has it, "" for one that has ended; None where Slurm is not there or busy."""
     try:
-        words = ["squeue", "--noheader", "--jobs", str(found.slurm_job), "--format", "%T|%r"]
-        said = subprocess.run(words, capture_output=True, text=True, timeout=10).stdout.strip()
+        words = ["squeue", "--noheader", "--jobs", job, "--format", "%T|%r"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    state, _, reason = said.partition("|")
-    if state != "PENDING":
-        return False
-    found.state, found.what = "waiting", f"in the queue as Slurm job {found.slurm_job}: {reason}"
+        return None
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return None
+    return done.stdout.strip()
+
+
+def _judge_waiting(found: RunStatus, reason: str) -> None:
+    """A job that was requeued waits under the same number."""
+    meaning = {"BeginTime": " (Slurm waits up to two minutes before it starts a requeued job)"}.get(reason, "")
+    found.state, found.what = "waiting", f"in the queue as Slurm job {found.slurm_job}: {reason}{meaning}"
     found.next = f"it starts by itself; to give it up: scancel {found.slurm_job}"
-    return True
+
+
+def _is_of(job: str, found: RunStatus) -> bool:
+    """Whether the newest launch is of this job."""
+    return (found.launch_id or "").startswith(f"slurm-{job}-")
+
+
+def _slurm_log(found: RunStatus) -> Path:
+    return Path(found.run) / LOGS / f"slurm-{found.slurm_job}.log"
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -310,7 +346,7 @@ def _read_logs(found: RunStatus, run_dir: Path, status: dict[str, Any]) -> None:
     found.launch_id = folder.name if folder is not None else name if isinstance(name, str) else None
     if folder is not None:
         found.logs, found.ranks = str(folder), len(rank_logs(folder))
-    found.slurm_job = _slurm_job(run_dir, found.launch_id)
+    found.slurm_job = newest_slurm_job(run_dir, found.launch_id)
     try:
         with open(run_dir / STARTS, "rb") as stream:
             found.starts = sum(1 for _ in stream)
@@ -320,17 +356,6 @@ def _read_logs(found: RunStatus, run_dir: Path, status: dict[str, Any]) -> None:
         found.disk_free_gib = round(shutil.disk_usage(run_dir).free / 2**30, 1)
     except OSError as error:
         found.notes.append(f"the file system does not say how much is free: {error.strerror or error}")
-
-
-def _slurm_job(run_dir: Path, launch_id: str | None) -> str | None:
-    """The newest job: its log, the launch's name, or, of one that never ran, ``logs/slurm.job``."""
-    names = [launch_id or ""]
-    with contextlib.suppress(OSError):
-        names += [path.name for path in (run_dir / LOGS).glob("slurm-*.log")]
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        names.append(f"slurm-{(run_dir / LOGS / SLURM_JOB).read_text().strip()}-")
-    jobs = [int(found[1]) for name in names if (found := re.match(r"slurm-(\d+)[-.]", name))]
-    return str(max(jobs)) if jobs else None
 
 
 def _read_first_error(found: RunStatus, run_dir: Path) -> None:

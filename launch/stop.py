@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -47,9 +48,11 @@ def stop(run_dir: Path, timeout: float) -> int:
             "after the command; before that, Ctrl-C or SIGTERM to the command ends it"
         )
     if holder.has_ended() is None:
+        job = re.match(r"slurm-(\d+)-", str(_status(run_dir).get("launch_id")))
         raise UserError(
-            f"the run is {holder}, which is another machine or container than this: give the command there, or "
-            f"kill -TERM {holder.pid}"
+            f"the run is {holder}, which is another machine or container than this: "
+            + (f"scancel --batch --signal=TERM {job[1]} has Slurm stop it; or " if job else "")
+            + f"give the command there, or kill -TERM {holder.pid}"
         )
     try:
         os.kill(holder.pid, signal.SIGTERM)
@@ -73,10 +76,16 @@ def _is_there(run_dir: Path, holder: Holder) -> bool:
     return read_holder(run_dir / LOCK) == holder and not holder.has_ended()
 
 
-def _outcome(run_dir: Path) -> int:
-    status: dict[str, Any] = {}
+def _status(run_dir: Path) -> dict[str, Any]:
+    """What ``status.json`` says; nothing where it is missing or torn."""
     with contextlib.suppress(OSError, ValueError):
         status = json.loads((run_dir / STATUS).read_text())
+        return status if isinstance(status, dict) else {}
+    return {}
+
+
+def _outcome(run_dir: Path) -> int:
+    status = _status(run_dir)
     code, state, step = status.get("code"), status.get("state"), status.get("step")
     if code in (0, EXIT_PREEMPTED):
         what = "is done" if code == 0 else f"has stopped at step {step} with all it trained saved"

@@ -92,6 +92,7 @@ TRAIN = """\
 @HEAD@
 
 run=@RUN@
+file=@FILE@
 requeue=@REQUEUE@
 max_restarts=@MAX_RESTARTS@
 say() { echo "nystrom launch: $*" >&2; }
@@ -151,7 +152,7 @@ done
 trap : TERM USR1
 
 if [ $code = 75 ] && [ $requeue = 0 ]; then
-    say "saved; sbatch this file again to resume (with --requeue Slurm would do that)"
+    say "saved; to resume: sbatch $file (with --requeue Slurm would do that)"
 elif [ $code = 75 ]; then
     preempted=$(field PreemptTime)
     left=$(($(date -d "$(field EndTime)" +%s 2> /dev/null || echo 9999999999) - $(date +%s)))
@@ -162,7 +163,7 @@ elif [ $code = 75 ]; then
     elif [ -n "$preempted" ] && [ "$preempted" != None ]; then
         why="it is preempted"
     elif [ $stopping = 0 ] || [ $left -gt @NEAR_END@ ]; then
-        say "stopped because somebody asked for it, so it is not requeued; sbatch this file again to resume"
+        say "stopped because somebody asked for it, so it is not requeued; to resume: sbatch $file"
     elif [ "$(newest)" = "$at_start" ]; then
         say "the time limit is over before a checkpoint was made: not requeued, for the next time would be the same"
     else
@@ -170,7 +171,7 @@ elif [ $code = 75 ]; then
     fi
     if [ -n "$why" ]; then
         say "saved; $why, so the job is requeued"
-        scontrol requeue "$SLURM_JOB_ID" || say "Slurm refused to requeue: sbatch this file again to resume"
+        scontrol requeue "$SLURM_JOB_ID" || say "Slurm refused to requeue; to resume: sbatch $file"
     fi
 fi
 exit $code
@@ -188,8 +189,8 @@ exit $status
 """
 
 
-def train_file(options: Sequence[str], plan: LaunchPlan, script: Script, requeue: bool) -> str:
-    """The batch file of a training run; ``options`` are those of its ``#SBATCH`` lines."""
+def train_file(options: Sequence[str], plan: LaunchPlan, script: Script, requeue: bool, path: Path) -> str:
+    """The batch file of a training run, to be written to ``path``; ``options`` are those of its ``#SBATCH`` lines."""
     grace = grace_seconds(plan.stop_timeout)
     # Each node's part ends by itself, also when another one is lost. The first node's ends last: it writes the export.
     step = ["--nodes=$SLURM_NNODES", "--ntasks=$SLURM_NNODES", "--kill-on-bad-exit=0", "--wait=0"]
@@ -203,6 +204,7 @@ def train_file(options: Sequence[str], plan: LaunchPlan, script: Script, requeue
         script,
         plan,
         RUN=shlex.quote(str(plan.run_dir)),
+        FILE=shlex.quote(str(path)),  # Slurm runs a copy of it
         REQUEUE=str(int(requeue)),
         MAX_RESTARTS=str(plan.max_restarts),
         FIRST_PORT=str(FIRST_PORT),

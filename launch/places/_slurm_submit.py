@@ -15,7 +15,7 @@ import psutil
 
 from data_pipeline.errors import UserError
 from launch.plan import LaunchPlan, Rendered
-from launch.rank_logs import LOGS, SLURM_JOB
+from launch.rank_logs import LOGS, SLURM_JOB, newest_slurm_job
 
 JOB = "JOB"
 DEPENDENCY = (f"--dependency=afterok:{JOB}", "--kill-on-invalid-dep=yes")
@@ -50,11 +50,18 @@ def submit(
     for warning in check_folders(plan, config, overrides, shared, waits):
         print(f"nystrom launch: warning: {warning}", file=sys.stderr)
     env = slurm_environment(rendered.exports)
+    logs = plan.directory / plan.run_dir / LOGS
+    earlier = None if waits else _earlier_job(logs.parent, env)
+    if earlier is not None:
+        print(
+            f"nystrom launch: warning: job {earlier} of this run is in Slurm's queue. One job trains at a time, and a "
+            "second one that starts meanwhile ends with status 2. To have it wait: --sbatch=--dependency=singleton",
+            file=sys.stderr,
+        )
     for path, text in rendered.files.items():
         refusal = None if skip_test else would_be_refused(text, env)
         if refusal is not None:
             raise UserError(f"Slurm refuses {path.name}: {refusal}. Nothing was submitted{_hint(refusal)}")
-    logs = plan.directory / plan.run_dir / LOGS
     try:
         logs.mkdir(parents=True, exist_ok=True)  # where it is missing, a job fails without a word
         for path, text in rendered.files.items():
@@ -76,6 +83,15 @@ def submit(
     (logs / SLURM_JOB).write_text(f"{jobs[0]}\n", encoding="utf-8")
     _tell(plan, rendered, jobs, logs, env)
     return 0
+
+
+def _earlier_job(run_dir: Path, env: Mapping[str, str]) -> str | None:
+    """The newest job of this run, if it has not ended."""
+    job = newest_slurm_job(run_dir)
+    if job is None:
+        return None
+    done = _call(["squeue", "--noheader", f"--job={job}", "--states=PENDING,RUNNING,SUSPENDED", "--format=%T"], env)
+    return job if done.returncode == 0 and done.stdout.strip() else None
 
 
 def check_folders(
@@ -129,10 +145,12 @@ def would_be_refused(text: str, env: Mapping[str, str]) -> str | None:
 
 
 def _hint(refusal: str) -> str:
+    if "generic resource" in refusal:
+        return ": --gpus-per-node asks for GPUs that no node has (sinfo --format '%P %N %G' shows what they have)"
     if "node configuration" in refusal or "not available" in refusal:
         return (
-            ": there are not so many nodes of this kind, or they are down or drained (sinfo -R says why). To queue it "
-            "until they are back: --skip-test"
+            ": there are not so many nodes with these cores, GPUs and memory (sinfo --format '%P %D %c %G %m'), or "
+            "they are down or drained (sinfo -R says why). To queue it until they are back: --skip-test"
         )
     return ""
 

@@ -155,7 +155,8 @@ class Slurm(Place):
             f"--signal=B:TERM@{grace_seconds(plan.stop_timeout)}",
             "--requeue" if site.requeue else "--no-requeue",
         ]
-        files = {folder / TRAIN_FILE: train_file(options, plan, script, site.requeue)}
+        train = folder / TRAIN_FILE
+        files = {train: train_file(options, plan, script, site.requeue, train)}
         commands = [(["sbatch", "--parsable", str(folder / TRAIN_FILE)], "submits the run")]
         if args.eval:
             words = eval_commands(args.eval, plan.run_dir)

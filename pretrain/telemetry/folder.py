@@ -27,7 +27,9 @@ environment.json  machine, versions, code and command of the last start; starts.
 init_from.json    with init_from: where the first weights are from, and what became of each tensor
 metrics.jsonl     every number of the training, a JSON object a line: kind "train", "valid" or "event"
 status.json       how the last start ended, or that it is running
-logs/             of starts on several nodes or with --rank-logs: a folder for each, with a log for each rank
+logs/             of starts on several nodes or with --rank-logs: a folder for each, with a log for each rank;
+                  slurm-JOB.log of Slurm's jobs
+slurm/            the batch files of `nystrom launch slurm`; submitted again, train.sbatch resumes the run
 run.lock          who trains in this folder now; removed at the end. `nystrom launch stop THIS_FOLDER` stops it
 checkpoints/      weights, optimizer and position, to resume from; only a folder with a manifest.json is whole.
                   zero_to_fp32.py and zero_to_torch.py in it are DeepSpeed's; nothing here needs them

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import shadowing
+from launch.program import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INSTALLED = ["-P", "-c", "import sys; sys.argv[0] = 'nystrom'; from nystrom_pretrain import entry; entry()"]
@@ -85,3 +86,27 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
     assert shadowing.message(["data"]) == (
         f"the package 'launch' is missing from {shadowing.HOME}: install nystrom-pretrain again"
     )
+
+
+def test_libraries_in_pythonpath_that_hide_those_of_the_environment_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after ``module load python`` on a cluster whose module has a numpy of its own."""
+    site, alone = tmp_path / "site", tmp_path / "alone"
+    (site / "numpy").mkdir(parents=True)
+    (site / "yaml.py").touch()
+    alone.mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(alone), str(site)]))
+    note = shadowing.foreign_libraries()
+    assert note is not None
+    assert note.startswith(f"PYTHONPATH has {site}: its numpy, yaml hides what the environment {sys.prefix} has. ")
+    with pytest.raises(SystemExit):
+        main(["data", "--help"])
+    assert capsys.readouterr().err.startswith(f"nystrom: warning: {note}\n")
+    # What the environment does not have itself is meant.
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(shadowing.sysconfig, "get_path", lambda name: str(tmp_path / "empty"))
+    assert shadowing.foreign_libraries() is None
+    monkeypatch.undo()
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert shadowing.foreign_libraries() is None

@@ -15,10 +15,8 @@ from typing import Any
 import pytest
 from training_case import settings, write_config, write_corpus
 
-from data_pipeline.errors import UserError, run_cli
-from launch.batch_file import seconds_of
+from data_pipeline.errors import run_cli
 from launch.cli import main
-from launch.cluster import load_cluster
 
 EXPECTED = Path(__file__).parent / "slurm_files.txt"
 """What --dry-run shows. After a change that is meant: copy the text that the test prints."""
@@ -212,7 +210,7 @@ def test_each_node_gets_one_task_that_meets_the_others_at_the_first(job: Job) ->
         ({"left": 100}, False, "somebody asked for it"),
         ({"state": "COMPLETING", "preempted": "2026-01-01T00:00:00"}, False, "Slurm ends this job itself"),
         ({"left": 200, "signalled": True, "checkpoint": False}, False, "before a checkpoint was made"),
-        ({"left": 200, "signalled": True, "requeue": False}, False, "sbatch this file again to resume"),
+        ({"left": 200, "signalled": True, "requeue": False}, False, "saved; to resume: sbatch "),
     ],
 )
 def test_it_requeues_itself_where_slurm_stopped_it(job: Job, what: dict[str, Any], requeued: bool, words: str) -> None:
@@ -294,6 +292,21 @@ def test_jobs_are_submitted_and_told(place: Path, shared: list[str], capsys: pyt
     assert f"{place}/runs/run/logs/slurm-7.log" in told.out
     assert "waits:  PartitionTimeLimit" in told.out
     assert "job 7 does not start by waiting: Slurm says PartitionTimeLimit" in told.err
+
+
+def test_a_second_job_of_the_run_is_warned_of(
+    place: Path, shared: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warning = "job 7 of this run is in Slurm's queue"
+    assert launch(*shared) == 0
+    assert warning not in capsys.readouterr().err
+    assert launch(*shared) == 0
+    assert warning in capsys.readouterr().err
+    assert launch(*shared, "--sbatch=--dependency=singleton") == 0
+    assert warning not in capsys.readouterr().err
+    (place.parent / "bin" / "squeue").write_text("#!/bin/sh\n")  # it has ended
+    assert launch(*shared) == 0
+    assert warning not in capsys.readouterr().err
 
 
 def test_nothing_is_submitted_half(
@@ -383,43 +396,6 @@ def test_mistakes_are_told_before_anything_is_written(
     assert code == 2
     assert message in capsys.readouterr().err
     assert (sorted(path.name for path in place.iterdir()), calls(place)) == (["run.yaml"], [])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("partitoin: gpu", "unknown key 'partitoin': did you mean 'partition'"),
-        ("container: {immage: x}", "unknown key 'container.immage'"),
-        ("time: 24:00:00", "write it in quotes"),
-        ("cpus_per_task: 0", "cpus_per_task: "),
-        ("setup: module load", "setup: "),
-        ("[a]", "must hold keys and values"),
-    ],
-)
-def test_mistakes_in_the_cluster_s_file_name_the_key(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "cluster.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError) as raised:
-        load_cluster(path)
-    assert message in str(raised.value)
-    assert str(path) in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("90", 5400),
-        ("90:30", 5430),
-        ("24:00:00", 86400),
-        ("2-12", 216000),
-        ("1-0:30", 88200),
-        ("1-00:00:05", 86405),
-        ("UNLIMITED", None),
-        ("0", None),
-    ],
-)
-def test_times_are_read_as_slurm_reads_them(text: str, seconds: int | None) -> None:
-    assert seconds_of(text) == seconds
 
 
 def test_the_page_s_commands_and_its_cluster_file_are_taken(

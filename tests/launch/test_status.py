@@ -225,6 +225,69 @@ def test_a_requeued_job_waits(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert read_run(run, NOW).state == "preempted"
 
 
+def answer(monkeypatch: pytest.MonkeyPatch, said: str, code: int = 0, error: str = "") -> None:
+    """Have squeue answer so."""
+    done = subprocess.CompletedProcess([], code, said, error)
+    monkeypatch.setattr(status.subprocess, "run", lambda words, **options: done)
+
+
+def test_a_requeued_job_that_slurm_holds_is_explained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_status(run, "preempted", 75, launch_id="slurm-17-0-0")
+    answer(monkeypatch, "PENDING|BeginTime\n")
+    assert read_run(run, NOW).what.endswith(
+        "job 17: BeginTime (Slurm waits up to two minutes before it starts a requeued job)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "error", "state"),
+    [
+        ("", 0, "", "killed"),  # it ended some minutes ago
+        ("", 1, "slurm_load_jobs error: Invalid job id specified", "killed"),  # Slurm has forgotten it
+        ("", 1, "slurm_load_jobs error: Unable to contact slurm controller", "starting"),
+        ("RUNNING|None", 0, "", "starting"),
+    ],
+)
+def test_a_job_that_ended_before_the_run_began_is_not_starting(
+    run: Path, monkeypatch: pytest.MonkeyPatch, said: str, code: int, error: str, state: str
+) -> None:
+    """As with a library that cannot be imported on the node: no rank came to write a log."""
+    write_status(run, "preempted", 75, launch_id="slurm-17-0-0")
+    (run / "logs" / "slurm-18-0-0").mkdir(parents=True)
+    os.utime(run / "logs" / "slurm-18-0-0", (NOW - 3, NOW - 3))
+    answer(monkeypatch, said, code, error)
+    found = read_run(run, NOW)
+    assert found.state == state
+    if state == "killed":
+        assert found.what == f"Slurm job 18 ended before the run began: see {run}/logs/slurm-18.log"
+        assert (found.code, found.next[:17]) == (None, "look at its log; ")
+
+
+def test_the_job_of_the_process_is_named_and_not_a_second_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_status(run, "running", None, launch_id="slurm-17-0-0")
+    write_lock(run)
+    for job, age in ((17, 100), (18, 3)):
+        (run / "logs" / f"slurm-{job}-0-0").mkdir(parents=True)
+        os.utime(run / "logs" / f"slurm-{job}-0-0", (NOW - age, NOW - age))
+    answer(monkeypatch, "RUNNING|None\n")
+    found = read_run(run, NOW)
+    assert (found.state, found.slurm_job, found.logs) == ("running", "17", str(run / "logs" / "slurm-17-0-0"))
+    assert found.what.endswith(", Slurm job 17")
+    assert found.next == "to save and stop: scancel --batch --signal=TERM 17"
+    assert found.notes == ["Slurm job 18 is of this run too, and cannot train while job 17 does"]
+    answer(monkeypatch, "")  # the second one has ended
+    assert read_run(run, NOW).notes == []
+
+
+def test_a_run_of_slurm_is_resumed_by_its_batch_file(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_status(run, "preempted", 75, launch_id="slurm-17-0-0")
+    answer(monkeypatch, "")
+    assert read_run(run, NOW).next.startswith("the command that started it")
+    (run / "slurm").mkdir()
+    (run / "slurm" / "train.sbatch").touch()
+    assert read_run(run, NOW).next == f"sbatch {run}/slurm/train.sbatch resumes from the checkpoint of step 2"
+
+
 def test_torn_and_missing_files_are_no_traceback(run: Path) -> None:
     whole = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     write_status(run, "running", None)

@@ -76,6 +76,9 @@ def test_what_cannot_be_stopped_from_here_is_said(tmp_path: Path, capsys: pytest
     (tmp_path / LOCK).write_text(json.dumps(dataclasses.asdict(elsewhere)))
     assert "process 4321 on node7" in (said := error(tmp_path))
     assert "give the command there, or kill -TERM 4321" in said
+    assert "scancel" not in said
+    (tmp_path / STATUS).write_text('{"launch_id": "slurm-17-0-0"}')
+    assert "than this: scancel --batch --signal=TERM 17 has Slurm stop it; or give the command there" in error(tmp_path)
 
 
 def test_one_that_does_not_end_in_time_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
