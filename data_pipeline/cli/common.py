@@ -121,8 +121,9 @@ def other_kinds(corpus: Corpus | None) -> str | None:
     endings = Counter(path.suffix.lower() or "no ending" for path in paths)
     counts = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(8))
     more = ", ..." if len(endings) > 8 else ""
-    kinds = f"of kinds that are not read ({counts}{more})"
-    return f"note: {len(paths):,} file(s) are left out, {kinds}; the first: {paths[0]}"
+    return (
+        f"note: {len(paths):,} file(s) are left out, of kinds that are not read ({counts}{more}); the first: {paths[0]}"
+    )
 
 
 def input_words(args: argparse.Namespace) -> list[str]:
