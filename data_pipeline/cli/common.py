@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,19 @@ def corpus_of(args: argparse.Namespace, out: Path | None = None) -> Corpus | Non
     if len(args.input) > 1:
         raise UserError("--input - (standard input) cannot be mixed with files")
     return None
+
+
+def other_kinds(corpus: Corpus | None) -> str | None:
+    """What to say of files in the inputs' folders and patterns whose kind is not read; None if there are none."""
+    paths = () if corpus is None else corpus.passed_over
+    if not paths:
+        return None
+    endings = Counter(path.suffix.lower() or "no ending" for path in paths)
+    counts = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(8))
+    more = ", ..." if len(endings) > 8 else ""
+    return (
+        f"note: {len(paths):,} file(s) are left out, of kinds that are not read ({counts}{more}); the first: {paths[0]}"
+    )
 
 
 def input_words(args: argparse.Namespace) -> list[str]:

@@ -18,6 +18,7 @@ from data_pipeline.units import format_bytes
 if TYPE_CHECKING:
     from data_pipeline.quality.contamination import Contamination, Example
     from data_pipeline.shards.shardset import ShardSet
+    from data_pipeline.sources.documents import Document
     from data_pipeline.sources.reading import Quotes
 
 SUMMARY = "say how much of evaluation texts stands in shards, by 13-grams of words (Brown et al. 2020)"
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         check_writable(args.out)
     sets = [ShardSet.open(folder) for folder in args.shards]
     files = {file: _texts(file, args.text_field, args.quotes) for file in dict.fromkeys(args.eval)}
-    texts = [text for part in files.values() for text in part]
+    texts = [document.text for part in files.values() for document in part]
     tokens = sum(shards.num_tokens for shards in sets)
     size = sum(shards.manifest.text_bytes for shards in sets)
     began = time.monotonic()
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     seconds = time.monotonic() - began
     rows, start = [], 0
     for file, part in files.items():
-        rows.append(_row(file, found, start, start + len(part), args.threshold))
+        rows.append(_row(file, found, start, part, args.threshold))
         start += len(part)
     result = _result(args, sets, rows, found.examples)
     if args.out is not None:  # first: whoever reads what is printed may go away
@@ -95,23 +96,28 @@ def run(args: argparse.Namespace) -> None:
         print(f"written to {args.out.resolve()}")
 
 
-def _texts(file: str, text_field: str, quotes: Quotes) -> list[str]:
+def _texts(file: str, text_field: str, quotes: Quotes) -> list[Document]:
     from data_pipeline.sources.documents import iter_documents
     from data_pipeline.sources.reading import Reading
     from data_pipeline.sources.tally import Tally
 
     reading = Reading(text_field=text_field, quotes=quotes)
     # No broken record is passed over: every evaluation text counts.
-    texts = [document.text for document in iter_documents([file], reading, Tally(max_bad_fraction=0))]
-    if not texts:
+    documents = list(iter_documents([file], reading, Tally(max_bad_fraction=0)))
+    if not documents:
         raise UserError(f"{file} has no text in '{text_field}'")
-    return texts
+    return documents
 
 
-def _row(file: str, found: Contamination, start: int, end: int, threshold: float) -> dict[str, Any]:
-    """The numbers of one evaluation file; texts are numbered from 1 in it."""
+def _row(file: str, found: Contamination, start: int, texts: list[Document], threshold: float) -> dict[str, Any]:
+    """The numbers of one evaluation file or pattern.
+
+    Texts are numbered from 1 in it. Records without text have no number, so each hit also has its place: the ``source``
+    (the file's name below the deepest common folder) and the ``record`` (line or row, from 1).
+    """
     import numpy as np
 
+    end = start + len(texts)
     inside = slice(start, end)
     hit = np.flatnonzero(found.found[inside])
     return {
@@ -124,6 +130,8 @@ def _row(file: str, found: Contamination, start: int, end: int, threshold: float
         "hits": [
             {
                 "text": int(i) + 1,
+                "source": texts[i].source,
+                "record": texts[i].record,
                 "grams": int(found.grams[start + i]),
                 "found": int(found.found[start + i]),
                 "share": float(found.share[start + i]),

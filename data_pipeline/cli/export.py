@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if args.text and args.format != "parquet":
         raise UserError("--text is for --format parquet: Megatron-LM's files hold tokens only")
     shards = ShardSet.open(args.shards)
-    with counting("exporting", 2 * shards.num_tokens, " tokens") as update:
+    with counting("exporting and reading back", 2 * shards.num_tokens, " tokens") as update:
         if args.format == "parquet":
             done = export_parquet(
                 shards,

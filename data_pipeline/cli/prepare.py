@@ -14,6 +14,7 @@ from data_pipeline.cli.common import (
     bad_fraction_of,
     corpus_of,
     counted,
+    other_kinds,
     reading_of,
     shard_facts,
 )
@@ -136,6 +137,8 @@ def run(args: argparse.Namespace) -> None:
     progress = Progress("tokenizing", preparation.text_bytes)
     if (told := note(args.tokenizer)) is not None:
         progress.note(f"note: {told}")
+    if (told := other_kinds(corpus)) is not None:
+        progress.note(told)
     whole = False
     try:
         outcome = prepare(

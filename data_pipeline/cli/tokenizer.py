@@ -18,6 +18,7 @@ from data_pipeline.cli.common import (
     corpus_of,
     counted,
     input_words,
+    other_kinds,
     reading_of,
 )
 from data_pipeline.console import add_json, print_json, say_next
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
     corpus, reading, share = corpus_of(args, args.out), reading_of(args), bad_fraction_of(args)
     if corpus is None:
         raise UserError("a tokenizer may read its text more than once: save standard input to a file first")
+    if (told := other_kinds(corpus)) is not None:
+        print(told, file=sys.stderr)
     pieces = corpus.pieces(sys.maxsize, reading)  # one for each file
     facts = {
         "inputs": [{"name": piece.name, "bytes": piece.end, "digest": piece_digest(piece)} for piece in pieces],

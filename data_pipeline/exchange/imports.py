@@ -149,7 +149,8 @@ def check_ends(settings: ImportSettings, end_at: str, no_end_at: str) -> None:
     if end_at:
         raise UserError(
             f"some documents end with the end token {settings.end_id} ({end_at}), some do not ({no_end_at}): were the "
-            "files cut or mixed? With --mixed-ends both kinds are taken, with --end-token none that token is text"
+            "files cut or mixed? With --mixed-ends both kinds are taken, with --end-token none that token is text; add "
+            "--overwrite, since the shards begun here go by other settings"
         )
 
 

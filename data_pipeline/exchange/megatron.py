@@ -150,7 +150,7 @@ def _header(path: Path) -> _Header:
         kind = f"{_FLOATS[code]} values, not token ids" if code in _FLOATS else "values of an unknown type"
         raise UserError(f"{path}: the .bin holds {kind} (dtype code {code}); codes that are read: {_codes()}")
     if not sequences or documents < 2:
-        raise UserError(f"{path} lists no documents")
+        raise UserError(f"{path} lists no documents: move the pair away, or name the others by a quoted pattern")
     expected = HEADER.size + 12 * sequences + 8 * documents
     if size == expected + sequences:
         raise UserError(f"{path} is of a multimodal dataset (a mode for each sequence), which is not read")

@@ -28,6 +28,11 @@ class Corpus(Protocol):
         """The input files in order; none for a hub dataset."""
         ...
 
+    @property
+    def passed_over(self) -> tuple[Path, ...]:
+        """Files in the folders and patterns of the inputs whose kind is not read."""
+        ...
+
     def pieces(self, target_bytes: int, reading: Reading = _READING) -> list[Piece]:
         """The corpus cut into pieces of about ``target_bytes`` of text, in order.
 
@@ -44,9 +49,10 @@ class Corpus(Protocol):
 
 @dataclass(frozen=True)
 class FileCorpus:
-    """Files on disk."""
+    """Files on disk; ``passed_over`` are those in the folders and patterns whose kind is not read."""
 
     files: tuple[CorpusFile, ...]
+    passed_over: tuple[Path, ...] = ()
 
     def pieces(self, target_bytes: int, reading: Reading = _READING) -> list[Piece]:
         """See :class:`Corpus`."""
@@ -79,6 +85,11 @@ class HubCorpus:
         """None: the dataset knows its own."""
         return ()
 
+    @property
+    def passed_over(self) -> tuple[Path, ...]:
+        """None: the dataset knows its own."""
+        return ()
+
     def pieces(self, target_bytes: int, reading: Reading = _READING) -> list[Piece]:
         """See :class:`Corpus`."""
         _check_target(target_bytes)
@@ -94,10 +105,11 @@ def open_corpus(inputs: Sequence[str | Path], without: Path | None = None) -> Fi
 
     Raises :class:`UserError` as :func:`expand_inputs` does, and for .zst files where the zstandard package is missing.
     """
-    files = find_files(inputs, without)
+    others: set[Path] = set()
+    files = find_files(inputs, without, others.add)
     if any(file.kind.endswith(".zst") for file in files):
         require_zstandard()
-    return FileCorpus(files)
+    return FileCorpus(files, tuple(sorted(others)))
 
 
 def open_dataset(

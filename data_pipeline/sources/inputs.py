@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +28,11 @@ class CorpusFile:
     mtime_ns: int
 
 
-def find_files(inputs: Sequence[str | Path], without: Path | None = None) -> tuple[CorpusFile, ...]:
+def find_files(
+    inputs: Sequence[str | Path], without: Path | None = None, on_other: Callable[[Path], object] = lambda path: None
+) -> tuple[CorpusFile, ...]:
     """:func:`expand_inputs`, with each file's name, kind and size."""
-    paths = expand_inputs(inputs, without)
+    paths = expand_inputs(inputs, without, on_other)
     return tuple(_file(path, name) for path, name in zip(paths, relative_names(paths), strict=True))
 
 
@@ -47,29 +49,35 @@ def _file(path: Path, name: str) -> CorpusFile:
     return CorpusFile(name, path, kind, stat.st_size, stat.st_mtime_ns)
 
 
-def expand_inputs(inputs: Sequence[str | Path], without: Path | None = None) -> list[Path]:
+def expand_inputs(
+    inputs: Sequence[str | Path], without: Path | None = None, on_other: Callable[[Path], object] = lambda path: None
+) -> list[Path]:
     """Files named by files, folders (searched to any depth) and globs (``**`` too), each once, sorted by path.
 
     Folders and globs give the files of a supported kind; what is hidden or lies in the folder ``without`` is left out,
-    links are followed. Raises :class:`UserError` for an input that does not exist, is a pipe or gives nothing, and for
-    a file of another kind.
+    links are followed. ``on_other`` is called with each file there that is of another kind. Raises
+    :class:`UserError` for an input that does not exist, is a pipe or gives nothing, and for a file of another kind.
     """
     found: dict[Path, Path] = {}
     for given in inputs:
         path = Path(given)
+        others: list[Path] = []
         if path.is_file():
             if kind_of(path) is None:
                 raise UserError(f"{path}: files of this kind are not read; supported are {supported()}")
             files = [path]
         elif path.is_dir():
-            files = _outside(without, _walk(path))
+            files, others = _sorted_out(_outside(without, _walk(path)))
             if not files:
-                raise UserError(f"folder {path} has no file to read (supported are {supported()})")
+                raise UserError(f"folder {path} has no file to read (supported are {supported()}){_instead(others)}")
         elif glob.has_magic(str(given)):
             matches = map(Path, glob.iglob(str(given), recursive=True))
-            files = _outside(without, (p for p in matches if _wanted(p.name) and p.is_file()))
+            shown = (match for match in matches if not match.name.startswith(".") and match.is_file())
+            files, others = _sorted_out(_outside(without, shown))
             if not files:
-                raise UserError(f"pattern {given} matches no file to read (supported are {supported()})")
+                raise UserError(
+                    f"pattern {given} matches no file to read (supported are {supported()}){_instead(others)}"
+                )
         elif path.exists():
             raise UserError(f"input {path} is {UNSEEKABLE}")
         else:
@@ -78,6 +86,8 @@ def expand_inputs(inputs: Sequence[str | Path], without: Path | None = None) -> 
             # A linked folder is the same by any way into it. A linked file stays a file of its own: in the hub's cache
             # files of equal contents are links to one blob, and a copy of that folder shall give the same corpus.
             found.setdefault(file.parent.resolve() / file.name, file)
+        for other in others:
+            on_other(other)
     if not found:
         raise UserError("no inputs were given")
     return sorted(found.values(), key=lambda p: _absolute(p).as_posix())
@@ -105,7 +115,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in names if _wanted(name) and os.path.isfile(os.path.join(root, name)))
+        shown = (name for name in names if not name.startswith("."))
+        yield from (Path(root, name) for name in shown if os.path.isfile(os.path.join(root, name)))
 
 
 def _outside(folder: Path | None, files: Iterable[Path]) -> list[Path]:
@@ -115,8 +126,19 @@ def _outside(folder: Path | None, files: Iterable[Path]) -> list[Path]:
     return [file for file in files if not file.parent.resolve().is_relative_to(root)]
 
 
-def _wanted(name: str) -> bool:
-    return not name.startswith(".") and kind_of(Path(name)) is not None
+def _sorted_out(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Those of a supported kind, and the others."""
+    parts: tuple[list[Path], list[Path]] = ([], [])
+    for file in files:
+        parts[kind_of(file) is None].append(file)
+    return parts
+
+
+def _instead(others: Sequence[Path]) -> str:
+    """What to do with files that hold tokens and no text."""
+    if any(other.suffix in (".idx", ".ds") for other in others):
+        return "; `nystrom data import` reads token files (.bin with .idx, .ds)"
+    return ""
 
 
 def _absolute(path: Path) -> Path:

@@ -213,7 +213,7 @@ def _gunzip(raw: Iterator[bytes], location: str) -> Iterator[bytes]:
     except zlib.error as error:
         raise _damaged(location, "gzip", str(error)) from None
     if member is not None or not members:
-        raise _damaged(location, "gzip", "the end is missing")
+        raise _damaged(location, "gzip", "the end is missing" if members else "the file is empty")
 
 
 def _unzstd(raw: Iterator[bytes], location: str) -> Iterator[bytes]:
@@ -239,8 +239,9 @@ def _unzstd(raw: Iterator[bytes], location: str) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         raise _damaged(location, "zstd", str(error)) from None
     if frame is not None or not frames:
-        raise _damaged(location, "zstd", "the end is missing")
+        raise _damaged(location, "zstd", "the end is missing" if frames else "the file is empty")
 
 
 def _damaged(location: str, what: str, why: str) -> UserError:
-    return UserError(f"{location}: the {what} compression is damaged or cut short: {why}")
+    remedy = "fetch or write the file again, or leave it out"
+    return UserError(f"{location}: the {what} compression is damaged or cut short: {why}; {remedy}")

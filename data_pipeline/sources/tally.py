@@ -111,6 +111,10 @@ class Tally:
         if 2 * (self.bad["no field"] + self.bad["not text"]) > self.records:
             choose = "choose the text's field with --text-field (meta.text: a field of a field) or --template"
             return f"{choose}; or {usual}"
+        if 2 * self.bad["not UTF-8"] > self.bad.total():
+            return f"{usual}; `iconv -f latin1 -t utf-8 FILE > NEW` rewrites text of an encoding that you know"
+        if self.bad["not an object"] and any("not list" in sample.detail for sample in self.bad_samples):
+            return f"{usual}; `jq -c '.[]' FILE > NEW.jsonl` writes a list's records on lines of their own"
         return usual
 
     def place(self, sample: BadRecord) -> str:

@@ -295,6 +295,19 @@ def test_an_output_folder_inside_the_inputs_is_not_an_input(corpus: Path, capsys
     assert "already trained on this text" in capsys.readouterr().out
 
 
+def test_files_of_kinds_that_are_not_read_are_told(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = corpus.parent / "mixed"
+    folder.mkdir()
+    shutil.copy(corpus, folder)
+    for name in ("b.jsonl.bz2", "c.jsonl.bz2", "d"):
+        (folder / name).write_bytes(b"?")
+    nystrom("tokenizer", "--input", folder, "--vocab-size", 300, "--out", corpus.parent / "made")
+    expected = f"note: 3 file(s) are left out, of kinds that are not read (.bz2 2, no ending 1); the first: {folder}"
+    assert expected in capsys.readouterr().err
+    nystrom("prepare", "--input", folder, "--tokenizer", corpus.parent / "made", "--out", corpus.parent / "shards")
+    assert expected in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_locked_is_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(lock: int, kind: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -76,7 +76,7 @@ def test_ends_that_differ_are_refused_with_both_places(
 ) -> None:
     eos = small_tokenizer.eos_id
     source = write_megatron(tmp_path / "a", [[[10, eos]], [[20, 21]], [[30, eos]]])
-    mixed = rf"document 0 at byte 0\), some do not \({source}, document 1 at byte 4\)"
+    mixed = rf"document 0 at byte 0\), some do not \({source}, document 1 at byte 4\).*add --overwrite"
     with pytest.raises(UserError, match=mixed):
         run(source, small_tokenizer, tmp_path / "out")
     with pytest.raises(UserError, match="document 1 at byte 4: the document does not end with the end token 10: was"):
@@ -118,7 +118,7 @@ def spoil(path: Path, at: int, data: bytes) -> None:
         (17, b"\x04", "sequence 1 begins at byte 6, those before it end at 12"),  # int32 for uint16
         (18, struct.pack("<Q", 5), "has 114 bytes, and 5 sequences in 3 documents take 126"),
         (18, struct.pack("<Q", 1 << 60), "it was cut short or changed"),
-        (18, struct.pack("<Q", 0), "lists no documents"),
+        (18, struct.pack("<Q", 0), "lists no documents: move the pair away"),
         (34, struct.pack("<i", -1), "sequence 0 has a length of -1 tokens"),
         (34 + 16 + 8, struct.pack("<q", 7), "sequence 1 begins at byte 7, those before it end at 6"),
         (34 + 48, struct.pack("<q", 1), "its documents do not follow each other"),

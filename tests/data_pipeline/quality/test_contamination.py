@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import re
@@ -274,8 +275,28 @@ def test_the_command_counts_by_file(
     assert result["shards"] == [{"folder": str(shards.path), "fingerprint": shards.fingerprint}]
     (hit,) = result["files"][0]["hits"]
     assert (hit["text"], hit["share"], hit["found"]) == (3, 1.0, hit["grams"])
+    assert (hit["source"], hit["record"]) == ("a.jsonl", 3)
     assert result["files"][0]["examples"][0]["words"] == " ".join(words_of(long))
     assert result["files"][1]["with_hits"] == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_hits_name_file_and_line_whatever_lies_between(
+    shards: ShardSet, documents: list[str], tmp_path: Path, packed: bool
+) -> None:
+    """Records without text have no number, so that numbers are no lines."""
+    copy = json.dumps({"text": max(documents, key=len)}) + "\n"
+    other = json.dumps({"text": "none of these words is there " * 5}) + "\n"
+    for name, lines in (("a", ['{"text": null}\n', copy, "\n", other]), ("b", [other, '{"text": ""}\n', "\n", copy])):
+        data = "".join(lines).encode()
+        (tmp_path / f"{name}.jsonl{'.gz' if packed else ''}").write_bytes(gzip.compress(data) if packed else data)
+    out = tmp_path / "c.json"
+    words = ["contamination", "--shards", shards.path, "--eval", tmp_path / "*.jsonl*", "--out", out, "--workers", 1]
+    assert not main([str(word) for word in words])
+    hits = json.loads(out.read_text())["files"][0]["hits"]
+    ending = ".gz" if packed else ""
+    expected = [(1, f"a.jsonl{ending}", 2), (4, f"b.jsonl{ending}", 4)]
+    assert [(hit["text"], hit["source"], hit["record"]) for hit in hits] == expected
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,25 @@ def test_linked_files_and_folders_are_as_good_as_copies(tmp_path: Path) -> None:
     assert names(tmp_path / "copy") == expected
 
 
+def test_files_of_other_kinds_are_named_and_not_passed_over_in_silence(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl.bz2", "deep/c.jsonl.gz.1", "deep/d", ".hidden", ".git/config", "out/e.bin"):
+        make(tmp_path, name)
+    expected = (tmp_path / "b.jsonl.bz2", tmp_path / "deep/c.jsonl.gz.1", tmp_path / "deep/d")
+    for given in ([tmp_path], [f"{tmp_path}/**"], [tmp_path / "a.txt", tmp_path]):
+        corpus = open_corpus(given, without=tmp_path / "out")
+        assert [file.name for file in corpus.files] == ["a.txt"]
+        assert corpus.passed_over == expected
+    assert open_corpus([f"{tmp_path}/*.txt"]).passed_over == ()
+
+
+def test_token_files_are_sent_to_the_import(tmp_path: Path) -> None:
+    make(tmp_path, "books.bin")
+    make(tmp_path, "books.idx")
+    for given in (tmp_path, f"{tmp_path}/*"):
+        with pytest.raises(UserError, match="`nystrom data import` reads token files"):
+            open_corpus([given])
+
+
 def test_inputs_that_give_nothing_are_refused(tmp_path: Path) -> None:
     make(tmp_path, "notes.md")
     for given, message in (

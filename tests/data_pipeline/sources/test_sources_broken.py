@@ -172,6 +172,20 @@ def test_a_damaged_parquet_file_is_refused_also_by_the_plan(tmp_path: Path) -> N
         skipping(path)
 
 
+@pytest.mark.parametrize(
+    ("data", "remedy"),
+    [
+        ('{"text": "été"}\n'.encode("latin-1"), "`iconv -f latin1 -t utf-8 FILE > NEW` rewrites text"),
+        (b'[{"text": "a"}, {"text": "b"}]\n', "`jq -c '.\\[\\]' FILE > NEW.jsonl` writes a list's records"),
+        (b'{"text": "cut\n', "--max-bad-fraction$"),
+    ],
+)
+def test_what_helps_is_said(tmp_path: Path, data: bytes, remedy: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(UserError, match=remedy):
+        list(iter_documents(tmp_path / "a.jsonl"))
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "csv"])
 def test_compression_cut_short_anywhere_is_refused(tmp_path: Path, kind: str, suffix: str) -> None:
@@ -182,7 +196,9 @@ def test_compression_cut_short_anywhere_is_refused(tmp_path: Path, kind: str, su
     cuts = [0, 1, 2, 3, 5, 9, 12, 18, 100, size // 2, 1 << 14, size - 100, *range(size - 12, size)]
     for cut in cuts:
         path.write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=rf"{path.name}: the (gzip|zstd) compression is damaged or cut short"):
+        why = ".*" if cut else "the file is empty"
+        cut_short = rf"{path.name}: the (gzip|zstd) compression is damaged or cut short: {why}; fetch or write"
+        with pytest.raises(UserError, match=cut_short):
             skipping(path)
         path.write_bytes(whole + whole[:cut])  # the second of two members
         if cut:
