@@ -6,18 +6,40 @@ It lives in ``data_pipeline`` because that is the bottom layer: everything may i
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TextIO
+
+_OURS = Path(__file__).resolve().parents[1]
+"""The folder with the project's packages. A checkout may hold the user's files too, so their names count."""
+_PACKAGES = ("benchmarks", "data_pipeline", "eval", "launch", "nystrom_pretrain", "pretrain")
 
 
 class UserError(Exception):
     """Something the user can mend: a wrong path, an unknown key, data that does not fit.
 
     The message says what was wrong, where, and what to do. Command-line programs print it without a traceback and exit
-    with status 2; library callers can catch it.
+    with status 2; library callers can catch it. A notebook shows the message and the line that was called, without the
+    frames of the project: IPython asks for ``_render_traceback_``. ``%debug`` has them all.
     """
+
+    def _render_traceback_(self) -> list[str]:
+        name = type(self).__name__
+        called = _called(traceback.extract_tb(self.__traceback__))
+        return [f"{name}: {self}", *([f"in line {called.lineno}: {called.line}"] if called and called.line else [])]
+
+
+def _called(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
+    """The user's frame that called the project: the last one before the first of the project's own."""
+    ours = tuple(f"{_OURS / package}{os.sep}" for package in _PACKAGES)
+    for before, frame in itertools.pairwise(frames):
+        if frame.filename.startswith(ours):
+            return before
+    return None
 
 
 def run_cli(main: Callable[[Sequence[str] | None], int | None], prog: str, argv: Sequence[str] | None = None) -> int:

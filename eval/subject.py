@@ -70,7 +70,7 @@ class Subject:
             what = f"held-out shards {named} (data.valid of the run) are not there"
             raise UserError(
                 (what if named else f"run {self.loaded.run_config.name} names no held-out shards (data.valid)")
-                + ": say where some are with --data SHARDS"
+                + ": say where some are with --data SHARDS (in Python: data=)"
             )
         return self.shards
 

@@ -43,7 +43,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """What completion offers: the names of ``__all__``, and none that this file imports."""
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})
 
 
 def entry() -> None:

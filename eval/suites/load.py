@@ -92,13 +92,18 @@ def load_suites(
         fields = task.settings.model_fields
         for place, (target, key, value) in enumerate(overrides):
             if target == name or (target is None and key in fields):
-                values[key] = value
+                # One file or glob where there may be several: pydantic takes no plain string for a tuple.
+                several = key in fields and isinstance(fields[key].default, tuple)
+                values[key] = (value,) if several and isinstance(value, str) else value
                 used.add(place)
         suites.append(Suite(name, task, parse(task, values, origins[name] or name), file.description, origins[name]))
     for place, (target, key, _) in enumerate(overrides):
         if place not in used:
             what = f"no suite '{target}' is run" if target else "none of the suites has such a setting"
-            raise UserError(f"'{key}' has no effect: {what}; the suites are {', '.join(order)}")
+            known = [field for suite in suites for field in type(suite.settings).model_fields]
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise UserError(f"'{key}' has no effect: {what}; the suites are {', '.join(order)}{hint}")
     return suites
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MOST_TRIES = 5
 """Times that a reader begins anew because a run removes its checkpoint faster than it can be read."""
+MOST_NAMED = 8
+"""Models in the message that refuses a folder of them."""
 CONFIG, WEIGHTS, INFO, TOKENIZER = "config.yaml", "model.safetensors", "export.json", "tokenizer.json"
 
 
@@ -64,9 +66,21 @@ def load_model(path: str | Path) -> LoadedModel:
         return load_checkpoint(path)
     if (path / "checkpoints").is_dir():
         return _load_newest(path)
-    theirs = (path / "config.json").is_file()
-    hint = f": `nystrom convert from-hf {path} OUT` makes an export of a folder of transformers" if theirs else ""
-    raise UserError(f"{path} is neither a run folder, nor a checkpoint, nor an export folder{hint}")
+    raise UserError(f"{path} is neither a run folder, nor a checkpoint, nor an export folder{_instead(path)}")
+
+
+def _instead(path: Path) -> str:
+    """What to give in place of a folder that is no model: what lies in it, or what it is part of; "" if unknown."""
+    if (path / "config.json").is_file():
+        return f": `nystrom convert from-hf {path} OUT` makes an export of a folder of transformers"
+    marks = ("checkpoints", INFO, commit.MANIFEST)
+    inside = sorted(entry for entry in path.iterdir() if entry.is_dir() and any((entry / m).exists() for m in marks))
+    if inside:
+        more = f" and {len(inside) - MOST_NAMED} more" if len(inside) > MOST_NAMED else ""
+        return f": it holds {', '.join(map(str, inside[:MOST_NAMED]))}{more}, give one of these"
+    if (path.parent / "checkpoints").is_dir():
+        return f": give its run, {path.parent}"
+    return ""
 
 
 def _load_newest(run_dir: Path) -> LoadedModel:

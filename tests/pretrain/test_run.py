@@ -329,6 +329,13 @@ def test_load_model_says_what_is_wrong(tmp_path: Path) -> None:
         load_model(tmp_path / "none")
     with pytest.raises(UserError, match="neither a run folder"):
         load_model(tmp_path)
+    runs = tmp_path / "runs"
+    (runs / "one" / "checkpoints").mkdir(parents=True)
+    (runs / "other").mkdir()
+    with pytest.raises(UserError, match=f"export folder: it holds {runs / 'one'}, give one of these"):
+        load_model(runs)
+    with pytest.raises(UserError, match=f"export folder: give its run, {runs / 'one'}$"):
+        load_model(runs / "one" / "checkpoints")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no whole checkpoint yet"):
         load_model(tmp_path)

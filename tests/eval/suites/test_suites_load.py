@@ -91,6 +91,11 @@ def test_overrides_reach_the_suites_that_have_the_setting(own: Path) -> None:
     assert suites[0].settings.length == 32  # type: ignore[attr-defined]
 
 
+def test_a_setting_of_several_files_takes_one() -> None:
+    (suite,) = load_suites(["lm"], overrides=[(None, "text", "books/*.txt")])
+    assert suite.settings.model_dump()["text"] == ("books/*.txt",)
+
+
 def test_options_come_from_the_settings() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--set", nargs="+", action="extend")
