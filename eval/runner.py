@@ -61,6 +61,7 @@ class Runner:
             )
             return self.verdict.result, self.verdict.fresh
         settings = task.resolve(subject, suite.settings)
+        data = task.data(subject, settings)  # a wrong file is told at once, and not after a minute of the gate
         gate = self._gate(task.longest(settings)) if task.gated and subject is not None else "none"
         return obtain(
             self.folder,
@@ -69,7 +70,7 @@ class Runner:
             version=task.version,
             model=subject.info() if subject is not None else _no_model(settings),
             settings=settings.as_dict(),
-            data=task.data(subject, settings),
+            data=data,
             gate=gate,
             compute=lambda parts: task.run(subject, settings, parts),
             rerun=self.rerun,

@@ -18,7 +18,7 @@ from data_pipeline.prepare.run import prepare
 from data_pipeline.shards.shardset import ShardSet
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from data_pipeline.tokenization.training import train_tokenizer
-from eval import cli
+from eval import cli, runner
 from eval.compare import results_at
 from eval.results.records import results_folder
 from eval.results.schema import read_result
@@ -193,6 +193,18 @@ def test_rejections(causal: Path, masked: Path, root: Path, labelled: tuple[Path
         error = capsys.readouterr().err
         assert words in error, (command, error)
         assert "Traceback" not in error
+
+
+def test_a_file_that_is_not_there_is_told_before_the_gate(
+    causal: Path, root: Path, labelled: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gate(*_: Any, **__: Any) -> None:
+        raise AssertionError("the gate takes a minute")
+
+    monkeypatch.setattr(runner, "check", gate)
+    at = ["--checkpoint", str(causal), "--out", str(root / "before-the-gate")]
+    with pytest.raises(UserError, match="missing.csv"):
+        cli.main(["classify", *at, "--train", str(labelled[0]), "--test", str(root / "missing.csv")])
 
 
 def test_shards_that_no_suite_would_read_are_refused(causal: Path, shards: ShardSet, root: Path) -> None:
