@@ -1,7 +1,7 @@
 """The blocks of commands and of Python in the pages, and the comment before each that says what runs it.
 
 ======================================== =========================================================================
-``<!-- run -->``                         ``tests/test_page_commands.py`` runs it, in the order of the page
+``<!-- run -->``                         ``documents/test_page_commands.py`` runs it, in the page's order
 ``<!-- run: tests/a.py::test_b -->``     that test runs the same, or these tests, with commas between them
 ``<!-- not run: needs a cluster -->``    nothing runs it, and why
 ``<!-- not run `--gpus 8`: reason -->``  the same for those commands of the block that hold this text; also with ``run``
