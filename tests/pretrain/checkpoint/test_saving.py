@@ -317,6 +317,7 @@ def test_without_a_word_about_it_a_checkpoint_is_saved_by_the_clock() -> None:
     assert both == "Checkpoints: every 1,000 tokens and every 5 minutes and at the end; the last 3 stay."
 
 
+@pytest.mark.slow
 def test_one_that_the_clock_asked_for_resumes_to_the_bit(corpus: Path, tmp_path: Path, whole: Path) -> None:
     """The first process's clock decides for all; here one is due at each step."""
     changes: dict[str, Any] = {"checkpoint": {"every_tokens": None, "every_minutes": 1e-6}}

@@ -26,6 +26,7 @@ from pretrain.convert.tensor_names import POSITIONS
 PAGE = Path(__file__).resolve().parents[3] / "docs/converting.md"
 
 
+@pytest.mark.slow
 def test_a_run_continues_a_converted_checkpoint_at_a_longer_length(corpus: Path, tmp_path: Path) -> None:
     """Exact attention of 32 tokens there; landmarks, 64 tokens and a table of 64 positions here."""
     there = tiny_model(Tokenizer.load(corpus / "train"), attention="softmax", max_positions=32)

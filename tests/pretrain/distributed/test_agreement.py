@@ -25,6 +25,7 @@ def start(config: str, overrides: list[str], code: str) -> int:
     return run_cli(main, "nystrom train", ["--config", config, *(["--set", *overrides] if mine and overrides else [])])
 
 
+@pytest.mark.slow
 def test_another_setting_on_one_process_is_named(corpus: Path, tmp_path: Path) -> None:
     """It trained on, each process with a learning rate of its own, and ended with status 0."""
     config = write_config(tmp_path / "run.yaml", settings(corpus, tmp_path))

@@ -151,11 +151,10 @@ def test_no_gradient_from_the_future_and_no_effect_of_what_follows(pyramid: Pyra
             torch.testing.assert_close(prefix, out[:, :, :n], rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("pyramid", PYRAMIDS)
-@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("pyramid", "weighted"), [(PYRAMIDS[1], True), (PYRAMIDS[2], False)])
 def test_gradients(monkeypatch: pytest.MonkeyPatch, pyramid: Pyramid, weighted: bool) -> None:
     monkeypatch.setitem(blockwise._TILE_BYTES, "cpu", 3000)
-    tensors = inputs(1, 2, 19, 2, requires_grad=True)
+    tensors = inputs(1, 1, 19, 2, requires_grad=True)
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, pyramid, 1, weighted), tensors)
 
 

@@ -279,11 +279,8 @@ def test_it_learns_a_repetitive_sequence(objective: str) -> None:
     assert losses[-1] < 0.2, losses[::5]
 
 
-@pytest.mark.parametrize(
-    ("attention", "objective"),
-    # 5 s each
-    [pytest.param(*pair, marks=[] if pair == ("nystrom", "clm") else pytest.mark.slow) for pair in EVERY],
-)
+@pytest.mark.slow  # 5 s each
+@pytest.mark.parametrize(("attention", "objective"), EVERY)
 def test_full_rows_compile_to_one_graph(attention: str, objective: str) -> None:
     compiles_to_one_graph(model_of(attention=attention, objective=objective))
 
