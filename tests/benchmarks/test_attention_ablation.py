@@ -5,27 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks.attention_ablation import __main__ as cli
 from benchmarks.attention_ablation import study
-from benchmarks.attention_ablation.books import Books, last_occurrence
+from benchmarks.attention_ablation.books import Books
 from benchmarks.attention_ablation.forms import FORMS, configure, select, window_tokens
 from benchmarks.attention_ablation.measure import interleaved, memory
-from benchmarks.attention_ablation.mqar import FILLER, MultiQueryRecall
-from benchmarks.attention_ablation.mqar_spread import SpreadRecall
-from benchmarks.attention_ablation.passkey import DIGITS, FIRST_DIGIT, MARKER, MASK, Passkey
+from benchmarks.attention_ablation.mqar import MultiQueryRecall
+from benchmarks.attention_ablation.passkey import Passkey
 from benchmarks.attention_ablation.report import report
 from benchmarks.attention_ablation.study import Record, Results
-from benchmarks.attention_ablation.tasks import DistanceBins, Shape, Task, generator
+from benchmarks.attention_ablation.tasks import Shape
 from benchmarks.attention_ablation.training import Recipe, TrainStep, evaluate, initial_model, train
-from benchmarks.attention_ablation.variables import VariableTracking
 from data_pipeline.batches import IGNORE
 from data_pipeline.batches.loader import TrainLoader
 from data_pipeline.batches.masking import Masking
@@ -73,160 +69,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-# --- tasks
-
-
-def test_every_query_finds_its_value_among_the_pairs() -> None:
-    task = recall(pairs=5, gap=20, shape=Shape(64, 256, 256))
-    rows = task.rows(generator(7), 200)
-    pairs, first = task.pairs, 2 * task.pairs + task.gap
-    for inputs, labels, distance in zip(*rows, strict=True):
-        keys, values = inputs[0 : 2 * pairs : 2], inputs[1 : 2 * pairs : 2]
-        assert len(set(keys)) == len(set(values)) == pairs
-        assert keys.min() >= FILLER
-        assert keys.max() < FILLER + task.half <= values.min()
-        queries = np.flatnonzero(labels != IGNORE)
-        assert queries.min() >= first
-        assert set(inputs[queries]) == set(keys)  # each key once
-        for at in queries:
-            pair = int(np.flatnonzero(keys == inputs[at])[0])
-            assert labels[at] == values[pair]
-            assert distance[at] == at - 2 * pair
-        filler = np.ones(64, dtype=bool)
-        filler[: 2 * pairs] = filler[queries] = False
-        assert inputs[filler].max() < FILLER
-        assert not distance[labels == IGNORE].any()
-    # The power law: the places of queries are mostly early ones, and all of them are used.
-    slot = (np.nonzero(rows.labels != IGNORE)[1] - first) // 2
-    assert np.median(slot) < 0.75 * np.median(np.arange(task.slots))
-    assert set(slot) == set(range(task.slots))
-
-
-def test_queries_are_drawn_as_by_numpys_weighted_choice_without_replacement() -> None:
-    task = recall(pairs=2, gap=0, shape=Shape(16, 16, 16))
-    rows = task.rows(generator(3), 20_000)
-    slots = ((np.nonzero(rows.labels != IGNORE)[1] - 4) // 2).reshape(-1, 2)
-    weights = np.arange(1.0, task.slots + 1) ** (0.01 - 1)
-    weights /= weights.sum()
-    expected = np.zeros(task.slots)  # probability that a place is among the two drawn
-    for i, j in itertools.permutations(range(task.slots), 2):
-        expected[[i, j]] += weights[i] * weights[j] / (1 - weights[i])
-    assert np.bincount(slots.reshape(-1), minlength=task.slots) / 20_000 == pytest.approx(expected, abs=0.02)
-
-
-@pytest.mark.parametrize("values", [1, 2])
-def test_every_query_finds_its_value_among_spread_pairs(values: int) -> None:
-    task = SpreadRecall(Shape(64, 256, 64 * 50), 48, pairs=4, values=values, spread=0.5, gap=6, window=4)
-    step, first_value = (1, FILLER + task.half) if values == 1 else (2, FILLER + task.half)
-    for inputs, labels, distance in zip(*task.rows(generator(7), 100), strict=True):
-        queries = np.flatnonzero(labels != IGNORE)
-        assert len(queries) == 4 * values
-        assert queries.min() - (step - 1) >= 38
-        for at in queries:
-            key = inputs[at - step + 1]
-            value_of = {int(inputs[i + 1]): i for i in range(0, 32, 2) if inputs[i] == key}
-            assert len(value_of) == values
-            place = value_of[int(labels[at])]
-            assert distance[at] == at - place
-            if values > 1:  # the mark names the kind: half of the values each
-                kind = (labels[at] - first_value) // (task.half // values)
-                assert inputs[at] == FILLER + 2 * task.half + kind
-        assert not distance[labels == IGNORE].any()
-    far = task.far
-    assert far is None  # rows of 16 windows
-    for batch in task.held_out():
-        targets = (batch.labels != IGNORE).numpy()
-        assert set(batch.groups["distance in windows"][targets]) <= {2, 3, 4}  # 2-4 to 8-16 windows
-    wide = SpreadRecall(Shape(256, 256, 256), 48, pairs=4, values=values, spread=0.5, gap=6, window=4)
-    assert wide.far is not None
-    assert wide.groupings["distance in windows"][wide.far.bins[0]] == "16-32"
-
-
-def test_every_variable_is_asked_for_and_its_hops_counted() -> None:
-    task = VariableTracking(Shape(64, 256, 64 * 20), 80, chains=3, hops=2, window=4)
-    for inputs, labels, distance, hops in zip(*task.rows(generator(7), 100), strict=True):
-        queries = np.flatnonzero(labels != IGNORE)
-        assert list(queries) == list(range(64 - 18, 64, 2))
-        assigned = {int(inputs[i]): (i, int(inputs[i + 1])) for i in range(0, 46, 2) if inputs[i] >= FILLER}
-        assert len(assigned) == 9
-        for at in queries:
-            place, said = assigned[int(inputs[at])]
-            assert distance[at] == at - place
-            steps = 0
-            while said in assigned:
-                said, steps = assigned[said][1], steps + 1
-            assert (said, steps) == (labels[at], hops[at])
-        assert np.bincount(hops[queries]).tolist() == [3, 3, 3]
-        assert not hops[labels == IGNORE].any()
-    for batch in task.held_out():
-        targets = (batch.labels != IGNORE).numpy()
-        assert np.bincount(batch.groups["hops"][targets]).tolist() == [3 * len(targets)] * 3
-    assert task.far is not None
-    assert (task.far.grouping, task.far.bins) == ("hops", (2,))
-
-
-def test_rows_of_mqar_are_keyed_as_before() -> None:
-    assert set(recall().settings) == {"vocab_size", "pairs", "gap", "window", "held_out_tokens"}
-
-
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
-def test_the_key_stands_behind_the_first_marker(objective: Any) -> None:
-    task = Passkey(SHAPE, objective, vocab_size=48, digits=3, window=8)
-    rows = task.rows(generator(1), 300)
-    question = 29 if objective == "clm" else 28
-    for inputs, labels, start in zip(*rows, strict=True):
-        assert list(np.flatnonzero(inputs == MARKER)) == [start, question]
-        targets = np.flatnonzero(labels != IGNORE)
-        key = inputs[start + 1 : start + 4]
-        assert list(labels[targets]) == list(key)
-        assert [(token - FIRST_DIGIT) // DIGITS for token in key] == [0, 1, 2]
-        if objective == "clm":  # targets are the next tokens
-            assert list(targets) == [29, 30, 31]
-            assert list(inputs[30:]) == list(key[:2])
-        else:  # nothing of the key is left at the end
-            assert list(targets) == [29, 30, 31]
-            assert set(inputs[29:]) == {MASK}
-    assert set(rows.start) == set(range(question - 3))  # every depth that leaves room
-
-
-def test_passkey_bins_are_the_distance_and_the_depth() -> None:
-    task = Passkey(Shape(64, 256, 64 * 200), "clm", vocab_size=48, digits=2, window=8)
-    labels = task.groupings["distance in windows"]
-    assert task.far is not None
-    far = [labels[i] for i in task.far.bins]
-    assert (labels, far) == (("0-1", "1-2", "2-4", "4-8"), ["4-8"])
-    for batch in task.held_out():
-        starts = (batch.input_ids == MARKER).int().argmax(1).numpy()
-        targets = (batch.labels != IGNORE).numpy()
-        for row, start in enumerate(starts):
-            distance = set(batch.groups["distance in windows"][row][targets[row]])
-            depth = set(batch.groups["depth"][row][targets[row]])
-            low, high = (int(edge) for edge in labels[distance.pop()].split("-"))
-            assert 8 * low <= 62 - start < 8 * high
-            assert depth == {5 * start // task.places}
-            assert not distance
-
-
-def test_distance_bins() -> None:
-    bins = DistanceBins(window=10, longest=45)
-    assert bins.labels == ("0-1", "1-2", "2-4", "4-8")
-    assert bins(np.array([0, 9, 10, 19, 20, 39, 40, 45])).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert bins.beyond(2) == (2, 3)
-    bins = DistanceBins(window=10, longest=200, factor=4)
-    assert bins.labels == ("0-1", "1-4", "4-16", "16-64")
-    assert bins(np.array([0, 9, 10, 39, 40, 159, 160, 200])).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_the_last_occurrence_is_found_as_by_a_loop() -> None:
-    text = np.random.default_rng(0).integers(0, 9, (20, 41))
-    inputs, labels = text[:, :-1].copy(), text[:, 1:].copy()
-    labels[3] = IGNORE
-    found = last_occurrence(inputs, labels)
-    for row in range(20):
-        for at in range(40):
-            before = [at + 1 - i for i in range(at + 1) if inputs[row, i] == text[row, at + 1]]
-            if row != 3:
-                assert found[row, at] == min(before, default=0)
+# --- books
 
 
 def test_the_loss_on_books_is_given_by_the_last_occurrence(shards: Path) -> None:
@@ -244,27 +87,6 @@ def test_the_loss_on_books_is_given_by_the_last_occurrence(shards: Path) -> None
         seen |= set(bins.ravel())
     assert seen == {0, 1, 2, 4}  # rows of 16 windows
     assert set(Books.open(shards, shards, "mlm", SHAPE, 1024, window=2).groupings) == set()
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        recall,
-        lambda: Passkey(SHAPE, "mlm", vocab_size=48, digits=2, window=8),
-        lambda: SpreadRecall(SHAPE, 48, pairs=3, values=1, spread=0.5, gap=2, window=8),
-        lambda: VariableTracking(SHAPE, 48, chains=2, hops=2, window=8),
-    ],
-)
-def test_rows_are_a_function_of_the_seed(make: Callable[[], Task]) -> None:
-    def rows(task: Task, seed: int) -> torch.Tensor:
-        return torch.cat([batch.input_ids for batch in itertools.islice(task.train_batches(seed), 4)])
-
-    held_out = [torch.cat([batch.input_ids for batch in make().held_out()]) for _ in range(2)]
-    assert torch.equal(rows(make(), 3), rows(make(), 3))
-    assert torch.equal(*held_out)
-    assert held_out[0].shape == (8, 32)
-    every = torch.cat([rows(make(), 0), rows(make(), 1), held_out[0]])
-    assert len(every.unique(dim=0)) == len(every)
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
