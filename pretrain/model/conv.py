@@ -64,9 +64,12 @@ def _band(weight: Tensor, size: int, span: int) -> Tensor:
 
 
 class _HeadByHead(torch.autograd.Function):
-    """In blocks of 32 tokens, each of which needs k - 1 inputs more, head by head: the blocks are views of the values
-    as the projections leave them, (R, n, H, d), so nothing is transposed, and 32 + k - 1 columns of the band are 4 / 3
-    as many as it has at least, for k = 65."""
+    """In blocks of 32 tokens, each of which needs k - 1 inputs more, head by head.
+
+    The blocks are views of the values as the projections leave them, (R, n, H, d), so nothing is transposed. For k = 65
+    the band has 96 columns, where two blocks of 64 have 128. Forward and backward took 0.70 to 0.81 of the time of
+    :func:`_two_products` (12 heads of 64 and n = 1024 and 4096; 32 rows of 128; one thread of Zen 4, by hand).
+    """
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, weight: Tensor, before: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,6 +106,16 @@ def test_every_segment_is_seen_once_in_about_b_log_n_entries(band: int, branchin
                 assert ranges[-1][1] - ranges[-1][0] < band + branching
             by_tensor = [(int(a), int(b)) for a, b in zip(firsts[:, far], lasts[:, far], strict=True) if a < b]
             assert by_tensor == ranges
+
+
+def test_the_page_counts_the_entries_as_they_are() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "pyramid.md").read_text(encoding="utf-8")
+    table = page.split("Entries beyond the window")[1].split("\n\n")[1]
+    lengths, _, flat, pyramid = (
+        [int(cell.replace(",", "")) for cell in row.split("|")[2:-1] if cell.strip("- ")] for row in table.splitlines()
+    )
+    assert flat == [Pyramid().seen(n // 64 - 2) for n in lengths]
+    assert pyramid == [Pyramid(64, 16, 2).seen(n // 64 - 2) for n in lengths]
 
 
 def test_one_level_is_the_flat_form_to_the_bit() -> None:
