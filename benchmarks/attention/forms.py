@@ -124,8 +124,10 @@ def _exact_documents(setting: Setting) -> Built:
 # -------------------------------------------------------------------------------------------------------- bidirectional
 
 
-def bidirectional(q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, config: ModelConfig) -> Tensor:
-    """Our bidirectional form, q, k, v: (R, H, L, d)."""
+def bidirectional(
+    q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, config: ModelConfig, conv_weight: Tensor | None = None
+) -> Tensor:
+    """Our bidirectional form, q, k, v: (R, H, L, d); with a ``conv_weight`` also the convolution."""
     return nystrom_attention(
         q,
         k,
@@ -134,6 +136,7 @@ def bidirectional(q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, config:
         num_landmarks=config.num_landmarks,
         iterations=config.inverse_iterations,
         init=config.inverse_init,
+        conv_weight=conv_weight,
     )
 
 
@@ -150,11 +153,8 @@ def _nystrom(conv: bool, packed: bool) -> Callable[[Setting], Built]:
             # Taken apart and merged as SelfAttention does it.
             outputs = []
             for rectangle in partition.rectangles:
-                values = rectangle.take(v)
-                out = bidirectional(rectangle.take(q), rectangle.take(k), values, rectangle, config)
-                if weight is not None:
-                    out = out + skip_convolution(values, weight, causal=False, mask=rectangle.mask)
-                outputs.append(out)
+                of_q, of_k, of_v = (rectangle.take(x) for x in (q, k, v))
+                outputs.append(bidirectional(of_q, of_k, of_v, rectangle, config, weight))
             return partition.merge(outputs, v)
 
         return Built(forward, () if weight is None else (weight,), _tensors(partition))

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from pretrain.model.attention.blockwise import Window
 from pretrain.model.attention.causal_nystrom import causal_nystrom_attention
+from pretrain.model.attention.inverse import iterative_inverse
+from pretrain.model.attention.landmarks import landmark_means
 from pretrain.model.attention.layout import Rectangle
-from pretrain.model.attention.nystrom import iterative_inverse, landmark_means, nystrom_attention, pooled_attention
+from pretrain.model.attention.nystrom import nystrom_attention, pooled_attention
 
 DEVIATIONS = (1, 20)
 """Standard deviations of the logits of random inputs."""

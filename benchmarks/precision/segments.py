@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.model.attention.inverse import iterative_inverse
 from pretrain.model.attention.layout import even_segments
-from pretrain.model.attention.nystrom import iterative_inverse
 
 SEEDS = 3
 COEFFICIENT = 0.9

@@ -88,6 +88,13 @@ class Form:
         """
         raise NotImplementedError
 
+    def attend_and_convolve(
+        self, q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, given: Given, weight: Tensor
+    ) -> Tensor | None:
+        """:meth:`attend` plus the skip convolution with ``weight`` (H, 1, k, 1), for a form that computes both at once.
+        None: the form does not, and the two are added."""
+        return None
+
     def cache(self, max_length: int) -> Cache:
         """What decoding keeps of texts of up to ``max_length`` tokens, for a causal model.
 

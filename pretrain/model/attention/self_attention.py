@@ -199,7 +199,11 @@ class SelfAttention(nn.Module):
         return merged
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, given: Given, rectangle: Rectangle) -> Tensor:
-        out = self.form.attend(q, k, v, rectangle, given)
-        if self.conv_weight is not None:
-            out = out + skip_convolution(v, self.conv_weight, causal=self.form.causal, mask=rectangle.mask)
-        return out
+        weight = self.conv_weight
+        if weight is None:
+            return self.form.attend(q, k, v, rectangle, given)
+        joined = self.form.attend_and_convolve(q, k, v, rectangle, given, weight)
+        if joined is not None:
+            return joined
+        convolved = skip_convolution(v, weight, causal=self.form.causal, mask=rectangle.mask)
+        return self.form.attend(q, k, v, rectangle, given) + convolved

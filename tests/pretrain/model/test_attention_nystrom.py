@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.model import Layout
+from pretrain.model.attention.inverse import iterative_inverse
+from pretrain.model.attention.landmarks import landmark_means
 from pretrain.model.attention.layout import Rectangle
-from pretrain.model.attention.nystrom import iterative_inverse, landmark_means, nystrom_attention, pooled_attention
+from pretrain.model.attention.nystrom import nystrom_attention, pooled_attention
 
 CPU = torch.device("cpu")
 

@@ -54,16 +54,30 @@ class Nystrom(Form):
                 pyramid=self.pyramid,
             )
         if config.landmark_inverse:
-            return nystrom_attention(
-                q,
-                k,
-                v,
-                rectangle,
-                num_landmarks=config.num_landmarks,
-                iterations=config.inverse_iterations,
-                init=config.inverse_init,
-            )
+            return self._bidirectional(q, k, v, rectangle, None)
         return pooled_attention(q, k, v, rectangle, num_landmarks=config.num_landmarks)
+
+    def attend_and_convolve(
+        self, q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, given: Given, weight: Tensor
+    ) -> Tensor | None:
+        if self.causal or not self.config.landmark_inverse:
+            return None
+        return self._bidirectional(q, k, v, rectangle, weight)
+
+    def _bidirectional(
+        self, q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, conv_weight: Tensor | None
+    ) -> Tensor:
+        config = self.config
+        return nystrom_attention(
+            q,
+            k,
+            v,
+            rectangle,
+            num_landmarks=config.num_landmarks,
+            iterations=config.inverse_iterations,
+            init=config.inverse_init,
+            conv_weight=conv_weight,
+        )
 
     def cache(self, max_length: int) -> Ring:
         """The window and, behind it, the landmarks; with ``landmark_inverse`` all tokens that these stand for, too."""
