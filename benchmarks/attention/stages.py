@@ -56,8 +56,10 @@ def _case(
 
 
 def _bidirectional(setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> list[Case]:
-    """:func:`two_attentions` over full rows, taken apart. On a CPU in float32 the form itself is one function that shares
-    passes over the tokens between these stages, and takes less time than their sum."""
+    """:func:`two_attentions` over full rows, taken apart.
+
+    On a CPU in float32 the form is one function that shares passes between these stages: it takes less than their sum.
+    """
     config, rectangle = setting.masked, Rectangle(setting.length, setting.length)
     if setting.length < 2 * config.num_landmarks:
         return []
