@@ -5,7 +5,7 @@ time, so that what one product writes the next one finds in the cache. Against t
 their weights again in the backward pass (``python -m benchmarks.attention`` measures the whole, docs/attention.md has
 the times):
 
-* the weights B and F of all tokens are kept: 2 m numbers for each token and head;
+* the weights B and F of all tokens are kept, 2 m numbers for each token and head, where a gradient is wanted;
 * every (n, m) matrix has the tokens as its rows, for B too: products with the other layout took 1.3 times as long;
 * the convolution, the gather and the landmark means add to one output and one gradient: a product that adds to what is
   there takes no longer than one that overwrites it, and sums of four passes over all tokens are saved.
@@ -14,7 +14,7 @@ the times):
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,16 +47,24 @@ def kept_nystrom(
     Returns (R, H, L, d), laid out in memory as (R, L, H, d). ``rectangle``: of at least one token for each landmark.
     Differentiable once.
     """
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, taps))
     with torch.autocast("cpu", enabled=False):
-        return _Kept.apply(q, k, v, taps, rectangle, inverse)
+        return _Kept.apply(q, k, v, taps, rectangle, inverse, keep)
 
 
 class _Kept(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, taps: Tensor | None, rectangle: Rectangle, inverse: Inverse
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        taps: Tensor | None,
+        rectangle: Rectangle,
+        inverse: Inverse,
+        keep: bool,
     ) -> Tensor:
-        rows, heads, length, width = q.shape
+        rows, heads, _, width = q.shape
         m, scale = inverse.num_landmarks, width**-0.5
         q_means, k_means = (landmark_means(x, rectangle, m).contiguous() for x in (q, k))
         core = torch.softmax(scale * q_means @ k_means.transpose(2, 3), dim=3)
@@ -64,29 +72,34 @@ class _Kept(torch.autograd.Function):
 
         # B in powers of 2, not normalised: exp2 takes a third of the time of exp.
         queries = (q_means * (scale * math.log2(math.e))).transpose(2, 3)
-        b, f = (q.new_empty(rows, heads, length, m) for _ in range(2))
+        tiles = list(_tiles(q, m))
+        b_of = _matrices(q, m, tiles, keep)
         highest, sums = (q.new_empty(rows, heads, 1, m) for _ in range(2))
         gathered = torch.empty_like(q_means)
-        tiles = list(_tiles(b))
         for at in tiles:
-            torch.bmm(k[at], queries[at], out=b[at])
+            b = b_of(at)
+            torch.bmm(k[at], queries[at], out=b)
             if rectangle.mask is not None:
-                b[at].masked_fill_(~rectangle.mask[at[0]].transpose(1, 2), -torch.inf)
-            torch.amax(b[at], 1, keepdim=True, out=highest[at])
-            torch.sum(b[at].sub_(highest[at]).exp2_(), 1, keepdim=True, out=sums[at])
-            torch.bmm(b[at].transpose(1, 2), v[at], out=gathered[at])
+                b.masked_fill_(~rectangle.mask[at[0]].transpose(1, 2), -torch.inf)
+            torch.amax(b, 1, keepdim=True, out=highest[at])
+            torch.sum(b.sub_(highest[at]).exp2_(), 1, keepdim=True, out=sums[at])
+            torch.bmm(b.transpose(1, 2), v[at], out=gathered[at])
         gathered /= sums.transpose(2, 3)
         values = inverted.result @ gathered
 
         keys = (scale * k_means).transpose(2, 3)
         out = _like_projected(q).zero_() if taps is None else convolve(_real(v, rectangle), taps, taps.shape[1] // 2)
+        f_of = _matrices(q, m, tiles, keep)
         for at in tiles:
-            torch.bmm(q[at], keys[at], out=f[at])
-            torch.softmax(f[at], 2, out=f[at])
-            out[at].baddbmm_(f[at], values[at])
-        ctx.rectangle, ctx.inverse = rectangle, inverse
-        steps = [x for step in inverted.steps for x in step]
-        ctx.save_for_backward(q, k, v, taps, q_means, k_means, core, b, f, sums, gathered, values, *steps)
+            f = f_of(at)
+            torch.bmm(q[at], keys[at], out=f)
+            torch.softmax(f, 2, out=f)
+            out[at].baddbmm_(f, values[at])
+        if keep:
+            ctx.rectangle, ctx.inverse = rectangle, inverse
+            steps = [x for step in inverted.steps for x in step]
+            kept = (q_means, k_means, core, b_of(...), f_of(...), sums, gathered, values)
+            ctx.save_for_backward(q, k, v, taps, *kept, *steps)
         return out
 
     @staticmethod
@@ -97,7 +110,7 @@ class _Kept(torch.autograd.Function):
         size = len(KeptStep._fields)
         steps = [KeptStep(*flat[i : i + size]) for i in range(0, len(flat), size)]
         inverted = KeptInverse(core, steps, ctx.inverse.init)
-        scale, tiles = q.shape[3] ** -0.5, list(_tiles(b))
+        scale, tiles = q.shape[3] ** -0.5, list(_tiles(q, b.shape[3]))
 
         d_values = torch.empty_like(values)
         for at in tiles:
@@ -131,16 +144,29 @@ class _Kept(torch.autograd.Function):
             d_k[at].baddbmm_(d_b, q_means[at], alpha=scale)
             of_means.write(d_q_means[at], at[0], d_q[at])
             d_q[at].baddbmm_(d_f, k_means[at], alpha=scale)
-        return d_q, d_k, d_v, d_taps, None, None
+        return d_q, d_k, d_v, d_taps, None, None, None
 
 
-def _tiles(weights: Tensor) -> Iterator[tuple[int, slice]]:
-    """Row, and heads, of the tiles of (R, H, L, m)."""
-    rows, heads, length, m = weights.shape
-    together = max(_TILE_BYTES // (length * m * weights.element_size()), torch.get_num_threads())
+_Tile = tuple[int, slice]
+"""A row, and heads of it."""
+
+
+def _tiles(q: Tensor, m: int) -> Iterator[_Tile]:
+    """Those of q (R, H, L, d)."""
+    rows, heads, length, _ = q.shape
+    together = max(_TILE_BYTES // (length * m * q.element_size()), torch.get_num_threads())
     for row in range(rows):
         for first in range(0, heads, together):
             yield row, slice(first, min(first + together, heads))
+
+
+def _matrices(q: Tensor, m: int, tiles: list[_Tile], keep: bool) -> Callable[[Any], Tensor]:
+    """By tile, room for (L, m) weights of each of its heads: of all heads, (R, H, L, m), or one for all tiles."""
+    rows, heads, length, _ = q.shape
+    if keep:
+        return q.new_empty(rows, heads, length, m).__getitem__
+    room = q.new_empty(min(heads, tiles[0][1].stop), length, m)
+    return lambda at: room[: at[1].stop - at[1].start]
 
 
 def _like_projected(x: Tensor) -> Tensor:

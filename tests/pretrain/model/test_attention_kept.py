@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,25 @@ def test_a_second_backward_pass_gives_the_same() -> None:
     out = one(*(x.transpose(1, 2) for x in given[:3]), given[3], Rectangle(64, 64))
     first, second = (torch.autograd.grad(out.square().sum(), given, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_without_gradients_it_is_the_same_and_holds_the_weights_of_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "_TILE_BYTES", 1)
+    shapes: list[int] = []
+    original = kept._matrices
+
+    def spy(*given: Any) -> Callable[[Any], Tensor]:
+        of = original(*given)
+        shapes.append(of((1, slice(2, 3))).untyped_storage().nbytes() // 8)
+        return of
+
+    monkeypatch.setattr(kept, "_matrices", spy)
+    given = inputs(64)
+    args = (*(x.transpose(1, 2) for x in given[:3]), given[3], Rectangle(64, 64))
+    expected = one(*args)
+    with torch.no_grad():
+        assert torch.equal(one(*args), expected)
+    assert shapes == [2 * 3 * 64 * M] * 2 + [min(3, torch.get_num_threads()) * 64 * M] * 2
 
 
 def test_large_logits_do_not_overflow() -> None:
