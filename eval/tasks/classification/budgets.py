@@ -34,7 +34,7 @@ class Budget:
 
     def jobs(self) -> list[tuple[str, int, Job]]:
         """(row, seed, job) of every fit; TF-IDF once for each draw."""
-        if self.labels is None:
+        if all(fits is self.fits[0] for fits in self.fits):
             return self.fits[0].jobs()
         return [job for seed, fits in enumerate(self.fits) for job in fits.jobs([seed])]
 
@@ -53,6 +53,11 @@ def budgets(fits: Fits, settings: ClassifySettings) -> list[Budget]:
         raise UserError(f"--labels {settings.labels[0]} is too few for {fits.data.outputs} classes: at least {least}")
     found = []
     for labels in settings.labels:
+        if labels == there:  # one draw, in the order of the file
+            every = fits.only(np.arange(there))
+            every.title = f"{labels} labels, "
+            found.append(Budget(labels, [every] * settings.seeds))
+            continue
         drawn = [fits.only(np.sort(fits.order(seed)[:labels])) for seed in range(settings.seeds)]
         for seed, one in enumerate(drawn):
             one.title = f"{labels} labels, draw {seed}, "

@@ -22,6 +22,7 @@ from eval.tasks.classification import MODEL_ROW, SCRATCH_ROW, TFIDF_ROW, Classif
 from eval.tasks.classification import search as searching
 from eval.tasks.classification import task as classification
 from eval.tasks.classification.budgets import TABLE as LABELS_TABLE
+from eval.tasks.classification.budgets import budgets
 from eval.tasks.classification.dataset import ClassifyData, nested_order
 from eval.tasks.classification.finetune import Classifier, Evaluation, Examples, Fitted, fit
 from eval.tasks.classification.jobs import Fits
@@ -283,6 +284,20 @@ def test_what_cannot_be_asked_for_together(causal: Path, shards: ShardSet, label
         resolved = classification.resolve(subject, settings_of(labelled, labels=labels))
         with pytest.raises(UserError, match=words):
             classification.run(subject, resolved, Parts())
+
+
+def test_all_labels_are_one_draw(causal: Path, shards: ShardSet, labelled: tuple[Path, Path]) -> None:
+    fits = fits_of(subject_of(causal, shards), settings_of(labelled, labels=(20, 90), seeds=2))
+    small, whole = budgets(fits, fits.settings)
+    names = [name for _, _, (name, _) in small.jobs()]
+    assert len(set(names)) == len(names) == 2 * (2 + 2)  # two networks and two TF-IDF for each draw
+    assert names[-1].startswith("20 labels, draw 1, TF-IDF")
+    assert [name for _, _, (name, _) in whole.jobs()] == [
+        *(f"90 labels, {row}, seed {seed}" for seed in (0, 1) for row in (MODEL_ROW, SCRATCH_ROW)),
+        f"90 labels, {TFIDF_ROW}",
+        f"90 labels, {TFIDF_ROW}, the same tokens",
+    ]
+    assert whole.fits[0].data.train.texts == fits.data.train.texts
 
 
 def test_options_of_the_command_line(labelled: tuple[Path, Path]) -> None:
