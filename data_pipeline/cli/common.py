@@ -36,7 +36,9 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--dataset", metavar="ID", help="a dataset of the Hugging Face hub, streamed")
     where.add_argument("--config", metavar="NAME", help="configuration of --dataset")
-    where.add_argument("--split", default="train", metavar="NAME", help="split of --dataset")
+    where.add_argument(
+        "--split", default="train", metavar="NAME", help="split of --dataset, or several: train+unsupervised"
+    )
     where.add_argument("--revision", metavar="REV", help="commit, branch or tag of --dataset")
 
     what = parser.add_argument_group("what a document is")

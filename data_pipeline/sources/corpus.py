@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -76,9 +76,10 @@ class FileCorpus:
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A dataset of the hub, or a folder laid out like one."""
+    """A dataset of the hub, or a folder laid out like one; ``also``: further splits of it, which follow."""
 
     dataset: HubDataset
+    also: tuple[HubDataset, ...] = ()
 
     @property
     def files(self) -> tuple[CorpusFile, ...]:
@@ -93,11 +94,11 @@ class HubCorpus:
     def pieces(self, target_bytes: int, reading: Reading = _READING) -> list[Piece]:
         """See :class:`Corpus`."""
         _check_target(target_bytes)
-        return self.dataset.pieces(target_bytes)
+        return [piece for dataset in (self.dataset, *self.also) for piece in dataset.pieces(target_bytes)]
 
     def describe(self) -> str:
         """See :class:`Corpus`."""
-        return f"dataset {self.dataset.name}"
+        return f"dataset {' and '.join(dataset.name for dataset in (self.dataset, *self.also))}"
 
 
 def open_corpus(inputs: Sequence[str | Path], without: Path | None = None) -> FileCorpus:
@@ -115,12 +116,17 @@ def open_corpus(inputs: Sequence[str | Path], without: Path | None = None) -> Fi
 def open_dataset(
     dataset: str, config: str | None = None, split: str = "train", revision: str | None = None
 ) -> HubCorpus:
-    """A dataset by its hub id, or by the path of a folder laid out like one, streamed.
+    """A dataset by its hub id, or by the path of a folder laid out like one, streamed; ``split`` may be several with
+    plus signs between, as ``train+unsupervised``.
 
     The revision is resolved to a commit at once, so that pieces read days later are of the same dataset. Raises
     :class:`UserError` if the dataset cannot be reached or has no such config, split or revision.
     """
-    return HubCorpus(resolve_dataset(dataset, config, split, revision))
+    names = split.split("+")
+    if len(set(names)) < len(names):
+        raise UserError(f"--split {split} names a split twice")
+    first = resolve_dataset(dataset, config, names[0], revision)
+    return HubCorpus(first, tuple(replace(first, split=name) for name in names[1:]))  # all of one commit
 
 
 def _format(file: CorpusFile, reading: Reading) -> tuple[Format, str]:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from data_pipeline.sources.reading import Quotes
 from data_pipeline.sources.records import read_records
 
 HUB = "hub:"
+UNLABELLED = "unsup"
 _ID = re.compile(r"(?P<name>[^/@:]+(/[^/@:]+)?)(@(?P<revision>[^/@:]+))?(/(?P<config>[^/@:]+))?")
 
 
@@ -70,7 +71,8 @@ def read_labelled(
     *,
     scores: bool = False,
 ) -> Labelled:
-    """Read every record of a file whose records have fields, of any kind that ``nystrom data prepare`` reads, or of
+    """Read every record of a file whose records have fields, of any kind that ``nystrom data prepare`` reads, of a
+    folder with a folder of text files for each label (see :func:`read_folders`), or of
     ``hub:OWNER/NAME[@REVISION][/CONFIG]:SPLIT`` (see :func:`hub_dataset`).
 
     Labels may be text, integers or booleans, class labels of a dataset give their names. With ``scores`` they are
@@ -82,7 +84,28 @@ def read_labelled(
         return _hub_split(hub_dataset(str(source)), fields, scores)
     option = "--score-field" if scores else "--label-field"
     options = ("--text-field", *(["--text-b-field"] if text_b_field else []), option)
+    if Path(source).is_dir() and not scores and text_b_field is None:
+        rows = (({text_field: text, label_field: label}, where) for text, label, where in read_folders(Path(source)))
+        return _collect(str(source), rows, fields, scores)
     return _collect(str(source), read_records(source, fields, options, quotes=quotes), fields, scores)
+
+
+def read_folders(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """(text, label, place) of each ``folder/LABEL/*.txt``, by label and by name, as the IMDb release lays them out.
+
+    Its folder ``unsup`` has no labels and is passed over. Raises :class:`UserError` where there are no such files, and
+    for one that is not UTF-8.
+    """
+    found = False
+    for label in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != UNLABELLED):
+        for path in sorted(label.glob("*.txt")):
+            found = True
+            try:
+                yield path.read_text(encoding="utf-8"), label.name, f"{label.name}/{path.name}"
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} cannot be read: {error}") from None
+    if not found:
+        raise UserError(f"{folder} is a folder without LABEL/*.txt, such as pos/1.txt and neg/1.txt: name a file")
 
 
 def read_texts(

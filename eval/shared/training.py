@@ -23,9 +23,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def linear_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up over the first tenth of the steps, then linear decay to zero."""
-    warmup = max(steps // 10, 1)
+def linear_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, share: float = 0.1
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up over the first ``share`` of the steps, then linear decay to zero."""
+    warmup = max(int(share * steps), 1)
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
     )

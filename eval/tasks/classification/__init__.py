@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from data_pipeline.sources.reading import Quotes
 from eval.task import Bars, ModuleTask, Row, Settings, quotes_field, register
@@ -22,8 +22,8 @@ class FineTuneSettings(Settings):
 
     train: str | None = Field(
         None,
-        description="labelled text to train on: a file as data prepare takes it (JSONL, CSV, TSV, Parquet), or "
-        "hub:OWNER/NAME[/CONFIG]:SPLIT",
+        description="labelled text to train on: a file as data prepare takes it (JSONL, CSV, TSV, Parquet), a folder "
+        "with a folder of .txt files for each label, or hub:OWNER/NAME[/CONFIG]:SPLIT",
     )
     test: str | None = Field(None, description="labelled text to score once, in the end; formats as for --train")
     dev: str | None = Field(
@@ -55,7 +55,16 @@ class FineTuneSettings(Settings):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of fine-tuning; auto: bf16 where it is fast"
     )
-    epochs: int = Field(10, ge=1, description="passes over the training text, at most")
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        description="passes over the training text, at most; left out: 10, or as many as --min-steps asks for",
+    )
+    min_steps: int = Field(
+        100,
+        ge=1,
+        description="optimizer steps at least, also for few texts, where neither --epochs nor --steps is given",
+    )
     steps: int | None = Field(
         None,
         ge=1,
@@ -64,15 +73,54 @@ class FineTuneSettings(Settings):
     patience: int | None = Field(
         None, ge=1, description="stop after so many evaluations without a better one; left out: never"
     )
-    batch_size: int = Field(16, ge=1, description="texts of one step")
+    batch_size: int = Field(32, ge=1, description="texts of one step")
     micro_tokens: int = Field(
-        8192, ge=1, description="tokens of one forward pass, padding included; a batch with more is accumulated"
+        4096, ge=1, description="tokens of one forward pass, padding included; a batch with more is accumulated"
+    )
+    recompute: bool = Field(
+        False, description="compute layers again in the backward pass: less memory, a third more time"
     )
     lr: float | None = Field(None, gt=0, description="peak learning rate; left out: 0.1 / hidden_size")
     head_lr: float = Field(5e-3, gt=0, description="peak learning rate of the head")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor of the learning rate from each layer to the one below it"
+    )
+    freeze: int = Field(
+        0,
+        ge=0,
+        description="so many of the lowest layers, and the embeddings, stay as they are; from scratch none do",
+    )
     weight_decay: float = Field(0.01, ge=0, description="of the backbone's matrices")
+    warmup_share: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     dropout: float = Field(0.1, ge=0, lt=1, description="before the head")
     grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    search: bool = Field(
+        False, description="try learning rates and batch sizes on the dev split, for the network from scratch too"
+    )
+    search_lrs: tuple[float, ...] = Field(
+        (), description="learning rates to try; left out: 0.02, 0.06 and 0.2 / hidden_size"
+    )
+    search_batches: tuple[int, ...] = Field((16, 32, 64), description="batch sizes to try")
+    search_keep: int = Field(
+        3, ge=1, description="settings trained to the end; of more, all are first trained for a third of the steps"
+    )
+    search_records: int = Field(
+        2000, ge=2, description="training records that the search reads, at most; what it finds is used for all"
+    )
+
+    @field_validator("search_lrs", "search_batches")
+    @classmethod
+    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if any(value <= 0 for value in values):
+            raise ValueError("every value must be above 0")
+        return values
+
+    @field_validator("search_batches")
+    @classmethod
+    def _some(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if not values:
+            raise ValueError("at least one batch size")
+        return values
 
 
 class ClassifySettings(FineTuneSettings):
@@ -82,6 +130,17 @@ class ClassifySettings(FineTuneSettings):
     positive_label: tuple[str, ...] = Field(
         (), description="names of the class whose F1 is reported too (the first that the data has); left out: none"
     )
+    labels: tuple[int, ...] = Field(
+        (),
+        description="numbers of training records, drawn for every seed: accuracy by labels; left out: none",
+    )
+
+    @field_validator("labels")
+    @classmethod
+    def _in_order(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if any(value < 2 for value in values):
+            raise ValueError("at least 2 labels")
+        return tuple(sorted(set(values)))
 
 
 @register

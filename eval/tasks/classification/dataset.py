@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +43,10 @@ class ClassifyData:
             # Of a class with a single record none is held out to choose the epoch on: two of each, where that is done.
             train = train.take(draw(train, classes, settings.train_records, least=2 if dev is None else 1))
         return cls(train, test, classes, dev)
+
+    def with_train(self, train: Labelled) -> ClassifyData:
+        """The same with other training records."""
+        return replace(self, train=train)
 
     def describe(self) -> dict[str, Any]:
         """What the result says about the data."""
@@ -123,7 +127,8 @@ def sources(settings: AnyFineTune) -> AnyFineTune:
         for part in ("train", "test"):
             if found[part] is None:
                 raise UserError(
-                    f"--local-dir {settings.local_dir}: there is no {folder / part} with {supported(with_fields=True)}"
+                    f"--local-dir {settings.local_dir}: there is no {folder / part} with "
+                    f"{supported(with_fields=True)}, and no folder {part} with a folder of .txt files for each label"
                 )
         for part, path in found.items():
             named_too = getattr(settings, part)
@@ -145,7 +150,7 @@ def sources(settings: AnyFineTune) -> AnyFineTune:
 
 def _find(folder: Path, part: str) -> str | None:
     names = (folder / (part + suffix) for suffix in suffixes(with_fields=True))
-    found = [str(path) for path in names if path.is_file()]
+    found = [str(path) for path in names if path.is_file()] or [str(folder / part)] * (folder / part).is_dir()
     if len(found) > 1:
         raise UserError(f"{' and '.join(found)} are both there: keep one")
     return found[0] if found else None
@@ -192,3 +197,14 @@ def draw(train: Labelled, classes: list[str], records: int, least: int) -> np.nd
     rng = np.random.default_rng(0)
     drawn = [rng.choice(found, count, replace=False) for found, count in zip(members, given, strict=True)]
     return np.sort(np.concatenate(drawn))
+
+
+def nested_order(numbers: np.ndarray, seed: int, least: int = 2) -> np.ndarray:
+    """The indices of records of the classes ``numbers`` (n,), drawn in an order of which every beginning has each class
+    in its share, and at first ``least`` of each. So a smaller draw is part of a larger one."""
+    rng = np.random.default_rng(seed)
+    keys: list[tuple[bool, float, int, int]] = []
+    for number in np.unique(numbers).tolist():
+        members = rng.permutation(np.flatnonzero(numbers == number)).tolist()
+        keys += [(j >= least, (j + 0.5) / len(members), number, index) for j, index in enumerate(members)]
+    return np.array([index for *_, index in sorted(keys)], dtype=np.int64)

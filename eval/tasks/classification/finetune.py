@@ -22,55 +22,33 @@ from eval.shared.training import (
     micro_batches,
     train_steps,
 )
+from eval.tasks.classification.recipe import Recipe, freeze, parameter_groups
+from pretrain.engine.layers import layer_runner
+from pretrain.model.transformer import NystromformerLM
 
 # Texts whose pooled states give the centre and the spread: more of them cost a forward pass each and change little.
 STANDARDISE_ON = 512
-EVALUATIONS = 10  # of a run that is bounded by steps, at most
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """AdamW, linear warm-up over the first tenth of the steps, then linear decay to zero.
-
-    ``steps`` bounds the optimizer steps of ``epochs``; the weights are chosen after every epoch, with ``steps`` at
-    up to ``EVALUATIONS`` places. ``patience``: stop after so many evaluations without a better one. A batch is
-    computed in parts of at most ``micro_tokens`` tokens, padding included, and its gradients are added up.
-    On one CPU thread (5.3M parameters, texts of 1024 tokens) prediction ran at 17.2, 15.2 and 14.3 thousand tokens a
-    second with 2048, 4096 and 16384, training at 5.6 to 6.0, and memory peaked at 0.9, 1.3 and 2.6 GB.
-    """
-
-    epochs: int = 10
-    steps: int | None = None
-    patience: int | None = None
-    batch_size: int = 16
-    micro_tokens: int = 8192
-    lr: float = 5e-4
-    head_lr: float = 5e-3
-    weight_decay: float = 0.01
-    dropout: float = 0.1
-    grad_clip: float = 1.0
-
-
-def default_lr(hidden_size: int) -> float:
-    """0.1 / width, 5e-4 at 192 and 1.3e-4 at 768: narrow networks take, and in few steps need, larger ones."""
-    return 0.1 / hidden_size
 
 
 class Examples:
     """Tokenized texts and their targets: class numbers, or scores (float32)."""
 
-    def __init__(self, tokens: Sequence[Sequence[int]], labels: np.ndarray, pad_id: int) -> None:
+    def __init__(self, tokens: Sequence[Sequence[int] | np.ndarray], labels: np.ndarray, pad_id: int) -> None:
         self.tokens = tokens
         self.labels = labels
         self.lengths = np.array([len(t) for t in tokens])
         self.pad_id = pad_id
+
+    def take(self, indices: np.ndarray) -> Examples:
+        """Some of them."""
+        return Examples([self.tokens[i] for i in indices], self.labels[indices], self.pad_id)
 
     def collate(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Ids (B, N) padded to the longest, lengths (B,), labels (B,)."""
         lengths = torch.from_numpy(self.lengths[indices])
         ids = torch.full((len(indices), int(lengths.max())), self.pad_id)
         for row, index in enumerate(indices):
-            ids[row, : lengths[row]] = torch.tensor(self.tokens[index])
+            ids[row, : lengths[row]] = torch.from_numpy(np.asarray(self.tokens[index], dtype=np.int64))
         return ids, lengths, torch.from_numpy(self.labels[indices])
 
 
@@ -89,7 +67,7 @@ class Classifier(nn.Module):
     spread: Tensor
 
     def __init__(
-        self, backbone: nn.Module, hidden_size: int, num_classes: int, dropout: float, pooling: Pooling = "mean"
+        self, backbone: NystromformerLM, hidden_size: int, num_classes: int, dropout: float, pooling: Pooling = "mean"
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -176,12 +154,13 @@ def fit(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model.to(device)
-    optimizer = torch.optim.AdamW(_groups(model, recipe), betas=(0.9, 0.98))
-    each = -(-len(train) // recipe.batch_size)
-    steps = min(recipe.epochs * each, recipe.steps or recipe.epochs * each)
-    # No oftener than the dev split has batches: a forward pass over it costs a third of a training pass.
-    every = each if recipe.steps is None else max(-(-steps // EVALUATIONS), -(-len(dev) // recipe.batch_size))
-    schedule = linear_schedule(optimizer, steps)
+    layers = len(model.backbone.layers)
+    freeze(model.backbone, layers, recipe.freeze)
+    model.backbone.run_layer = layer_runner(recipe.recompute, compiled=False)
+    optimizer = torch.optim.AdamW(parameter_groups(model.backbone, model.head, layers, recipe), betas=(0.9, 0.98))
+    each, steps = recipe.steps_each(len(train)), recipe.total_steps(len(train))
+    every = recipe.steps_between_looks(len(train), len(dev))
+    schedule = linear_schedule(optimizer, steps, recipe.warmup)
     some = train if len(train) <= STANDARDISE_ON else rng.choice(train, STANDARDISE_ON, replace=False)
     model.standardise(_pooled(model, examples, some, recipe.micro_tokens, device=device, precision=precision))
 
@@ -250,12 +229,3 @@ def _pooled(
         with autocast(device, precision):
             parts.append(model.pool(ids.to(device), lengths.to(device)))
     return torch.cat(parts)
-
-
-def _groups(model: Classifier, recipe: Recipe) -> list[dict[str, object]]:
-    backbone = [p for p in model.backbone.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in backbone if p.ndim > 1], "lr": recipe.lr, "weight_decay": recipe.weight_decay},
-        {"params": [p for p in backbone if p.ndim <= 1], "lr": recipe.lr, "weight_decay": 0.0},
-        {"params": list(model.head.parameters()), "lr": recipe.head_lr, "weight_decay": 0.0},
-    ]

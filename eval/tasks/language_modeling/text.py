@@ -184,8 +184,11 @@ def describe_source(subject: Subject, settings: TextSettings) -> dict[str, Any]:
     if settings.dataset:
         corpus = _dataset(settings)
         pinned = asdict(corpus.dataset) | {"dataset": corpus.dataset.name}
-        facts = [pinned, settings.text_field, settings.text_unit]
-        return {"dataset": corpus.dataset.name, "hash": _sha256([json.dumps(facts, sort_keys=True)])}
+        facts = [pinned, settings.text_field, settings.text_unit, *(other.split for other in corpus.also)]
+        return {
+            "dataset": corpus.describe().removeprefix("dataset "),
+            "hash": _sha256([json.dumps(facts, sort_keys=True)]),
+        }
     if settings.text:
         texts = _texts(settings)
         return {

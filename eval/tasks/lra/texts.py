@@ -10,7 +10,7 @@ import numpy as np
 from data_pipeline.errors import UserError
 from data_pipeline.sources.format import suffixes, supported
 from data_pipeline.sources.reading import Quotes
-from eval.shared.labelled import read_labelled
+from eval.shared.labelled import read_folders, read_labelled
 from eval.tasks.lra.examples import Split
 
 BYTES = 256
@@ -70,18 +70,10 @@ def _find(folder: Path, stems: tuple[str, ...]) -> Path | None:
 
 
 def _read_sides(folder: Path) -> Texts:
-    texts: list[str] = []
-    labels: list[str] = []
-    for side in _SIDES:
-        for path in sorted((folder / side).glob("*.txt")):
-            try:
-                texts.append(path.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} cannot be read: {error}") from None
-            labels.append(side)
-    if not texts:
+    sides = [(text, label) for text, label, _ in read_folders(folder) if label in _SIDES]
+    if not sides:
         raise UserError(f"{folder}: no .txt file in {' or '.join(_SIDES)}")
-    return texts, labels
+    return [text for text, _ in sides], [label for _, label in sides]
 
 
 def read_pairs(folder: Path, max_length: int, limits: dict[str, int | None]) -> dict[str, Split]:

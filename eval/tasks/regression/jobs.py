@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from eval.shared.labelled import Labelled, read_labelled
 from eval.tasks.classification.dataset import stands_in
 from eval.tasks.classification.finetune import Goal
 from eval.tasks.classification.jobs import Fits, word_features
+from eval.tasks.classification.search import FOLDS
 from eval.tasks.regression import TFIDF_CUT_ROW, TFIDF_ROW, RegressSettings
 
 
@@ -44,6 +45,10 @@ class RegressData:
             if part is not None:
                 check_scores(part)
         return cls(train, test, dev)
+
+    def with_train(self, train: Labelled) -> RegressData:
+        """The same with other training records."""
+        return replace(self, train=train)
 
     def describe(self) -> dict[str, Any]:
         """What the result says about the data."""
@@ -111,6 +116,17 @@ class RegressFits(Fits):
             )
         order = np.random.default_rng(seed).permutation(len(labels))
         return np.sort(order[held:]), np.sort(order[:held])
+
+    def order(self, seed: int) -> np.ndarray:
+        """The training records in a random order."""
+        return np.random.default_rng(seed).permutation(len(self.data.train))
+
+    def cut_into_folds(self, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each a (rest, fold) of the indices, at random; of a few records fewer folds, with 3 in each."""
+        from sklearn.model_selection import KFold
+
+        count = max(2, min(FOLDS, len(labels) // 3))
+        return list(KFold(count, shuffle=True, random_state=0).split(labels))
 
     def tfidf(self, train: list[list[str]], test: list[list[str]]) -> dict[str, Any]:
         """See :func:`ridge`."""

@@ -18,14 +18,16 @@ from eval.shared.agreement import correlations, estimators_of, gains_of, records
 from eval.shared.verdict import verdict
 from eval.subject import Subject
 from eval.tasks.classification import MODEL_ROW, SCRATCH_ROW
+from eval.tasks.classification.budgets import Budget, searched
 from eval.tasks.classification.dataset import overlap_warning
 from eval.tasks.classification.outcome import few_seeds
+from eval.tasks.classification.search import said_of, search_table
 from eval.tasks.classification.task import resolve
 from eval.tasks.regression import TABLE, TFIDF_CUT_ROW, TFIDF_ROW, RegressSettings
 from eval.tasks.regression.jobs import RegressData, RegressFits
 
 __all__ = ["VERSION", "data", "lines", "resolve", "run"]
-VERSION = 1
+VERSION = 2
 PREFIXES = {MODEL_ROW: "", SCRATCH_ROW: "scratch_", TFIDF_ROW: "tfidf_", TFIDF_CUT_ROW: "tfidf_cut_"}
 GAINS = {"gain_over_scratch": SCRATCH_ROW, "gain_over_tfidf": TFIDF_ROW}
 
@@ -43,6 +45,7 @@ def run(subject: Subject, settings: RegressSettings, parts: Parts) -> Outcome:
     if warning:
         print(f"warning: {warning}", flush=True)
     fits = RegressFits(subject, settings, data)
+    found_by_search = searched(fits, [Budget(None, [fits])], settings, parts) if settings.search else []
     jobs = fits.jobs()
     fits.share = parts.share([job for _, _, job in jobs])
     rows: dict[str, list[np.ndarray]] = {MODEL_ROW: []}
@@ -70,11 +73,13 @@ def run(subject: Subject, settings: RegressSettings, parts: Parts) -> Outcome:
     metrics["share_of_texts_cut"] = Metric(cut, None, n=len(truth), unit="texts")
     said = [verdict(gains, "Spearman"), *undefined, warning]
     said.append(f"{cut:.1%} of the test texts are longer than the {settings.max_length} tokens read.")
+    said += [said_of(one) for one in found_by_search]
     note = " ".join(filter(None, said)) + few_seeds(settings.seeds)
+    trials = [search_table(found_by_search, fits.goal.figure)] if found_by_search else []
     columns = ["predictor", "seed", "epoch chosen", "dev Spearman", "dev squared error, standardised"]
     return Outcome(
         metrics,
-        [Table(TABLE, table.columns, table.rows, note), Table("by seed", columns, seeds)],
+        [Table(TABLE, table.columns, table.rows, note), *trials, Table("by seed", columns, seeds)],
         [_dev_curve(curves)],
         samples=_misses(data, truth, predicted),
         records=records,

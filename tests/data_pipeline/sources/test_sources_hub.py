@@ -85,6 +85,16 @@ def test_config_and_split_are_chosen(dataset: Path) -> None:
     assert open_dataset(str(dataset), "en").files == ()
 
 
+def test_several_splits_follow_each_other(dataset: Path) -> None:
+    corpus = open_dataset(str(dataset), "en", "valid+train")
+    assert [d.text for d in iter_documents(corpus)] == ["en valid", *EN]
+    assert re.fullmatch(r"dataset books@([0-9a-f]{12})/en/valid and books@\1/en/train", corpus.describe())
+    names = [piece.name for piece in corpus.pieces(1)]
+    assert len(set(names)) == len(names) == 4
+    with pytest.raises(UserError, match="--split valid\\+valid names a split twice"):
+        open_dataset(str(dataset), "en", "valid+valid")
+
+
 def test_pieces_are_runs_of_the_datasets_shards(dataset: Path) -> None:
     pieces = open_dataset(str(dataset), "en").pieces(1000)
     assert [(p.kind, p.begin, p.end, p.total) for p in pieces] == [("hub", i, i + 1, 3) for i in range(3)]

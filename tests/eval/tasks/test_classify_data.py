@@ -173,6 +173,10 @@ def test_parts_of_a_local_folder(tmp_path: Path) -> None:
         sources(settings.model_copy(update={"local_name": "other"}))
     with pytest.raises(UserError, match="--train FILE --test FILE"):
         sources(ClassifySettings(train="x.csv"))
+    for name in ("train/pos", "train/neg", "test/pos", "test/neg"):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+    found = sources(settings.model_copy(update={"local_name": "folders"}))
+    assert (found.train, found.test) == (str(tmp_path / "folders" / "train"), str(tmp_path / "folders" / "test"))
     # Files in place of a suite's train and test: its dev split of the hub belongs to neither.
     assert sources(ClassifySettings(train="x.csv", test="y.csv", dev="hub:x:dev")).dev is None
 

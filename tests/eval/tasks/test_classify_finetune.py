@@ -18,8 +18,9 @@ from data_pipeline.shards.shardset import ShardSet
 from eval.shared.labelled import Labelled
 from eval.shared.pooling import Pooling
 from eval.shared.training import micro_batches
-from eval.tasks.classification.encode import cut_pair, encode
-from eval.tasks.classification.finetune import Classifier, Examples, Recipe, fit, predict
+from eval.tasks.classification.encode import Encoded, cut_pair, encode
+from eval.tasks.classification.finetune import Classifier, Examples, fit, predict
+from eval.tasks.classification.recipe import Recipe
 
 CPU: dict[str, Any] = {"device": torch.device("cpu"), "precision": "fp32"}
 
@@ -130,19 +131,23 @@ def test_pairs_are_cut_from_the_longer_text(budget: int) -> None:
 
 
 def test_encoding_of_texts_and_pairs(shards: ShardSet) -> None:
+    def read(found: Encoded) -> list[list[int]]:
+        return [np.asarray(tokens).tolist() for tokens in found.examples.tokens]
+
     tokenizer = shards.tokenizer()
     first, second = ["river stone cloud lamp", "", "seven"], ["quiet", "", "window paper ghost violin " * 5]
     ids = [[tokenizer.encode(text) for text in column] for column in (first, second)]
     labels = np.zeros(3, dtype=np.int64)
     whole = encode(tokenizer, Labelled(first, ["x"] * 3, "file", "hash", second), labels, 500)
     eos = tokenizer.eos_id
-    assert whole.examples.tokens == [[*a, eos, *b] for a, b in zip(*ids, strict=True)]
+    assert read(whole) == [[*a, eos, *b] for a, b in zip(*ids, strict=True)]
     assert not whole.cut.any()
+    assert {np.asarray(tokens).dtype.name for tokens in whole.examples.tokens} == {"uint16"}  # 2 bytes a token, not 40
     short = encode(tokenizer, Labelled(first, ["x"] * 3, "file", "hash", second), labels, 8)
     assert all(len(tokens) <= 8 for tokens in short.examples.tokens)
     assert short.lengths.tolist() == [len(a) + 1 + len(b) for a, b in zip(*ids, strict=True)]
     assert short.cut.tolist() == [n > 8 for n in short.lengths]
-    assert short.examples.tokens[2] == [*ids[0][2], eos, *ids[1][2][: 7 - len(ids[0][2])]]
+    assert read(short)[2] == [*ids[0][2], eos, *ids[1][2][: 7 - len(ids[0][2])]]
     assert short.texts(tokenizer)[0][2].split() == ["seven"]
     single = encode(tokenizer, Labelled(first, ["x"] * 3, "file", "hash"), labels, 4)
-    assert single.examples.tokens == [ids[0][0][:4], [eos], ids[0][2][:4]]
+    assert read(single) == [ids[0][0][:4], [eos], ids[0][2][:4]]

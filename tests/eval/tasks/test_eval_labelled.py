@@ -150,3 +150,26 @@ def test_carved_split_is_by_class_and_leaves_every_class_in_training() -> None:
     assert not np.array_equal(carve(labels, 0.15, seed=1)[1], held)
     with pytest.raises(UserError, match="none can be held out"):
         carve(np.array([0, 1, 2]), 0.15, seed=0)
+
+
+def test_a_folder_for_each_label(tmp_path: Path) -> None:
+    """As the IMDb release lies: train/pos/1_8.txt, and train/unsup without labels."""
+    for name, text in [("pos/2_8", "fine\r\nfilm"), ("pos/10_9", "gréat"), ("neg/1_1", "dull"), ("unsup/0_0", "?")]:
+        path = tmp_path / "train" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    (tmp_path / "train" / "urls_pos.txt").write_text("no review")
+    (tmp_path / "train" / "pos" / "notes.md").write_text("no review")
+    data = read_labelled(tmp_path / "train")
+    assert (data.texts, data.labels) == (["dull", "gréat", "fine\nfilm"], ["neg", "pos", "pos"])
+    (tmp_path / "same.jsonl").write_text(
+        "".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in zip(data.texts, data.labels, strict=True))
+    )
+    assert read_labelled(tmp_path / "same.jsonl").hash == data.hash
+    with pytest.raises(UserError, match=r"train/unsup is a folder without LABEL/\*.txt"):
+        read_labelled(tmp_path / "train" / "unsup")
+    with pytest.raises(UserError, match="is a folder, a file is expected"):
+        read_labelled(tmp_path / "train", scores=True)
+    (tmp_path / "train" / "neg" / "1_1.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"neg/1_1.txt cannot be read: .*utf-8"):
+        read_labelled(tmp_path / "train")
