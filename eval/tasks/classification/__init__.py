@@ -105,7 +105,7 @@ class FineTuneSettings(Settings):
         3, ge=1, description="settings trained to the end; of more, all are first trained for a third of the steps"
     )
     search_records: int = Field(
-        2000, ge=2, description="training records that the search reads, at most; what it finds is used for all"
+        1000, ge=2, description="training records that the search reads, at most; what it finds is used for all"
     )
 
     @field_validator("search_lrs", "search_batches")

@@ -110,7 +110,8 @@ def by_labels(
                 cells += [measured.value, std]
             metrics[name] = Metric(measured.value, True, std, n, measured.low, measured.high, unit)
             if name.startswith("gain_"):
-                cells += [measured.value, measured.low, measured.high]
+                # Rounded, since a gain of nothing is 1e-18 by the order of summation.
+                cells += [round(value, 9) + 0.0 for value in (measured.value, measured.low, measured.high)]
             if name.startswith(("gain_", "accuracy_")):
                 estimators[name] = Estimator(name)
                 for record, item in zip(records, items, strict=True):
@@ -120,7 +121,10 @@ def by_labels(
     names = [row for row in SHOWN if row in first.rows]
     columns_shown = ["labels", *(cell for name in names for cell in (name, "± std"))]
     columns_shown += [
-        cell for name, row in GAINS.items() if row in first.rows for cell in (name.replace("_", " "), "low", "high")
+        cell
+        for name, row in GAINS.items()
+        if row in first.rows
+        for cell in (name.replace("_", " ").replace("tfidf", "TF-IDF"), "low", "high")
     ]
     seeds = len(first.rows[MODEL_ROW])
     note = (

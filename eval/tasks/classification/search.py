@@ -36,7 +36,8 @@ TABLE = "search"
 FEWEST = 150
 """Held-out records from which one split is enough: the standard error of an accuracy of 0.75 is then 0.035."""
 FOLDS = 3
-FEWEST_STEPS = 4
+FEWEST_STEPS = 2
+"""Of an epoch, for a batch size to be tried."""
 FIRST_SHARE = 1 / 3
 RATES = (0.02, 0.06, 0.2)
 """Times 1 / width: 1e-4, 3.1e-4 and 1e-3 at 192, 2.6e-5, 7.8e-5 and 2.6e-4 at 768."""
@@ -97,7 +98,7 @@ class Found:
 
 
 def grid(settings: FineTuneSettings, hidden_size: int, texts: int) -> list[Trial]:
-    """The settings to try. Batches with fewer than four steps in an epoch are left out, but never all."""
+    """The settings to try. Batches with fewer than two steps in an epoch are left out, but never all."""
     rates = settings.search_lrs or tuple(float(f"{rate / hidden_size:.2g}") for rate in RATES)
     sizes = [size for size in settings.search_batches if FEWEST_STEPS * size <= texts] or [min(settings.search_batches)]
     return [Trial(*pair) for pair in product(sorted(set(rates)), sorted(set(sizes)))]
@@ -179,10 +180,11 @@ def _try(fits: Fits, row: str, trial: Trial, share: float) -> dict[str, Any]:
                 **how,
             )
             curves.append(fitted.curve)
-        places = list(zip(*curves, strict=False))
+        sizes = [len(dev) for _, dev in folds]
         means = [
-            (float(np.mean([p.figure for p in place])), float(np.mean([p.loss for p in place])), place[0].epoch)
-            for place in places
+            # Rounded: float32 means of equal shares differ in their last digits, and equal ones are told by the loss.
+            (round(_mean([p.figure for p in place], sizes), 6), _mean([p.loss for p in place], sizes), place[0].epoch)
+            for place in zip(*curves, strict=False)
         ]
         figure, loss, epoch = max(means, key=lambda mean: (mean[0], -mean[1] if np.isfinite(mean[1]) else -np.inf))
         after = len(fits.share) - fits.share.index(name) - 1 if name in fits.share else 0
@@ -190,6 +192,11 @@ def _try(fits: Fits, row: str, trial: Trial, share: float) -> dict[str, Any]:
         progress.say(f"{fits.goal.figure} {figure:.3f}, loss {loss:.3f}{more}")
     seconds = time.monotonic() - began
     return {"figure": figure, "loss": loss, "epoch": epoch, "texts": progress.done, "seconds": round(seconds, 1)}
+
+
+def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
+    """The mean over the records of folds of such sizes."""
+    return float(np.average(values, weights=sizes))
 
 
 def search_table(found: Sequence[Found], figure: str) -> Table:
