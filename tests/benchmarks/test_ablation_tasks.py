@@ -17,21 +17,22 @@ from benchmarks.attention_ablation.passkey import DIGITS, FIRST_DIGIT, MARKER, M
 from benchmarks.attention_ablation.tasks import DistanceBins, Shape, Task, generator
 from benchmarks.attention_ablation.variables import VariableTracking
 from data_pipeline.batches import IGNORE
+from eval.tasks.recall.mqar import slots
 
 SHAPE = Shape(seq_len=32, batch_tokens=128, held_out_tokens=256)
 
 
-def recall(pairs: int = 3, gap: int = 9, shape: Shape = SHAPE) -> MultiQueryRecall:
-    return MultiQueryRecall(shape, vocab_size=48, pairs=pairs, gap=gap, window=8)
+def recall(*pairs: int, gap: int = 9, shape: Shape = SHAPE) -> MultiQueryRecall:
+    return MultiQueryRecall(shape, vocab_size=48, pairs=pairs or (3,), gap=gap, window=8)
 
 
 # --- tasks
 
 
 def test_every_query_finds_its_value_among_the_pairs() -> None:
-    task = recall(pairs=5, gap=20, shape=Shape(64, 256, 256))
-    rows = task.rows(generator(7), 200)
-    pairs, first = task.pairs, 2 * task.pairs + task.gap
+    task = recall(5, gap=20, shape=Shape(64, 256, 256))
+    rows = task.rows(generator(7), 200, 5)
+    pairs, first, places = 5, 30, slots(64, 5, 20)
     for inputs, labels, distance in zip(*rows, strict=True):
         keys, values = inputs[0 : 2 * pairs : 2], inputs[1 : 2 * pairs : 2]
         assert len(set(keys)) == len(set(values)) == pairs
@@ -50,20 +51,21 @@ def test_every_query_finds_its_value_among_the_pairs() -> None:
         assert not distance[labels == IGNORE].any()
     # The power law: the places of queries are mostly early ones, and all of them are used.
     slot = (np.nonzero(rows.labels != IGNORE)[1] - first) // 2
-    assert np.median(slot) < 0.75 * np.median(np.arange(task.slots))
-    assert set(slot) == set(range(task.slots))
+    assert np.median(slot) < 0.75 * np.median(np.arange(places))
+    assert set(slot) == set(range(places))
 
 
 def test_queries_are_drawn_as_by_numpys_weighted_choice_without_replacement() -> None:
-    task = recall(pairs=2, gap=0, shape=Shape(16, 16, 16))
-    rows = task.rows(generator(3), 20_000)
-    slots = ((np.nonzero(rows.labels != IGNORE)[1] - 4) // 2).reshape(-1, 2)
-    weights = np.arange(1.0, task.slots + 1) ** (0.01 - 1)
+    task = recall(2, gap=0, shape=Shape(16, 16, 16))
+    rows = task.rows(generator(3), 20_000, 2)
+    found = ((np.nonzero(rows.labels != IGNORE)[1] - 4) // 2).reshape(-1, 2)
+    places = slots(16, 2, 0)
+    weights = np.arange(1.0, places + 1) ** (0.01 - 1)
     weights /= weights.sum()
-    expected = np.zeros(task.slots)  # probability that a place is among the two drawn
-    for i, j in itertools.permutations(range(task.slots), 2):
+    expected = np.zeros(places)  # probability that a place is among the two drawn
+    for i, j in itertools.permutations(range(places), 2):
         expected[[i, j]] += weights[i] * weights[j] / (1 - weights[i])
-    assert np.bincount(slots.reshape(-1), minlength=task.slots) / 20_000 == pytest.approx(expected, abs=0.02)
+    assert np.bincount(found.reshape(-1), minlength=places) / 20_000 == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize("values", [1, 2])
@@ -124,7 +126,7 @@ def test_rows_of_mqar_are_keyed_as_before() -> None:
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_the_key_stands_behind_the_first_marker(objective: Any) -> None:
     task = Passkey(SHAPE, objective, vocab_size=48, digits=3, window=8)
-    rows = task.rows(generator(1), 300)
+    rows = task.rows(generator(1), 300, 32)
     question = 29 if objective == "clm" else 28
     for inputs, labels, start in zip(*rows, strict=True):
         assert list(np.flatnonzero(inputs == MARKER)) == [start, question]
@@ -155,7 +157,7 @@ def test_passkey_bins_are_the_distance_and_the_depth() -> None:
             depth = set(batch.groups["depth"][row][targets[row]])
             low, high = (int(edge) for edge in labels[distance.pop()].split("-"))
             assert 8 * low <= 62 - start < 8 * high
-            assert depth == {5 * start // task.places}
+            assert depth == {5 * start // task.places(64)}
             assert not distance
 
 

@@ -57,7 +57,7 @@ def base(objective: str = "clm", **changes: Any) -> ModelConfig:
 
 
 def recall(pairs: int = 3, gap: int = 9, shape: Shape = SHAPE) -> MultiQueryRecall:
-    return MultiQueryRecall(shape, vocab_size=48, pairs=pairs, gap=gap, window=8)
+    return MultiQueryRecall(shape, vocab_size=48, pairs=(pairs,), gap=gap, window=8)
 
 
 @pytest.fixture(scope="module")
