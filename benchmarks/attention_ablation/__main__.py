@@ -134,8 +134,14 @@ def build_parser() -> argparse.ArgumentParser:
     recall.add_argument(
         "--pairs",
         metavar="N,N",
-        help="mqar: key-value pairs (default by task); several numbers: each training row draws one, and the score is "
-        "given for each",
+        help="mqar, mqar-spread: key-value pairs (default by task); mqar-spread with several numbers: each training "
+        "row draws one, and the score is given for each",
+    )
+    recall.add_argument(
+        "--lead-in", metavar="N,N", help="mqar-spread: tokens of short rows that training begins with (default: none)"
+    )
+    recall.add_argument(
+        "--lead-in-tokens", type=int, default=200_000, metavar="N", help="to train on at each length of --lead-in"
     )
     recall.add_argument(
         "--gap", type=int, metavar="N", help="mqar: filler between pairs and queries (default: out of reach of windows)"
@@ -187,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> list[int]:
-    check_positive(args, "tokens", "seq_len", "batch_tokens", "held_out_tokens", "threads", "lr")
+    check_positive(args, "tokens", "seq_len", "batch_tokens", "held_out_tokens", "lead_in_tokens", "threads", "lr")
     if args.timing_rounds < 0:
         raise UserError(f"--timing-rounds {args.timing_rounds}: must not be negative")
     seeds = listed("--seeds", args.seeds)
@@ -222,6 +228,8 @@ def _task(args: argparse.Namespace, recipe: Recipe, held_out_tokens: int) -> tup
         return base, Passkey(shape, base.objective, vocab_size, args.digits, window, lengths)
     if args.test_seq_lens is not None:
         raise UserError("--test-seq-lens is for task passkey")
+    if args.lead_in is not None and args.task != "mqar-spread":
+        raise UserError("--lead-in is for task mqar-spread")
     if args.task == "variables":
         return base, VariableTracking(shape, vocab_size, args.chains, args.hops, window)
     defaults = DEFAULTS[args.task]
@@ -231,10 +239,14 @@ def _task(args: argparse.Namespace, recipe: Recipe, held_out_tokens: int) -> tup
     if gap is None:
         gap = base.num_layers * max(window, base.conv_kernel)
     if args.task == "mqar-spread":
-        if len(pairs) > 1:
-            raise UserError(f"--pairs {args.pairs}: task mqar-spread takes one number; several are for task mqar")
-        return base, SpreadRecall(shape, vocab_size, pairs[0], args.values, spread, gap, window)
-    return base, MultiQueryRecall(shape, vocab_size, pairs, gap, window)
+        lead_in = () if args.lead_in is None else _numbers("--lead-in", args.lead_in)
+        lead_in_tokens = args.lead_in_tokens
+        return base, SpreadRecall(
+            shape, vocab_size, pairs, args.values, spread, gap, window, lead_in, lead_in_tokens if lead_in else 0
+        )
+    if len(pairs) > 1:
+        raise UserError(f"--pairs {args.pairs}: task mqar takes one number, several are for task mqar-spread")
+    return base, MultiQueryRecall(shape, vocab_size, pairs[0], gap, window)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ Held-out rows may be longer than those of training: that is recall at lengths an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ import numpy as np
 from benchmarks.attention_ablation.forms import Objective
 from benchmarks.attention_ablation.tasks import (
     HELD_OUT,
-    TRAIN,
     DistanceBins,
+    Drawn,
     Examples,
     Far,
     Ints,
@@ -35,6 +35,7 @@ from benchmarks.attention_ablation.tasks import (
 from data_pipeline.errors import UserError
 
 MARKER, MASK, FIRST_DIGIT, DIGITS = 0, 1, 2, 10
+LENGTHS = "tokens of the row"
 DEPTH_BINS = 5
 FAR_WINDOWS = 4
 LONG_ROWS = 128
@@ -53,7 +54,7 @@ class Needles(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Passkey:
+class Passkey(Drawn):
     """The task. ``window``: tokens, the unit of distances; a distance is from the last marker back to the needle's."""
 
     shape: Shape
@@ -108,14 +109,14 @@ class Passkey:
     @property
     def groupings(self) -> dict[str, tuple[str, ...]]:
         depth = tuple(f"{100 * i // DEPTH_BINS}-{100 * (i + 1) // DEPTH_BINS}%" for i in range(DEPTH_BINS))
-        lengths = {"tokens of the row": tuple(map(str, self.test_lengths))} if self.test_lengths else {}
+        lengths = {LENGTHS: tuple(map(str, self.test_lengths))} if self.test_lengths else {}
         return {**lengths, "distance in windows": self._bins.labels, "depth": depth}
 
     @property
     def far(self) -> Far | None:
         if self.test_lengths:
             last = len(self.test_lengths) - 1
-            return Far(f"rows of {self.test_lengths[last]} tokens", "tokens of the row", (last,))
+            return Far(f"rows of {self.test_lengths[last]} tokens", LENGTHS, (last,))
         bins = self._bins.beyond(FAR_WINDOWS)
         return Far(f"{FAR_WINDOWS} windows back or more", "distance in windows", bins) if bins else None
 
@@ -123,32 +124,23 @@ class Passkey:
     def chance(self) -> dict[str, float]:
         return {"any digit": 1 / DIGITS}
 
-    def train_batches(self, seed: int) -> Iterator[Examples]:
-        index = 0
-        while True:
-            rows = self.rows(generator(TRAIN, seed, index), self.shape.rows, self.shape.seq_len)
-            yield examples(rows.inputs, rows.labels)
-            index += 1
-
     def held_out(self) -> Iterator[Examples]:
         if not self.test_lengths:
-            yield from self._held_out(generator(HELD_OUT), self.shape.held_out_rows, self.shape.seq_len, {})
+            yield from super().held_out()
         for number, length in enumerate(self.test_lengths):
-            rng = generator(HELD_OUT, length)
-            yield from self._held_out(rng, LONG_ROWS, length, {"tokens of the row": number})
+            batch = self._batch(generator(HELD_OUT, length), LONG_ROWS, length)
+            groups = {**batch.groups, LENGTHS: np.full(batch.input_ids.shape, number)}
+            yield from slices(batch._replace(groups=groups), max(1, self.shape.batch_tokens // length))
 
-    def _held_out(
-        self, rng: np.random.Generator, count: int, length: int, groups: Mapping[str, int]
-    ) -> Iterator[Examples]:
-        """In slices of at most a batch's tokens, or one row."""
+    def sample(self, rng: np.random.Generator, count: int) -> Examples:
+        return self._batch(rng, count, self.shape.seq_len)
+
+    def _batch(self, rng: np.random.Generator, count: int, length: int) -> Examples:
         rows = self.rows(rng, count, length)
-        whole = {
-            **{name: np.full(count, number) for name, number in groups.items()},
-            "distance in windows": self._bins(self._question(length) - rows.start),
-            "depth": rows.start * DEPTH_BINS // self.places(length),
-        }
-        spread = {name: np.broadcast_to(bins[:, None], rows.inputs.shape) for name, bins in whole.items()}
-        return slices(examples(rows.inputs, rows.labels, spread), max(1, self.shape.batch_tokens // length))
+        depth = rows.start * DEPTH_BINS // self.places(length)
+        whole = {"distance in windows": self._bins(self._question(length) - rows.start), "depth": depth}
+        groups = {name: np.broadcast_to(bins[:, None], rows.inputs.shape) for name, bins in whole.items()}
+        return examples(rows.inputs, rows.labels, groups)
 
     def rows(self, rng: np.random.Generator, count: int, length: int) -> Needles:
         """``count`` rows of ``length`` tokens as the module describes them."""
