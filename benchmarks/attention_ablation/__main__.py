@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for variant in study.variants:
             runs[variant.name][seed] = study.run(variant, seed)
     timing = study.time(args.timing_rounds) if args.timing_rounds else None
-    print("\n" + report(task, study.variants, runs, timing))
+    print("\n" + report(task, study.variants, runs, timing, recipe.seq_len))
     return 0
 
 

@@ -21,6 +21,7 @@ from data_pipeline.configuration import faults
 from data_pipeline.errors import UserError
 from pretrain.model.attention import registry
 from pretrain.model.config import ModelConfig
+from pretrain.model.flops import all_attention_flops_per_token
 
 Objective = Literal["mlm", "clm"]
 Changes = dict[str, Any]
@@ -144,6 +145,15 @@ def select(names: Sequence[str] | None, base: ModelConfig) -> list[Variant]:
     if not variants:
         raise UserError("--forms names no form")
     return variants
+
+
+def entries_read(config: ModelConfig, seq_len: int) -> float:
+    """Entries that a token reads in a layer, mean over tokens and layers: the attention's arithmetic in units of a
+    product with one key and one value (4 h operations). What landmarks cost to make is in it, as 1.5 entries a layer.
+    Exact attention: (n + 1) / 2.
+    """
+    flops = all_attention_flops_per_token(config, seq_len)
+    return flops / (4 * config.hidden_size * config.num_layers)
 
 
 def window_tokens(config: ModelConfig) -> int:
