@@ -95,6 +95,8 @@ FORMS: dict[str, tuple[Form, ...]] = {
         Form("band-half", lambda config: {"landmark_band": _half(config, "landmark_band")}),
         Form("band-double", lambda config: {"landmark_band": 2 * config.landmark_band}),
         Form("branching-4", _fixed(landmark_branching=4)),
+        Form("recall-2", _fixed(recall_segments=2)),
+        Form("recall-4", _fixed(recall_segments=4)),
         Form("segment-half", _segment_half),
         Form("segment-double", _segment_double),
         Form("window-double", lambda config: {"window_segments": 2 * config.window_segments}),
