@@ -193,7 +193,7 @@ def _add_at(target: Tensor, index: Tensor, x: Tensor) -> None:
 def _heads(q: Tensor, count: int) -> Iterator[slice]:
     """q: (B, S, c, d)."""
     limit = _PAIR_BYTES.get(device_type(q), _PAIR_BYTES_GPU) // q.dtype.itemsize
-    step = max(1, limit // (q[0].numel() * count))
+    step = max(1, limit // (q.shape[1:].numel() * count))
     for first in range(0, len(q), step):
         yield slice(first, min(first + step, len(q)))
 
