@@ -62,6 +62,10 @@ def blockwise_attention(
     landmarks it asks for most, token by token. Returns (B, S * c, d) in q's dtype. Logits, softmax and gradients of the
     landmarks are at least float32, weights have q's precision. Differentiable once.
     """
+    if recall and pyramid.levels > 1:
+        raise ValueError(
+            f"recall {recall} chooses among landmarks of single segments, not among {pyramid.levels} levels"
+        )
     recall = min(recall, far_k.shape[1])
     with torch.autocast(q.device.type, enabled=False):
         return _Blockwise.apply(q, k, v, far_k, far_v, far_bias, window, pyramid, recall)

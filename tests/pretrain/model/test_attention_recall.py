@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.errors import UserError
+from pretrain.model import ModelConfig, build_model
 from pretrain.model.attention import blockwise, recall
 from pretrain.model.attention.blockwise import Window, blockwise_attention
 from pretrain.model.attention.causal_nystrom import causal_landmarks, causal_nystrom_attention, landmark_queries
+from pretrain.model.attention.pyramid import Pyramid
 
 C, W = 2, 2
 
@@ -216,3 +219,14 @@ def test_gradients_reach_the_weight_of_the_inverse() -> None:
 
     assert torch.autograd.gradcheck(run, [gamma])
     assert (run(gamma) - attend(q, k, v, 2)).abs().max() > 1e-3
+
+
+def test_a_pyramid_is_refused() -> None:
+    q, k, v = inputs(1, 2, 20, 4)
+    with pytest.raises(ValueError, match="recall 2 chooses among landmarks of single segments, not among 3 levels"):
+        causal_nystrom_attention(q, k, v, window=Window(C, W), pyramid=Pyramid(3, 1, 2), recall=2)
+    config = ModelConfig(
+        objective="clm", vocab_size=9, hidden_size=8, num_heads=2, landmark_levels=3, recall_segments=2
+    )
+    with pytest.raises(UserError, match="landmark_levels 3 and recall_segments 2 exclude each other"):
+        build_model(config)
