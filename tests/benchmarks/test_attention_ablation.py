@@ -274,7 +274,7 @@ def test_tasks_of_spread_facts(
 
 
 def test_several_numbers_of_pairs_and_longer_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    every = ["--forms", "softmax", *SMALL, *SETS, "--timing-rounds", "0"]
+    every = ["--forms", "softmax", *SMALL, *SETS, "--timing-rounds", "0", "--batch-tokens", "2048"]
     spread = ["--task", "mqar-spread", "--lead-in", "16", "--lead-in-tokens", "100", "--gap", "2", "--pairs", "4,2"]
     passkey = ["--task", "passkey", "--test-seq-lens", "64,32", "--digits", "1"]
     for asked, label, bins in ((spread, "pairs", "2 | 4"), (passkey, "tokens of the row", "32 | 64")):
