@@ -181,6 +181,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor | None, config: ModelC
         gamma=gamma,
         weighted=config.landmark_keys == "weighted",
         pyramid=pyramid_of(config),
+        recall=config.recall_segments,
     )
 
 
@@ -238,6 +239,11 @@ def causal_pyramid(setting: Setting) -> ModelConfig:
     return setting.causal.model_copy(update={"landmark_levels": 64})
 
 
+def causal_recall(setting: Setting) -> ModelConfig:
+    """Tokens read two far segments exactly."""
+    return setting.causal.model_copy(update={"recall_segments": 2})
+
+
 def _flops(
     config: Callable[[Setting], ModelConfig], lengths: Callable[[Setting], list[int]] = _rows, *, conv: bool = False
 ) -> Callable[[Setting], float]:
@@ -281,6 +287,7 @@ for _conv, _suffix, _words in ((False, "", ""), (True, "+conv", ", convolution")
         ("nystrom", "pooled values", _causal),
         ("inverse", "triangular inverse", _causal_inverse),
         ("pyramid", "pyramid of landmarks", causal_pyramid),
+        ("recall", "two segments read exactly", causal_recall),
     ):
         CAUSAL.append(
             Form(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.attention.forms import Built, causal_pyramid
+from benchmarks.attention.forms import Built, causal_pyramid, causal_recall
 from benchmarks.attention.measure import Case
 from benchmarks.attention.setting import Setting
 from pretrain.model.attention import causal_nystrom
@@ -22,7 +22,7 @@ from pretrain.model.attention.pyramid import Level
 from pretrain.model.attention.softmax import attend
 from pretrain.model.conv import skip_convolution
 
-OF_CAUSAL = [f"causal-{kind}{conv}" for kind in ("nystrom", "inverse", "pyramid") for conv in ("", "+conv")]
+OF_CAUSAL = [f"causal-{kind}{conv}" for kind in ("nystrom", "inverse", "pyramid", "recall") for conv in ("", "+conv")]
 
 
 def stages(form: str, setting: Setting, inputs: Sequence[Tensor], built: Built) -> list[Case]:
@@ -87,11 +87,12 @@ def _bidirectional(setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> list[Ca
 
 def _causal(setting: Setting, q: Tensor, k: Tensor, v: Tensor, form: str) -> list[Case]:
     """:func:`causal_nystrom_attention`, taken apart; this function knows its parts and must change with them."""
-    config = causal_pyramid(setting) if "pyramid" in form else setting.causal
+    changed = {"pyramid": causal_pyramid, "recall": causal_recall}
+    config = next((of(setting) for name, of in changed.items() if name in form), setting.causal)
     pyramid, weighted = pyramid_of(config), config.landmark_keys == "weighted"
     size, window = config.segment_length, Window(config.segment_length, config.window_segments)
     count = -(-setting.length // size) - window.segments
-    if setting.length <= size * window.segments:
+    if setting.length <= size * (window.segments + config.recall_segments):
         return []
     short = -setting.length % size
     q, k, v = (F.pad(x, (0, 0, 0, short)).flatten(0, 1) for x in (q, k, v))
@@ -118,7 +119,7 @@ def _causal(setting: Setting, q: Tensor, k: Tensor, v: Tensor, form: str) -> lis
         return torch.linalg.solve_triangular(gamma * eye + (1 - gamma) * core, right, upper=False)
 
     def read(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mass: Tensor) -> Tensor:
-        return blockwise_attention(q, k, v, keys, values.to(v.dtype), mass, window, pyramid)
+        return blockwise_attention(q, k, v, keys, values.to(v.dtype), mass, window, pyramid, config.recall_segments)
 
     first, (query, keys, mass, values) = _case("landmarks", means, q, k, v)
     found = [first]

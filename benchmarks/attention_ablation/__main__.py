@@ -131,7 +131,18 @@ def build_parser() -> argparse.ArgumentParser:
     books.add_argument("--train", metavar="SHARDS", help="prepared shards to train on")
     books.add_argument("--valid", metavar="SHARDS", help="held-out shards")
     recall = parser.add_argument_group("mqar, mqar-spread, variables and passkey")
-    recall.add_argument("--pairs", type=int, metavar="N", help="mqar: key-value pairs (default by task)")
+    recall.add_argument(
+        "--pairs",
+        metavar="N,N",
+        help="mqar, mqar-spread: key-value pairs (default by task); mqar-spread with several numbers: each training "
+        "row draws one, and the score is given for each",
+    )
+    recall.add_argument(
+        "--lead-in", metavar="N,N", help="mqar-spread: tokens of short rows that training begins with (default: none)"
+    )
+    recall.add_argument(
+        "--lead-in-tokens", type=int, default=200_000, metavar="N", help="to train on at each length of --lead-in"
+    )
     recall.add_argument(
         "--gap", type=int, metavar="N", help="mqar: filler between pairs and queries (default: out of reach of windows)"
     )
@@ -140,6 +151,9 @@ def build_parser() -> argparse.ArgumentParser:
     recall.add_argument("--chains", type=int, default=4, metavar="N", help="variables: chains of assignments")
     recall.add_argument("--hops", type=int, default=1, metavar="N", help="variables: assignments behind the first one")
     recall.add_argument("--digits", type=int, default=2, metavar="N", help="passkey: digits of the key")
+    recall.add_argument(
+        "--test-seq-lens", metavar="N,N", help="passkey: tokens of held-out rows (default: those of training)"
+    )
     return parser
 
 
@@ -174,12 +188,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for variant in study.variants:
             runs[variant.name][seed] = study.run(variant, seed)
     timing = study.time(args.timing_rounds) if args.timing_rounds else None
-    print("\n" + report(task, study.variants, runs, timing))
+    print("\n" + report(task, study.variants, runs, timing, recipe.seq_len))
     return 0
 
 
 def _check(args: argparse.Namespace) -> list[int]:
-    check_positive(args, "tokens", "seq_len", "batch_tokens", "held_out_tokens", "threads", "lr")
+    check_positive(args, "tokens", "seq_len", "batch_tokens", "held_out_tokens", "lead_in_tokens", "threads", "lr")
     if args.timing_rounds < 0:
         raise UserError(f"--timing-rounds {args.timing_rounds}: must not be negative")
     seeds = listed("--seeds", args.seeds)
@@ -210,18 +224,37 @@ def _task(args: argparse.Namespace, recipe: Recipe, held_out_tokens: int) -> tup
     base = _base(values, recipe.seq_len)
     vocab_size, window = base.vocab_size or 0, window_tokens(base)
     if args.task == "passkey":
-        return base, Passkey(shape, base.objective, vocab_size, args.digits, window)
+        lengths = () if args.test_seq_lens is None else _numbers("--test-seq-lens", args.test_seq_lens)
+        return base, Passkey(shape, base.objective, vocab_size, args.digits, window, lengths)
+    if args.test_seq_lens is not None:
+        raise UserError("--test-seq-lens is for task passkey")
+    if args.lead_in is not None and args.task != "mqar-spread":
+        raise UserError("--lead-in is for task mqar-spread")
     if args.task == "variables":
         return base, VariableTracking(shape, vocab_size, args.chains, args.hops, window)
     defaults = DEFAULTS[args.task]
-    pairs = defaults.pairs if args.pairs is None else args.pairs
+    pairs = (defaults.pairs,) if args.pairs is None else _numbers("--pairs", args.pairs)
     spread = defaults.spread if args.spread is None else args.spread
     gap = args.gap if args.gap is not None else defaults.gap
     if gap is None:
         gap = base.num_layers * max(window, base.conv_kernel)
     if args.task == "mqar-spread":
-        return base, SpreadRecall(shape, vocab_size, pairs, args.values, spread, gap, window)
-    return base, MultiQueryRecall(shape, vocab_size, pairs, gap, window)
+        lead_in = () if args.lead_in is None else _numbers("--lead-in", args.lead_in)
+        lead_in_tokens = args.lead_in_tokens
+        return base, SpreadRecall(
+            shape, vocab_size, pairs, args.values, spread, gap, window, lead_in, lead_in_tokens if lead_in else 0
+        )
+    if len(pairs) > 1:
+        raise UserError(f"--pairs {args.pairs}: task mqar takes one number, several are for task mqar-spread")
+    return base, MultiQueryRecall(shape, vocab_size, pairs[0], gap, window)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Distinct whole numbers, rising."""
+    words = listed(option, text)
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"{option} {text}: write whole numbers, for example 4,16,64")
+    return tuple(sorted({int(word) for word in words}))
 
 
 def _base(values: Mapping[str, Any], seq_len: int) -> ModelConfig:

@@ -133,6 +133,9 @@ class Books:
         finally:
             loader.close()
 
+    def measured(self, seed: int) -> Examples:
+        return next(self.train_batches(seed))
+
     def held_out(self) -> Iterator[Examples]:
         batches = validation_batches(
             self.valid,

@@ -21,6 +21,7 @@ from data_pipeline.configuration import faults
 from data_pipeline.errors import UserError
 from pretrain.model.attention import registry
 from pretrain.model.config import ModelConfig
+from pretrain.model.flops import all_attention_flops_per_token
 
 Objective = Literal["mlm", "clm"]
 Changes = dict[str, Any]
@@ -94,6 +95,8 @@ FORMS: dict[str, tuple[Form, ...]] = {
         Form("band-half", lambda config: {"landmark_band": _half(config, "landmark_band")}),
         Form("band-double", lambda config: {"landmark_band": 2 * config.landmark_band}),
         Form("branching-4", _fixed(landmark_branching=4)),
+        Form("recall-2", _fixed(recall_segments=2)),
+        Form("recall-4", _fixed(recall_segments=4)),
         Form("segment-half", _segment_half),
         Form("segment-double", _segment_double),
         Form("window-double", lambda config: {"window_segments": 2 * config.window_segments}),
@@ -144,6 +147,15 @@ def select(names: Sequence[str] | None, base: ModelConfig) -> list[Variant]:
     if not variants:
         raise UserError("--forms names no form")
     return variants
+
+
+def entries_read(config: ModelConfig, seq_len: int) -> float:
+    """Entries that a token reads in a layer, mean over tokens and layers: the attention's arithmetic in units of a
+    product with one key and one value (4 h operations). What landmarks cost to make is in it, as 1.5 entries a layer.
+    Exact attention: (n + 1) / 2.
+    """
+    flops = all_attention_flops_per_token(config, seq_len)
+    return flops / (4 * config.hidden_size * config.num_layers)
 
 
 def window_tokens(config: ModelConfig) -> int:

@@ -10,24 +10,20 @@ again). Nothing else is a target. ``mlm`` reads the same rows bidirectionally.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.attention_ablation.tasks import (
-    HELD_OUT,
-    TRAIN,
     DistanceBins,
+    Drawn,
     Examples,
     Far,
     Ints,
     Shape,
     examples,
-    generator,
     no_labels,
-    slices,
 )
 from data_pipeline.errors import UserError
 from eval.tasks.recall.mqar import draw, slots
@@ -48,7 +44,7 @@ class Recall(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MultiQueryRecall:
+class MultiQueryRecall(Drawn):
     """The task. ``window``: tokens, the unit of distances."""
 
     shape: Shape
@@ -104,17 +100,10 @@ class MultiQueryRecall:
     def chance(self) -> dict[str, float]:
         return {"one of the row's values": 1 / self.pairs, "one of all values": 1 / self.half}
 
-    def train_batches(self, seed: int) -> Iterator[Examples]:
-        index = 0
-        while True:
-            rows = self.rows(generator(TRAIN, seed, index), self.shape.rows)
-            yield examples(rows.inputs, rows.labels)
-            index += 1
-
-    def held_out(self) -> Iterator[Examples]:
-        rows = self.rows(generator(HELD_OUT), self.shape.held_out_rows)
+    def sample(self, rng: np.random.Generator, count: int) -> Examples:
+        rows = self.rows(rng, count)
         groups = {"distance in windows": self._bins(rows.distance)}
-        return slices(examples(rows.inputs, rows.labels, groups), self.shape.rows)
+        return examples(rows.inputs, rows.labels, groups)
 
     def rows(self, rng: np.random.Generator, count: int) -> Recall:
         """``count`` rows of these ids: filler, then keys, then values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from benchmarks.attention_ablation.forms import BASELINE, Variant
+from benchmarks.attention_ablation.forms import BASELINE, Variant, entries_read
 from benchmarks.attention_ablation.study import Record
 from benchmarks.attention_ablation.tasks import Task
 from benchmarks.common import markdown
@@ -18,9 +18,9 @@ NOTHING = "-"
 DIVERGED = "not finite"
 
 
-def report(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record | None) -> str:
-    """The table of forms, one table for each grouping of targets, and what the figures mean."""
-    parts = [_forms(task, variants, runs, timing), _explain(task, runs, timing)]
+def report(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record | None, seq_len: int) -> str:
+    """The table of forms, one table for each grouping of targets, and what the figures mean. seq_len: of training."""
+    parts = [_forms(task, variants, runs, timing, seq_len), _explain(task, runs, timing)]
     for grouping, labels in task.groupings.items():
         # Results kept from before the task had this grouping are without it.
         known = {
@@ -32,12 +32,12 @@ def report(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record |
     return "\n\n".join(parts)
 
 
-def _forms(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record | None) -> str:
+def _forms(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record | None, seq_len: int) -> str:
     other = "accuracy" if task.main == "loss" else "loss"
     far = task.far
     head = ["form", "changes", _title(task.main), f"against {BASELINE}"]
     head += [f"{_title(task.main)}: {far.label}", f"against {BASELINE}"] if far else []
-    head += [_title(other), "training loss, mean", "weights", "memory, MiB"]
+    head += [_title(other), "training loss, mean", "weights", "entries read", "memory, MiB"]
     head += ["ms a step", f"time / {BASELINE}"] if timing else []
     lines = []
     for variant in variants:
@@ -50,7 +50,8 @@ def _forms(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record |
             _mean(own, other, _overall(other)),
             _mean(own, "loss", lambda record: record["training"]["mean_loss"]),
         ]
-        cells += [f"{some['parameters']:,}", f"{some['memory']['bytes'] / 2**20:.1f}"] if some else [NOTHING] * 2
+        cells += [f"{some['parameters']:,}" if some else NOTHING, f"{entries_read(variant.config, seq_len):.1f}"]
+        cells += [f"{some['memory']['bytes'] / 2**20:.1f}" if some else NOTHING]
         if timing:
             step = timing["forms"].get(variant.name)
             cells += [f"{1000 * step['seconds']:.1f}", f"{step['ratio']:.2f}"] if step else [NOTHING] * 2
@@ -84,6 +85,7 @@ def _explain(task: Task, runs: Runs, timing: Record | None) -> str:
         lines.append(f"Means over seeds {', '.join(map(str, seeds))}, in brackets largest minus smallest.")
     lines.append(f"'against {BASELINE}' is relative, seed by seed: same initial weights, same batches.")
     lines.append("The training loss is the mean over all steps: lower is learned sooner.")
+    lines.append("Entries: the attention's arithmetic in products with one key and one value, a token and layer.")
     if records:
         lines.append(f"Memory: {records[0]['memory']['kind']}.")
     if timing:

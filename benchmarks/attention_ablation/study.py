@@ -99,7 +99,7 @@ class Study:
             return self.results.runs[name]
         began = time.perf_counter()
         step = TrainStep(initial_model(variant.config, self.base, seed), self.recipe)
-        held = memory(step, next(self.task.train_batches(seed)))
+        held = memory(step, self.task.measured(seed))
         torch.manual_seed(seed)  # of dropout
         training = train(step, self.task.train_batches(seed))
         scores = evaluate(step.model, self.task, self.recipe)
@@ -137,7 +137,7 @@ class Study:
         name = key(kind="timing", **settings)
         if name not in self.results.timings:
             steps = {v.name: TrainStep(initial_model(v.config, self.base, 0), self.recipe) for v in variants}
-            times = interleaved(steps, next(self.task.train_batches(0)), BASELINE, rounds)
+            times = interleaved(steps, self.task.measured(0), BASELINE, rounds)
             measured = {"forms": {form: asdict(step) for form, step in times.items()}, "provenance": self.provenance}
             self.results.add_timing(name, settings | measured)
         return self.results.timings[name]

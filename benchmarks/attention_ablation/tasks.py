@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -68,6 +69,10 @@ class Task(Protocol):
 
     def train_batches(self, seed: int) -> Iterator[Examples]:
         """Batches without end or up to the tokens of the run; a function of the seed."""
+        ...
+
+    def measured(self, seed: int) -> Examples:
+        """A training batch of full rows, whose time and memory are taken."""
         ...
 
     def held_out(self) -> Iterator[Examples]:
@@ -144,6 +149,29 @@ def generator(*words: int) -> np.random.Generator:
 
 TRAIN, HELD_OUT = 0, 1
 """First word of a generator's seed: no held-out row is ever drawn for training from the same state."""
+
+
+class Drawn:
+    """A task whose rows are drawn anew for each batch. Subclasses draw them."""
+
+    shape: Shape
+
+    def sample(self, rng: np.random.Generator, count: int) -> Examples:
+        """``count`` rows with their groups."""
+        raise NotImplementedError
+
+    def train_batches(self, seed: int) -> Iterator[Examples]:
+        """Of the state (seed, number of the batch)."""
+        for index in itertools.count():
+            yield self.sample(generator(TRAIN, seed, index), self.shape.rows)
+
+    def measured(self, seed: int) -> Examples:
+        """The first batch."""
+        return self.sample(generator(TRAIN, seed, 0), self.shape.rows)
+
+    def held_out(self) -> Iterator[Examples]:
+        """In slices of a batch's rows."""
+        return slices(self.sample(generator(HELD_OUT), self.shape.held_out_rows), self.shape.rows)
 
 
 def no_labels(shape: Sequence[int]) -> Ints:

@@ -18,6 +18,7 @@ EXACT: dict[str, Any] = {"attention": "softmax"}
 WINDOW: dict[str, Any] = {"attention": "window"}
 POOLED: dict[str, Any] = {"landmark_inverse": False}
 FLAT: dict[str, Any] = {"landmark_levels": 1}
+LANDMARKS_ALONE: dict[str, Any] = {"recall_segments": 0}
 OWN = "own"
 
 

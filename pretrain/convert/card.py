@@ -179,6 +179,9 @@ def _form_in_words(model: ModelConfig, form: str) -> str:
                 f"earlier ones through a pyramid of landmarks (band {model.landmark_band}, branching "
                 f"{model.landmark_branching}, at most {model.landmark_levels} levels)"
             )
+        if model.recall_segments:
+            far += f", of which each token reads the {model.recall_segments} that it asks for most exactly"
+            window += model.recall_segments * model.segment_length
         words = (
             f"Nyström-style landmarks, causal: {model.window_segments} segments of {model.segment_length} tokens "
             f"exactly, {far}, values {values}; exact up to {window} tokens"

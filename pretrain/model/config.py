@@ -160,6 +160,12 @@ class ModelConfig(Strict):
     landmark_branching: int = Field(
         2, gt=1, description="Landmarks that a parent stands for; with `landmark_levels` above 1."
     )
+    recall_segments: int = Field(
+        0,
+        ge=0,
+        description="Far segments that each token of a causal model reads exactly, in place of their landmarks, beside "
+        "the window. It chooses those whose landmarks it asks for most. Decoding keeps all tokens then. 0: none.",
+    )
     learn_landmark_query: bool = Field(
         False, description="Causal landmarks' queries get a learned offset for each head."
     )

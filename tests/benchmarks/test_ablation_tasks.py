@@ -13,10 +13,11 @@ import torch
 from benchmarks.attention_ablation.books import last_occurrence
 from benchmarks.attention_ablation.mqar import FILLER, MultiQueryRecall
 from benchmarks.attention_ablation.mqar_spread import SpreadRecall
-from benchmarks.attention_ablation.passkey import DIGITS, FIRST_DIGIT, MARKER, MASK, Passkey
+from benchmarks.attention_ablation.passkey import DIGITS, FIRST_DIGIT, LONG_ROWS, MARKER, MASK, Passkey
 from benchmarks.attention_ablation.tasks import DistanceBins, Shape, Task, generator
 from benchmarks.attention_ablation.variables import VariableTracking
 from data_pipeline.batches import IGNORE
+from eval.tasks.recall.spread import Layout
 
 SHAPE = Shape(seq_len=32, batch_tokens=128, held_out_tokens=256)
 
@@ -68,9 +69,9 @@ def test_queries_are_drawn_as_by_numpys_weighted_choice_without_replacement() ->
 
 @pytest.mark.parametrize("values", [1, 2])
 def test_every_query_finds_its_value_among_spread_pairs(values: int) -> None:
-    task = SpreadRecall(Shape(64, 256, 64 * 50), 48, pairs=4, values=values, spread=0.5, gap=6, window=4)
+    task = SpreadRecall(Shape(64, 256, 64 * 50), 48, pairs=(4,), values=values, spread=0.5, gap=6, window=4)
     step, first_value = (1, FILLER + task.half) if values == 1 else (2, FILLER + task.half)
-    for inputs, labels, distance in zip(*task.rows(generator(7), 100), strict=True):
+    for inputs, labels, distance in zip(*task.rows(generator(7), Layout(64, 4, values, 0.5, 6), 100), strict=True):
         queries = np.flatnonzero(labels != IGNORE)
         assert len(queries) == 4 * values
         assert queries.min() - (step - 1) >= 38
@@ -89,9 +90,52 @@ def test_every_query_finds_its_value_among_spread_pairs(values: int) -> None:
     for batch in task.held_out():
         targets = (batch.labels != IGNORE).numpy()
         assert set(batch.groups["distance in windows"][targets]) <= {2, 3, 4}  # 2-4 to 8-16 windows
-    wide = SpreadRecall(Shape(256, 256, 256), 48, pairs=4, values=values, spread=0.5, gap=6, window=4)
+    wide = SpreadRecall(Shape(256, 256, 256), 48, pairs=(4,), values=values, spread=0.5, gap=6, window=4)
     assert wide.far is not None
     assert wide.groupings["distance in windows"][wide.far.bins[0]] == "16-32"
+
+
+def test_rows_of_several_numbers_of_pairs_behind_short_ones() -> None:
+    shape = Shape(64, 256, 64 * 20)
+    task = SpreadRecall(
+        shape, 48, (2, 4, 8), values=1, spread=0.4, gap=6, window=4, lead_in=(16, 32), lead_in_tokens=500
+    )
+    assert task.settings["pairs"] == [2, 4, 8]
+    lengths, numbers = [], set()
+    for batch in itertools.islice(task.train_batches(0), 40):
+        lengths.append(batch.input_ids.shape[1])
+        assert batch.input_ids.numel() == 256
+        targets = (batch.labels != IGNORE).sum(1).tolist()
+        assert set(targets) <= {16: {2, 4}, 32: {4, 8}, 64: {2, 4, 8}}[lengths[-1]]
+        numbers |= {(lengths[-1], number) for number in targets}
+    assert lengths == [16] * 2 + [32] * 2 + [64] * 36  # 500 tokens are reached with the second batch
+    assert len(numbers) == 7
+    assert torch.equal(task.measured(0).input_ids, task.measured(0).input_ids)
+    assert task.measured(0).input_ids.shape == (4, 64)
+    found = {0: 0, 1: 0, 2: 0}
+    for batch in task.held_out():
+        for labels, number in zip(batch.labels, batch.groups["pairs"], strict=True):
+            assert (labels != IGNORE).sum() == (2, 4, 8)[number[0]]
+            found[int(number[0])] += 1
+    assert found == {0: 6, 1: 6, 2: 6}
+    assert task.far is not None
+    assert (task.far.grouping, task.far.bins) == ("pairs", (2,))
+
+
+def test_the_key_is_asked_for_in_longer_rows_than_those_of_training() -> None:
+    task = Passkey(SHAPE, "clm", vocab_size=48, digits=2, window=8, test_lengths=(32, 256))
+    assert next(task.train_batches(0)).input_ids.shape == (4, 32)
+    assert task.settings["test_seq_lens"] == [32, 256]
+    assert task.groupings["tokens of the row"] == ("32", "256")
+    assert task.groupings["distance in windows"][-1] == "16-32"
+    rows = {32: 0, 256: 0}
+    for batch in task.held_out():
+        length = batch.input_ids.shape[1]
+        assert batch.input_ids.numel() <= 256  # a row, or a batch's tokens
+        assert set(batch.groups["tokens of the row"].ravel()) == {(32, 256).index(length)}
+        assert np.flatnonzero(batch.labels[0] != IGNORE).tolist() == [length - 2, length - 1]
+        rows[length] += len(batch.labels)
+    assert rows == {32: LONG_ROWS, 256: LONG_ROWS}
 
 
 def test_every_variable_is_asked_for_and_its_hops_counted() -> None:
@@ -124,7 +168,7 @@ def test_rows_of_mqar_are_keyed_as_before() -> None:
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_the_key_stands_behind_the_first_marker(objective: Any) -> None:
     task = Passkey(SHAPE, objective, vocab_size=48, digits=3, window=8)
-    rows = task.rows(generator(1), 300)
+    rows = task.rows(generator(1), 300, 32)
     question = 29 if objective == "clm" else 28
     for inputs, labels, start in zip(*rows, strict=True):
         assert list(np.flatnonzero(inputs == MARKER)) == [start, question]
@@ -155,7 +199,7 @@ def test_passkey_bins_are_the_distance_and_the_depth() -> None:
             depth = set(batch.groups["depth"][row][targets[row]])
             low, high = (int(edge) for edge in labels[distance.pop()].split("-"))
             assert 8 * low <= 62 - start < 8 * high
-            assert depth == {5 * start // task.places}
+            assert depth == {5 * start // task.places(64)}
             assert not distance
 
 
@@ -186,7 +230,7 @@ def test_the_last_occurrence_is_found_as_by_a_loop() -> None:
     [
         recall,
         lambda: Passkey(SHAPE, "mlm", vocab_size=48, digits=2, window=8),
-        lambda: SpreadRecall(SHAPE, 48, pairs=3, values=1, spread=0.5, gap=2, window=8),
+        lambda: SpreadRecall(SHAPE, 48, pairs=(3,), values=1, spread=0.5, gap=2, window=8),
         lambda: VariableTracking(SHAPE, 48, chains=2, hops=2, window=8),
     ],
 )

@@ -14,7 +14,7 @@ import torch
 from benchmarks.attention_ablation import __main__ as cli
 from benchmarks.attention_ablation import study
 from benchmarks.attention_ablation.books import Books
-from benchmarks.attention_ablation.forms import FORMS, configure, select, window_tokens
+from benchmarks.attention_ablation.forms import FORMS, configure, entries_read, select, window_tokens
 from benchmarks.attention_ablation.measure import interleaved, memory
 from benchmarks.attention_ablation.mqar import MultiQueryRecall
 from benchmarks.attention_ablation.passkey import Passkey
@@ -124,6 +124,17 @@ def test_a_form_changes_its_keys_and_nothing_else() -> None:
         "gamma" in form_of(found["gamma-0.55"].config).given({}, None, torch.device("cpu")),
     ) == (0.55, True)
     assert found["window"].describe() == "attention window"
+
+
+def test_entries_read_are_what_tokens_see() -> None:
+    found = {v.name: v.config for v in select(["softmax", "window", "nystrom", "window/softmax"], base())}
+    window = [min(t + 1, t % 4 + 5) for t in range(32)]  # its own segment up to itself, and one whole one before
+    landmarks = [max(0, t // 4 - 1) for t in range(32)]
+    assert entries_read(found["softmax"], 32) == 16.5
+    assert entries_read(found["window"], 32) == sum(window) / 32
+    assert entries_read(found["window/softmax"], 32) == (16.5 + sum(window) / 32) / 2
+    made = 6 * 4 * 6 / (4 * 32)  # six landmarks of four tokens
+    assert entries_read(found["nystrom"], 32) == pytest.approx((sum(window) + sum(landmarks)) / 32 + made)
 
 
 def test_all_forms_are_all_different_and_named_ones_as_named() -> None:
@@ -262,6 +273,22 @@ def test_tasks_of_spread_facts(
     assert f"| accuracy, % by {label} |" in printed
 
 
+def test_several_numbers_of_pairs_and_longer_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every = ["--forms", "softmax", *SMALL, *SETS, "--timing-rounds", "0", "--batch-tokens", "2048"]
+    spread = ["--task", "mqar-spread", "--lead-in", "16", "--lead-in-tokens", "100", "--gap", "2", "--pairs", "4,2"]
+    passkey = ["--task", "passkey", "--test-seq-lens", "64,32", "--digits", "1"]
+    for asked, label, bins in ((spread, "pairs", "2 | 4"), (passkey, "tokens of the row", "32 | 64")):
+        out = tmp_path / f"{asked[1]}.json"
+        assert cli.main([*every, *asked, "--out", str(out)]) == 0
+        printed = capsys.readouterr().out
+        (run,) = json.loads(out.read_text())["runs"].values()
+        parts = run["groups"][label]
+        assert sum(part["targets"] for part in parts) == run["score"]["targets"]
+        assert all(part["targets"] for part in parts)
+        assert f"| accuracy, % by {label} | {bins} |" in printed
+        assert f"| {100 * parts[0]['accuracy']:.1f} | {100 * parts[1]['accuracy']:.1f} |" in printed
+
+
 def test_a_result_without_a_grouping_is_left_out_of_its_table(shards: Path) -> None:
     """Results from before books were grouped by the last occurrence are still in the other tables."""
     task, variants = Books.open(shards, shards, "clm", SHAPE, 1024, window=8), select(["softmax", "nystrom"], base())
@@ -270,10 +297,10 @@ def test_a_result_without_a_grouping_is_left_out_of_its_table(shards: Path) -> N
     rest = {"parameters": 1234, "memory": {"bytes": 2**20, "kind": "kept"}, "training": {"mean_loss": 2.5}}
     old: Record = {"score": part, "groups": {"position": [part] * 8}, **rest}
     new: Record = old | {"groups": {"position": [part] * 8, since: [part, part | {"targets": 0}, part, part]}}
-    lines = report(task, variants, {"softmax": {0: old}, "nystrom": {0: new}}, None).splitlines()
+    lines = report(task, variants, {"softmax": {0: old}, "nystrom": {0: new}}, None, 32).splitlines()
     at = lines.index(f"| loss, nats by {since} | 0-1 | 4-16 | never |")
     assert lines[at + 2 : at + 4] == ["| softmax | - | - | - |", "| nystrom | 2.0000 | 2.0000 | 2.0000 |"]
-    lines = report(task, variants, {"softmax": {0: old}, "nystrom": {0: old}}, None).splitlines()
+    lines = report(task, variants, {"softmax": {0: old}, "nystrom": {0: old}}, None, 32).splitlines()
     assert not any(since in line for line in lines)
 
 
@@ -323,10 +350,14 @@ def test_the_table_has_means_spreads_and_paired_differences() -> None:
         "nystrom": {0: record(0.40, 1.5), 1: record(0.80, None)},
     }
     timing = {"rounds": 3, "forms": {"softmax": {"seconds": 0.1, "ratio": 1.0}}}
-    lines = report(task, variants, runs, timing).splitlines()
+    lines = report(task, variants, runs, timing, 32).splitlines()
     softmax = "| softmax | attention softmax | 65.0 (30.0) | +0.00% (0.00%) | 1.5000 (1.0000) | 2.5000 (0.0000) |"
     nystrom = "| nystrom | - | 60.0 (40.0) | -10.00% (20.00%) | not finite | 2.5000 (0.0000) |"
-    assert lines[2:4] == [softmax + " 1,234 | 1.0 | 100.0 | 1.00 |", nystrom + " 1,234 | 1.0 | - | - |"]
+    read = f"{entries_read(variants[1].config, 32):.1f}"
+    assert lines[2:4] == [
+        softmax + " 1,234 | 16.5 | 1.0 | 100.0 | 1.00 |",
+        nystrom + f" 1,234 | {read} | 1.0 | - | - |",
+    ]
     assert "| accuracy, % by distance in windows | 1-2 | 2-4 |" in lines  # the bin without targets is left out
     assert "| chance: one of the row's values | 33.3 | 33.3 |" in lines
     assert "| held-out targets | 10 | 10 |" in lines
@@ -362,6 +393,14 @@ def test_a_number_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None
         (["--task", "passkey", "--set", "vocab_size=20"], "has no filler"),
         (["--task", "passkey", "--digits", "16", "--set", "vocab_size=200"], "no room for a needle"),
         (["--task", "mqar-spread", "--spread", "1.5"], "a spread between 0 and 1"),
+        (["--task", "mqar-spread", "--lead-in", "8,16"], "--lead-in 8,16: lengths from 16 to 32"),
+        (["--task", "mqar-spread", "--lead-in", "16", "--set", "vocab_size=22"], "the 3 keys and values"),
+        (["--task", "mqar-spread", "--lead-in", "16", "--lead-in-tokens", "0"], "must be at least 1"),
+        (["--task", "mqar-spread", "--pairs", "2,x"], "--pairs 2,x: write whole numbers"),
+        (["--lead-in", "16"], "--lead-in is for task mqar-spread"),
+        (["--pairs", "1,2"], "several are for task mqar-spread"),
+        (["--test-seq-lens", "64"], "--test-seq-lens is for task passkey"),
+        (["--task", "passkey", "--test-seq-lens", "4,64"], "rows of 4 tokens have no room for a needle"),
         (["--task", "mqar-spread", "--pairs", "9"], "no room for 9 keys with 1 value(s)"),
         (["--task", "mqar-spread", "--pairs", "9", "--values", "2"], "--set vocab_size=54 or more"),
         (["--task", "variables", "--chains", "1"], "at least two chains"),

@@ -27,7 +27,7 @@ from eval.tasks.efficiency.measure import Spread
 CPU = torch.device("cpu")
 TINY = ["--heads", "2", "--head-dim", "8", "--landmarks", "8", "--segment-length", "4", "--conv-kernel", "5"]
 OURS = ("nystrom", "nystrom+conv", "causal-inverse", "causal-inverse+conv", "causal-nystrom", "causal-nystrom+conv",
-        "causal-pyramid", "causal-pyramid+conv")  # fmt: skip
+        "causal-pyramid", "causal-pyramid+conv", "causal-recall", "causal-recall+conv")  # fmt: skip
 INSTALLED = {"transformers": "transformers", "lucidrains": "nystrom_attention"}
 
 
@@ -215,9 +215,9 @@ def test_flop_ratios_are_the_formulas() -> None:
     assert ratio["nystrom+conv"] == ratio["transformers"] == pytest.approx(by_hand + 2 * 5 * h / (4 * n * h))
     documents = sum(size**2 for size in document_lengths(256, 0)) / 256**2
     assert ratio["packed-sdpa"] == pytest.approx(documents)
-    assert (
-        ratio["causal-pyramid"] < ratio["causal-nystrom"] < ratio["causal-inverse"] < ratio["causal-inverse+conv"] < 1
-    )
+    causal = ("pyramid", "nystrom", "recall", "inverse", "inverse+conv")
+    ordered = [ratio[f"causal-{name}"] for name in causal]
+    assert [*ordered, 1] == sorted([*ordered, 1])
     assert ratio["sdpa"] == ratio["causal-sdpa"] == 1
 
 

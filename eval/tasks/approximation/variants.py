@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.shared.forms import EXACT, FLAT, POOLED, WINDOW, settings_read
+from eval.shared.forms import EXACT, FLAT, LANDMARKS_ALONE, POOLED, WINDOW, settings_read
 from eval.tasks.approximation import ApproximationSettings
 from pretrain.model.config import ModelConfig
 
@@ -49,6 +49,8 @@ def whole(config: ModelConfig) -> list[Variant]:
         found.append(Variant("pooled", "landmarks without the inverse", POOLED, compared=True))
     if config.landmark_levels > 1 and "landmark_levels" in settings_read(config):
         found.append(Variant("flat", "one landmark for each segment", FLAT, compared=True))
+    if config.recall_segments and "recall_segments" in settings_read(config):
+        found.append(Variant("landmarks", "landmarks alone", LANDMARKS_ALONE, compared=True))
     # A masked Nystrom model has no window of its own: the loss alone shows how near the text is that it needs.
     found.append(Variant("window", f"window of {tokens} tokens alone", WINDOW, compared=causal))
     return found

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pretrain.model.attention.pyramid import FLAT, Pyramid
+from pretrain.model.attention.recall import Choice, add_chosen, add_gradients, hide
 from pretrain.model.compute import at_least_float32, device_type
 
 
@@ -51,16 +52,23 @@ def blockwise_attention(
     far_bias: Tensor,
     window: Window,
     pyramid: Pyramid = FLAT,
+    recall: int = 0,
 ) -> Tensor:
     """Softmax attention, logits scaled by d^-1/2, of every token to its window and to the landmarks before it.
 
     q, k, v: (B, S * c, d). far_k, far_v: (B, m, d) with m = S - w landmarks, or m = 0 for the window alone. Those of a
     ``pyramid`` are its levels one behind the other, ``pyramid.nodes(S - w)`` of them. far_v has q's dtype, far_k that
-    or float32. far_bias: (B, m), added to their logits. Returns (B, S * c, d) in q's dtype. Logits, softmax and
-    gradients of the landmarks are at least float32, weights have q's precision. Differentiable once.
+    or float32. far_bias: (B, m), added to their logits. ``recall``: each token reads so many far segments, those whose
+    landmarks it asks for most, token by token. Returns (B, S * c, d) in q's dtype. Logits, softmax and gradients of the
+    landmarks are at least float32, weights have q's precision. Differentiable once.
     """
+    if recall and pyramid.levels > 1:
+        raise ValueError(
+            f"recall {recall} chooses among landmarks of single segments, not among {pyramid.levels} levels"
+        )
+    recall = min(recall, far_k.shape[1])
     with torch.autocast(q.device.type, enabled=False):
-        return _Blockwise.apply(q, k, v, far_k, far_v, far_bias, window, pyramid)
+        return _Blockwise.apply(q, k, v, far_k, far_v, far_bias, window, pyramid, recall)
 
 
 # Bytes of a tile's logits: a CPU wants them in its second-level cache, a GPU wants few launches.
@@ -168,29 +176,50 @@ class _Blockwise(torch.autograd.Function):
         far_bias: Tensor,
         window: Window,
         pyramid: Pyramid,
+        recall: int,
     ) -> Tensor:
         ctx.window, ctx.pyramid = window, pyramid
         q, k, v = (x.unflatten(1, (-1, window.segment_length)) for x in (q, k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         read = _Read(q, k, v, far_k, far_v, far_bias, window, pyramid)
+        choice = Choice.empty(q, recall) if recall else None
         for tile in _tiles(q, read.reach):
             at = (tile.heads, slice(tile.first, tile.last))
-            weights = read.weights(tile, read.queries(tile), read.columns(k, far_k, tile, "columns", read.operand))
+            keys = read.columns(k, far_k, tile, "columns", read.operand)
+            weights = read.weights(tile, read.queries(tile), keys, choice)
             rows = read.space("rows", *weights.shape[:2], q.shape[3])
             torch.bmm(weights, read.columns(v, far_v, tile, "columns"), out=rows)
             out[at] = rows.view(out[at].shape)
-        ctx.save_for_backward(q, k, v, far_k, far_v, far_bias)
-        return out.flatten(1, 2)
+        if choice is not None:
+            add_chosen(out, choice, q, k, v, read.space, read.operand)
+        out = out.flatten(1, 2)
+        ctx.save_for_backward(q, k, v, far_k, far_v, far_bias, *([] if choice is None else [*choice, out]))
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):
-            q, k, v, far_k, far_v, far_bias = ctx.saved_tensors
+            q, k, v, far_k, far_v, far_bias, *chosen = ctx.saved_tensors
             read = _Read(q, k, v, far_k, far_v, far_bias, ctx.window, ctx.pyramid)
             grad = grad.to(q.dtype).unflatten(1, (-1, ctx.window.segment_length))
-            d_q, d_k, d_v, d_far_k, d_far_v, d_bias = _backward(grad, read)
-            return (d_q.flatten(1, 2), d_k.flatten(1, 2), d_v.flatten(1, 2), d_far_k, d_far_v, d_bias, None, None)
+            recalled = None
+            if chosen:
+                segments, log_sum, out = chosen
+                means = (grad.to(read.high) * out.view(grad.shape)).sum(dim=3)
+                recalled = Recalled(Choice(segments, log_sum), means)
+            d_q, d_k, d_v, *d_far = _backward(grad, read, recalled)
+            if recalled is not None:
+                add_gradients(grad, *recalled, q, k, v, (d_q, d_k, d_v), read.space, read.operand)
+            return (*(x.flatten(1, 2) for x in (d_q, d_k, d_v)), *d_far, None, None, None)
+
+
+class Recalled(NamedTuple):
+    """What the backward pass needs to know where tokens read some segments exactly."""
+
+    choice: Choice
+    means: Tensor
+    """(B, S, c): the product of each token's output with its gradient, in at least float32."""
 
 
 class _Read:
@@ -271,24 +300,38 @@ class _Read:
             return torch.bmm(q, keys, out=out)
         return torch.bmm(q, keys, out_dtype=self.high, out=out)
 
-    def weights(self, tile: _Tile, q: Tensor, keys: Tensor) -> Tensor:
-        """(B' * count, c, w c + visible) softmax weights, in the workspace."""
+    def weights(
+        self, tile: _Tile, q: Tensor, keys: Tensor, choice: Choice | None = None, *, again: bool = False
+    ) -> Tensor:
+        """(B' * count, c, w c + visible) softmax weights, in the workspace. With a ``choice`` they are those of all
+        that was not chosen. The first time it is made here, and their sum is 1. ``again`` gives their share in the
+        softmax over everything, in at least float32."""
         size, count = self.window.segment_length, tile.last - tile.first
         near, own = self.window.segments * size, self.back * size
-        shape = (q.shape[0], size, keys.shape[1])
         logits = self.logits(q, keys)
         logits[..., own:near] += self.triangle
         by_segment = logits.view(-1, count, size, keys.shape[1])
         for segment in range(tile.first, min(tile.last, self.back)):
             by_segment[:, segment - tile.first, :, : (self.back - segment) * size] = -torch.inf
+        by_head = logits.view(tile.heads.stop - tile.heads.start, count, size, -1)
+        far = by_head[..., near:]
         if tile.visible:
-            far = logits.view(tile.heads.stop - tile.heads.start, count, size, -1)[..., near:]
             far += self.far_logits(tile)
-        return self.low(torch.softmax(logits, 2, out=self.space("weights", *shape, dtype=self.high)), "weights")
+        weights = self.space("weights", *logits.shape, dtype=self.high)
+        if choice is None:
+            return self.low(torch.softmax(logits, 2, out=weights), "weights")
+        at = (tile.heads, slice(tile.first, tile.last))
+        if again:
+            if tile.visible:
+                hide(far, choice.segments[at])
+            return choice.weigh_again(at, by_head, weights.view(by_head.shape)).view(logits.shape)
+        choice.choose(at, far)
+        return self.low(choice.weigh(at, by_head, weights.view(by_head.shape)).view(logits.shape), "weights")
 
 
-def _backward(grad: Tensor, read: _Read) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v (B, S, c, d), far_k, far_v and far_bias; landmarks' sums over tiles in at least float32."""
+def _backward(grad: Tensor, read: _Read, recalled: Recalled | None) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v (B, S, c, d), far_k, far_v and far_bias; landmarks' sums over tiles in at least float32.
+    Those of segments that were read exactly are left out."""
     q, space, size = read.q, read.space, read.window.segment_length
     near = read.window.segments * size
     d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, read.k, read.v))
@@ -299,7 +342,8 @@ def _backward(grad: Tensor, read: _Read) -> tuple[Tensor, ...]:
         at = (tile.heads, slice(tile.first, tile.last))
         part, d_out = read.queries(tile), grad[at].flatten(0, 1)
         keys = read.columns(read.k, read.far_k, tile, "columns", read.operand)
-        weights = read.weights(tile, part, keys)
+        wide = read.weights(tile, part, keys, None if recalled is None else recalled.choice, again=True)
+        weights = read.low(wide, "weights")
         part, keys = read.low(part, "queries"), read.low(keys, "columns")
 
         def scatter(d_columns: Tensor, d_x: Tensor, d_far: Tensor, tile: _Tile = tile) -> None:
@@ -322,9 +366,12 @@ def _backward(grad: Tensor, read: _Read) -> tuple[Tensor, ...]:
         scatter(torch.bmm(weights.transpose(1, 2), d_out, out=d_columns), d_v, d_far_v)
         values = read.columns(read.v, read.far_v, tile, "values")
         d_weights = torch.bmm(d_out, values.transpose(1, 2), out=space("logits", *weights.shape))
-        d_logits = torch._softmax_backward_data(
-            d_weights, weights, 2, weights.dtype, grad_input=space("d_logits", *weights.shape)
-        )
+        d_logits = space("d_logits", *weights.shape, dtype=None if recalled is None else read.high)
+        if recalled is None:
+            torch._softmax_backward_data(d_weights, weights, 2, weights.dtype, grad_input=d_logits)
+        else:
+            torch.sub(d_weights, recalled.means[at].flatten(0, 1).unsqueeze(2), out=d_logits).mul_(wide)
+            d_logits = read.low(d_logits, "d_logits")
         rows = torch.bmm(d_logits, keys, out=space("rows", *part.shape))
         torch.mul(rows.view(d_q[at].shape), q.shape[3] ** -0.5, out=d_q[at])
         scatter(torch.bmm(d_logits.transpose(1, 2), part, out=d_columns), d_k, d_far_k)

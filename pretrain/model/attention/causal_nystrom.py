@@ -108,19 +108,20 @@ def causal_nystrom_attention(
     gamma: Tensor | None = None,
     weighted: bool = True,
     pyramid: Pyramid = FLAT,
+    recall: int = 0,
 ) -> Tensor:
     """Attention of every token to those before it. q, k, v: (R, H, n, d) for any n; returns (R, H, n, d).
 
     ``offset``: (H, S, d) or (H, 1, d), added to the mean query of each segment, S at least n / c. ``correction``: of
-    those means, added too. ``gamma``: (H,) in
-    (1/2, 1), or None for pooled values. ``weighted``: landmark keys are weighted as the values are, or else plain
-    means. ``pyramid``: far landmarks have parents, which are seen in their place.
+    those means, added too. ``gamma``: (H,) in (1/2, 1), or None for pooled values. ``weighted``: landmark keys are
+    weighted as the values are, or else plain means. ``pyramid``: far landmarks have parents, which are seen in their
+    place. ``recall``: far segments that each token reads exactly (:mod:`pretrain.model.attention.recall`).
 
-    A sequence of up to ``window.segments`` segments gets exact causal attention.
+    A sequence of up to ``window.segments`` + ``recall`` segments gets exact causal attention.
     """
     rows, heads, length, _ = q.shape
     size = window.segment_length
-    if length <= window.segments * size:
+    if length <= (window.segments + recall) * size:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     segments = -(-length // size)
@@ -133,7 +134,7 @@ def causal_nystrom_attention(
     if pyramid.levels > 1:
         with torch.autocast(q.device.type, enabled=False):
             far = stacked(Level(queries[:, :count], *far), pyramid, weighted=weighted)
-    out = blockwise_attention(q, k, v, far.keys, far.values.to(v.dtype), far.mass, window, pyramid)
+    out = blockwise_attention(q, k, v, far.keys, far.values.to(v.dtype), far.mass, window, pyramid, recall)
     return out.unflatten(0, (rows, heads))[:, :, :length]
 
 
@@ -264,3 +265,23 @@ def _gather(query: Tensor, k: Tensor, v: Tensor, segment_length: int) -> Tensor:
         part = attend(query[None, :, first:last], k[None, :, :visible], v[None, :, :visible], mask)
         parts.append(part.squeeze(0))
     return torch.cat(parts, dim=1)
+
+
+def next_value(
+    query: Tensor, pooled: Tensor, known: Landmarks, k: Tensor, v: Tensor, number: Tensor, gamma: Tensor
+) -> Tensor:
+    """W of one landmark more for each of R rows, by forward substitution: (R, H, d).
+
+    ``query``, ``pooled``: (R, H, d), q~ and P, in at least float32. ``known``: (R, H, n, ...). Its landmarks up to the
+    new one, ``number`` (R,), have keys and mass; those before it have values too. ``k``, ``v``: (R, H, n * c, d).
+    ``gamma``: (H,).
+    """
+    count, gamma, number = known.keys.shape[2], gamma.to(query.dtype)[:, None], number[:, None, None]
+    core = query.shape[-1] ** -0.5 * (known.keys.to(query.dtype) @ query.unsqueeze(-1)).squeeze(-1) + known.mass
+    order = torch.arange(count, device=query.device)
+    core = core.masked_fill(order > number, -torch.inf).softmax(dim=-1)
+    own = core.gather(-1, number.expand(-1, core.shape[1], -1))
+    earlier = (core.masked_fill(order >= number, 0).unsqueeze(-2) @ known.values.to(query.dtype)).squeeze(-2)
+    visible = (order <= number).repeat_interleave(k.shape[2] // count, dim=-1).unsqueeze(1)
+    gathered = attend(query.unsqueeze(-2).to(k.dtype), k, v, visible).squeeze(-2).to(query.dtype)
+    return (gamma * pooled + (1 - gamma) * (gathered - earlier)) / (gamma + (1 - gamma) * own)

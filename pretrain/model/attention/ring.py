@@ -9,8 +9,9 @@ For each row, with H heads of width d, segments of c tokens, a window of w segme
 * behind the ring, in the same tensors: the keys k~ and values W of m = ceil(L / c) - w landmarks, as many as the last
   token can see, and their masses M. A step reads ring and landmarks with one product;
 * the sum of the queries of the segment that is not complete yet, from which its landmark's query will come;
-* for values through the triangular inverse, the keys and values of those m segments: B V of a new landmark looks at all
-  of them. Such a cache is a little larger than that of exact attention.
+* for values through the triangular inverse, and for tokens that read some far segments exactly, the keys and values of
+  those m segments. B V of a new landmark looks at all of them, a token at k c of them. Such a cache is a little larger
+  than that of exact attention.
 
 Keys and values have the dtype of the model, for that is what the forward pass reads with. M and the sums have at least
 float32: a sum over a segment in bfloat16 would lose its last queries. The triangular solve continues from landmarks in
@@ -41,12 +42,13 @@ from pretrain.model.attention.causal_nystrom import (
     Landmarks,
     causal_landmarks,
     landmark_queries,
+    next_value,
     pool_segments,
 )
 from pretrain.model.attention.form import Given
 from pretrain.model.attention.landmark_slots import LandmarkSlots, PromptNodes, Rise, rises
 from pretrain.model.attention.pyramid import FLAT, Level, Pyramid, merge
-from pretrain.model.attention.softmax import attend
+from pretrain.model.attention.recall import choose_tokens
 from pretrain.model.compute import at_least_float32
 
 if TYPE_CHECKING:
@@ -66,7 +68,9 @@ class RingSize:
     pyramid: Pyramid = FLAT
     """Which of these landmarks, and of their parents, a token sees."""
     history: int = 0
-    """Tokens whose keys and values are kept for B V: m c, or 0 for pooled values."""
+    """Tokens whose keys and values are kept for B V, or to be read again: m c, or 0."""
+    recall: int = 0
+    """Far segments that a token reads exactly; with ``history``."""
     conv_kernel: int = 0
     """Taps of the skip convolution, which reads the same values."""
 
@@ -224,13 +228,14 @@ class Ring(Cache):
         history: bool = False,
         weighted: bool = True,
         pyramid: Pyramid = FLAT,
+        recall: int = 0,
     ) -> Ring:
         """The tokens of a window, and as many more as the skip convolution is wide. landmarks: beyond the window;
-        history: all tokens that these stand for, too."""
+        history: all tokens that these stand for, too, of which each token reads those of ``recall`` segments."""
         c, w = window
         slots = min(c * max(w, -(-config.conv_kernel // c)), max_length)
         m = max(-(-max_length // c) - w, 0) if landmarks else 0
-        size = RingSize(slots, window, m, pyramid, m * c if history else 0, config.conv_kernel)
+        size = RingSize(slots, window, m, pyramid, m * c if history else 0, min(recall, m), config.conv_kernel)
         return cls(config, size, weighted=weighted)
 
     def prompts(self, starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Prompts:
@@ -349,15 +354,26 @@ class RingLayer(LayerCache):
         keys, values = self.keys[:, :, :columns], self.values[:, :, :columns]
         if keys.dtype == torch.float16:
             query, keys = query.float(), keys.float()
-        logits = (query * query.shape[-1] ** -0.5).unsqueeze(-2) @ keys.transpose(-1, -2)
+        query = query * query.shape[-1] ** -0.5
+        logits = query.unsqueeze(-2) @ keys.transpose(-1, -2)
         logits = logits.squeeze(-2).to(at_least_float32(query.dtype))
         if self.mass is not None and columns > near:
             logits[:, :, near:] += self.mass[:, :, : columns - near]
-        weights = logits.masked_fill(step.hidden, -torch.inf).softmax(dim=-1)
+        logits = logits.masked_fill_(step.hidden, -torch.inf)
+        past_values = None
+        if self.past_keys is not None and self.past_values is not None and self.size.recall and columns > near:
+            tokens, seen = choose_tokens(logits[:, :, near:], self.size.recall, self.segment_length)
+            index = tokens.unsqueeze(-1).expand(-1, -1, -1, query.shape[-1])
+            past_keys, past_values = self.past_keys.gather(2, index).to(query.dtype), self.past_values.gather(2, index)
+            past = (query.unsqueeze(-2) @ past_keys.transpose(-1, -2)).squeeze(-2).to(logits.dtype)
+            logits = torch.cat([logits, past.masked_fill(~seen, -torch.inf)], dim=-1)
+        weights = logits.softmax(dim=-1)
         if conv_weight is not None:  # one product for both: the taps are weights of the same values
             taps = F.pad(conv_weight[:, 0, :, 0], (0, 1))
             weights[:, :, :near] += taps[:, step.taps].transpose(0, 1)
-        return (weights.to(values.dtype).unsqueeze(-2) @ values).squeeze(-2)
+        weights = weights.to(values.dtype).unsqueeze(-2)
+        out = weights[..., :columns] @ values
+        return (out if past_values is None else out + weights[..., columns:] @ past_values).squeeze(-2)
 
     def _add_landmarks(self, done: Completed, query_sum: Tensor, given: Given) -> None:
         assert self.mass is not None
@@ -377,9 +393,10 @@ class RingLayer(LayerCache):
         place = (done.rows, slice(None), self.size.slots + done.place)
         self.keys[place] = keys.to(self.keys.dtype)
         self.mass[done.rows, :, done.place] = mass
-        if gamma is not None and self.past_keys is not None and self.past_values is not None:
+        if self.past_keys is not None and self.past_values is not None:
             past = (done.rows[:, None], slice(None), done.positions)
             self.past_keys[past], self.past_values[past] = k, v
+        if gamma is not None and self.past_keys is not None and self.past_values is not None:
             first, last, tokens = self.size.slots, self.size.slots + done.count, done.count * self.segment_length
             known = Landmarks(
                 self.keys[done.rows, :, first:last],
@@ -415,23 +432,3 @@ def correction_of(given: Given) -> Correction | None:
     if "query_into" not in given:
         return None
     return Correction(given["query_into"], given["query_out"], given.get("query_cos"), given.get("query_sin"))
-
-
-def next_value(
-    query: Tensor, pooled: Tensor, known: Landmarks, k: Tensor, v: Tensor, number: Tensor, gamma: Tensor
-) -> Tensor:
-    """W of one landmark more for each of R rows, by forward substitution: (R, H, d).
-
-    ``query``, ``pooled``: (R, H, d), q~ and P, in at least float32. ``known``: (R, H, n, ...). Its landmarks up to the
-    new one, ``number`` (R,), have keys and mass; those before it have values too. ``k``, ``v``: (R, H, n * c, d).
-    ``gamma``: (H,).
-    """
-    count, gamma, number = known.keys.shape[2], gamma.to(query.dtype)[:, None], number[:, None, None]
-    core = query.shape[-1] ** -0.5 * (known.keys.to(query.dtype) @ query.unsqueeze(-1)).squeeze(-1) + known.mass
-    order = torch.arange(count, device=query.device)
-    core = core.masked_fill(order > number, -torch.inf).softmax(dim=-1)
-    own = core.gather(-1, number.expand(-1, core.shape[1], -1))
-    earlier = (core.masked_fill(order >= number, 0).unsqueeze(-2) @ known.values.to(query.dtype)).squeeze(-2)
-    visible = (order <= number).repeat_interleave(k.shape[2] // count, dim=-1).unsqueeze(1)
-    gathered = attend(query.unsqueeze(-2).to(k.dtype), k, v, visible).squeeze(-2).to(query.dtype)
-    return (gamma * pooled + (1 - gamma) * (gathered - earlier)) / (gamma + (1 - gamma) * own)

@@ -304,6 +304,15 @@ def test_a_pyramid_stands_beside_flat_landmarks(export: Callable[..., Path], sha
     assert found[1]["relative_error"].value > 1.02 * found[1]["relative_error_flat"].value
 
 
+def test_recall_stands_beside_landmarks_alone(export: Callable[..., Path], shards: ShardSet) -> None:
+    changes = {"objective": "clm", "segment_length": 2, "window_segments": 1, "conv_kernel": 0}
+    alone, recall = export("alone", **changes), export("recall", **changes, recall_segments=4)
+    found = [approximation(subject_of(path, shards), settings_for("clm")).metrics for path in (alone, recall)]
+    assert "relative_error_landmarks" not in found[0]
+    assert found[1]["loss_landmarks"].value == pytest.approx(found[0]["loss"].value, rel=1e-5)  # the same weights
+    assert found[1]["relative_error"].value < found[1]["relative_error_landmarks"].value
+
+
 def test_numbers_do_not_depend_on_the_parts(causal: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = subject_of(causal, shards)
     whole = approximation(subject, settings_for("clm"))

@@ -344,6 +344,10 @@ def test_a_licence_is_one_that_the_hub_takes(
         ({"objective": "mlm", "landmark_inverse": False}, "mean keys and values of 64 segments, without the inverse"),
         ({"objective": "clm"}, "one landmark, values pooled; exact up to 128 tokens"),
         ({"objective": "clm", "landmark_levels": 9}, "a pyramid of landmarks (band 16, branching 2, at most 9 levels)"),
+        (
+            {"objective": "clm", "recall_segments": 2},
+            "of which each token reads the 2 that it asks for most exactly, values pooled; exact up to 256 tokens",
+        ),
         ({"objective": "clm", "landmark_inverse": True}, "values through a triangular inverse"),
         ({"attention": "softmax"}, "exact softmax attention; plus a depthwise convolution of 65 taps"),
         (

@@ -24,13 +24,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "learned-query": {"learn_landmark_query": True},
     "query-map": {"landmark_query_rank": 2, "learn_landmark_query": True},
     "query-map-without-positions": {"landmark_query_rank": 2, "positions": "none"},
+    "recall": {"recall_segments": 2},
+    "recall-inverse": {"recall_segments": 1, "landmark_inverse": True, "segment_length": 3},
     "pyramid": {"landmark_levels": 16, "landmark_band": 1},
     "pyramid-of-threes": {
         "landmark_levels": 2, "landmark_band": 2, "landmark_branching": 3, "segment_length": 2, "landmark_keys": "mean",
         "landmark_query_rank": 1, "learn_landmark_query": True,
     },
 }  # fmt: skip
-KEEPING = [name for name, changes in FORMS.items() if "attention" in changes] + ["inverse", "pyramid"]
+KEEPING = [name for name, changes in FORMS.items() if "attention" in changes] + ["inverse", "recall", "pyramid"]
 """One for each kind of state."""
 
 
@@ -226,6 +228,7 @@ def test_memory_grows_by_landmarks_only() -> None:
     assert growth(attention="window") == 0
     assert growth(attention="softmax") == layers * 2 * hidden * C
     assert growth(landmark_inverse=True) == layers * (2 * hidden + heads + 2 * hidden * C)
+    assert growth(recall_segments=3) == growth(landmark_inverse=True)
 
 
 @pytest.mark.parametrize("w", [1, 3])

@@ -59,6 +59,11 @@ def test_flops_of_the_causal_form_count_what_is_seen() -> None:
     assert attention_flops_per_token(config(objective="clm"), n) == pytest.approx(pooled)
     inverse = pooled + (4 * h * gathered + 2 * h * m * m) / n
     assert attention_flops_per_token(config(objective="clm", landmark_inverse=True), n) == pytest.approx(inverse)
+    chosen = sum(min(2, max(t // c - w + 1, 0)) for t in range(n))
+    recalled = pooled + chosen * (4 * h * c - 2 * h) / n
+    assert attention_flops_per_token(config(objective="clm", recall_segments=2), n) == pytest.approx(recalled)
+    exact = attention_flops_per_token(config(objective="clm", attention="softmax"), 16)
+    assert attention_flops_per_token(config(objective="clm", recall_segments=2), 16) == exact  # w + 2 segments
     near = sum(t + 1 - max(t // c - w + 1, 0) * c for t in range(n))
     assert attention_flops_per_token(config(objective="clm", attention="window"), n) == pytest.approx(4 * h * near / n)
     both = sum(min((t // c + w) * c, n) - max(t // c - w + 1, 0) * c for t in range(n))

@@ -52,6 +52,7 @@ class Nystrom(Form):
                 gamma=given.get("gamma"),
                 weighted=config.landmark_keys == "weighted",
                 pyramid=self.pyramid,
+                recall=config.recall_segments,
             )
         if config.landmark_inverse:
             return self._bidirectional(q, k, v, rectangle, None)
@@ -80,15 +81,17 @@ class Nystrom(Form):
         )
 
     def cache(self, max_length: int) -> Ring:
-        """The window and, behind it, the landmarks; with ``landmark_inverse`` all tokens that these stand for, too."""
+        """The window and, behind it, the landmarks. With ``landmark_inverse`` or ``recall_segments`` also all tokens
+        that these stand for."""
         return Ring.of_window(
             self.config,
             self._window,
             max_length,
             landmarks=True,
-            history=self.config.landmark_inverse,
+            history=self.config.landmark_inverse or self.config.recall_segments > 0,
             weighted=self.config.landmark_keys == "weighted",
             pyramid=self.pyramid,
+            recall=self.config.recall_segments,
         )
 
     def flops(self, seq_len: int) -> float:
@@ -99,7 +102,8 @@ class Nystrom(Form):
         Causal, m landmarks of c tokens: 4 h for every token seen in the window and every landmark seen, on average. The
         landmarks' own work is divided by n: 6 h m c for their keys, masses and values. With the inverse come 4 h c m (m
         + 1) / 2 for B V, and h m^2 each for A and the triangular solve. In a pyramid a token sees fewer, and each
-        landmark is made into a parent once, which is 6 h for each child.
+        landmark is made into a parent once, which is 6 h for each child. Of a segment that a token reads exactly it has
+        the landmark's logit, 2 h, and 4 h for each of the c tokens.
         """
         if seq_len <= self.exact_up_to:
             return self.exact_flops(seq_len)
@@ -112,19 +116,22 @@ class Nystrom(Form):
             return 8.0 * m * h + small / n
         c, w = self._window
         sizes = segment_sizes(n, c)
-        landmarks = sum(size * self.pyramid.seen(max(i - w + 1, 0)) for i, size in enumerate(sizes))
+        seen = [(size, self.pyramid.seen(max(i - w + 1, 0))) for i, size in enumerate(sizes)]
+        landmarks = sum(size * count for size, count in seen)
+        recalled = sum(size * min(count, config.recall_segments) for size, count in seen)
         m = len(sizes) - w
         own = 6.0 * h * m * c + 6.0 * h * self.pyramid.branching * sum(self.pyramid.nodes(m)[1:])
         if config.landmark_inverse:
             own += 4.0 * h * c * m * (m + 1) / 2 + 2.0 * h * m * m
+        own += (4.0 * c - 2.0) * h * recalled
         return (4.0 * h * (tokens_seen(self._window, n, causal=True) + landmarks) + own) / n
 
     @property
     def exact_up_to(self) -> int:
-        """Causal: the window. Masked: as long as exact attention is cheaper than two landmark products, below 2 m
-        tokens; without the inverse than one, up to m tokens."""
+        """Causal: the window, and as many segments more as each token reads exactly. Masked: as long as exact attention
+        is cheaper than two landmark products, below 2 m tokens; without the inverse than one, up to m tokens."""
         if self.causal:
-            return self._window.segments * self._window.segment_length
+            return (self._window.segments + self.config.recall_segments) * self._window.segment_length
         m = self.config.num_landmarks
         return 2 * m - 1 if self.config.landmark_inverse else m
 
@@ -179,6 +186,12 @@ class Nystrom(Form):
                 "triangular inverse needs the landmark of every segment. Set landmark_inverse: false, or "
                 "landmark_levels: 1"
             )
+        if self.causal and self.config.landmark_levels > 1 and self.config.recall_segments:
+            raise UserError(
+                f"landmark_levels {self.config.landmark_levels} and recall_segments {self.config.recall_segments} "
+                "exclude each other: tokens choose among the landmarks of single segments. Set landmark_levels: 1, or "
+                "recall_segments: 0"
+            )
 
     @property
     def pooled_to(self) -> int | None:
@@ -193,6 +206,7 @@ class Nystrom(Form):
             *keys,
             "landmark_band",
             "landmark_branching",
+            "recall_segments",
             "learn_landmark_query",
             "landmark_query_rank",
             "gamma_init",
