@@ -91,8 +91,8 @@ class ModelConfig(Strict):
     )
     residual_init: Literal["same", "scaled"] = Field(
         "same",
-        description="Initial weights of the two maps of a layer that write to the residual stream. same: as all others. "
-        "scaled: init_std / sqrt(2 x num_layers).",
+        description="Initial weights of a layer's two maps into the residual stream. same: as all others. scaled: "
+        "init_std / sqrt(2 x num_layers).",
     )
 
     positions: Pattern = Field(
@@ -123,7 +123,7 @@ class ModelConfig(Strict):
     rope_original_length: int | None = Field(
         None,
         gt=0,
-        description="`rope_scaling: yarn` only: the length, in tokens, that the angles were trained on before they were "
+        description="Under `rope_scaling: yarn` alone: tokens of the length that was trained on before angles were "
         "scaled. The curriculum sets it in checkpoints.",
         json_schema_extra={"left_out": "by the curriculum"},
     )
@@ -297,7 +297,9 @@ class ModelConfig(Strict):
         if not self.rotary and self.rope_scaling != "none":
             raise ValueError(f"rope_scaling {self.rope_scaling} has no effect with positions: {positions}")
         if not self.rotary and self.rope_position_scale != 1.0:
-            raise ValueError(f"rope_position_scale {self.rope_position_scale} has no effect with positions: {positions}")
+            raise ValueError(
+                f"rope_position_scale {self.rope_position_scale} has no effect with positions: {positions}"
+            )
         if self.rope_scaling == "ntk" and self.head_dim <= 2:
             raise ValueError(
                 f"rope_scaling ntk needs heads wider than 2, and hidden_size / num_heads is {self.head_dim}: there is "

@@ -137,7 +137,7 @@ class NystromformerLM(nn.Module):
         return LMOutput(loss_sum=loss_sum, z_sum=z_sum, num_targets=(labels != IGNORE).sum(), hidden=states)
 
     def _loss_sum(self, x: Tensor, labels: Tensor, layout: Layout) -> Tensor:
-        """The sum of the cross entropy, (); with ``z_loss`` in training, (2,), that of the squared log-partition too."""
+        """The sum of the cross entropy, (); with ``z_loss`` in training also of the squared log-partition, (2,)."""
         # A causal model's full rows are (nearly) all targets: picking them out would only wait for the device.
         if self.config.objective == "clm" and layout.is_full:
             states, targets = x.flatten(0, 1), labels.flatten()
