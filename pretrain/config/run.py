@@ -129,8 +129,8 @@ class RunConfig(Strict):
         0.0,
         ge=0.0,
         allow_inf_nan=False,
-        description="Coefficient of the squared log-partition of the logits, which training adds to the loss of each "
-        "target; PaLM has 1e-4. It keeps logits from drifting. Reported losses are without it. 0: none.",
+        description="Weight of the squared log-partition of the logits in the training loss of each target; PaLM has "
+        "1e-4. It keeps logits from drifting. Reported losses are without it. 0: none.",
     )
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning rate as a function of tokens seen.")
     checkpoint: CheckpointConfig = Field(

@@ -159,12 +159,13 @@ class NystromformerLM(nn.Module):
         return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets, ignore_index=IGNORE, reduction="sum")
 
     def _chunk_z_loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        """The log-partition of a target is its cross entropy plus its logit: no second pass over the vocabulary."""
+        """The log-partition of a target is its cross entropy plus its logit: no second pass over the vocabulary, and
+        nothing of its size is kept. (``gather`` would keep the logits.)"""
         logits = self.head(states)
         logits = logits.to(at_least_float32(logits.dtype))
         losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
         known = targets != IGNORE
-        own = logits.gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1)
+        own = logits[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)]
         return torch.stack([losses.sum(), ((losses + own).square() * known).sum()])
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
