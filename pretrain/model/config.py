@@ -13,6 +13,8 @@ from pretrain.model.feed_forward import FEED_FORWARDS, feed_forward_kind
 from pretrain.model.norms import NORMS, norm_name
 
 POSITIONS = ("rotary", "learned", "none")
+BY_LAYER = ("rotary", "none")
+"""Positions that layers may differ in."""
 ROTARY_FIELDS = ("rope_theta", "rope_position_scale", "rope_original_length")
 """What the rotary angles follow from, beside the rule ``rope_scaling``."""
 STAGE_FIELDS = (*ROTARY_FIELDS, "trained_positions")
