@@ -150,8 +150,8 @@ def compare(study: Study, seeds: Sequence[int], equal: Sequence[str], seconds: f
 
 
 def steps_within(seconds: float, of_a_step: float) -> int:
-    """Whole steps in so many seconds, to the nearest one and at least 1: a quotient of equal times is what it was."""
-    return max(1, round(seconds / of_a_step))
+    """Whole steps that fit into so many seconds, at least 1. A product's rounding does not cost the last one."""
+    return max(1, int(seconds / of_a_step * (1 + 1e-9)))
 
 
 def _of_steps(study: Study, steps: int) -> Study:

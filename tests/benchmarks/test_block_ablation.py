@@ -96,6 +96,8 @@ def test_more_steps_go_on_with_the_same_text(shards: Path) -> None:
 
 def test_steps_that_fit_into_a_time() -> None:
     assert steps_within(12.0, 0.5) == 24
+    assert steps_within(12.4, 0.5) == 24
+    assert steps_within(12.4999, 0.5) == 24
     assert steps_within(61 * 0.1, 0.1) == 61  # though the quotient is 60.99999
     assert steps_within(0.1, 5.0) == 1
 
