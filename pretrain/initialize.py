@@ -22,6 +22,7 @@ from pretrain.checkpoint.load import INFO, LoadedModel, load_model, read_info, u
 from pretrain.checkpoint.resume import ROTARY_KEYS
 from pretrain.config import RunConfig
 from pretrain.curriculum.stages import stage_model, trained_length
+from pretrain.model.attention.pattern import written
 from pretrain.model.positions import POSITION_OFFSET
 from pretrain.sources import Inputs
 
@@ -189,13 +190,23 @@ def settle(config: RunConfig, loaded: LoadedModel) -> tuple[RunConfig, list[str]
     of rotary angles are those it ended with, unless the configuration names others.
     """
     there, here = loaded.model_config, config.model
-    if there.positions != here.positions:
-        return config, [f"positions are {there.positions} there and {here.positions} here: they are learned anew"]
+    if there.positions != here.positions and not (there.rotary and here.rotary):
+        old, new = written(there.positions), written(here.positions)
+        return config, [f"positions are {old} there and {new} here: they are learned anew"]
     length = config.init_length or source_length(loaded)
     config = config.model_copy(update={"init_length": length})
-    if here.positions != "rotary":
+    if not here.rotary:
         return config, []
     left_out = [key for key in ROTARY_KEYS if key not in here.model_fields_set]
+    if not there.rope_scaling == here.rope_scaling == "yarn":
+        left_out = [key for key in left_out if key != "rope_original_length"]
+        scaled = there.rope_position_scale != 1 and "rope_position_scale" in left_out
+        if scaled and "yarn" in (there.rope_scaling, here.rope_scaling):
+            raise UserError(
+                f"init_from: rope_scaling is {there.rope_scaling} there and {here.rope_scaling} here, and positions "
+                f"are scaled by {there.rope_position_scale:.4g} there: yarn does that to slow angles only. Set "
+                f"model.rope_scaling: {there.rope_scaling}, or model.rope_position_scale to a value of your own"
+            )
     model = here.model_copy(update={key: getattr(there, key) for key in left_out})
     words = f"base {model.rope_theta:,.6g}, scale {model.rope_position_scale:.4g}"
     line = f"rotary angles continue from {length:,} tokens: {words}"

@@ -110,6 +110,7 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
     from pretrain.checkpoint.load import load_model
     from pretrain.config import load_config
     from pretrain.curriculum.stages import stage_model
+    from pretrain.model.config import ROTARY_FIELDS
     from pretrain.model.transformer import NystromformerLM
 
     loaded = load_model(path) if path is not None else _load_nearest(run_dir / "checkpoints", facts)
@@ -124,7 +125,7 @@ def load_weights(run_dir: Path, facts: dict[str, Any], path: Path | None) -> tup
     # The weights may be from before the edge at which the stage of the batch began. The angles are the stage's. Learned
     # positions repeat as the copies at that edge would.
     stage = stage_model(load_config(run_dir / "config.yaml"), facts["stage"])
-    angles = {"rope_theta": stage.rope_theta, "rope_position_scale": stage.rope_position_scale}
+    angles = {key: getattr(stage, key) for key in ROTARY_FIELDS}
     model.set_positions(model.config.model_copy(update=angles))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # A step that was skipped left the weights as they were.

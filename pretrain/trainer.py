@@ -144,7 +144,8 @@ class Trainer:
         result = self.engine.step(lr)
 
         self._reports.clock.add(batch.tokens, began, waited)
-        step = StepRecord(self.state.step + 1, tokens, batch, targets, lr, loss_sum, result)
+        z_sum = self.engine.take_z_sum()
+        step = StepRecord(self.state.step + 1, tokens, batch, targets, lr, loss_sum, result, z_sum)
         loss = self._reports.loss(step, last=tokens >= self.plan.total_tokens)
         bad = not result.applied and loss is not None and not self._is_scale_search(loss.mean, result)
         self.state = dataclasses.replace(

@@ -12,7 +12,7 @@ default every form has; ``keys-mean+query-mean+inverse`` are landmarks of plain 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -45,10 +45,12 @@ class Variant:
     name: str
     changes: Changes
     config: ModelConfig
+    training: Changes = field(default_factory=dict)
+    """What it changes of the recipe."""
 
     def describe(self) -> str:
         """The changed keys and values, ``-`` for none."""
-        return ", ".join(f"{key} {value}" for key, value in self.changes.items()) or "-"
+        return ", ".join(f"{key} {value}" for key, value in (self.changes | self.training).items()) or "-"
 
 
 def _fixed(**changes: Any) -> Callable[[ModelConfig], Changes]:

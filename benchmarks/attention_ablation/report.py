@@ -43,12 +43,12 @@ def _forms(task: Task, variants: Sequence[Variant], runs: Runs, timing: Record |
     for variant in variants:
         own, baseline = runs.get(variant.name, {}), runs.get(BASELINE, {})
         some = next(iter(own.values()), None)
-        cells = [variant.name, variant.describe(), *_compared(own, baseline, task.main, _overall(task.main))]
+        cells = [variant.name, variant.describe(), *compared(own, baseline, task.main, overall(task.main))]
         if far:
-            cells += _compared(own, baseline, task.main, _pooled(task.main, far.grouping, far.bins))
+            cells += compared(own, baseline, task.main, _pooled(task.main, far.grouping, far.bins))
         cells += [
-            _mean(own, other, _overall(other)),
-            _mean(own, "loss", lambda record: record["training"]["mean_loss"]),
+            mean_of(own, other, overall(other)),
+            mean_of(own, "loss", lambda record: record["training"]["mean_loss"]),
         ]
         cells += [f"{some['parameters']:,}" if some else NOTHING, f"{entries_read(variant.config, seq_len):.1f}"]
         cells += [f"{some['memory']['bytes'] / 2**20:.1f}" if some else NOTHING]
@@ -66,7 +66,7 @@ def _grouped(task: Task, grouping: str, labels: Sequence[str], variants: Sequenc
     lines = [
         [
             variant.name,
-            *(_mean(runs.get(variant.name, {}), task.main, _pooled(task.main, grouping, (i,))) for i in bins),
+            *(mean_of(runs.get(variant.name, {}), task.main, _pooled(task.main, grouping, (i,))) for i in bins),
         ]
         for variant in variants
     ]
@@ -93,7 +93,8 @@ def _explain(task: Task, runs: Runs, timing: Record | None) -> str:
     return " ".join(lines)
 
 
-def _overall(metric: str) -> Value:
+def overall(metric: str) -> Value:
+    """That of all targets."""
     return lambda record: record["score"][metric]
 
 
@@ -109,13 +110,15 @@ def _pooled(metric: str, grouping: str, bins: Sequence[int]) -> Value:
     return value
 
 
-def _compared(own: Mapping[int, Record], baseline: Mapping[int, Record], metric: str, value: Value) -> list[str]:
+def compared(own: Mapping[int, Record], baseline: Mapping[int, Record], metric: str, value: Value) -> list[str]:
+    """Two cells: the mean over seeds, and the mean of what it is against the baseline of the same seed, in percent."""
     pairs = [(value(own[seed]), value(baseline[seed])) for seed in sorted(own) if seed in baseline]
     differences = [100 * (a / b - 1) for a, b in pairs if a is not None and b]
-    return [_mean(own, metric, value), _spread(differences, "{:+.2f}%") if differences else NOTHING]
+    return [mean_of(own, metric, value), _spread(differences, "{:+.2f}%") if differences else NOTHING]
 
 
-def _mean(own: Mapping[int, Record], metric: str, value: Value) -> str:
+def mean_of(own: Mapping[int, Record], metric: str, value: Value) -> str:
+    """The mean over seeds and, in brackets, largest minus smallest."""
     values = [value(own[seed]) for seed in sorted(own)]
     found = [x for x in values if x is not None]
     if len(found) < len(values):

@@ -89,20 +89,23 @@ class Study:
     variants: list[Variant]
     results: Results
     provenance: dict[str, Any]
+    baseline: str = BASELINE
+    """Of the times; of a name that :func:`select` knows, or one of the variants."""
 
     def run(self, variant: Variant, seed: int) -> Record:
         """Train and score a form, unless its result is there."""
-        settings = self._settings() | {"model": variant.config.model_dump(), "seed": seed}
+        recipe = replace(self.recipe, **variant.training)
+        settings = self._settings(recipe) | {"model": variant.config.model_dump(), "seed": seed}
         name = key(kind="run", **settings)
         if name in self.results.runs:
             print(f"{variant.name}, seed {seed}: already there", flush=True)
             return self.results.runs[name]
         began = time.perf_counter()
-        step = TrainStep(initial_model(variant.config, self.base, seed), self.recipe)
+        step = TrainStep(initial_model(variant.config, self.base, seed), recipe)
         held = memory(step, self.task.measured(seed))
         torch.manual_seed(seed)  # of dropout
         training = train(step, self.task.train_batches(seed))
-        scores = evaluate(step.model, self.task, self.recipe)
+        scores = evaluate(step.model, self.task, recipe)
         record = settings | {
             "form": variant.name,
             "changes": variant.changes,
@@ -127,24 +130,26 @@ class Study:
     def time(self, rounds: int) -> Record:
         """Interleaved steps of all forms and the baseline, unless they are there for the same forms and threads."""
         variants = list(self.variants)
-        if all(variant.name != BASELINE for variant in variants):
-            variants += select([BASELINE], self.base)
-        settings = self._settings() | {
+        if all(variant.name != self.baseline for variant in variants):
+            variants += select([self.baseline], self.base)
+        recipes = {variant.name: replace(self.recipe, **variant.training) for variant in variants}
+        settings = self._settings(self.recipe) | {
             "models": {variant.name: variant.config.model_dump() for variant in variants},
+            "training": {variant.name: variant.training for variant in variants if variant.training},
             "rounds": rounds,
             "threads": torch.get_num_threads(),
         }
         name = key(kind="timing", **settings)
         if name not in self.results.timings:
-            steps = {v.name: TrainStep(initial_model(v.config, self.base, 0), self.recipe) for v in variants}
-            times = interleaved(steps, self.task.measured(0), BASELINE, rounds)
+            steps = {v.name: TrainStep(initial_model(v.config, self.base, 0), recipes[v.name]) for v in variants}
+            times = interleaved(steps, self.task.measured(0), self.baseline, rounds)
             measured = {"forms": {form: asdict(step) for form, step in times.items()}, "provenance": self.provenance}
             self.results.add_timing(name, settings | measured)
         return self.results.timings[name]
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, recipe: Recipe) -> dict[str, Any]:
         """What determines every result of this study. The device's kind and not its number."""
-        recipe = replace(self.recipe, device=torch.device(self.recipe.device).type)
+        recipe = replace(recipe, device=torch.device(recipe.device).type)
         return {
             "task": {"name": self.task.name, **self.task.settings},
             "recipe": asdict(recipe),

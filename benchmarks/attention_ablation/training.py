@@ -20,6 +20,7 @@ from benchmarks.attention_ablation.tasks import Examples, Task
 from data_pipeline.batches import IGNORE
 from pretrain.config import OptimizerConfig, ScheduleConfig
 from pretrain.model.config import ModelConfig
+from pretrain.model.initial import ResidualLinear, initial_std
 from pretrain.model.transformer import NystromformerLM, build_model
 from pretrain.optim.optimizer import parameter_groups
 from pretrain.optim.schedule import learning_rate
@@ -45,6 +46,7 @@ class Recipe:
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
+    z_loss: float = 0.0
 
     @property
     def step_tokens(self) -> int:
@@ -69,7 +71,8 @@ class Recipe:
 
 def initial_model(config: ModelConfig, base: ModelConfig, seed: int) -> NystromformerLM:
     """A form's model before training. Every parameter that the base model has too, in name and shape, starts from the
-    base model's values for this seed. Only what it does not have (a convolution of another width) is drawn anew."""
+    base model's values for this seed. Only what it does not have (a convolution of another width) is drawn anew. Maps
+    into the residual stream are scaled where the form's ``residual_init`` is another one."""
     torch.manual_seed(seed)
     model = build_model(config)
     torch.manual_seed(seed)
@@ -78,6 +81,10 @@ def initial_model(config: ModelConfig, base: ModelConfig, seed: int) -> Nystromf
         for name, parameter in model.named_parameters():
             if name in reference and reference[name].shape == parameter.shape:
                 parameter.copy_(reference[name])
+        for name, module in model.named_modules():
+            weight = reference.get(f"{name}.weight")
+            if isinstance(module, ResidualLinear) and weight is not None and weight.shape == module.weight.shape:
+                module.weight.mul_(initial_std(module, config) / initial_std(module, base))
     return model
 
 
@@ -86,6 +93,7 @@ class TrainStep:
 
     def __init__(self, model: NystromformerLM, recipe: Recipe) -> None:
         self.model, self.recipe = model.to(recipe.device).train(), recipe
+        model.z_loss = recipe.z_loss > 0
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, OptimizerConfig(weight_decay=recipe.weight_decay, betas=recipe.betas)),
             lr=recipe.lr,
@@ -93,16 +101,22 @@ class TrainStep:
         )
 
     def loss(self, batch: Examples) -> Tensor:
-        """Mean over the batch's targets, in nats."""
+        """What is minimised: the mean over the batch's targets, in nats, and the recipe's z-loss."""
+        return self._losses(batch)[0]
+
+    def _losses(self, batch: Examples) -> tuple[Tensor, Tensor]:
+        """What is minimised, and the cross entropy in it."""
         with self.recipe.autocast():
             out = self.model(batch.input_ids.to(self.recipe.device), batch.labels.to(self.recipe.device))
-        return out.loss_sum / out.num_targets.clamp(min=1)
+        targets = out.num_targets.clamp(min=1)
+        loss = out.loss_sum / targets
+        return (loss if out.z_sum is None else loss + self.recipe.z_loss * out.z_sum / targets), loss
 
     def __call__(self, batch: Examples, lr: float) -> float:
-        """One step of the optimizer; the loss before it."""
+        """One step of the optimizer; the cross entropy before it."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(batch)
-        loss.backward()
+        minimised, loss = self._losses(batch)
+        minimised.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

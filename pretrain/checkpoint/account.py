@@ -20,9 +20,9 @@ from pretrain.model.config import STAGE_FIELDS, ModelConfig
 POSITIONS = "embeddings.position_embeddings.weight"
 WORDS = "embeddings.word_embeddings.weight"
 DECODER = "head.decoder.weight"
-SAME = ("num_layers", "num_heads", "norm")
+SAME = ("num_layers", "num_heads", "norm", "norm_kind", "ffn", "qk_norm", "bias")
 """Keys of the model that must agree although shapes may not show it."""
-TOLD_ELSEWHERE = (*STAGE_FIELDS, "max_positions", "vocab_size", "init_std", "intermediate_size")
+TOLD_ELSEWHERE = (*STAGE_FIELDS, "max_positions", "vocab_size", "init_std", "residual_init", "intermediate_size")
 MOST_LINES = 6
 """Faults that a message lists."""
 
@@ -96,7 +96,7 @@ def _unknown(name: str, here: ModelConfig) -> str:
     if name == DECODER and here.tie_embeddings:
         return "the head shares the word table here (model.tie_embeddings)"
     if name == POSITIONS:
-        return f"positions are {here.positions} here"
+        return f"positions are {written(here.positions)} here"
     return "this model has none"
 
 
@@ -150,7 +150,7 @@ def other_settings(there: ModelConfig, here: ModelConfig) -> list[str]:
 
 
 def _shown(config: ModelConfig, key: str) -> Any:
-    return written(config.attention) if key == "attention" else getattr(config, key)
+    return written(getattr(config, key)) if key in ("attention", "positions") else getattr(config, key)
 
 
 def _differs(key: str, old: Any, new: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data_pipeline.batches.mixture import PERIOD, quotas
@@ -13,6 +13,7 @@ from pretrain.checkpoint.commit import Manifest
 from pretrain.config import RunConfig, parse_config
 from pretrain.curriculum.plan import build_plan, slice_length
 from pretrain.curriculum.stages import stage_settings
+from pretrain.model.config import ROTARY_FIELDS
 from pretrain.optim.schedule import learning_rate
 
 # Dotted keys that the weights, the optimizer's state or the order of the data depend on. What only decides where the
@@ -24,9 +25,9 @@ MOST_RISE = 1.1
 _ELSEWHERE = ("name", "output_dir", "data.train", "data.valid", "data.tokenizer")
 # What may change without the steps to come being other ones.
 _IMMATERIAL = ("checkpoint", "validation", "telemetry", "callbacks", "stall_seconds", "max_bad_steps", "data.valid")
-ROTARY_KEYS = ("rope_theta", "rope_position_scale")
+ROTARY_KEYS = ROTARY_FIELDS
 """Keys of the model that a run takes from the source of its weights (``init_from``) if they are left out."""
-COMPARED_BY_STAGE = ("batch_tokens", "model.rope_theta", "model.rope_scaling", "model.rope_position_scale")
+COMPARED_BY_STAGE = ("batch_tokens", "model.rope_scaling", *(f"model.{key}" for key in ROTARY_KEYS))
 """Keys of the configuration outside ``curriculum`` that matter through the stages only."""
 
 
@@ -126,7 +127,8 @@ def with_start_of(config: RunConfig, began: RunConfig) -> RunConfig:
     """``config`` with what the run settled when it took trained weights (``init_from``), where it leaves that out."""
     if began.init_from is None:
         return config
-    left_out = [key for key in ROTARY_KEYS if key not in config.model.model_fields_set]
+    known = [key for key in ROTARY_KEYS if key != "rope_original_length" or config.model.rope_scaling == "yarn"]
+    left_out = [key for key in known if key not in config.model.model_fields_set]
     model = config.model.model_copy(update={key: getattr(began.model, key) for key in left_out})
     length = began.init_length if config.init_length is None else config.init_length
     return config.model_copy(update={"model": model, "init_length": length})
@@ -293,11 +295,11 @@ def trained_differences(old: RunConfig, old_plan: Plan, new: RunConfig, new_plan
     faults = []
     for i, (was, is_now) in enumerate(zip(before, now, strict=True)):
         here = f"stage {i} began at {was.start_tokens} tokens and the run stands at {tokens}"
-        for key, value in was.settings.items():
-            if is_now.settings.get(key, value) != value:  # without the key model.positions or objective has changed
+        for key, value, value_now in _pairs(was.settings, is_now.settings):
+            if value_now != value:
                 faults.append(
-                    f"curriculum differs in its past: curriculum.{i}.{key} was {value} and is now "
-                    f"{is_now.settings[key]} ({here}; only stages to come may change)"
+                    f"curriculum differs in its past: curriculum.{i}.{key} was {value} and is now {value_now} ({here}; "
+                    "only stages to come may change)"
                 )
     changes, wanted = _changes(before), _changes(now)
     if changes != wanted:
@@ -306,6 +308,14 @@ def trained_differences(old: RunConfig, old_plan: Plan, new: RunConfig, new_plan
             "only those of stages to come may change"
         )
     return faults
+
+
+def _pairs(was: Mapping[str, float], is_now: Mapping[str, float]) -> Iterator[tuple[str, float | None, float | None]]:
+    """Each setting with both values. A key that only one has tells YaRN from linear positions; otherwise objective or
+    positions are others, which is refused elsewhere."""
+    for key in dict.fromkeys((*was, *is_now)):
+        if key == "rope_original_length" or (key in was and key in is_now):
+            yield key, was.get(key), is_now.get(key)
 
 
 def _changes(stages: list[TrainedStage]) -> list[tuple[int, dict[str, float]]]:

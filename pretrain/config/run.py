@@ -125,6 +125,13 @@ class RunConfig(Strict):
         False, description="Run layers through torch.compile. Each length compiles anew. Not with `zero_stage: 3`."
     )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The rule that turns gradients into steps.")
+    z_loss: float = Field(
+        0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Weight of the squared log-partition of the logits in the training loss of each target; PaLM has "
+        "1e-4. It keeps logits from drifting. Reported losses are without it. 0: none.",
+    )
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning rate as a function of tokens seen.")
     checkpoint: CheckpointConfig = Field(
         CheckpointConfig(), description="When a checkpoint is written, and how many stay."
@@ -175,9 +182,13 @@ class RunConfig(Strict):
                 )
             if stage.weights is not None:
                 self._check_weights(i, stage.weights)
-            if stage.rope_theta is not None and self.model.positions != "rotary":
+            if stage.rope_theta is not None and not self.model.rotary:
                 raise ValueError(
                     f"curriculum.{i}.rope_theta has no effect with model.positions: {self.model.positions}"
+                )
+            if stage.rope_theta is not None and stage.rope_theta <= 1 and self.model.rope_scaling == "yarn":
+                raise ValueError(
+                    f"curriculum.{i}.rope_theta {stage.rope_theta}: rope_scaling yarn needs a base above 1"
                 )
             if stage.masking_rate is not None and self.model.objective != "mlm":
                 raise ValueError(f"curriculum.{i}.masking_rate has no effect with model.objective: clm")

@@ -13,10 +13,14 @@ Contradictions between keys (a length that does not divide the block) are found 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pretrain.config.run import RunConfig
 from pretrain.model.attention.registry import FORMS
+from pretrain.model.config import BY_LAYER, POSITIONS
+from pretrain.model.feed_forward import FEED_FORWARDS
+from pretrain.model.norms import NORMS
 from pretrain.optim.kind import KINDS
 
 TITLE = "Configuration of a nystrom run"
@@ -35,10 +39,14 @@ def run_schema() -> dict[str, Any]:
     blocks = raw.pop("$defs")
     schema = _plain(raw, blocks)
     properties = schema["properties"]
-    _form_choices(properties["model"]["properties"]["attention"])
+    model = properties["model"]["properties"]
+    _pattern_choices(model["attention"], FORMS.names(), FORMS.names())
+    _pattern_choices(model["positions"], POSITIONS, BY_LAYER)
+    _name_choices(model["ffn"], tuple(FEED_FORWARDS))
+    _name_choices(model["norm_kind"], tuple(NORMS))
     _name_choices(properties["optimizer"]["properties"]["kind"], KINDS.names())
     # What the configuration fills in or rewrites before it checks.
-    inverse = properties["model"]["properties"]["landmark_inverse"]
+    inverse = model["landmark_inverse"]
     inverse["type"] = [inverse["type"], "null"]
     properties["model"]["required"] = [n for n in properties["model"].get("required", ()) if n != "landmark_inverse"]
     callbacks = properties["callbacks"]
@@ -56,10 +64,10 @@ def _name_choices(node: dict[str, Any], names: tuple[str, ...]) -> None:
     node.update({"type": "string", "enum": list(names)})
 
 
-def _form_choices(node: dict[str, Any]) -> None:
-    """One form, or a pattern of them by layer."""
-    name = {"type": "string", "enum": list(FORMS.names())}
-    node["anyOf"] = [name, {"type": "array", "items": name, "minItems": 1}]
+def _pattern_choices(node: dict[str, Any], alone: Sequence[str], by_layer: Sequence[str]) -> None:
+    """One name, or a pattern of names by layer."""
+    one, each = ({"type": "string", "enum": list(names)} for names in (alone, by_layer))
+    node["anyOf"] = [one, {"type": "array", "items": each, "minItems": 1}]
     node.pop("type", None)
 
 

@@ -22,6 +22,7 @@ from pretrain.convert.markdown import block, number, table
 from pretrain.convert.names import CARD, GATE_TAGS, UNKNOWN
 from pretrain.convert.run_record import RunRecord, Verdict, read_record
 from pretrain.curriculum.stages import trained_length
+from pretrain.model.attention.pattern import label
 from pretrain.model.config import ModelConfig
 
 _LICENCES = (
@@ -203,12 +204,6 @@ def _form_in_words(model: ModelConfig, form: str) -> str:
 
 def _model(loaded: LoadedModel, dtype: str) -> Iterator[str]:
     model, tokenizer = loaded.model_config, loaded.tokenizer
-    positions = {
-        "rotary": f"rotary, base {number(model.rope_theta)}"
-        + (f", positions times {number(model.rope_position_scale)}" if model.rope_position_scale != 1 else ""),
-        "learned": f"learned, {model.max_positions:,} of them",
-        "none": "none",
-    }
     spare = "" if model.vocab_size == tokenizer.vocab_size else f", in a table of {number(model.vocab_size)} rows"
     objective = {"clm": "causal: the next token", "mlm": "masked: hidden tokens"}[model.objective]
     rows = [
@@ -217,14 +212,37 @@ def _model(loaded: LoadedModel, dtype: str) -> Iterator[str]:
         ["parameters", f"{_parameters(loaded):,} ({_parameters(loaded, embeddings=False):,} without "
                        "the tables of words and positions)"],
         ["layers", f"{model.num_layers} of width {model.hidden_size}, {model.num_heads} heads, feed-forward "
-                   f"{model.intermediate_size or 4 * model.hidden_size}, {model.norm}-norm"],
-        ["positions", positions[model.positions]],
+                   f"{', '.join([_feed_forward(model), *_block(model)])}"],
+        ["positions", _positions(model)],
         ["vocabulary", f"{tokenizer.vocab_size:,} tokens{spare}"],
         ["stored as", dtype],
         ["SHA-256 of the weights", f"`{loaded.weights_hash}` (float32, as trained)"],
     ]  # fmt: skip
     yield "## The model"
     yield table(["property", "value"], rows)
+
+
+def _feed_forward(model: ModelConfig) -> str:
+    return f"{model.ffn_size}" if model.ffn == "gelu" else f"{model.ffn_size} ({model.ffn})"
+
+
+def _block(model: ModelConfig) -> Iterator[str]:
+    yield f"{model.norm}-norm" if model.norm_kind == "layernorm" else f"{model.norm}-norm ({model.norm_kind})"
+    if model.qk_norm:
+        yield "queries and keys normed"
+    if not model.bias:
+        yield "no biases"
+
+
+def _positions(model: ModelConfig) -> str:
+    if model.positions == "learned":
+        return f"learned, {model.max_positions:,} of them"
+    if not model.rotary:
+        return "none"
+    scaled = f", positions times {number(model.rope_position_scale)}" if model.rope_position_scale != 1 else ""
+    rule = " by YaRN" if scaled and model.rope_scaling == "yarn" else ""
+    layers = "" if isinstance(model.positions, str) else f" ({label(model.positions, model.num_layers)})"
+    return f"rotary, base {number(model.rope_theta)}{scaled}{rule}{layers}"
 
 
 def _limits(loaded: LoadedModel, record: RunRecord, language: str | None) -> Iterator[str]:

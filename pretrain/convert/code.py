@@ -32,7 +32,7 @@ ROOT = CARRIED + "modeling_nystrom"
 CONFIGURATION = CARRIED + "configuration_nystrom"
 CONFIG, REGISTRY = "pretrain.model.config", "pretrain.model.attention.registry"
 PATTERN = "pretrain.model.attention.pattern"
-"""Its functions are copied into the configuration, which so stays one file that needs no other."""
+"""Its functions are copied into the configuration, which needs only the kinds of feed-forward layers besides."""
 _FOLDERS = ("data_pipeline", "pretrain")
 _PREFIXES = (CARRIED, "pretrain.model.", "data_pipeline.")
 """Left out of the names of copies: pretrain.model.attention.ring is attention_ring.py there."""
@@ -183,6 +183,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+
+from pretrain.model.feed_forward import feed_forward_kind
 
 DEFAULTS: dict[str, dict[str, Any]] = {pformat(defaults, width=110, sort_dicts=False)}
 

@@ -26,6 +26,7 @@ from pretrain.convert.folder import DTYPES, SHARD_SIZE, cast, write_json, write_
 from pretrain.convert.tensor_names import BIAS, DECODER, NYSTROMFORMER, POSITIONS
 from pretrain.convert.their_config import CONFIG, their_model
 from pretrain.convert.tokenizer import tokenizer_files
+from pretrain.model.attention.pattern import written
 from pretrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -51,11 +52,15 @@ def why_not_stock(config: ModelConfig, length: int | None = None) -> list[str]:
     None: judged by the landmarks.
     """
     why = [
-        f"model.{key} is {getattr(config, key)}: transformers' Nyströmformer {has}"
+        f"model.{key} is {_written(getattr(config, key))}: transformers' Nyströmformer {has}"
         for key, wanted, has in (
             ("objective", "mlm", "is a masked encoder"),
             ("norm", "post", "has the norm after each sublayer"),
             ("positions", "learned", "has a learned table"),
+            ("ffn", "gelu", "has two matrices and GELU"),
+            ("norm_kind", "layernorm", "has layer norms"),
+            ("qk_norm", False, "has no norm of queries and keys"),
+            ("bias", True, "has biases everywhere"),
         )
         if getattr(config, key) != wanted
     ]
@@ -69,6 +74,11 @@ def why_not_stock(config: ModelConfig, length: int | None = None) -> list[str]:
     if length is not None and config.positions == "learned" and length > config.max_positions:
         why.append(f"{length} tokens are more than model.max_positions {config.max_positions}")
     return why
+
+
+def _written(value: Any) -> str:
+    """As in a configuration."""
+    return str(value).lower() if isinstance(value, bool) else written(value)
 
 
 def _layers_with(config: ModelConfig, form: str) -> str:

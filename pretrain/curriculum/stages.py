@@ -11,6 +11,8 @@ width of a head and L / L0 the growth of the length:
 - ``ntk``: the base is multiplied by (L / L0)^(d / (d - 2)). That slows the slowest angle by L / L0 and leaves the
   fastest as it is ("NTK-aware" interpolation: Peng et al. 2023, YaRN, arXiv 2309.00071, section 3.1).
 - ``linear``: positions are multiplied by L0 / L (position interpolation: Chen et al. 2023, arXiv 2306.15595, eq. 4).
+- ``yarn``: those of slow angles are, fast ones stay, and logits are multiplied by (0.1 ln(L / L0) + 1)^2 (Peng et al.
+  2023). The model then has three constants: base, L0 / L and L0 (``rope_original_length``).
 
 A run that starts with trained weights (``init_from``) continues as if a stage of ``init_length`` came before its first.
 
@@ -45,7 +47,7 @@ def stage_model(config: RunConfig, index: int) -> ModelConfig:
         # For the block and not for the longest stage: stages to come may be given up to this length at a resume.
         rows = max(model.max_positions, config.block_length)
         return model.model_copy(update={"max_positions": rows, "trained_positions": min(longest, rows)})
-    if model.positions == "none":
+    if not model.rotary:
         return model
     chosen = max((i for i, stage in enumerate(stages) if stage.rope_theta is not None), default=0)
     theta, scale = stages[chosen].rope_theta or model.rope_theta, model.rope_position_scale
@@ -54,9 +56,12 @@ def stage_model(config: RunConfig, index: int) -> ModelConfig:
         own = stages[chosen].rope_theta is not None
         growth = longest / (max(before, *(stage.seq_len for stage in stages[: chosen + 1])) if own else first)
         theta *= growth ** (model.head_dim / (model.head_dim - 2))
-    elif model.rope_scaling == "linear":
+    elif model.rope_scaling in ("linear", "yarn"):
         scale *= first / longest
-    return model.model_copy(update={"rope_theta": theta, "rope_position_scale": scale})
+    update: dict[str, float] = {"rope_theta": theta, "rope_position_scale": scale}
+    if model.rope_scaling == "yarn":
+        update["rope_original_length"] = model.rope_original_length or first
+    return model.model_copy(update=update)
 
 
 def model_at(config: RunConfig, tokens: int) -> ModelConfig:
@@ -93,8 +98,10 @@ def stage_settings(config: RunConfig, index: int) -> dict[str, float]:
     out: dict[str, float] = {"batch_tokens": stage.batch_tokens or config.batch_tokens}
     if model.objective == "mlm":
         out["masking_rate"] = stage_maskings(config)[index].rate
-    if model.positions == "rotary":
+    if model.rotary:
         out |= {"rope_theta": model.rope_theta, "rope_position_scale": model.rope_position_scale}
+        if model.rope_original_length is not None and model.rope_position_scale < 1:
+            out["rope_original_length"] = model.rope_original_length
     return out
 
 

@@ -105,6 +105,8 @@ class TrainingEngine:
         randomness.seed_everything(config.seed)
         self.model: NystromformerLM = build_model(stage_model(config, 0))
         self.model.run_layer = layer_runner(config.activation_checkpointing, config.compile)
+        self.model.z_loss = config.z_loss > 0
+        self._z_sum: torch.Tensor | None = None
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         optimizer = build_optimizer(self.model, config.optimizer)
         self._guard = StepGuard(optimizer, config.optimizer) if self.zero_stage == 0 else None
@@ -129,21 +131,34 @@ class TrainingEngine:
     def backward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, scale: float, document_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its loss sum, detached, float32 scalar on the device.
+        """Forward and backward of one micro-batch; returns its cross entropy's sum, detached, float32 scalar on the
+        device.
 
         ``input_ids`` and ``labels`` are (B, L) int64 on the device. ``document_ids`` (B, L) integers on the CPU tell
         the documents of packed rows apart, -1 at padding; without them each row is one sequence. The gradient added is
-        that of ``loss_sum * scale``.
+        that of ``loss_sum * scale``, and of the run's ``z_loss`` times the sum of the squared log-partitions, which
+        :meth:`take_z_sum` returns and the loss is without.
         """
         layout = None if document_ids is None else Layout.from_documents(document_ids)
-        loss_sum = self._engine(input_ids, labels=labels, layout=layout).loss_sum
+        out = self._engine(input_ids, labels=labels, layout=layout)
+        total = loss_sum = out.loss_sum
+        if out.z_sum is not None:
+            total = loss_sum + self.config.z_loss * out.z_sum
+            z_sum = out.z_sum.detach().double()
+            self._z_sum = z_sum if self._z_sum is None else self._z_sum + z_sum
         # DeepSpeed averages gradients over processes; the product with their number makes that the sum we want. A loss
         # that is not finite may have finite gradients (a target of probability 0 under fp16). The factor NaN makes
         # certain that ZeRO's own check of the reduced gradient sees it, the only check that all processes share for
         # free.
-        factor = torch.where(torch.isfinite(loss_sum.detach()), scale * self.world.world_size, math.nan)
-        self._engine.backward(loss_sum * factor, scale_wrt_gas=False)
+        factor = torch.where(torch.isfinite(total.detach()), scale * self.world.world_size, math.nan)
+        self._engine.backward(total * factor, scale_wrt_gas=False)
         return loss_sum.detach()
+
+    def take_z_sum(self) -> torch.Tensor | None:
+        """The sum over this process's targets of the squared log-partition since the last call, float64; None without
+        ``z_loss``."""
+        z_sum, self._z_sum = self._z_sum, None
+        return z_sum
 
     def step(self, lr: float) -> StepResult:
         """Apply the accumulated gradients at this learning rate, or drop them if any process's are not finite."""

@@ -7,10 +7,17 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.configuration import Strict
-from pretrain.model.attention.pattern import Attention, by_layer, label, shortest, written
+from pretrain.model.attention.pattern import Attention, Pattern, by_layer, label, shortest, written
 from pretrain.model.attention.registry import FORMS
+from pretrain.model.feed_forward import FEED_FORWARDS, feed_forward_kind
+from pretrain.model.norms import NORMS, norm_name
 
-STAGE_FIELDS = ("rope_theta", "rope_position_scale", "trained_positions")
+POSITIONS = ("rotary", "learned", "none")
+BY_LAYER = ("rotary", "none")
+"""Positions that layers may differ in."""
+ROTARY_FIELDS = ("rope_theta", "rope_position_scale", "rope_original_length")
+"""What the rotary angles follow from, beside the rule ``rope_scaling``."""
+STAGE_FIELDS = (*ROTARY_FIELDS, "trained_positions")
 """What the curriculum changes of a model while it trains; see :mod:`pretrain.curriculum.stages`."""
 
 
@@ -45,29 +52,56 @@ class ModelConfig(Strict):
     intermediate_size: int | None = Field(
         None,
         gt=0,
-        description="Width of the feed-forward layer.",
-        json_schema_extra={"left_out": "4 x hidden_size"},
+        description="Width of the feed-forward layer. Gated kinds have three matrices of it instead of two.",
+        json_schema_extra={"left_out": "4 x hidden_size; gated: 2/3 of that, rounded up to a multiple of 16"},
+    )
+    ffn: str = Field(
+        "gelu",
+        description="Kind of the feed-forward layer. gelu: two matrices. geglu, swiglu: a third one gates them. relu2: "
+        "two matrices and squared ReLU.",
+        json_schema_extra={"type": " | ".join(FEED_FORWARDS)},
     )
     dropout: float = Field(
         0.0, ge=0.0, lt=1.0, description="Probability of dropout of embeddings and of each sublayer's output. 0: none."
     )
     norm: Literal["pre", "post"] = Field(
-        "pre", description="Layer norm before each sublayer, or after its residual sum as in the Nyströmformer paper."
+        "pre", description="Norm before each sublayer, or after its residual sum as in the Nyströmformer paper."
     )
-    norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in each layer norm, against division by 0.")
+    norm_kind: str = Field(
+        "layernorm",
+        description="Kind of every norm. rmsnorm divides by the root mean square, without mean and bias.",
+        json_schema_extra={"type": " | ".join(NORMS)},
+    )
+    norm_eps: float = Field(
+        1e-5, gt=0, description="Added to the variance, or mean square, in each norm, against division by 0."
+    )
+    qk_norm: bool = Field(
+        False,
+        description="RMS norm of each head's queries and keys before rotary positions, with a learned gain each. The "
+        "logits' scale stays.",
+    )
+    bias: bool = Field(
+        True, description="Biases in linear layers and norms. The output bias of a masked model's head stays."
+    )
     tie_embeddings: bool = Field(
         True, description="The output head shares the word table. false adds vocab_size x hidden_size parameters."
     )
     init_std: float = Field(
         0.02,
         gt=0,
-        description="Standard deviation of the initial weights, in every layer alike.",
+        description="Standard deviation of the initial weights; see `residual_init`.",
+    )
+    residual_init: Literal["same", "scaled"] = Field(
+        "same",
+        description="Initial weights of a layer's two maps into the residual stream. same: as all others. scaled: "
+        "init_std / sqrt(2 x num_layers).",
     )
 
-    positions: Literal["rotary", "learned", "none"] = Field(
+    positions: Pattern = Field(
         "rotary",
         description="How a token's place enters: rotated queries and keys, a learned table, or not at all. With none a "
-        "masked model has the convolution only.",
+        "masked model has the convolution only. A list of rotary and none is a pattern by layer, as in `attention`.",
+        json_schema_extra={"type": f"{' | '.join(POSITIONS)}, or a list of rotary and none"},
     )
     rope_theta: float = Field(
         10_000.0,
@@ -75,16 +109,25 @@ class ModelConfig(Strict):
         description="Base of the rotary angles. A larger one turns slower and suits longer texts. Stages may change "
         "it.",
     )
-    rope_scaling: Literal["none", "ntk", "linear"] = Field(
+    rope_scaling: Literal["none", "ntk", "linear", "yarn"] = Field(
         "none",
         description="Rotary angles where a stage is longer than all before. none: they stay. ntk: the base grows until "
-        "the slowest angle spans the new length. linear: positions shrink to the old length.",
+        "the slowest angle spans the new length. linear: positions shrink to the old length. yarn: they shrink for "
+        "slow angles only, and logits grow a little.",
     )
     rope_position_scale: float = Field(
         1.0,
         gt=0.0,
         le=1.0,
-        description="Factor of rotary positions. 1 leaves them; `rope_scaling: linear` makes it smaller by stage.",
+        description="Factor of rotary positions. 1 leaves them; `rope_scaling` linear and yarn make it smaller by "
+        "stage. Under yarn fast angles are left as they are.",
+    )
+    rope_original_length: int | None = Field(
+        None,
+        gt=0,
+        description="Under `rope_scaling: yarn` alone: tokens of the length that was trained on before angles were "
+        "scaled. The curriculum sets it in checkpoints.",
+        json_schema_extra={"left_out": "by the curriculum"},
     )
     max_positions: int = Field(
         512,
@@ -195,12 +238,28 @@ class ModelConfig(Strict):
     @field_validator("attention", mode="before")
     @classmethod
     def _known_forms(cls, given: Any) -> Attention:
-        names = [given] if isinstance(given, str) else given
-        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{given!r} is neither the name of a form nor a list of names")
-        if not names:
-            raise ValueError("an empty list gives the layers no form: name one, or a pattern as [window, nystrom]")
+        names = _names(given, "form", "[window, nystrom]")
         return shortest([FORMS.check(name) for name in names])
+
+    @field_validator("positions", mode="before")
+    @classmethod
+    def _known_positions(cls, given: Any) -> Pattern:
+        names = _names(given, "kind of positions", "[rotary, none]")
+        unknown = [name for name in names if name not in POSITIONS]
+        if unknown:
+            raise ValueError(f"there are no positions '{unknown[0]}': known: {', '.join(POSITIONS)}")
+        return shortest(names)
+
+    @field_validator("ffn")
+    @classmethod
+    def _known_feed_forward(cls, given: str) -> str:
+        feed_forward_kind(given)
+        return given
+
+    @field_validator("norm_kind")
+    @classmethod
+    def _known_norm(cls, given: str) -> str:
+        return norm_name(given)
 
     @model_validator(mode="before")
     @classmethod
@@ -211,27 +270,43 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        used = self.attention_by_layer
-        idle = [] if isinstance(self.attention, str) else [name for name in self.attention if name not in used]
-        if idle:
-            raise ValueError(
-                f"attention {written(self.attention)}: with num_layers {self.num_layers} no layer has {idle[0]}: give "
-                "the model more layers, or leave that form out"
-            )
+        for key, used in (("attention", self.attention_by_layer), ("positions", self.positions_by_layer)):
+            names = getattr(self, key)
+            idle = [] if isinstance(names, str) else [name for name in names if name not in used]
+            if idle:
+                raise ValueError(
+                    f"{key} {written(names)}: with num_layers {self.num_layers} no layer has {idle[0]}: give "
+                    f"the model more layers, or leave {'that form' if key == 'attention' else 'it'} out"
+                )
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
                 "choose heads that divide it"
             )
-        if self.positions == "rotary" and self.head_dim % 2:
+        if self.objective == "mlm" and self.conv_kernel and self.conv_kernel % 2 == 0:
+            raise ValueError(
+                f"conv_kernel {self.conv_kernel} is even: a bidirectional convolution is centred, "
+                f"use {self.conv_kernel + 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_positions(self) -> ModelConfig:
+        positions = written(self.positions)
+        if not isinstance(self.positions, str) and "learned" in self.positions:
+            raise ValueError(
+                f"positions {positions}: learned positions are added to the words, before the first layer, and so are "
+                "those of all layers: write learned alone, or a list of rotary and none"
+            )
+        if self.rotary and self.head_dim % 2:
             raise ValueError(
                 f"rotary positions need an even head width, and hidden_size / num_heads is {self.head_dim}"
             )
-        if self.positions != "rotary" and self.rope_scaling != "none":
-            raise ValueError(f"rope_scaling {self.rope_scaling} has no effect with positions: {self.positions}")
-        if self.positions != "rotary" and self.rope_position_scale != 1.0:
+        if not self.rotary and self.rope_scaling != "none":
+            raise ValueError(f"rope_scaling {self.rope_scaling} has no effect with positions: {positions}")
+        if not self.rotary and self.rope_position_scale != 1.0:
             raise ValueError(
-                f"rope_position_scale {self.rope_position_scale} has no effect with positions: {self.positions}"
+                f"rope_position_scale {self.rope_position_scale} has no effect with positions: {positions}"
             )
         if self.rope_scaling == "ntk" and self.head_dim <= 2:
             raise ValueError(
@@ -239,17 +314,28 @@ class ModelConfig(Strict):
                 "a single angle, which does not depend on the base"
             )
         if self.trained_positions is not None and self.positions != "learned":
-            raise ValueError(
-                f"trained_positions {self.trained_positions} has no effect with positions: {self.positions}"
-            )
+            raise ValueError(f"trained_positions {self.trained_positions} has no effect with positions: {positions}")
         if self.trained_positions is not None and self.trained_positions > self.max_positions:
             raise ValueError(
                 f"trained_positions {self.trained_positions} is more than max_positions {self.max_positions}"
             )
-        if self.objective == "mlm" and self.conv_kernel and self.conv_kernel % 2 == 0:
+        return self
+
+    @model_validator(mode="after")
+    def _check_yarn(self) -> ModelConfig:
+        if self.rope_scaling != "yarn":
+            if self.rope_original_length is not None:
+                raise ValueError(
+                    f"rope_original_length {self.rope_original_length} has no effect with rope_scaling: "
+                    f"{self.rope_scaling}"
+                )
+            return self
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_scaling yarn needs a rope_theta above 1, and it is {self.rope_theta}")
+        if self.rope_position_scale != 1.0 and self.rope_original_length is None:
             raise ValueError(
-                f"conv_kernel {self.conv_kernel} is even: a bidirectional convolution is centred, "
-                f"use {self.conv_kernel + 1}"
+                f"rope_scaling yarn with rope_position_scale {self.rope_position_scale} needs rope_original_length, "
+                "the length that was trained on before positions were scaled"
             )
         return self
 
@@ -263,11 +349,25 @@ class ModelConfig(Strict):
         """The forms in words: ``nystrom``, or with their numbers of layers ``window x4 + nystrom x2``."""
         return label(self.attention, self.num_layers)
 
+    @property
+    def positions_by_layer(self) -> tuple[str, ...]:
+        """The kind of each layer's positions."""
+        return by_layer(self.positions, self.num_layers)
+
+    @property
+    def rotary(self) -> bool:
+        """Whether some layer has rotary positions."""
+        return "rotary" in self.positions_by_layer
+
     def of_layer(self, number: int) -> ModelConfig:
-        """What layer ``number``, from 0, computes by: the same settings under its one form of attention."""
-        if isinstance(self.attention, str):
+        """What layer ``number``, from 0, computes by: the same settings under its one form and kind of positions."""
+        if isinstance(self.attention, str) and isinstance(self.positions, str):
             return self
-        return self.model_copy(update={"attention": self.attention[number % len(self.attention)]})
+        attention, positions = (by_layer(names, number + 1)[number] for names in (self.attention, self.positions))
+        own: dict[str, Any] = {"attention": attention, "positions": positions}
+        if positions == "none":  # what a model without rotary positions has
+            own |= {"rope_scaling": "none", "rope_position_scale": 1.0, "rope_original_length": None}
+        return self.model_copy(update=own)
 
     @property
     def head_dim(self) -> int:
@@ -277,4 +377,14 @@ class ModelConfig(Strict):
     @property
     def ffn_size(self) -> int:
         """Width of the feed-forward layer."""
-        return self.intermediate_size or 4 * self.hidden_size
+        return self.intermediate_size or feed_forward_kind(self.ffn).default_width(self.hidden_size)
+
+
+def _names(given: Any, what: str, example: str) -> list[str]:
+    """The names of a pattern as one writes it, one name or a list."""
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{given!r} is neither the name of a {what} nor a list of names")
+    if not names:
+        raise ValueError(f"an empty list gives the layers no {what}: name one, or a pattern as {example}")
+    return list(names)

@@ -6,17 +6,18 @@ from collections import Counter
 
 from pretrain.model.attention.registry import form_of, forms_of
 from pretrain.model.config import ModelConfig
+from pretrain.model.feed_forward import feed_forward_kind
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int, target_share: float | None = None) -> float:
     """Floating-point operations of a forward pass over full rows of ``seq_len`` tokens, per token; training is 3 times
     that.
 
-    A multiply-add counts 2. Norms, activations, softmax and embedding look-ups are left out, as is usual, and so is
-    whatever is computed and then masked. With h the hidden size, f the feed-forward's, d the head width, n the length,
-    V the vocabulary and a sum over the layers:
+    A multiply-add counts 2. Norms, activations, gates, biases, rotary positions, softmax and embedding look-ups are
+    left out, as is usual, and so is whatever is computed and then masked. With h the hidden size, f the feed-forward's,
+    g its matrices (2, gated 3), d the head width, n the length, V the vocabulary and a sum over the layers:
 
-        sum (2 (4 h^2 + 2 h f) + attention + 2 k h) + head
+        sum (2 (4 h^2 + g h f) + attention + 2 k h) + head
 
     * k is the convolution's kernel.
     * attention: what the layer's form says, :func:`attention_flops_per_token`.
@@ -25,7 +26,8 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int, target_share: flo
     """
     h = config.hidden_size
     masked = config.objective == "mlm"
-    layer = 2.0 * (4 * h * h + 2 * h * config.ffn_size) + 2 * config.conv_kernel * h
+    feed_forward = feed_forward_kind(config.ffn).matrices * h * config.ffn_size
+    layer = 2.0 * (4 * h * h + feed_forward) + 2 * config.conv_kernel * h
     share = target_share if target_share is not None else (0.15 if masked else 1.0)
     head = share * (2 * h * (config.vocab_size or 0) + (2 * h * h if masked else 0))
     return sum(count * (layer + flops) for flops, count in _by_form(config, seq_len)) + head

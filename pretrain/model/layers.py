@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,6 +10,9 @@ from pretrain.model.attention.cache import LayerCache
 from pretrain.model.attention.layout import Layout
 from pretrain.model.attention.self_attention import AttentionContext, SelfAttention
 from pretrain.model.config import ModelConfig
+from pretrain.model.feed_forward import feed_forward_kind
+from pretrain.model.initial import ResidualLinear, initial_std
+from pretrain.model.norms import build_norm
 from pretrain.model.positions import POSITION_OFFSET, learned_rows
 
 
@@ -29,7 +30,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = None
         if config.positions == "learned":
             self.position_embeddings = nn.Embedding(config.max_positions + POSITION_OFFSET, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = build_norm(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, layout: Layout, trained_positions: int | None = None) -> Tensor:
@@ -48,15 +49,26 @@ class Embeddings(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers with GELU (its tanh form, transformers' ``gelu_new``)."""
+    """``output(act(intermediate(x)))``, or gated ``output(act(gate(x)) * intermediate(x))``; see ``feed_forward.py``.
+
+    A gate is a matrix of its own and not half of a fused one: Muon orthogonalises each matrix as one linear map, and
+    other libraries' checkpoints keep the two apart.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.intermediate = nn.Linear(config.hidden_size, config.ffn_size)
-        self.output = nn.Linear(config.ffn_size, config.hidden_size)
+        kind = feed_forward_kind(config.ffn)
+        self.activation = kind.activation()
+        self.gate: nn.Linear | None = None
+        if kind.gated:
+            self.gate = nn.Linear(config.hidden_size, config.ffn_size, bias=config.bias)
+        self.intermediate = nn.Linear(config.hidden_size, config.ffn_size, bias=config.bias)
+        self.output = ResidualLinear(config.ffn_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(F.gelu(self.intermediate(x), approximate="tanh"))
+        if self.gate is None:
+            return self.output(self.activation(self.intermediate(x)))
+        return self.output(self.activation(self.gate(x)) * self.intermediate(x))
 
 
 class Block(nn.Module):
@@ -65,9 +77,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention = SelfAttention(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention_norm = build_norm(config)
         self.feed_forward = FeedForward(config)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.feed_forward_norm = build_norm(config)
         self.dropout = nn.Dropout(config.dropout)
         self.pre_norm = config.norm == "pre"
 
@@ -86,8 +98,8 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         masked = config.objective == "mlm"
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if masked else None
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if masked else None
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias) if masked else None
+        self.norm = build_norm(config) if masked else None
         self.decoder = nn.Linear(config.hidden_size, vocab_size, bias=masked)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,16 +109,12 @@ class Head(nn.Module):
 
 
 def reset_module(module: nn.Module, config: ModelConfig) -> None:
-    """Draw the initial values of the parameters that ``module`` itself has."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
+    """Draw the initial values of the parameters that ``module`` itself has, whichever order modules come in."""
+    if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=config.init_std)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.LayerNorm):
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=initial_std(module, config))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, SelfAttention)):
         module.reset_parameters()
-    if isinstance(module, SelfAttention):
-        module.reset_parameters()
-    if isinstance(module, Block) and config.norm == "pre":
-        residual_std = config.init_std / math.sqrt(2 * config.num_layers)
-        nn.init.normal_(module.attention.output.weight, std=residual_std)
-        nn.init.normal_(module.feed_forward.output.weight, std=residual_std)

@@ -9,6 +9,8 @@ the convolution).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ RotaryTable = tuple[Tensor, Tensor]
 
 POSITION_OFFSET = 2
 """Learned positions start at this row, as in transformers' checkpoints."""
+FAST_TURNS, SLOW_TURNS = 32.0, 1.0
+"""YaRN's beta and alpha: an angle that turns more often than the first within the original length is left as it is, one
+that turns less often than the second is interpolated."""
 
 
 def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype, *, scale: float = 1.0) -> RotaryTable:
@@ -31,6 +36,44 @@ def rotary_table(positions: Tensor, width: int, theta: float, dtype: torch.dtype
     steps = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
     angles = (positions.to(torch.float64) * scale)[:, :, None, None] * theta ** (-steps / width)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def yarn_table(
+    positions: Tensor, width: int, theta: float, dtype: torch.dtype, *, scale: float, original_length: int
+) -> RotaryTable:
+    """As :func:`rotary_table`, with ``scale`` for the slow angles only, and all entries times the root of YaRN's
+    temperature (Peng et al. 2023, arXiv 2309.00071, sections 3.2 to 3.4).
+
+    ``original_length``: tokens that the angles were trained on before they were scaled, at least 1. It, theta and the
+    scale, below 1, are constants of the model: nothing follows from the length at hand.
+    """
+    frequencies = yarn_frequencies(width, theta, scale, original_length).to(positions.device)
+    angles = positions.to(torch.float64)[:, :, None, None] * frequencies
+    factor = yarn_factor(scale)
+    return (factor * angles.cos()).to(dtype), (factor * angles.sin()).to(dtype)
+
+
+def yarn_frequencies(width: int, theta: float, scale: float, original_length: int) -> Tensor:
+    """(width / 2,) float64, radians a token: interpolation by parts.
+
+    The ramp is linear in the number of the angle and its ends are whole numbers, as in the authors' program and in
+    transformers; in the paper (section 3.2) it is linear in the turns.
+    """
+
+    def number_of(turns: float) -> float:
+        """Of the angle that turns so often within the original length."""
+        return width * math.log(original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(number_of(FAST_TURNS)), 0)
+    high = max(min(math.ceil(number_of(SLOW_TURNS)), width - 1), low)
+    steps = torch.arange(width // 2, dtype=torch.float64)
+    interpolated = ((steps - low) / (high - low or 0.001)).clamp(0, 1)
+    return theta ** (-2 * steps / width) * (1 - interpolated * (1 - scale))
+
+
+def yarn_factor(scale: float) -> float:
+    """Factor of queries and of keys, 0.1 ln(1 / scale) + 1: logits get its square (section 3.4). 1 for a scale of 1."""
+    return 1 - 0.1 * math.log(scale)
 
 
 def learned_rows(positions: Tensor, longest: int, trained: int | None) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +20,7 @@ from pretrain.model.config import STAGE_FIELDS, ModelConfig
 from pretrain.model.decoding import DecodingCache
 from pretrain.model.flops import forward_flops_per_token
 from pretrain.model.layers import Block, Embeddings, Head, reset_module
+from pretrain.model.norms import build_norm
 
 LOSS_CHUNK_ELEMENTS = 2**26
 """Logits held at a time in the loss: 256 MiB in float32. More are computed in chunks and again in the backward pass."""
@@ -37,6 +39,9 @@ class LMOutput:
     loss_sum: Tensor | None = None
     """Scalar, at least float32: SUM of the cross entropy (nats) over targets. The caller divides by the global
     count."""
+    z_sum: Tensor | None = None
+    """Scalar, at least float32: SUM over targets of the squared log-partition, of a model in training whose ``z_loss``
+    is set. It is no part of ``loss_sum``."""
     num_targets: Tensor | None = None
     """Scalar int64: labels that are not -100."""
     hidden: Tensor | None = None
@@ -56,9 +61,11 @@ class NystromformerLM(nn.Module):
         self.run_layer: LayerRunner | None = None
         """How layers run in training mode, if not by calling them: whoever trains the model may set it, to compute a
         layer again in the backward pass or to run a compiled one. Evaluation and decoding never use it."""
+        self.z_loss = False
+        """Whether a forward pass with labels in training mode also returns ``z_sum``; whoever trains may set it."""
         self.embeddings = Embeddings(config, config.vocab_size)
         self.layers = nn.ModuleList(Block(config.of_layer(number)) for number in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps) if config.norm == "pre" else None
+        self.norm = build_norm(config) if config.norm == "pre" else None
         self.head = Head(config, config.vocab_size)
         if config.tie_embeddings:
             # One Parameter in two modules, each using it in its own forward: what ZeRO-3 asks of a tied weight.
@@ -77,13 +84,15 @@ class NystromformerLM(nn.Module):
         self.config = config
 
     def reset_parameters(self) -> None:
-        """Normal weights of ``init_std``, zero biases.
+        """Normal weights of ``init_std`` (but see ``residual_init``), zero biases, gains 1.
 
-        :func:`reset_module` also scales the projections that write to the residual stream by 1 / sqrt(2 layers)
-        (Radford et al. 2019). Here that has no effect: a block comes before its linear layers, which are drawn again.
-        Every published number of this project is of weights without the scale, and a change would move them all.
+        A seed's weights are part of every published number. Earlier versions drew two matrices of each pre-norm block
+        twice, so the generator is advanced by as many values.
         """
         for module in self.modules():
+            if isinstance(module, Block) and self.config.norm == "pre":
+                for linear in (module.attention.output, module.feed_forward.output):
+                    nn.init.normal_(linear.weight)  # drawn again below
             reset_module(module, self.config)
 
     def forward(
@@ -123,28 +132,41 @@ class NystromformerLM(nn.Module):
         states = x if hidden else None
         if labels is None:
             return LMOutput(logits=None if hidden else self.head(x), hidden=states)
-        loss_sum = self._loss_sum(x, labels, layout)
-        return LMOutput(loss_sum=loss_sum, num_targets=(labels != IGNORE).sum(), hidden=states)
+        sums = self._loss_sum(x, labels, layout)
+        loss_sum, z_sum = sums.unbind() if sums.ndim else (sums, None)
+        return LMOutput(loss_sum=loss_sum, z_sum=z_sum, num_targets=(labels != IGNORE).sum(), hidden=states)
 
     def _loss_sum(self, x: Tensor, labels: Tensor, layout: Layout) -> Tensor:
+        """The sum of the cross entropy, (); with ``z_loss`` in training also of the squared log-partition, (2,)."""
         # A causal model's full rows are (nearly) all targets: picking them out would only wait for the device.
         if self.config.objective == "clm" and layout.is_full:
             states, targets = x.flatten(0, 1), labels.flatten()
         else:
             chosen = labels != IGNORE
             states, targets = x[chosen], labels[chosen]
+        chunk_loss = self._chunk_z_loss if self.z_loss and self.training else self._chunk_loss
         # From the batch's shape and not from the targets: ZeRO-3 must gather the head equally often on every rank.
         chunks = -(-labels.numel() * self.head.decoder.out_features // LOSS_CHUNK_ELEMENTS)
         if chunks <= 1:
-            return self._chunk_loss(states, targets)
+            return chunk_loss(states, targets)
         total = states.new_zeros((), dtype=at_least_float32(states.dtype))
         for part, target in zip(states.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
-            total = total + checkpoint(self._chunk_loss, part, target, use_reentrant=False)
+            total = total + checkpoint(chunk_loss, part, target, use_reentrant=False)
         return total
 
     def _chunk_loss(self, states: Tensor, targets: Tensor) -> Tensor:
         logits = self.head(states)
         return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets, ignore_index=IGNORE, reduction="sum")
+
+    def _chunk_z_loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        """The log-partition of a target is its cross entropy plus its logit: no second pass over the vocabulary, and
+        nothing of its size is kept. (``gather`` would keep the logits.)"""
+        logits = self.head(states)
+        logits = logits.to(at_least_float32(logits.dtype))
+        losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+        known = targets != IGNORE
+        own = logits[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)]
+        return torch.stack([losses.sum(), ((losses + own).square() * known).sum()])
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Weights, a tied one counted once; without word and position tables if ``embeddings`` is False."""

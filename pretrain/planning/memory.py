@@ -153,6 +153,7 @@ def trace_stage(config: RunConfig, index: int, micro_batch: int, *, on_gpu: bool
         on_gpu,
         config.activation_checkpointing,
         config.data.packing == "documents",
+        config.z_loss > 0,
     )
 
 
@@ -166,10 +167,17 @@ def _traced(
     on_gpu: bool,
     checkpointing: bool,
     packed: bool,
+    z_loss: bool,
 ) -> Trace:
     layout = typical_documents(rows, length) if packed else Layout.full(rows, length)
     return trace_micro_batch(
-        model, layout, targets=targets, dtype=DTYPES[precision], on_gpu=on_gpu, checkpointing=checkpointing
+        model,
+        layout,
+        targets=targets,
+        dtype=DTYPES[precision],
+        on_gpu=on_gpu,
+        checkpointing=checkpointing,
+        z_loss=z_loss,
     )
 
 

@@ -35,6 +35,8 @@ from pretrain.model.transformer import NystromformerLM, build_model
 TRACED_LAYERS = 3
 """The first, the last and one between: a deeper model of one form repeats the one between."""
 
+Kind = tuple[str, str]
+"""Of a layer: its form of attention and its positions."""
 LAYER_PARTS = ("attention", "feed-forward", "norms and residual")
 PARTS = ("embeddings", *LAYER_PARTS, "head and loss")
 
@@ -77,24 +79,32 @@ def trace_micro_batch(
     on_gpu: bool,
     checkpointing: bool = False,
     all_layers: bool = False,
+    z_loss: bool = False,
 ) -> Trace:
     """Trace one training micro-batch of ``layout`` with ``targets`` labels.
 
     dtype: of weights and activations. on_gpu: the code that the model runs on a GPU; nothing needs one here.
-    checkpointing: layers are computed again in the backward pass. Deep models are traced at :data:`TRACED_LAYERS`
-    layers, one more for each further form of attention, and extended, unless ``all_layers``;
-    ``tests/pretrain/planning/test_planning.py`` holds the two to be equal.
+    checkpointing: layers are computed again in the backward pass. z_loss: the run has one. Deep models are traced at
+    :data:`TRACED_LAYERS` layers, one more for each further form of attention or kind of positions, and extended, unless
+    ``all_layers``; ``tests/pretrain/planning/test_planning.py`` holds the two to be equal.
     """
-    forms = config.attention_by_layer
-    few = (forms[0], *dict.fromkeys(forms[1:-1]), forms[-1])
-    if len(few) < len(forms) and not all_layers:
-        traced = config.model_copy(update={"num_layers": len(few), "attention": shortest(few)})
-        return _deepen(_trace(traced, layout, targets, dtype, on_gpu, checkpointing), few, forms)
-    return _trace(config, layout, targets, dtype, on_gpu, checkpointing)
+    kinds: Sequence[Kind] = tuple(zip(config.attention_by_layer, config.positions_by_layer, strict=True))
+    few = (kinds[0], *dict.fromkeys(kinds[1:-1]), kinds[-1])
+    if len(few) < len(kinds) and not all_layers:
+        forms, positions = (shortest(names) for names in zip(*few, strict=True))
+        traced = config.model_copy(update={"num_layers": len(few), "attention": forms, "positions": positions})
+        return _deepen(_trace(traced, layout, targets, dtype, on_gpu, checkpointing, z_loss), few, kinds)
+    return _trace(config, layout, targets, dtype, on_gpu, checkpointing, z_loss)
 
 
 def _trace(
-    config: ModelConfig, layout: Layout, targets: int, dtype: torch.dtype, on_gpu: bool, checkpointing: bool
+    config: ModelConfig,
+    layout: Layout,
+    targets: int,
+    dtype: torch.dtype,
+    on_gpu: bool,
+    checkpointing: bool,
+    z_loss: bool,
 ) -> Trace:
     gradients: list[Gradient] = []
     layout = replace(layout, _cache={})  # a layout keeps what is derived from it, which here is fake
@@ -102,13 +112,15 @@ def _trace(
     with fake, _default_dtype(dtype):
         model = build_model(config)
         model.run_layer = layer_runner(checkpointing, compiled=False)
+        model.z_loss = z_loss
         input_ids = torch.zeros(layout.batch, layout.length, dtype=torch.int64)
         labels = torch.zeros_like(input_ids)
     with fake, assume_device("cuda" if on_gpu else "cpu"), _Expected(targets, on_gpu), LiveBytes() as live:
         live.ignore([input_ids, labels, *model.parameters()])
         after_layers = _watch(model, live, gradients)
-        loss_sum = model(input_ids, labels=labels, layout=layout).loss_sum
-        assert loss_sum is not None
+        out = model(input_ids, labels=labels, layout=layout)
+        assert out.loss_sum is not None
+        loss_sum = out.loss_sum if out.z_sum is None else out.loss_sum + out.z_sum
         kept = dict(live.by_part)
         live.part = "backward"
         # The engine itself: Tensor.backward is a function that _Expected sees, and nothing within such a function is.
@@ -255,17 +267,17 @@ def _layer(name: str) -> int | None:
     return int(words[1]) if words[0] == "layers" else None
 
 
-def _deepen(trace: Trace, few: Sequence[str], forms: Sequence[str]) -> Trace:
-    """The trace of a model whose layers have ``forms`` from one whose layers have ``few``: the first and the last of
-    these, and between them each form that is to be repeated.
+def _deepen(trace: Trace, few: Sequence[Kind], kinds: Sequence[Kind]) -> Trace:
+    """The trace of a model whose layers are of ``kinds`` from one whose layers are of ``few``: the first and the last
+    of these, and between them each kind that is to be repeated.
 
     A layer's backward pass runs while the layers below it still keep what they kept: as much more for each of them.
     """
     by_layer: dict[int | None, list[Gradient]] = {}
     for gradient in trace.gradients:
         by_layer.setdefault(_layer(gradient.parameter), []).append(gradient)
-    stands_for = [0, *(1 + few[1:-1].index(name) for name in forms[1:-1]), len(few) - 1]
-    # What a layer keeps is that of the last one with its form: the first one may keep what later ones share.
+    stands_for = [0, *(1 + few[1:-1].index(name) for name in kinds[1:-1]), len(few) - 1]
+    # What a layer keeps is that of the last one of its kind: the first one may keep what later ones share.
     shares = dict(zip(few, trace.kept_by_layer, strict=True))
     sizes = {name: sum(share.values()) for name, share in shares.items()}
 
@@ -274,18 +286,18 @@ def _deepen(trace: Trace, few: Sequence[str], forms: Sequence[str]) -> Trace:
 
     def more_below(number: int) -> int:
         """Bytes that the layers below layer ``number`` keep beyond those below the one that stands for it."""
-        return sum(sizes[name] for name in forms[:number]) - sum(sizes[name] for name in few[: stands_for[number]])
+        return sum(sizes[name] for name in kinds[:number]) - sum(sizes[name] for name in few[: stands_for[number]])
 
-    last = len(forms) - 1
+    last = len(kinds) - 1
     position = trace.gradients.index(by_layer[len(few) - 1][0])
     out = moved(list(trace.gradients[:position]), more_below(last))
     for number in range(last, -1, -1):
         out += moved(by_layer[stands_for[number]], more_below(number))
     out += trace.gradients[trace.gradients.index(by_layer[0][-1]) + 1 :]
-    added = Counter(forms)
+    added = Counter(kinds)
     added.subtract(few)
     kept = {
         part: size + sum(count * shares[name].get(part, 0) for name, count in added.items())
         for part, size in trace.kept.items()
     }
-    return Trace(kept, tuple(shares[name] for name in forms), tuple(out))
+    return Trace(kept, tuple(shares[name] for name in kinds), tuple(out))

@@ -43,6 +43,7 @@ class StepRecord:
     lr: float
     loss_sum: torch.Tensor  # over this process's targets
     result: StepResult
+    z_sum: torch.Tensor | None = None  # of squared log-partitions over them, with z_loss
 
 
 class Loss(NamedTuple):
@@ -50,6 +51,7 @@ class Loss(NamedTuple):
 
     mean: float
     own_seconds: list[float]  # by rank
+    z_mean: float | None = None  # of squared log-partitions, with z_loss
 
 
 class StepReports:
@@ -119,8 +121,11 @@ class StepReports:
         # Everybody's seconds ride along: a vector with one place for each process costs less than a second collective.
         own = [0.0] * self._world.world_size
         own[self._world.rank] = self.clock.own_seconds()
+        if step.z_sum is not None:
+            own.append(float(step.z_sum))
         loss_sum, *seconds = self._world.sum([float(step.loss_sum), *own])
-        return Loss(_mean(step, loss_sum), seconds)
+        z_mean = None if step.z_sum is None else _mean(step, seconds.pop())
+        return Loss(_mean(step, loss_sum), seconds, z_mean)
 
     def log(self, step: StepRecord, loss: Loss, state: TrainState) -> None:
         """Write the numbers of a step; under fp16 also of one skipped only to find the loss scale."""
@@ -150,6 +155,8 @@ class StepReports:
             "seconds": state.seconds,
             **self._epochs(step.tokens),
         }
+        if loss.z_mean is not None:
+            values["z_loss"] = self._config.z_loss * loss.z_mean  # what training adds to the loss
         if self._config.precision == "fp16":
             values["loss_scale"] = step.result.loss_scale
         self._telemetry.write("train", **values)

@@ -88,7 +88,8 @@ def plain_loop(config: str, skip: list[int] | None = None) -> dict[str, Any]:
     model = build_model(run.model.model_copy(update={"vocab_size": data.shards.vocab_size}))
     optimizers = reference_optimizers(model, run.optimizer)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    decay, losses, norms = run.optimizer.ema_decay or 0.0, [], []
+    decay, losses, z_losses, norms = run.optimizer.ema_decay or 0.0, [], [], []
+    model.z_loss = run.z_loss > 0  # what it is then, test_z_loss.py compares with the logits
     masking = run.data.masking.build()
     for number, batch in enumerate(
         TrainLoader(data, plan, objective=run.model.objective, seed=run.seed, masking=masking), 1
@@ -99,7 +100,9 @@ def plain_loop(config: str, skip: list[int] | None = None) -> dict[str, Any]:
         layout = None if batch.document_ids is None else Layout.from_documents(batch.document_ids)
         out = model(batch.input_ids, labels=batch.labels, layout=layout)
         loss = out.loss_sum / out.num_targets
-        loss.backward()
+        z_loss = 0.0 if out.z_sum is None else run.z_loss * out.z_sum / out.num_targets
+        (loss + z_loss).backward()
+        z_losses.append(float(z_loss))
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.grad_clip)))
         losses.append(float(loss))
         if number in (skip or []):
@@ -111,4 +114,10 @@ def plain_loop(config: str, skip: list[int] | None = None) -> dict[str, Any]:
         for name, p in model.named_parameters():
             average[name] = decay * average[name] + (1 - decay) * p.detach()
     weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    return {"losses": losses, "norms": norms, "weights": weights, "average": {k: v.numpy() for k, v in average.items()}}
+    return {
+        "losses": losses,
+        "z_losses": z_losses,
+        "norms": norms,
+        "weights": weights,
+        "average": {k: v.numpy() for k, v in average.items()},
+    }

@@ -171,6 +171,11 @@ def test_a_head_of_its_own_starts_as_the_word_table_it_was() -> None:
         ({"vocab_size": 48}, r"word_embeddings.weight is \(40, 16\) there and \(48, 16\) here: model.vocab_size is 40"),
         ({"hidden_size": 32}, r"\(40, 16\) there and \(40, 32\) here: model.hidden_size is 16 there and 32 here"),
         ({"intermediate_size": 24}, "feed_forward.*model.intermediate_size is 64 there and 24 here"),
+        ({"ffn": "relu2"}, "model.ffn is gelu there and relu2 here"),  # of the same shapes
+        ({"ffn": "swiglu"}, "feed_forward.*model.intermediate_size is 64 there and 48 here"),
+        ({"norm_kind": "rmsnorm"}, "model.norm_kind is layernorm there and rmsnorm here"),
+        ({"qk_norm": True}, "model.qk_norm is False there and True here"),
+        ({"bias": False}, "model.bias is True there and False here"),
         ({"conv_kernel": 7}, "conv_weight is .*model.conv_kernel is 5 there and 7 here"),
         ({"num_heads": 4}, r"conv_weight is \(2, 1, 5, 1\) there .*model.num_heads is 2 there and 4 here"),
         ({"num_heads": 4, "conv_kernel": 0}, "model.num_heads is 2 there and 4 here"),
@@ -265,6 +270,28 @@ def test_rotary_angles_continue_from_where_the_source_ended() -> None:
     settled, notes = settle(parse_config({**minimal({"positions": "learned"}), "init_from": "books"}), books)
     assert settled.init_length is None
     assert "rotary there and learned here" in notes[0]
+
+
+def test_yarn_continues_from_the_first_length_and_from_no_other_rule() -> None:
+    def settled(there: dict[str, Any], here: dict[str, Any]) -> Any:
+        run = parse_config({**minimal(here), "init_from": "books"})
+        run, notes = settle(run, loaded(there, 128))
+        assert parse_config(run.model_dump()) == run  # as config.yaml keeps it
+        return run.model, notes
+
+    yarn, linear = {"rope_scaling": "yarn"}, {"rope_scaling": "linear"}
+    model, notes = settled(yarn, yarn)
+    assert (model.rope_position_scale, model.rope_original_length) == (0.25, 32)
+    assert "continue from 128 tokens: base 10,000, scale 0.25" in notes[0]
+    for there, here in ((yarn, linear), (linear, yarn), (yarn, {})):
+        with pytest.raises(UserError, match="yarn does that to slow angles only"):
+            settled(there, here)
+        model, _ = settled(there, {**here, "rope_position_scale": 1.0})
+        assert model.rope_original_length is None
+    assert settled({}, yarn)[0].rope_original_length is None
+    # Layers without positions have no angles; those of the others continue.
+    model, _ = settled({"rope_scaling": "ntk"}, {"positions": ["rotary", "none"]})
+    assert model.rope_theta == pytest.approx(10_000 * 4 ** (8 / 6))
 
 
 def test_a_resume_keeps_what_the_start_settled_and_old_checkpoints_know_nothing_of_it(corpus: Path) -> None:

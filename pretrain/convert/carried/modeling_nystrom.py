@@ -28,6 +28,7 @@ from pretrain.model.attention.self_attention import AttentionContext
 from pretrain.model.compute import at_least_float32
 from pretrain.model.decoding import DecodingCache
 from pretrain.model.layers import Block, Embeddings, Head, reset_module
+from pretrain.model.norms import build_norm
 
 IGNORE = -100
 """Label of a position without a target."""
@@ -85,9 +86,7 @@ class NystromModel(NystromPreTrainedModel):
         self.network = config.model_config()
         self.embeddings = Embeddings(self.network, config.vocab_size)
         self.layers = nn.ModuleList(Block(self.network.of_layer(i)) for i in range(self.network.num_layers))
-        self.norm = None
-        if self.network.norm == "pre":
-            self.norm = nn.LayerNorm(self.network.hidden_size, eps=self.network.norm_eps)
+        self.norm = build_norm(self.network) if self.network.norm == "pre" else None
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -1,4 +1,4 @@
-"""Which form of attention runs in which layer: one name for all of them, or a pattern that is repeated.
+"""Which form of attention, or kind of positions, a layer has: one name for all of them, or a pattern that is repeated.
 
 A pattern of p names gives layer i (from 0) the name i mod p. The number of layers need not be a multiple of p: the last
 repetition is cut. This module imports nothing of the project: a configuration is read with it.
@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TypeAlias
 
-Attention: TypeAlias = str | tuple[str, ...]
+Pattern: TypeAlias = str | tuple[str, ...]
+"""One name, or the names of a pattern."""
+Attention: TypeAlias = Pattern
 """One form's name, or the names of a pattern."""
 
 
@@ -27,13 +29,13 @@ def shortest(names: Sequence[str]) -> Attention:
 
 
 def by_layer(attention: str | Sequence[str], num_layers: int) -> tuple[str, ...]:
-    """The name of each layer's form, from the first layer on."""
+    """The name that each layer has, from the first layer on."""
     names = (attention,) if isinstance(attention, str) else tuple(attention)
     return tuple(names[number % len(names)] for number in range(num_layers))
 
 
 def label(attention: str | Sequence[str], num_layers: int) -> str:
-    """For people: ``nystrom``, or each form with its number of layers, ``window x4 + nystrom x2``."""
+    """For people: ``nystrom``, or each name with its number of layers, ``window x4 + nystrom x2``."""
     if isinstance(attention, str):
         return attention
     counts = Counter(by_layer(attention, num_layers))

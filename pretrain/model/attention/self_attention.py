@@ -17,7 +17,8 @@ from pretrain.model.attention.layout import Layout, Partition, Rectangle
 from pretrain.model.attention.registry import form_of, forms_of
 from pretrain.model.compute import at_least_float32
 from pretrain.model.conv import skip_convolution
-from pretrain.model.positions import RotaryTable, apply_rotary, rotary_table
+from pretrain.model.initial import ResidualLinear
+from pretrain.model.positions import RotaryTable, apply_rotary, rotary_table, yarn_table
 
 if TYPE_CHECKING:
     from pretrain.model.config import ModelConfig
@@ -32,7 +33,8 @@ def _say_exact(name: str, longest: int, limit: int | None) -> None:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all layers of one form share for one batch: which tokens attend to which, and the rotary tables."""
+    """What all layers of one form and kind of positions share for one batch: which tokens attend to which, and the
+    rotary tables."""
 
     partition: Partition
     rotary: RotaryTable | None
@@ -50,8 +52,8 @@ class AttentionContext:
         dtype: torch.dtype,
         plan: Any = None,
     ) -> AttentionContext:
-        """Once per batch, for layers of one form. dtype: the weights'; tables are float32, or float64 for a float64
-        model."""
+        """Once per batch, for layers of one form and kind of positions. dtype: the weights'; tables are float32, or
+        float64 for a float64 model."""
         return cls._of(form_of(config), layout, _rotary(config, layout, device, dtype), device, plan)
 
     @classmethod
@@ -63,14 +65,21 @@ class AttentionContext:
         dtype: torch.dtype,
         plans: Mapping[str, Any] | None = None,
     ) -> tuple[AttentionContext, ...]:
-        """Once per batch: one for each layer, the same object for layers of one form. plans: by the name of the form,
-        where a decoding cache has them."""
-        rotary = _rotary(config, layout, device, dtype)
+        """Once per batch: one for each layer, the same object for layers of one form and kind of positions. plans: by
+        the name of the form, where a decoding cache has them."""
+        rotary, forms = _rotary(config, layout, device, dtype), forms_of(config)
+        kinds = tuple(zip(config.attention_by_layer, config.positions_by_layer, strict=True))
         contexts = {
-            name: cls._of(form, layout, rotary, device, None if plans is None else plans[name])
-            for name, form in forms_of(config).items()
+            (name, positions): cls._of(
+                forms[name],
+                layout,
+                rotary if positions == "rotary" else None,
+                device,
+                None if plans is None else plans[name],
+            )
+            for name, positions in dict.fromkeys(kinds)
         }
-        return tuple(contexts[name] for name in config.attention_by_layer)
+        return tuple(contexts[kind] for kind in kinds)
 
     @classmethod
     def _of(
@@ -88,16 +97,18 @@ class AttentionContext:
 
 
 def _rotary(config: ModelConfig, layout: Layout, device: torch.device, dtype: torch.dtype) -> Rotary | None:
-    if config.positions != "rotary":
+    if not config.rotary:
         return None
     angles = partial(_table, config, dtype=dtype)
     return Rotary(angles(layout.positions(device)), angles)
 
 
 def _table(config: ModelConfig, positions: Tensor, *, dtype: torch.dtype) -> RotaryTable:
-    return rotary_table(
-        positions, config.head_dim, config.rope_theta, at_least_float32(dtype), scale=config.rope_position_scale
-    )
+    width, theta, scale = config.head_dim, config.rope_theta, config.rope_position_scale
+    original = config.rope_original_length
+    if config.rope_scaling == "yarn" and original is not None and scale < 1:
+        return yarn_table(positions, width, theta, at_least_float32(dtype), scale=scale, original_length=original)
+    return rotary_table(positions, width, theta, at_least_float32(dtype), scale=scale)
 
 
 class SelfAttention(nn.Module):
@@ -112,11 +123,16 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.form: Form = form_of(config)
         self.form.check()
-        width = config.hidden_size
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
+        width, bias = config.hidden_size, config.bias
+        self.query = nn.Linear(width, width, bias=bias)
+        self.key = nn.Linear(width, width, bias=bias)
+        self.value = nn.Linear(width, width, bias=bias)
+        self.output = ResidualLinear(width, width, bias=bias)
+        self.query_norm: nn.RMSNorm | None = None
+        self.key_norm: nn.RMSNorm | None = None
+        if config.qk_norm:
+            self.query_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.key_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
         self.conv_weight: nn.Parameter | None = None
         if config.conv_kernel:
             self.conv_weight = nn.Parameter(torch.empty(config.num_heads, 1, config.conv_kernel, 1))
@@ -176,9 +192,15 @@ class SelfAttention(nn.Module):
         return self.output(merged.flatten(2))
 
     def project(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, N, H, d), positions applied."""
+        """Queries, keys and values (B, N, H, d), positions applied.
+
+        ``qk_norm``, an RMS norm of each head as in Qwen3 (2025, arXiv 2505.09388, section 2), comes before positions.
+        Every form, its landmarks and the decoding cache included, gets what is normed.
+        """
         heads = (*x.shape[:2], self.config.num_heads, self.config.head_dim)
         q, k, v = self.query(x).view(heads), self.key(x).view(heads), self.value(x).view(heads)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if context.rotary is not None:
             q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
         return q, k, v

@@ -125,6 +125,13 @@ def test_what_a_stage_had_counts_and_not_where_it_was_written(corpus: Path) -> N
     linear = staged(corpus, {"rope_scaling": "linear"})
     with pytest.raises(UserError, match=r"curriculum.1.rope_position_scale was 1.0 and is now 0.5"):
         resume(staged(corpus), linear, 1536)
+    yarn = staged(corpus, {"rope_scaling": "yarn"})
+    assert resume(staged(corpus), yarn, 1024) == {"model.rope_scaling": ["none", "yarn"]}
+    assert resume(yarn, yarn, 3072) == {}
+    for was, now, old, new in ((linear, yarn, None, 16), (yarn, linear, 16, None)):  # the scale alone does not tell
+        assert set(resume(was, now, 1024)) == {"model.rope_scaling"}
+        with pytest.raises(UserError, match=rf"curriculum.1.rope_original_length was {old} and is now {new}"):
+            resume(was, now, 1536)
     with pytest.raises(UserError, match=r"curriculum.0.rope_theta was 10000.0 and is now 50000.0"):
         resume(staged(corpus), staged(corpus, {"rope_theta": 5e4}), 256)
 

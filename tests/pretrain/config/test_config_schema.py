@@ -69,7 +69,7 @@ def test_every_shipped_configuration_is_valid(path: Path, loader: type[yaml.Safe
 
 def test_what_a_run_writes_itself_is_valid() -> None:
     many = {"train": [{"path": "a", "weight": 1}, {"path": "b", "weight": 2.5}]}
-    model = {"attention": ["window", "nystrom"]}
+    model = {"attention": ["window", "nystrom"], "positions": ["rotary", "none"], "ffn": "relu2"}
     callbacks = ["my.module:Class", {"call": "m:C", "settings": {"x": 1}}]
     config = parse_config(minimal(data=many, callbacks=callbacks, model=model))
     assert list(VALIDATOR.iter_errors(yaml.safe_load(config.to_yaml()))) == []
@@ -83,6 +83,9 @@ def test_what_a_run_writes_itself_is_valid() -> None:
         ({"model": {"hidden_sise": 64}}, ("model",)),
         ({"model": {"attention": "nystrm"}}, ("model", "attention")),
         ({"model": {"attention": []}}, ("model", "attention")),
+        ({"model": {"positions": ["learned", "none"]}}, ("model", "positions")),
+        ({"model": {"ffn": "maxout"}}, ("model", "ffn")),
+        ({"model": {"norm_kind": "batchnorm"}}, ("model", "norm_kind")),
         ({"model": {"attention": ["window", "nystrm"]}}, ("model", "attention")),
         ({"model": {"hidden_size": 0}}, ("model", "hidden_size")),
         ({"model": {"landmark_inverse": "yes please"}}, ("model", "landmark_inverse")),

@@ -35,6 +35,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"positions": "learned", "norm": "post"},
     {"positions": "learned", "trained_positions": 30, "landmark_inverse": False},
     {"positions": "learned", "max_positions": 100, "tie_embeddings": False},
+    {"ffn": "geglu", "norm_kind": "rmsnorm", "qk_norm": True, "bias": False, "positions": ["rotary", "none"]},
+    {"rope_scaling": "yarn", "rope_position_scale": 0.5, "rope_original_length": 16, "ffn": "relu2"},
     {"rope_theta": 50_000.0, "rope_position_scale": 0.5, "conv_kernel": 33},
 ]
 

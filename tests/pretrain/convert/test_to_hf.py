@@ -44,7 +44,11 @@ BLOCKS = [
     {},
     {"norm": "post", "positions": "learned", "max_positions": 60, "conv_kernel": 9},
     {"positions": "none", "tie_embeddings": False, "conv_kernel": 0},
-]
+    {
+        "ffn": "geglu", "norm_kind": "rmsnorm", "qk_norm": True, "bias": False, "positions": ["rotary", "none"],
+        "residual_init": "scaled", "rope_scaling": "yarn", "rope_position_scale": 0.5, "rope_original_length": 16,
+    },
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -80,6 +80,12 @@ def test_rotary_rules() -> None:
     ]
 
 
+def test_rules_hold_for_the_layers_that_have_positions() -> None:
+    run = run_of([16, 64], {"positions": ["none", "rotary"], "rope_scaling": "linear"}, rope_theta=[None, 2e4])
+    assert rotary(run) == [(1e4, 1.0), (2e4, 0.25)]
+    assert stage_settings(run, 1)["rope_position_scale"] == 0.25
+
+
 def test_a_stages_own_base_wins_and_is_where_the_rule_goes_on_from() -> None:
     lengths, own = [16, 32, 64, 128], [None, 5e4, None, None]
     assert [theta for theta, _ in rotary(run_of(lengths, rope_theta=own))] == [1e4, 5e4, 5e4, 5e4]

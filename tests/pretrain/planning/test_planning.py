@@ -77,12 +77,16 @@ KINDS: list[tuple[str, Any]] = [
         *((checkpointing, *kind) for checkpointing in (False, True) for kind in KINDS[:-1]),
         (True, *KINDS[-1]),
         (False, "clm", ["nystrom", "window", "nystrom", "softmax"]),
+        (False, "mlm", "modern"),
+        (True, "clm", "modern"),
     ],
 )
 def test_a_deep_model_is_extended_from_three_layers_exactly(
     objective: str, attention: Any, checkpointing: bool
 ) -> None:
-    deep = SMALL | {"objective": objective, "attention": attention, "num_layers": 6, "segment_length": 16}
+    modern = {"positions": ["rotary", "none", "rotary", "rotary", "none"], "ffn": "geglu", "norm_kind": "rmsnorm"}
+    block = {"attention": ["nystrom", "softmax"], "qk_norm": True, **modern} if attention == "modern" else {}
+    deep = SMALL | {"objective": objective, "attention": attention, "num_layers": 6, "segment_length": 16} | block
     config = ModelConfig.model_validate(deep | ({"norm": "post", "dropout": 0.1} if attention == "softmax" else {}))
     options: dict[str, Any] = {"targets": 30, "dtype": torch.bfloat16, "on_gpu": True, "checkpointing": checkpointing}
     short = trace_micro_batch(config, Layout.full(2, 64), **options)

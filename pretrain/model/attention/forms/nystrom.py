@@ -24,7 +24,7 @@ from pretrain.model.attention.pyramid import FLAT, Pyramid
 from pretrain.model.attention.registry import FORMS
 from pretrain.model.attention.ring import Ring, RingStep, correction_of
 from pretrain.model.compute import at_least_float32
-from pretrain.model.positions import RotaryTable, apply_rotary, segment_rotary_table
+from pretrain.model.positions import RotaryTable, apply_rotary, segment_rotary_table, yarn_factor
 
 if TYPE_CHECKING:
     from pretrain.model.config import ModelConfig
@@ -221,10 +221,11 @@ class Nystrom(Form):
         if rotary is None or not (self.has_landmark_query or (self.causal and self.config.landmark_query_rank)):
             return None
         size = self.config.segment_length
+        factor = yarn_factor(self.config.rope_position_scale) if self.config.rope_scaling == "yarn" else 1.0
         if isinstance(plan, RingStep):
             if plan.completed is None:
                 return None
-            return SegmentAngles.of(rotary.of(plan.completed.positions.flatten().unsqueeze(0)), size)
+            return SegmentAngles.of(rotary.of(plan.completed.positions.flatten().unsqueeze(0)), size, factor)
         segments = -(-layout.length // size)
         if segments <= self.config.window_segments and plan is None:
             return None
@@ -232,7 +233,7 @@ class Nystrom(Form):
         if not (layout.is_full and layout.length == segments * size):
             # Every sequence starts at position 0, so one table serves all.
             table = rotary.of(torch.arange(segments * size, device=device).unsqueeze(0))
-        return SegmentAngles.of(table, size)
+        return SegmentAngles.of(table, size, factor)
 
     def given(self, own: Given, shared: SegmentAngles | None, device: torch.device) -> dict[str, Tensor]:
         """``gamma``, ``offset`` and the parts of a ``Correction``, as far as there are; see :meth:`attend`."""
@@ -263,12 +264,12 @@ class SegmentAngles(NamedTuple):
     mean: RotaryTable
     """The mean over a segment: what a constant that is added to every query amounts to."""
     first: RotaryTable
-    """That of its first token."""
+    """That of its first token, a rotation alone: what it turns back and forth keeps its length."""
 
     @classmethod
-    def of(cls, table: RotaryTable, segment_length: int) -> SegmentAngles:
-        """table: of the tokens of whole segments, (1, S * c, 1, d / 2)."""
-        cos, sin = (x[:, ::segment_length] for x in table)
+    def of(cls, table: RotaryTable, segment_length: int, factor: float = 1.0) -> SegmentAngles:
+        """table: of the tokens of whole segments, (1, S * c, 1, d / 2), times ``factor`` (YaRN's)."""
+        cos, sin = (x[:, ::segment_length] / factor for x in table)
         return cls(segment_rotary_table(table, segment_length), (cos, sin))
 
 
