@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,29 @@ Record = dict[str, Any]
 
 
 def key(**parts: Any) -> str:
-    """sha256 of the parts (plain values)."""
-    return hashlib.sha256(json.dumps({"version": VERSION, **parts}, sort_keys=True).encode()).hexdigest()
+    """sha256 of the parts (plain values).
+
+    Settings of a model and of a recipe that have their defaults are left out. So a setting that a later version adds
+    leaves finished results what they are.
+    """
+    told = {name: _told(name, part) for name, part in parts.items()}
+    return hashlib.sha256(json.dumps({"version": VERSION, **told}, sort_keys=True).encode()).hexdigest()
+
+
+def _told(name: str, part: Any) -> Any:
+    if name == "models":
+        return {form: _told("model", model) for form, model in part.items()}
+    defaults = {"model": _MODEL, "base": _MODEL, "recipe": _RECIPE}.get(name)
+    if defaults is None:
+        return part
+    # As JSON: what is read from a file has lists where settings have tuples.
+    return {field: value for field, value in part.items() if json.dumps(value) != defaults.get(field)}
+
+
+_MODEL = {
+    name: json.dumps(field.default) for name, field in ModelConfig.model_fields.items() if not field.is_required()
+}
+_RECIPE = {field.name: json.dumps(field.default) for field in fields(Recipe) if field.default is not MISSING}
 
 
 class Results:
