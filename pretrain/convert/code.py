@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pprint import pformat
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.model.attention.registry import forms_of
 from pretrain.model.config import ModelConfig
+from pretrain.model.feed_forward import GATED, default_width
 
 if TYPE_CHECKING:
     from pretrain.model.attention.form import Form
@@ -32,7 +34,7 @@ ROOT = CARRIED + "modeling_nystrom"
 CONFIGURATION = CARRIED + "configuration_nystrom"
 CONFIG, REGISTRY = "pretrain.model.config", "pretrain.model.attention.registry"
 PATTERN = "pretrain.model.attention.pattern"
-"""Its functions are copied into the configuration, which needs only the kinds of feed-forward layers besides."""
+"""Its functions are copied into the configuration, which so stays one file that needs no other."""
 _FOLDERS = ("data_pipeline", "pretrain")
 _PREFIXES = (CARRIED, "pretrain.model.", "data_pipeline.")
 """Left out of the names of copies: pretrain.model.attention.ring is attention_ring.py there."""
@@ -175,7 +177,8 @@ def _config_source() -> str:
     calls = "\n".join(f"        self.{n.name}()" for n in checks)
     pattern = _source(PATTERN)
     functions = [n for n in ast.parse(pattern).body if isinstance(n, ast.FunctionDef) and n.name != "shortest"]
-    helpers = "\n\n\n".join("\n".join(pattern.splitlines()[n.lineno - 1 : n.end_lineno]) for n in functions)
+    copies = ["\n".join(pattern.splitlines()[n.lineno - 1 : n.end_lineno]) for n in functions]
+    helpers = "\n\n\n".join([*copies, inspect.getsource(default_width).rstrip()])
     return f'''"""The typed description of the network."""
 
 from __future__ import annotations
@@ -184,7 +187,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pretrain.model.feed_forward import feed_forward_kind
+GATED = {GATED}
 
 DEFAULTS: dict[str, dict[str, Any]] = {pformat(defaults, width=110, sort_dicts=False)}
 

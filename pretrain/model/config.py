@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from data_pipeline.configuration import Strict
 from pretrain.model.attention.pattern import Attention, Pattern, by_layer, label, shortest, written
 from pretrain.model.attention.registry import FORMS
-from pretrain.model.feed_forward import FEED_FORWARDS, feed_forward_kind
+from pretrain.model.feed_forward import FEED_FORWARDS, GATED, default_width, feed_forward_kind
 from pretrain.model.norms import NORMS, norm_name
 
 POSITIONS = ("rotary", "learned", "none")
@@ -377,7 +377,7 @@ class ModelConfig(Strict):
     @property
     def ffn_size(self) -> int:
         """Width of the feed-forward layer."""
-        return self.intermediate_size or feed_forward_kind(self.ffn).default_width(self.hidden_size)
+        return self.intermediate_size or default_width(self.hidden_size, self.ffn in GATED)
 
 
 def _names(given: Any, what: str, example: str) -> list[str]:

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     Activation = Callable[[Tensor], Tensor]
 
-GATED_MULTIPLE = 16
-"""Default widths of gated layers are multiples of this, which matrix products in 16 bit want."""
-
 
 @dataclass(frozen=True)
 class FeedForwardKind:
@@ -32,13 +29,6 @@ class FeedForwardKind:
     def matrices(self) -> int:
         """Of ``hidden_size`` by the layer's width."""
         return 3 if self.gated else 2
-
-    def default_width(self, hidden_size: int) -> int:
-        """4 x hidden_size; gated 2/3 of that, rounded up to a multiple of 16: as many parameters in three matrices as
-        in two (Shazeer 2020, arXiv 2002.05202, section 3)."""
-        if not self.gated:
-            return 4 * hidden_size
-        return -(-8 * hidden_size // (3 * GATED_MULTIPLE)) * GATED_MULTIPLE
 
 
 def _gelu() -> Activation:
@@ -68,6 +58,18 @@ FEED_FORWARDS = {
 }
 """gelu: Hendrycks and Gimpel 2016, in its tanh form, transformers' ``gelu_new``. geglu, swiglu: Shazeer 2020. relu2: So
 et al. 2021 (Primer, arXiv 2109.08668)."""
+
+
+GATED = tuple(name for name, kind in FEED_FORWARDS.items() if kind.gated)
+"""Kinds with a gate."""
+
+
+def default_width(hidden_size: int, gated: bool) -> int:
+    """4 x hidden_size; gated 2/3 of that, rounded up to a multiple of 16, which products in 16 bit want.
+
+    So three matrices have as many parameters as two (Shazeer 2020, arXiv 2002.05202, section 3).
+    """
+    return -(-8 * hidden_size // 48) * 16 if gated else 4 * hidden_size
 
 
 def feed_forward_kind(name: str) -> FeedForwardKind:

@@ -272,28 +272,6 @@ def test_rotary_angles_continue_from_where_the_source_ended() -> None:
     assert "rotary there and learned here" in notes[0]
 
 
-def test_yarn_continues_from_the_first_length_and_from_no_other_rule() -> None:
-    def settled(there: dict[str, Any], here: dict[str, Any]) -> Any:
-        run = parse_config({**minimal(here), "init_from": "books"})
-        run, notes = settle(run, loaded(there, 128))
-        assert parse_config(run.model_dump()) == run  # as config.yaml keeps it
-        return run.model, notes
-
-    yarn, linear = {"rope_scaling": "yarn"}, {"rope_scaling": "linear"}
-    model, notes = settled(yarn, yarn)
-    assert (model.rope_position_scale, model.rope_original_length) == (0.25, 32)
-    assert "continue from 128 tokens: base 10,000, scale 0.25" in notes[0]
-    for there, here in ((yarn, linear), (linear, yarn), (yarn, {})):
-        with pytest.raises(UserError, match="yarn does that to slow angles only"):
-            settled(there, here)
-        model, _ = settled(there, {**here, "rope_position_scale": 1.0})
-        assert model.rope_original_length is None
-    assert settled({}, yarn)[0].rope_original_length is None
-    # Layers without positions have no angles; those of the others continue.
-    model, _ = settled({"rope_scaling": "ntk"}, {"positions": ["rotary", "none"]})
-    assert model.rope_theta == pytest.approx(10_000 * 4 ** (8 / 6))
-
-
 def test_a_resume_keeps_what_the_start_settled_and_old_checkpoints_know_nothing_of_it(corpus: Path) -> None:
     inputs = check_inputs(parse_config(settings(corpus, corpus, init_from="books")), 1)
     began, _ = settle(inputs.config, loaded({"rope_scaling": "ntk"}, 128))

@@ -62,6 +62,16 @@ def test_the_plain_configuration_has_the_defaults_checks_and_properties(objectiv
     theirs = carried(objective=objective, vocab_size=9)
     assert theirs.model_dump() == ours.model_dump()
     assert (theirs.head_dim, theirs.ffn_size) == (ours.head_dim, ours.ffn_size)
+    gated = {
+        "objective": objective,
+        "vocab_size": 9,
+        "ffn": "swiglu",
+        "hidden_size": 104,
+        "positions": ["rotary", "none"],
+    }
+    theirs, ours = carried(**gated), ModelConfig.model_validate(gated)
+    assert theirs.ffn_size == ours.ffn_size == 288
+    assert theirs.of_layer(1).positions == ours.of_layer(1).positions == "none"
 
 
 @pytest.mark.parametrize(
