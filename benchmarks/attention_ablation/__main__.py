@@ -138,7 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
         "row draws one, and the score is given for each",
     )
     recall.add_argument(
-        "--lead-in", metavar="N,N", help="mqar-spread: tokens of short rows that training begins with (default: none)"
+        "--lead-in",
+        metavar="N,N",
+        help="mqar-spread, variables: tokens of short rows that training begins with (default: none)",
     )
     recall.add_argument(
         "--lead-in-tokens", type=int, default=200_000, metavar="N", help="to train on at each length of --lead-in"
@@ -228,10 +230,11 @@ def _task(args: argparse.Namespace, recipe: Recipe, held_out_tokens: int) -> tup
         return base, Passkey(shape, base.objective, vocab_size, args.digits, window, lengths)
     if args.test_seq_lens is not None:
         raise UserError("--test-seq-lens is for task passkey")
-    if args.lead_in is not None and args.task != "mqar-spread":
-        raise UserError("--lead-in is for task mqar-spread")
+    if args.lead_in is not None and args.task not in ("mqar-spread", "variables"):
+        raise UserError("--lead-in is for tasks mqar-spread and variables")
+    lead_in = () if args.lead_in is None else (_numbers("--lead-in", args.lead_in), args.lead_in_tokens)
     if args.task == "variables":
-        return base, VariableTracking(shape, vocab_size, args.chains, args.hops, window)
+        return base, VariableTracking(shape, vocab_size, args.chains, args.hops, window, *lead_in)
     defaults = DEFAULTS[args.task]
     pairs = (defaults.pairs,) if args.pairs is None else _numbers("--pairs", args.pairs)
     spread = defaults.spread if args.spread is None else args.spread
@@ -239,11 +242,7 @@ def _task(args: argparse.Namespace, recipe: Recipe, held_out_tokens: int) -> tup
     if gap is None:
         gap = base.num_layers * max(window, base.conv_kernel)
     if args.task == "mqar-spread":
-        lead_in = () if args.lead_in is None else _numbers("--lead-in", args.lead_in)
-        lead_in_tokens = args.lead_in_tokens
-        return base, SpreadRecall(
-            shape, vocab_size, pairs, args.values, spread, gap, window, lead_in, lead_in_tokens if lead_in else 0
-        )
+        return base, SpreadRecall(shape, vocab_size, pairs, args.values, spread, gap, window, *lead_in)
     if len(pairs) > 1:
         raise UserError(f"--pairs {args.pairs}: task mqar takes one number, several are for task mqar-spread")
     return base, MultiQueryRecall(shape, vocab_size, pairs[0], gap, window)

@@ -14,7 +14,6 @@ exact in the shortest rows, and learns about landmarks in longer ones.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,6 @@ import numpy as np
 from benchmarks.attention_ablation.mqar import FILLER, Recall
 from benchmarks.attention_ablation.tasks import (
     HELD_OUT,
-    TRAIN,
     DistanceBins,
     Drawn,
     Examples,
@@ -54,9 +52,7 @@ class SpreadRecall(Drawn):
     gap: int
     window: int
     lead_in: tuple[int, ...] = ()
-    """Tokens of the rows that training begins with, rising."""
     lead_in_tokens: int = 0
-    """To train on with each of them."""
     name: str = "mqar-spread"
     main: str = "accuracy"
 
@@ -122,19 +118,8 @@ class SpreadRecall(Drawn):
         row = {"one of the row's values of a kind": 1 / self.pairs[0]} if len(self.pairs) == 1 else {}
         return {**row, "one of all values of a kind": 1 / (self.half // self.values)}
 
-    def train_batches(self, seed: int) -> Iterator[Examples]:
-        seen = 0
-        for index in itertools.count():
-            rng = generator(TRAIN, seed, index)
-            stage = seen // self.lead_in_tokens if self.lead_in else 0
-            if stage < len(self.lead_in):
-                n = self.lead_in[stage]
-                layouts = [Layout(n, pairs, self.values, 0.5, 0) for pairs in (n // 8, n // 4)]
-                batch = self._mix(rng, layouts, self.shape.rows * self.shape.seq_len // n)
-            else:
-                batch = self.sample(rng, self.shape.rows)
-            yield batch
-            seen += batch.input_ids.numel()
+    def short(self, rng: np.random.Generator, count: int, length: int) -> Examples:
+        return self._mix(rng, [Layout(length, n, self.values, 0.5, 0) for n in (length // 8, length // 4)], count)
 
     def sample(self, rng: np.random.Generator, count: int) -> Examples:
         return self._mix(rng, list(map(self._layout, self.pairs)), count)

@@ -155,15 +155,32 @@ class Drawn:
     """A task whose rows are drawn anew for each batch. Subclasses draw them."""
 
     shape: Shape
+    lead_in: tuple[int, ...] = ()
+    """Tokens of the short rows that training begins with, rising."""
+    lead_in_tokens: int = 0
+    """To train on with each of them."""
 
     def sample(self, rng: np.random.Generator, count: int) -> Examples:
         """``count`` rows with their groups."""
         raise NotImplementedError
 
+    def short(self, rng: np.random.Generator, count: int, length: int) -> Examples:
+        """``count`` rows of a lead-in, easier than the others."""
+        raise NotImplementedError
+
     def train_batches(self, seed: int) -> Iterator[Examples]:
         """Of the state (seed, number of the batch)."""
+        seen = 0
         for index in itertools.count():
-            yield self.sample(generator(TRAIN, seed, index), self.shape.rows)
+            rng = generator(TRAIN, seed, index)
+            stage = seen // self.lead_in_tokens if self.lead_in else 0
+            if stage < len(self.lead_in):
+                length = self.lead_in[stage]
+                batch = self.short(rng, self.shape.rows * self.shape.seq_len // length, length)
+            else:
+                batch = self.sample(rng, self.shape.rows)
+            yield batch
+            seen += batch.input_ids.numel()
 
     def measured(self, seed: int) -> Examples:
         """The first batch."""

@@ -7,11 +7,14 @@ reads the same rows bidirectionally.
 A variable behind h hops needs h + 1 look-ups, one after the other. L layers of exact attention suffice for 2^(L - 2) of
 them (Sanford et al. 2024, "Transformers, parallel computation, and logarithmic depth", arXiv 2402.09268): two layers
 for no hops, three for one, four for three.
+
+Training may begin with short rows, the *lead-in*: a row of n tokens has n / 16 chains and n / 32 hops, but two chains
+at least, and at most those of the task.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +58,8 @@ class VariableTracking(Drawn):
     chains: int
     hops: int
     window: int
+    lead_in: tuple[int, ...] = ()
+    lead_in_tokens: int = 0
     name: str = "variables"
     main: str = "accuracy"
 
@@ -67,6 +72,11 @@ class VariableTracking(Drawn):
                 f"a vocabulary of {self.vocab_size} has {max(self.half, 0)} names ({FILLER} ids are filler, the rest "
                 f"is halved), {self.chains} chains of {self.hops} hops need {names}: --set vocab_size="
                 f"{FILLER + 2 * names} or more, or fewer --chains or --hops"
+            )
+        if any(n < 16 or n > self.shape.seq_len for n in self.lead_in):
+            raise UserError(
+                f"--lead-in {','.join(map(str, self.lead_in))}: lengths from 16 to those of the rows, "
+                f"{self.shape.seq_len}"
             )
         least = room(self.chains, self.hops, every=True)
         if self.shape.seq_len < least:
@@ -88,6 +98,7 @@ class VariableTracking(Drawn):
             "hops": self.hops,
             "window": self.window,
             "held_out_tokens": self.shape.held_out_tokens,
+            **({"lead_in": list(self.lead_in), "lead_in_tokens": self.lead_in_tokens} if self.lead_in else {}),
         }
 
     @property
@@ -106,6 +117,11 @@ class VariableTracking(Drawn):
         rows = self.rows(rng, count)
         groups = {"hops": rows.hops, "distance in windows": self._bins(rows.distance)}
         return examples(rows.inputs, rows.labels, groups)
+
+    def short(self, rng: np.random.Generator, count: int, length: int) -> Examples:
+        chains, hops = min(self.chains, max(2, length // 16)), min(self.hops, length // 32)
+        shape = replace(self.shape, seq_len=length)
+        return replace(self, shape=shape, chains=chains, hops=hops, lead_in=()).sample(rng, count)
 
     def rows(self, rng: np.random.Generator, count: int) -> Assigned:
         """``count`` rows of these ids: filler, then names, then values."""

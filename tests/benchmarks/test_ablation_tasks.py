@@ -122,6 +122,18 @@ def test_rows_of_several_numbers_of_pairs_behind_short_ones() -> None:
     assert (task.far.grouping, task.far.bins) == ("pairs", (2,))
 
 
+def test_short_rows_of_variables_have_fewer_chains_and_hops() -> None:
+    task = VariableTracking(
+        Shape(128, 256, 256), 80, chains=4, hops=2, window=4, lead_in=(16, 32, 64), lead_in_tokens=256
+    )
+    found = []
+    for batch in itertools.islice(task.train_batches(0), 4):
+        number = set((batch.labels != IGNORE).sum(1).tolist())
+        found.append((batch.input_ids.shape[1], *number))
+    assert found == [(16, 2), (32, 2 * 2), (64, 4 * 3), (128, 4 * 3)]  # chains * (hops + 1)
+    assert task.settings["lead_in"] == [16, 32, 64]
+
+
 def test_the_key_is_asked_for_in_longer_rows_than_those_of_training() -> None:
     task = Passkey(SHAPE, "clm", vocab_size=48, digits=2, window=8, test_lengths=(32, 256))
     assert next(task.train_batches(0)).input_ids.shape == (4, 32)
