@@ -40,8 +40,8 @@ class Mark:
     """Of exact attention's cache for this length."""
     resident_bytes: int
     """Of the process, libraries and weights included."""
-    step_ms: float
-    """Median over the last steps."""
+    step_ms: float | None
+    """Median over the last steps; None within the prompt, which takes none."""
 
     @property
     def share(self) -> float:
@@ -54,41 +54,49 @@ def allocated_bytes(cache: DecodingCache) -> int:
     return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in layer.tensors().values())
 
 
-def stream(subject: Subject, tokens: Ints, marks: Sequence[int]) -> tuple[Floats, list[Mark]]:
+def stream(subject: Subject, tokens: Ints, marks: Sequence[int], prompt: int = 1) -> tuple[Floats, list[Mark]]:
     """Decode ``tokens`` (N + 1,): -log p in nats (N,) of each token but the first, and what there is at ``marks``.
 
-    The cache is made once, for N tokens. The first token goes in as the prompt, each other one as a step.
+    The cache is made once, for N tokens. The first ``prompt`` tokens go in by one forward pass, each other one as a
+    step. The losses within the prompt are those of another forward pass.
     """
-    model, count, wanted = subject.model, len(tokens) - 1, set(marks)
-    config, dtype = model.config, next(model.parameters()).dtype
-    exact = config.model_copy(update={"attention": "softmax"})
-    process, found = psutil.Process(), []
+    model, count = subject.model, len(tokens) - 1
+    wanted, began = set(marks), time.perf_counter()
     nats, seconds = np.zeros(count), np.zeros(count)
     given = torch.from_numpy(tokens).to(subject.device)
-    logits, cache = prefill(model, given[None, :1], max_length=count)
-    began = time.perf_counter()
-    for read in range(1, count + 1):
-        if read > 1:
+    if prompt > 1:
+        nats[: prompt - 1] = short_context(subject, tokens[:prompt], prompt)
+        began = time.perf_counter()
+    logits, cache = prefill(model, given[None, :prompt], max_length=count)
+    found = [_mark(subject, cache, mark, None) for mark in marks if mark < prompt]
+    for read in range(prompt, count + 1):
+        if read > prompt:
             began = time.perf_counter()
             logits = decode(model, given[read - 1 : read], cache)
         nats[read - 1] = torch.nn.functional.cross_entropy(logits.float(), given[read : read + 1]).item()
         seconds[read - 1] = time.perf_counter() - began
         if read in wanted:
-            item = Mark(
-                read,
-                allocated_bytes(cache),
-                cache_bytes(config, 1, read, dtype),
-                cache_bytes(exact, 1, read, dtype),
-                process.memory_info().rss,
-                1000 * median(seconds[max(read - TIMED, 0) : read].tolist()),
-            )
-            found.append(item)
-            print(
-                f"{read:,} tokens: {item.step_ms:.2f} ms a token, loss {nats[:read].mean():.4f}",
-                file=sys.stderr,
-                flush=True,
-            )
+            last = seconds[max(read - TIMED, prompt) : read].tolist()
+            found.append(_mark(subject, cache, read, 1000 * median(last) if last else None))
+            print(f"{read:,} tokens: loss {nats[:read].mean():.4f}, {_spent(found[-1])}", file=sys.stderr, flush=True)
     return nats, found
+
+
+def _mark(subject: Subject, cache: DecodingCache, read: int, step_ms: float | None) -> Mark:
+    config, dtype = subject.model.config, next(subject.model.parameters()).dtype
+    exact = config.model_copy(update={"attention": "softmax"})
+    return Mark(
+        read,
+        allocated_bytes(cache),
+        cache_bytes(config, 1, read, dtype),
+        cache_bytes(exact, 1, read, dtype),
+        psutil.Process().memory_info().rss,
+        step_ms,
+    )
+
+
+def _spent(mark: Mark) -> str:
+    return "in the prompt" if mark.step_ms is None else f"{mark.step_ms:.2f} ms a token"
 
 
 def short_context(subject: Subject, tokens: Ints, width: int) -> Floats:
