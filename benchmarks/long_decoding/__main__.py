@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--contexts", default="1024,4096", metavar="N,N", help="short contexts beside it, in tokens (default 1024,4096)"
     )
     parser.add_argument(
-        "--prompt", type=int, default=1, metavar="N", help="tokens that go in by one forward pass (default 1)"
+        "--steps", type=int, metavar="N", help="before each mark; what lies farther back goes in at once (default all)"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="rope_theta or rope_position_scale; repeatable"
@@ -61,11 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write. Returns 1 with ``--check`` if a goal is missed; raises :class:`UserError`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(arguments)
-    check_positive(args, "prompt", "threads")
+    check_positive(args, "steps", "threads")
     check_file("--out", args.out)
     marks, contexts = _numbers("--marks", args.marks), _numbers("--contexts", args.contexts)
-    if args.prompt >= marks[-1]:
-        raise UserError(f"--prompt {args.prompt}: must be less than the last of --marks, {marks[-1]}")
 
     import torch
 
@@ -100,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     import numpy as np
 
-    nats, found = stream(subject, tokens, marks, args.prompt)
+    nats, found = stream(subject, tokens, marks, args.steps)
     losses = {"cache": nats} | {str(width): short_context(subject, tokens, width) for width in contexts}
     places = groups_of([0, *marks], np.arange(1, len(tokens)))
     windows = [form.window for form in forms_of(config).values() if form.window]
@@ -189,7 +187,7 @@ def _report(marks: Sequence[Mark], content: Mapping[str, Any], names: Sequence[s
             *(f"{size / MIB:.3f}" for size in (mark.allocated_bytes, mark.formula_bytes, mark.exact_bytes)),
             f"{mark.share:.3%}",
             f"{mark.resident_bytes / MIB:.0f}",
-            "-" if mark.step_ms is None else f"{mark.step_ms:.2f}",
+            f"{mark.step_ms:.2f}",
         ]
         for mark in marks
     ]

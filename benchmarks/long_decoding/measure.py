@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from eval.shared.scoring import score
 from eval.subject import Subject
@@ -40,8 +41,8 @@ class Mark:
     """Of exact attention's cache for this length."""
     resident_bytes: int
     """Of the process, libraries and weights included."""
-    step_ms: float | None
-    """Median over the last steps; None within the prompt, which takes none."""
+    step_ms: float
+    """Median over the last steps."""
 
     @property
     def share(self) -> float:
@@ -54,35 +55,42 @@ def allocated_bytes(cache: DecodingCache) -> int:
     return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in layer.tensors().values())
 
 
-def stream(subject: Subject, tokens: Ints, marks: Sequence[int], prompt: int = 1) -> tuple[Floats, list[Mark]]:
+def stream(subject: Subject, tokens: Ints, marks: Sequence[int], steps: int | None = None) -> tuple[Floats, list[Mark]]:
     """Decode ``tokens`` (N + 1,): -log p in nats (N,) of each token but the first, and what there is at ``marks``.
 
-    The cache is made once, for N tokens. The first ``prompt`` tokens go in by one forward pass, each other one as a
-    step. The losses within the prompt are those of another forward pass.
+    Caches are made for N tokens. With ``steps`` only so many tokens before each mark go in one by one, those before
+    them by one forward pass into an empty cache. Where these are not predicted by any step, the loss is that of a
+    forward pass over the whole text. None: the first token is the prompt, and all others are steps.
     """
-    model, count = subject.model, len(tokens) - 1
-    wanted, began = set(marks), time.perf_counter()
-    nats, seconds = np.zeros(count), np.zeros(count)
+    count = len(tokens) - 1
+    most = count if steps is None else steps
+    nats, found, read = np.zeros(count), [], 0
+    if steps is not None:
+        nats[:] = short_context(subject, tokens, count)
+    cache, logits = None, torch.zeros(0)
     given = torch.from_numpy(tokens).to(subject.device)
-    if prompt > 1:
-        nats[: prompt - 1] = short_context(subject, tokens[:prompt], prompt)
-        began = time.perf_counter()
-    logits, cache = prefill(model, given[None, :prompt], max_length=count)
-    found = [_mark(subject, cache, mark, None) for mark in marks if mark < prompt]
-    for read in range(prompt, count + 1):
-        if read > prompt:
+    for mark in marks:
+        if cache is None or mark - read > most:
+            read = max(mark - most, 1)
+            logits, cache = prefill(subject.model, given[None, :read], max_length=count)
+            nats[read - 1] = _loss(logits, given, read)
+        seconds = []
+        while read < mark:
             began = time.perf_counter()
-            logits = decode(model, given[read - 1 : read], cache)
-        nats[read - 1] = torch.nn.functional.cross_entropy(logits.float(), given[read : read + 1]).item()
-        seconds[read - 1] = time.perf_counter() - began
-        if read in wanted:
-            last = seconds[max(read - TIMED, prompt) : read].tolist()
-            found.append(_mark(subject, cache, read, 1000 * median(last) if last else None))
-            print(f"{read:,} tokens: loss {nats[:read].mean():.4f}, {_spent(found[-1])}", file=sys.stderr, flush=True)
+            logits = decode(subject.model, given[read : read + 1], cache)
+            read += 1
+            nats[read - 1] = _loss(logits, given, read)
+            seconds.append(time.perf_counter() - began)
+        found.append(_mark(subject, cache, mark, seconds[-TIMED:]))
+        print(f"{mark:,} tokens: {found[-1].step_ms:.2f} ms a token", file=sys.stderr, flush=True)
     return nats, found
 
 
-def _mark(subject: Subject, cache: DecodingCache, read: int, step_ms: float | None) -> Mark:
+def _loss(logits: Tensor, given: Tensor, read: int) -> float:
+    return torch.nn.functional.cross_entropy(logits.float(), given[read : read + 1]).item()
+
+
+def _mark(subject: Subject, cache: DecodingCache, read: int, seconds: Sequence[float]) -> Mark:
     config, dtype = subject.model.config, next(subject.model.parameters()).dtype
     exact = config.model_copy(update={"attention": "softmax"})
     return Mark(
@@ -91,12 +99,8 @@ def _mark(subject: Subject, cache: DecodingCache, read: int, step_ms: float | No
         cache_bytes(config, 1, read, dtype),
         cache_bytes(exact, 1, read, dtype),
         psutil.Process().memory_info().rss,
-        step_ms,
+        1000 * median(seconds),
     )
-
-
-def _spent(mark: Mark) -> str:
-    return "in the prompt" if mark.step_ms is None else f"{mark.step_ms:.2f} ms a token"
 
 
 def short_context(subject: Subject, tokens: Ints, width: int) -> Floats:
