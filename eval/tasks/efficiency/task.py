@@ -1,4 +1,5 @@
 """Tokens per second and memory by length: the model's attention beside exact softmax attention and its window alone.
+A pyramid stands beside flat landmarks, too.
 
 All forms run on the same weights through the same code, in one process, a round of all of them at a time
 (``measure.interleave``); ratios are taken within rounds. Timings are of a machine: the result's environment says which,
@@ -22,7 +23,7 @@ import torch
 from data_pipeline.errors import UserError
 from eval.results.parts import Parts
 from eval.results.schema import Outcome
-from eval.shared.forms import EXACT, WINDOW, with_attention
+from eval.shared.forms import EXACT, FLAT, WINDOW, settings_read, with_attention
 from eval.shared.progress import Progress
 from eval.subject import Subject, choose_precision
 from eval.tasks.efficiency import EfficiencySettings
@@ -84,6 +85,8 @@ def run(subject: Subject, settings: EfficiencySettings, parts: Parts) -> Outcome
     config = subject.loaded.model_config
     own = f"as trained ({config.attention_label})"
     forms: dict[str, dict[str, Any]] = {own: {}, "exact softmax": EXACT, "window alone": WINDOW}
+    if config.landmark_levels > 1 and "landmark_levels" in settings_read(config):
+        forms["flat landmarks"] = FLAT
     forms = {name: changes for name, changes in forms.items() if changes.get("attention") != config.attention}
     found = parts.one("timing", lambda: measure(subject, settings, forms))
     note = (

@@ -102,6 +102,24 @@ def test_masked_and_exact_models_and_bfloat16(masked: Path, export: Callable[...
     assert set(exact.metrics) == {"forward_tokens_per_second", "decode_tokens_per_second"}
 
 
+def test_a_pyramid_and_a_pattern_stand_beside_their_alternatives(export: Callable[..., Path], shards: ShardSet) -> None:
+    pyramid = {"landmark_levels": 16, "landmark_band": 2}
+    tables = {
+        name: efficiency(subject_of(export(name, objective="clm", **model), shards), lengths=(256,)).tables
+        for name, model in {
+            "pyramid": pyramid,
+            "pattern": {"attention": ["window", "nystrom"], **pyramid},
+            "windows": {"attention": "window", **pyramid},
+        }.items()
+    }
+    others = ["exact softmax", "window alone", "flat landmarks"]
+    assert [row[1] for row in tables["pyramid"][0].rows] == ["as trained (nystrom)", *others]
+    assert [row[1] for row in tables["pattern"][0].rows] == ["as trained (window x1 + nystrom x1)", *others]
+    assert [row[1] for row in tables["windows"][0].rows] == ["as trained (window)", "exact softmax"]
+    cache = {row[1]: row[9] for row in tables["pyramid"][1].rows}
+    assert cache["window alone"] < cache["as trained (nystrom)"] < cache["flat landmarks"] < cache["exact softmax"]
+
+
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_peak_memory_is_that_of_the_allocator(objective: str, causal: Path, masked: Path) -> None:
     model = subject_of(causal if objective == "clm" else masked, None).model
