@@ -23,7 +23,7 @@ def test_the_key_of_a_run_leaves_defaults_out() -> None:
     assert study.key(kind="run", base=model, recipe=recipe | {"betas": (0.9, 0.99)}, seed=0) != whole
 
 
-@pytest.mark.parametrize("name", ["mqar-pairs", "passkey-far", "mqar-pyramid", "books-4096"])
+@pytest.mark.parametrize("name", ["mqar-pairs", "passkey-far", "mqar-pyramid", "books-4096", "variables"])
 def test_committed_results_are_found_again(name: str) -> None:
     results = Results(Path(__file__).parents[2] / f"benchmarks/results/ablation-{name}.json")
     assert results.runs
