@@ -95,7 +95,7 @@ def test_the_first_word_is_a_command(tab: Tab) -> None:
 
 
 def test_presets_and_files_of_a_run(tab: Tab, folder: Path) -> None:
-    assert tab("nystrom train --config books") == ["books-clm", "books-mlm"]
+    assert tab("nystrom train --config books") == ["books-16k", "books-clm", "books-mlm"]
     assert tab("nystrom launch local --config o") == ["own.yaml"]
     assert tab("nystrom config --config no") == []
     assert tab("nystrom data prepare --config ") != tab("nystrom train --config ")
