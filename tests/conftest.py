@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Set before torch or datasets are imported by any test module. One thread: the tests run two ranks on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,3 +13,6 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("MASTER_ADDR", None)
+# Under nohup SIGHUP is ignored, by what the tests start too, and tests that end a run by it would wait in vain.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -30,8 +30,8 @@ EXAMPLES = (
     "python -m benchmarks.long_decoding --checkpoint runs/books-16k --text 'books/valid/*.txt' --threads 1",
     "python -m benchmarks.long_decoding --checkpoint runs/books-16k --marks 1024,8192 --set rope_theta=1000000",
 )
-EPILOG = f"""The goals of --check: a cache of at most {CACHE_GOAL:.1%}% of exact attention's at the last mark, and a
-loss since the mark before it at most {LOSS_GOAL:.0%}% above that of the longest short context."""
+EPILOG = f"""The goals of --check: a cache of at most {CACHE_GOAL:.1%} of exact attention's at the last mark, and a
+loss since the mark before it at most {LOSS_GOAL:.0%} above that of the longest short context."""
 
 
 def build_parser() -> argparse.ArgumentParser:
