@@ -20,9 +20,9 @@ def _layer_norm(width: int, eps: float, bias: bool) -> nn.Module:
 
 
 def _rms_norm(width: int, eps: float, bias: bool) -> nn.Module:
-    from torch import nn
+    from pretrain.model.rms_norm import RMSNorm
 
-    return nn.RMSNorm(width, eps=eps)  # it has no bias to leave out
+    return RMSNorm(width, eps=eps)  # it has no bias to leave out
 
 
 NORMS = {"layernorm": _layer_norm, "rmsnorm": _rms_norm}

@@ -19,6 +19,7 @@ from pretrain.model.compute import at_least_float32
 from pretrain.model.conv import skip_convolution
 from pretrain.model.initial import ResidualLinear
 from pretrain.model.positions import RotaryTable, apply_rotary, rotary_table, yarn_table
+from pretrain.model.rms_norm import RMSNorm
 
 if TYPE_CHECKING:
     from pretrain.model.config import ModelConfig
@@ -128,11 +129,11 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(width, width, bias=bias)
         self.value = nn.Linear(width, width, bias=bias)
         self.output = ResidualLinear(width, width, bias=bias)
-        self.query_norm: nn.RMSNorm | None = None
-        self.key_norm: nn.RMSNorm | None = None
+        self.query_norm: RMSNorm | None = None
+        self.key_norm: RMSNorm | None = None
         if config.qk_norm:
-            self.query_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.key_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.query_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.key_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
         self.conv_weight: nn.Parameter | None = None
         if config.conv_kernel:
             self.conv_weight = nn.Parameter(torch.empty(config.num_heads, 1, config.conv_kernel, 1))
