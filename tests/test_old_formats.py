@@ -13,7 +13,10 @@ import make_v1
 import pytest
 import torch
 from old_formats_case import first_batch_hash, logits_of, losses, resume
+from pydantic import ValidationError
 from ranks import run_ranks, values
+
+from pretrain.model.config import REMOVED, ModelConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VERSIONS = sorted(path.name for path in (REPOSITORY / "tests" / "fixtures").glob("v*") if path.is_dir())
@@ -136,3 +139,11 @@ def test_a_report_shows_them(folder: Any, tmp_path: Path, version: str) -> None:
         loss = json.loads((run / "eval" / "lm.json").read_text())["metrics"]
         assert f"{next(iter(loss.values()))['value']:.4g}"[:5] in page
         assert run.name in page
+
+
+@pytest.mark.parametrize(("key", "value"), REMOVED.items())
+def test_a_removed_key_is_read_where_it_meant_nothing(key: str, value: Any) -> None:
+    given = {"objective": "clm", "vocab_size": 48}
+    assert ModelConfig.model_validate(given | {key: value}) == ModelConfig.model_validate(given)
+    with pytest.raises(ValidationError, match=key):
+        ModelConfig.model_validate(given | {key: 8})

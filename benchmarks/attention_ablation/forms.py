@@ -92,7 +92,6 @@ FORMS: dict[str, tuple[Form, ...]] = {
         Form("keys-mean", _fixed(landmark_keys="mean")),
         Form("query-mean", _fixed(learn_landmark_query=False)),
         Form("query-learned", _fixed(learn_landmark_query=True)),
-        Form("query-rank-8", _fixed(landmark_query_rank=8)),
         Form("pyramid", _fixed(landmark_levels=64)),
         Form("band-half", lambda config: {"landmark_band": _half(config, "landmark_band")}),
         Form("band-double", lambda config: {"landmark_band": 2 * config.landmark_band}),

@@ -19,6 +19,8 @@ ROTARY_FIELDS = ("rope_theta", "rope_position_scale", "rope_original_length")
 """What the rotary angles follow from, beside the rule ``rope_scaling``."""
 STAGE_FIELDS = (*ROTARY_FIELDS, "trained_positions")
 """What the curriculum changes of a model while it trains; see :mod:`pretrain.curriculum.stages`."""
+REMOVED = {"landmark_query_rank": 0}
+"""Keys that are gone, with the value that meant nothing: with that one, configurations of earlier versions are read."""
 
 
 class ModelConfig(Strict):
@@ -212,12 +214,6 @@ class ModelConfig(Strict):
     learn_landmark_query: bool = Field(
         False, description="Causal landmarks' queries get a learned offset for each head."
     )
-    landmark_query_rank: int = Field(
-        0,
-        ge=0,
-        description="Rank of a learned map of causal landmarks' queries, added to them, for each head. It starts at "
-        "zero. 0: none.",
-    )
     gamma_init: float = Field(
         0.75,
         gt=0.5,
@@ -260,6 +256,13 @@ class ModelConfig(Strict):
     @classmethod
     def _known_norm(cls, given: str) -> str:
         return norm_name(given)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_removed(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if key not in REMOVED or value != REMOVED[key]}
 
     @model_validator(mode="before")
     @classmethod

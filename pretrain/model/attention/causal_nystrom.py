@@ -70,33 +70,6 @@ class Landmarks(NamedTuple):
     """(B, m, d), W."""
 
 
-class Correction(NamedTuple):
-    """A low-rank map of a segment's mean query, added to it; zero at the start of training.
-
-    HiLS-Attention (2026, arXiv 2607.02980) reports that its chunks' queries gain most from one.
-    """
-
-    into: Tensor
-    """(H, d, r)."""
-    out: Tensor
-    """(H, r, d)."""
-    cos: Tensor | None = None
-    """(S, d / 2): the rotary angle of each segment's first token. The map is taken of queries that are turned back by
-    it, so that it depends on relative positions only."""
-    sin: Tensor | None = None
-
-    def __call__(self, means: Tensor) -> Tensor:
-        """(R, H, S, d) -> the same, what is to be added."""
-        if self.cos is None or self.sin is None:
-            return means @ self.into.to(means.dtype) @ self.out.to(means.dtype)
-        count = means.shape[2]
-        cos, sin = self.cos[:count].to(means.dtype), self.sin[:count].to(means.dtype)
-        first, second = means.chunk(2, dim=-1)
-        still = torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
-        first, second = (still @ self.into.to(means.dtype) @ self.out.to(means.dtype)).chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
 def causal_nystrom_attention(
     q: Tensor,
     k: Tensor,
@@ -104,7 +77,6 @@ def causal_nystrom_attention(
     *,
     window: Window,
     offset: Tensor | None = None,
-    correction: Correction | None = None,
     gamma: Tensor | None = None,
     weighted: bool = True,
     pyramid: Pyramid = FLAT,
@@ -112,10 +84,10 @@ def causal_nystrom_attention(
 ) -> Tensor:
     """Attention of every token to those before it. q, k, v: (R, H, n, d) for any n; returns (R, H, n, d).
 
-    ``offset``: (H, S, d) or (H, 1, d), added to the mean query of each segment, S at least n / c. ``correction``: of
-    those means, added too. ``gamma``: (H,) in (1/2, 1), or None for pooled values. ``weighted``: landmark keys are
-    weighted as the values are, or else plain means. ``pyramid``: far landmarks have parents, which are seen in their
-    place. ``recall``: far segments that each token reads exactly (:mod:`pretrain.model.attention.recall`).
+    ``offset``: (H, S, d) or (H, 1, d), added to the mean query of each segment, S at least n / c. ``gamma``: (H,) in
+    (1/2, 1), or None for pooled values. ``weighted``: landmark keys are weighted as the values are, or else plain
+    means. ``pyramid``: far landmarks have parents, which are seen in their place. ``recall``: far segments that each
+    token reads exactly (:mod:`pretrain.model.attention.recall`).
 
     A sequence of up to ``window.segments`` + ``recall`` segments gets exact causal attention.
     """
@@ -128,7 +100,7 @@ def causal_nystrom_attention(
     if segments * size > length:  # zeros in the last segment: no landmark, and in the future of all
         q, k, v = (F.pad(x, (0, 0, 0, segments * size - length)) for x in (q, k, v))
     count = segments - window.segments
-    queries = landmark_queries(q, size, offset, correction).flatten(0, 1)
+    queries = landmark_queries(q, size, offset).flatten(0, 1)
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     far = causal_landmarks(queries, k, v, None if gamma is None else gamma.repeat(rows), count=count, weighted=weighted)
     if pyramid.levels > 1:
@@ -159,13 +131,10 @@ def causal_window_attention(q: Tensor, k: Tensor, v: Tensor, window: Window) -> 
     return out.unflatten(0, (rows, heads))[:, :, :length]
 
 
-def landmark_queries(
-    q: Tensor, segment_length: int, offset: Tensor | None, correction: Correction | None = None
-) -> Tensor:
+def landmark_queries(q: Tensor, segment_length: int, offset: Tensor | None) -> Tensor:
     """q~: (R, H, S * c, d) -> (R, H, S, d), means and offset (H, S or more or 1, d), in at least float32."""
     with torch.autocast(q.device.type, enabled=False):
-        means = segment_means(q, segment_length)
-        queries = means if correction is None else means + correction(means)
+        queries = segment_means(q, segment_length)
     return queries if offset is None else queries + offset[:, : queries.shape[2]]
 
 

@@ -38,7 +38,6 @@ from torch import Tensor
 from pretrain.model.attention.blockwise import Window
 from pretrain.model.attention.cache import Cache, DecodingStep, LayerCache
 from pretrain.model.attention.causal_nystrom import (
-    Correction,
     Landmarks,
     causal_landmarks,
     landmark_queries,
@@ -313,7 +312,7 @@ class RingLayer(LayerCache):
         first, count = self.size.slots, length // self.segment_length
         if self.past_keys is not None and self.past_values is not None:
             self.past_keys[:, :, :length], self.past_values[:, :, :length] = k, v
-        queries = landmark_queries(q, self.segment_length, given.get("offset"), correction_of(given))
+        queries = landmark_queries(q, self.segment_length, given.get("offset"))
         far = causal_landmarks(
             queries.flatten(0, 1),
             k.flatten(0, 1),
@@ -377,10 +376,8 @@ class RingLayer(LayerCache):
 
     def _add_landmarks(self, done: Completed, query_sum: Tensor, given: Given) -> None:
         assert self.mass is not None
-        gamma, correction = given.get("gamma"), correction_of(given)
-        mean = query = query_sum[done.rows] / self.segment_length  # (R, H, d)
-        if correction is not None:
-            query = query + correction(mean.transpose(0, 1).unsqueeze(0)).squeeze(0).transpose(0, 1)
+        gamma = given.get("gamma")
+        query = query_sum[done.rows] / self.segment_length  # (R, H, d)
         if (offset := given.get("offset")) is not None:
             query = query + offset.transpose(0, 1)
         query_sum[done.rows] = 0
@@ -425,10 +422,3 @@ class RingLayer(LayerCache):
             mass[rows, :, slot] = merged.mass
             if level + 1 < sums.shape[2]:
                 sums[rows, :, level + 1] += query
-
-
-def correction_of(given: Given) -> Correction | None:
-    """The map of landmarks' queries, if a form gives one."""
-    if "query_into" not in given:
-        return None
-    return Correction(given["query_into"], given["query_out"], given.get("query_cos"), given.get("query_sin"))

@@ -150,7 +150,7 @@ def test_gradients_reach_every_parameter_at_every_length(objective: str, changes
         every_length_reaches_every_parameter(model, length)
 
 
-LANDMARKS = {"learn_landmark_query": True, "landmark_query_rank": 2}
+LANDMARKS = {"learn_landmark_query": True}
 FORMS: list[dict[str, Any]] = [
     {"attention": "softmax"}, {"attention": "window"}, {"landmark_inverse": True, **LANDMARKS},
     {"landmark_levels": 4, "landmark_band": 2, "landmark_branching": 2, **LANDMARKS},

@@ -22,14 +22,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "inverse-fixed-gamma": {"landmark_inverse": True, "learn_gamma": False, "landmark_keys": "mean"},
     "mean-keys": {"landmark_keys": "mean"},
     "learned-query": {"learn_landmark_query": True},
-    "query-map": {"landmark_query_rank": 2, "learn_landmark_query": True},
-    "query-map-without-positions": {"landmark_query_rank": 2, "positions": "none"},
     "recall": {"recall_segments": 2},
     "recall-inverse": {"recall_segments": 1, "landmark_inverse": True, "segment_length": 3},
     "pyramid": {"landmark_levels": 16, "landmark_band": 1},
     "pyramid-of-threes": {
         "landmark_levels": 2, "landmark_band": 2, "landmark_branching": 3, "segment_length": 2, "landmark_keys": "mean",
-        "landmark_query_rank": 1, "learn_landmark_query": True,
+        "learn_landmark_query": True,
     },
 }  # fmt: skip
 KEEPING = [name for name, changes in FORMS.items() if "attention" in changes] + ["inverse", "recall", "pyramid"]

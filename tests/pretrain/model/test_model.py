@@ -50,7 +50,6 @@ VARIANTS: list[dict[str, object]] = [
     {"objective": "clm", "attention": "nystrom", "positions": "rotary", "norm": "post", "learn_landmark_query": True},
     {"objective": "clm", "attention": "nystrom", "positions": "none", "norm": "pre", "learn_landmark_query": True},
     {"objective": "clm", "attention": "nystrom", "landmark_levels": 16, "landmark_band": 2},
-    {"objective": "clm", "attention": "nystrom", "landmark_query_rank": 3},
     {"objective": "clm", "attention": "nystrom", "recall_segments": 2},
 ]
 

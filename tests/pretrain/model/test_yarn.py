@@ -12,10 +12,9 @@ from form_case import tokens as ids_of
 
 from pretrain.config import parse_config
 from pretrain.curriculum.stages import describe_changes, stage_model, stage_settings
-from pretrain.model.attention.forms.nystrom import SegmentAngles
 from pretrain.model.attention.self_attention import _table
 from pretrain.model.config import ModelConfig
-from pretrain.model.positions import yarn_frequencies, yarn_table
+from pretrain.model.positions import yarn_frequencies
 
 STRETCHED = {"rope_scaling": "yarn", "rope_position_scale": 0.25, "rope_original_length": 16}
 
@@ -91,7 +90,7 @@ def test_a_run_from_weights_continues_from_the_first_length() -> None:
     assert (model.rope_position_scale, model.rope_original_length) == (0.125, 16)
 
 
-@pytest.mark.parametrize("changes", [{}, {"learn_landmark_query": True, "landmark_query_rank": 2}])
+@pytest.mark.parametrize("changes", [{}, {"learn_landmark_query": True}])
 def test_prefixes_agree_and_decoding_equals_the_forward_pass(changes: dict[str, Any]) -> None:
     model = model_of(objective="clm", **STRETCHED, **changes)
     the_future_changes_nothing_and_prefixes_agree(model)
@@ -104,14 +103,6 @@ def test_a_stage_changes_the_live_model_as_if_it_had_been_built_so() -> None:
     live.set_positions(tiny(**STRETCHED))
     assert torch.equal(logits(live, ids_of(2, 40)), logits(built, ids_of(2, 40)))
     assert not torch.allclose(logits(live, ids_of(2, 40)), before)
-
-
-def test_what_landmarks_turn_back_keeps_its_length() -> None:
-    table = yarn_table(torch.arange(32)[None], 8, 1e4, torch.float64, scale=0.25, original_length=16)
-    angles = SegmentAngles.of(table, 4, 1 + 0.1 * torch.log(torch.tensor(4.0, dtype=torch.float64)).item())
-    cos, sin = angles.first
-    torch.testing.assert_close(cos**2 + sin**2, torch.ones_like(cos))
-    torch.testing.assert_close(angles.mean[0][:, 1], table[0][:, 4:8].mean(1))
 
 
 def test_a_stages_base_of_1_is_refused() -> None:

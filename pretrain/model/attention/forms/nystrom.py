@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from pretrain.model.attention.layout import Layout, Rectangle
 from pretrain.model.attention.nystrom import nystrom_attention, pooled_attention
 from pretrain.model.attention.pyramid import FLAT, Pyramid
 from pretrain.model.attention.registry import FORMS
-from pretrain.model.attention.ring import Ring, RingStep, correction_of
+from pretrain.model.attention.ring import Ring, RingStep
 from pretrain.model.compute import at_least_float32
-from pretrain.model.positions import RotaryTable, apply_rotary, segment_rotary_table, yarn_factor
+from pretrain.model.positions import RotaryTable, apply_rotary, segment_rotary_table
 
 if TYPE_CHECKING:
     from pretrain.model.config import ModelConfig
@@ -48,7 +48,6 @@ class Nystrom(Form):
                 v,
                 window=self._window,
                 offset=given.get("offset"),
-                correction=correction_of(given),
                 gamma=given.get("gamma"),
                 weighted=config.landmark_keys == "weighted",
                 pyramid=self.pyramid,
@@ -145,10 +144,6 @@ class Nystrom(Form):
         if self.has_landmark_query:
             shape = (config.num_heads, config.head_dim)
             found["landmark_query"] = OwnParameter(shape, nn.init.zeros_, decay=False)  # a bias for each head
-        if self.causal and (rank := config.landmark_query_rank):
-            into = partial(nn.init.normal_, std=config.head_dim**-0.5)
-            found["landmark_query_into"] = OwnParameter((config.num_heads, config.head_dim, rank), into)
-            found["landmark_query_out"] = OwnParameter((config.num_heads, rank, config.head_dim), nn.init.zeros_)
         if self.has_gamma and config.learn_gamma:
             share = 2 * config.gamma_init - 1
             reset = partial(nn.init.constant_, val=math.log(share / (1 - share)))
@@ -208,24 +203,22 @@ class Nystrom(Form):
             "landmark_branching",
             "recall_segments",
             "learn_landmark_query",
-            "landmark_query_rank",
             "gamma_init",
             "learn_gamma",
         )
 
     def prepare(
         self, layout: Layout, rotary: Rotary | None, device: torch.device, plan: object | None
-    ) -> SegmentAngles | None:
-        """The rotary angles of each segment, for what is learned of landmarks' queries. In decoding: of the segments
-        that the step completes."""
-        if rotary is None or not (self.has_landmark_query or (self.causal and self.config.landmark_query_rank)):
+    ) -> RotaryTable | None:
+        """The mean over each segment's rotary angles, (1, S, 1, d / 2): what a constant added to every query amounts
+        to. Only for a learned offset and rotary positions. In decoding: of the segments that the step completes."""
+        if rotary is None or not self.has_landmark_query:
             return None
         size = self.config.segment_length
-        factor = yarn_factor(self.config.rope_position_scale) if self.config.rope_scaling == "yarn" else 1.0
         if isinstance(plan, RingStep):
             if plan.completed is None:
                 return None
-            return SegmentAngles.of(rotary.of(plan.completed.positions.flatten().unsqueeze(0)), size, factor)
+            return segment_rotary_table(rotary.of(plan.completed.positions.flatten().unsqueeze(0)), size)
         segments = -(-layout.length // size)
         if segments <= self.config.window_segments and plan is None:
             return None
@@ -233,19 +226,15 @@ class Nystrom(Form):
         if not (layout.is_full and layout.length == segments * size):
             # Every sequence starts at position 0, so one table serves all.
             table = rotary.of(torch.arange(segments * size, device=device).unsqueeze(0))
-        return SegmentAngles.of(table, size, factor)
+        return segment_rotary_table(table, size)
 
-    def given(self, own: Given, shared: SegmentAngles | None, device: torch.device) -> dict[str, Tensor]:
-        """``gamma``, ``offset`` and the parts of a ``Correction``, as far as there are; see :meth:`attend`."""
+    def given(self, own: Given, shared: RotaryTable | None, device: torch.device) -> dict[str, Tensor]:
+        """``gamma`` and ``offset``, as far as there are; see :meth:`attend`."""
         found = {}
         if (gamma := self.gamma(own, device)) is not None:
             found["gamma"] = gamma
         if self.has_landmark_query and "landmark_query" in own:
-            found["offset"] = _offset(own["landmark_query"], None if shared is None else shared.mean)
-        if self.causal and self.config.landmark_query_rank and "landmark_query_out" in own:
-            found["query_into"], found["query_out"] = own["landmark_query_into"], own["landmark_query_out"]
-            if shared is not None:
-                found["query_cos"], found["query_sin"] = (x[0, :, 0] for x in shared.first)
+            found["offset"] = _offset(own["landmark_query"], shared)
         return found
 
     def gamma(self, own: Given, device: torch.device) -> Tensor | None:
@@ -256,21 +245,6 @@ class Nystrom(Form):
             logit = own["gamma_logit"]
             return 0.5 + 0.5 * torch.sigmoid(logit.to(at_least_float32(logit.dtype)))
         return torch.full((self.config.num_heads,), self.config.gamma_init, device=device)
-
-
-class SegmentAngles(NamedTuple):
-    """Rotary tables of S segments, each (1, S, 1, d / 2)."""
-
-    mean: RotaryTable
-    """The mean over a segment: what a constant that is added to every query amounts to."""
-    first: RotaryTable
-    """That of its first token, a rotation alone: what it turns back and forth keeps its length."""
-
-    @classmethod
-    def of(cls, table: RotaryTable, segment_length: int, factor: float = 1.0) -> SegmentAngles:
-        """table: of the tokens of whole segments, (1, S * c, 1, d / 2), times ``factor`` (YaRN's)."""
-        cos, sin = (x[:, ::segment_length] / factor for x in table)
-        return cls(segment_rotary_table(table, segment_length), (cos, sin))
 
 
 def pyramid_of(config: ModelConfig) -> Pyramid:
