@@ -70,6 +70,8 @@ def _evaluation(words: list[str]) -> list[str]:
 
 def _settings(words: list[str], added: list[str]) -> list[str]:
     """Before the command's own settings, which so have the last word."""
+    if any("causal-16k" in word or "causal-128k" in word for word in words):
+        added = [*added, "model.attention=[nystrom,softmax]"]  # theirs has six layers
     if "--set" in words:
         at = words.index("--set") + 1
         return [*words[:at], *added, *words[at:]]
