@@ -144,8 +144,8 @@ class Trainer:
         result = self.engine.step(lr)
 
         self._reports.clock.add(batch.tokens, began, waited)
-        z_sum = self.engine.take_z_sum()
-        step = StepRecord(self.state.step + 1, tokens, batch, targets, lr, loss_sum, result, z_sum)
+        added = self.engine.take_added_sums()
+        step = StepRecord(self.state.step + 1, tokens, batch, targets, lr, loss_sum, result, added)
         loss = self._reports.loss(step, last=tokens >= self.plan.total_tokens)
         bad = not result.applied and loss is not None and not self._is_scale_search(loss.mean, result)
         self.state = dataclasses.replace(

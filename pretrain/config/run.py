@@ -132,6 +132,13 @@ class RunConfig(Strict):
         description="Weight of the squared log-partition of the logits in the training loss of each target; PaLM has "
         "1e-4. It keeps logits from drifting. Reported losses are without it. 0: none.",
     )
+    document_loss: float = Field(
+        0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Weight in the training loss of the document objective: a document's mean state predicts which "
+        "tokens it has. For classification and retrieval. Reported losses are without it. 0: none.",
+    )
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning rate as a function of tokens seen.")
     checkpoint: CheckpointConfig = Field(
         CheckpointConfig(), description="When a checkpoint is written, and how many stay."

@@ -57,7 +57,7 @@ def run_probe(engine: TrainingEngine, config: RunConfig, plan: Plan, world: Worl
         for stage, (rows, length) in stages.items():
             _try_shape(engine, config, world, stage, rows, length)
     del reserved
-    engine.take_z_sum()
+    engine.take_added_sums()
     peak = max(world.gather(peak_memory_gib(world.device)))
     return ProbeResult(tuple(stages.values()), peak, time.monotonic() - began)
 

@@ -105,8 +105,8 @@ class TrainingEngine:
         randomness.seed_everything(config.seed)
         self.model: NystromformerLM = build_model(stage_model(config, 0))
         self.model.run_layer = layer_runner(config.activation_checkpointing, config.compile)
-        self.model.z_loss = config.z_loss > 0
-        self._z_sum: torch.Tensor | None = None
+        self.model.z_loss, self.model.document_loss = config.z_loss > 0, config.document_loss > 0
+        self._added_sums: dict[str, torch.Tensor] = {}
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         optimizer = build_optimizer(self.model, config.optimizer)
         self._guard = StepGuard(optimizer, config.optimizer) if self.zero_stage == 0 else None
@@ -136,16 +136,19 @@ class TrainingEngine:
 
         ``input_ids`` and ``labels`` are (B, L) int64 on the device. ``document_ids`` (B, L) integers on the CPU tell
         the documents of packed rows apart, -1 at padding; without them each row is one sequence. The gradient added is
-        that of ``loss_sum * scale``, and of the run's ``z_loss`` times the sum of the squared log-partitions, which
-        :meth:`take_z_sum` returns and the loss is without.
+        that of ``scale`` times the loss and what the run adds to it, ``z_loss`` and ``document_loss`` times their sums.
+        :meth:`take_added_sums` returns these, and the loss is without them.
         """
         layout = None if document_ids is None else Layout.from_documents(document_ids)
         out = self._engine(input_ids, labels=labels, layout=layout)
         total = loss_sum = out.loss_sum
-        if out.z_sum is not None:
-            total = loss_sum + self.config.z_loss * out.z_sum
-            z_sum = out.z_sum.detach().double()
-            self._z_sum = z_sum if self._z_sum is None else self._z_sum + z_sum
+        for name, weight, added in (
+            ("z_loss", self.config.z_loss, out.z_sum),
+            ("document_loss", self.config.document_loss, out.document_sum),
+        ):
+            if added is not None:
+                total = total + weight * added
+                self._added_sums[name] = self._added_sums.get(name, 0.0) + added.detach().double()
         # DeepSpeed averages gradients over processes; the product with their number makes that the sum we want. A loss
         # that is not finite may have finite gradients (a target of probability 0 under fp16). The factor NaN makes
         # certain that ZeRO's own check of the reduced gradient sees it, the only check that all processes share for
@@ -154,11 +157,11 @@ class TrainingEngine:
         self._engine.backward(total * factor, scale_wrt_gas=False)
         return loss_sum.detach()
 
-    def take_z_sum(self) -> torch.Tensor | None:
-        """The sum over this process's targets of the squared log-partition since the last call, float64; None without
-        ``z_loss``."""
-        z_sum, self._z_sum = self._z_sum, None
-        return z_sum
+    def take_added_sums(self) -> dict[str, torch.Tensor]:
+        """By the run's key, the sums over this process's targets of what is added to the loss, without its weight,
+        since the last call: float64 scalars on the device."""
+        sums, self._added_sums = self._added_sums, {}
+        return sums
 
     def step(self, lr: float) -> StepResult:
         """Apply the accumulated gradients at this learning rate, or drop them if any process's are not finite."""

@@ -18,6 +18,7 @@ from pretrain.model.attention.self_attention import AttentionContext
 from pretrain.model.compute import at_least_float32
 from pretrain.model.config import STAGE_FIELDS, ModelConfig
 from pretrain.model.decoding import DecodingCache
+from pretrain.model.document_loss import document_loss_sum
 from pretrain.model.flops import forward_flops_per_token
 from pretrain.model.layers import Block, Embeddings, Head, reset_module
 from pretrain.model.norms import build_norm
@@ -42,6 +43,9 @@ class LMOutput:
     z_sum: Tensor | None = None
     """Scalar, at least float32: SUM over targets of the squared log-partition, of a model in training whose ``z_loss``
     is set. It is no part of ``loss_sum``."""
+    document_sum: Tensor | None = None
+    """Scalar, at least float32: the sum of :func:`~pretrain.model.document_loss.document_loss_sum`, of a model in
+    training whose ``document_loss`` is set. It is no part of ``loss_sum``."""
     num_targets: Tensor | None = None
     """Scalar int64: labels that are not -100."""
     hidden: Tensor | None = None
@@ -63,6 +67,8 @@ class NystromformerLM(nn.Module):
         layer again in the backward pass or to run a compiled one. Evaluation and decoding never use it."""
         self.z_loss = False
         """Whether a forward pass with labels in training mode also returns ``z_sum``; whoever trains may set it."""
+        self.document_loss = False
+        """Whether it also returns ``document_sum``."""
         self.embeddings = Embeddings(config, config.vocab_size)
         self.layers = nn.ModuleList(Block(config.of_layer(number)) for number in range(config.num_layers))
         self.norm = build_norm(config) if config.norm == "pre" else None
@@ -134,7 +140,30 @@ class NystromformerLM(nn.Module):
             return LMOutput(logits=None if hidden else self.head(x), hidden=states)
         sums = self._loss_sum(x, labels, layout)
         loss_sum, z_sum = sums.unbind() if sums.ndim else (sums, None)
-        return LMOutput(loss_sum=loss_sum, z_sum=z_sum, num_targets=(labels != IGNORE).sum(), hidden=states)
+        known = labels != IGNORE
+        return LMOutput(
+            loss_sum=loss_sum,
+            z_sum=z_sum,
+            document_sum=self._document_sum(x, input_ids, labels, known, layout),
+            num_targets=known.sum(),
+            hidden=states,
+        )
+
+    def _document_sum(
+        self, x: Tensor, input_ids: Tensor, labels: Tensor, known: Tensor, layout: Layout
+    ) -> Tensor | None:
+        if not (self.document_loss and self.training):
+            return None
+        masked = self.config.objective == "mlm"  # whose labels have what was masked; causal ones are the next tokens
+        return document_loss_sum(
+            x,
+            torch.where(known, labels, input_ids) if masked else input_ids,
+            known,
+            layout,
+            self.head.decoder,
+            vocab_size=self.head.decoder.out_features,
+            chunk_elements=LOSS_CHUNK_ELEMENTS,
+        )
 
     def _loss_sum(self, x: Tensor, labels: Tensor, layout: Layout) -> Tensor:
         """The sum of the cross entropy, (); with ``z_loss`` in training also of the squared log-partition, (2,)."""

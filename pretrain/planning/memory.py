@@ -154,6 +154,7 @@ def trace_stage(config: RunConfig, index: int, micro_batch: int, *, on_gpu: bool
         config.activation_checkpointing,
         config.data.packing == "documents",
         config.z_loss > 0,
+        config.document_loss > 0,
     )
 
 
@@ -168,6 +169,7 @@ def _traced(
     checkpointing: bool,
     packed: bool,
     z_loss: bool,
+    document_loss: bool,
 ) -> Trace:
     layout = typical_documents(rows, length) if packed else Layout.full(rows, length)
     return trace_micro_batch(
@@ -178,6 +180,7 @@ def _traced(
         on_gpu=on_gpu,
         checkpointing=checkpointing,
         z_loss=z_loss,
+        document_loss=document_loss,
     )
 
 

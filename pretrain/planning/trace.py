@@ -80,21 +80,22 @@ def trace_micro_batch(
     checkpointing: bool = False,
     all_layers: bool = False,
     z_loss: bool = False,
+    document_loss: bool = False,
 ) -> Trace:
     """Trace one training micro-batch of ``layout`` with ``targets`` labels.
 
     dtype: of weights and activations. on_gpu: the code that the model runs on a GPU; nothing needs one here.
-    checkpointing: layers are computed again in the backward pass. z_loss: the run has one. Deep models are traced at
-    :data:`TRACED_LAYERS` layers, one more for each further form of attention or kind of positions, and extended, unless
-    ``all_layers``; ``tests/pretrain/planning/test_planning.py`` holds the two to be equal.
+    checkpointing: layers are computed again in the backward pass. z_loss, document_loss: the run has one. Deep models
+    are traced at :data:`TRACED_LAYERS` layers, one more for each further form of attention or kind of positions, and
+    extended, unless ``all_layers``; ``tests/pretrain/planning/test_planning.py`` holds the two to be equal.
     """
     kinds: Sequence[Kind] = tuple(zip(config.attention_by_layer, config.positions_by_layer, strict=True))
     few = (kinds[0], *dict.fromkeys(kinds[1:-1]), kinds[-1])
     if len(few) < len(kinds) and not all_layers:
         forms, positions = (shortest(names) for names in zip(*few, strict=True))
         traced = config.model_copy(update={"num_layers": len(few), "attention": forms, "positions": positions})
-        return _deepen(_trace(traced, layout, targets, dtype, on_gpu, checkpointing, z_loss), few, kinds)
-    return _trace(config, layout, targets, dtype, on_gpu, checkpointing, z_loss)
+        return _deepen(_trace(traced, layout, targets, dtype, on_gpu, checkpointing, z_loss, document_loss), few, kinds)
+    return _trace(config, layout, targets, dtype, on_gpu, checkpointing, z_loss, document_loss)
 
 
 def _trace(
@@ -105,6 +106,7 @@ def _trace(
     on_gpu: bool,
     checkpointing: bool,
     z_loss: bool,
+    document_loss: bool,
 ) -> Trace:
     gradients: list[Gradient] = []
     layout = replace(layout, _cache={})  # a layout keeps what is derived from it, which here is fake
@@ -112,7 +114,7 @@ def _trace(
     with fake, _default_dtype(dtype):
         model = build_model(config)
         model.run_layer = layer_runner(checkpointing, compiled=False)
-        model.z_loss = z_loss
+        model.z_loss, model.document_loss = z_loss, document_loss
         input_ids = torch.zeros(layout.batch, layout.length, dtype=torch.int64)
         labels = torch.zeros_like(input_ids)
     with fake, assume_device("cuda" if on_gpu else "cpu"), _Expected(targets, on_gpu), LiveBytes() as live:
@@ -120,7 +122,9 @@ def _trace(
         after_layers = _watch(model, live, gradients)
         out = model(input_ids, labels=labels, layout=layout)
         assert out.loss_sum is not None
-        loss_sum = out.loss_sum if out.z_sum is None else out.loss_sum + out.z_sum
+        loss_sum = out.loss_sum
+        for added in (out.z_sum, out.document_sum):
+            loss_sum = loss_sum if added is None else loss_sum + added
         kept = dict(live.by_part)
         live.part = "backward"
         # The engine itself: Tensor.backward is a function that _Expected sees, and nothing within such a function is.

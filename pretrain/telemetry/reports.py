@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -43,7 +44,7 @@ class StepRecord:
     lr: float
     loss_sum: torch.Tensor  # over this process's targets
     result: StepResult
-    z_sum: torch.Tensor | None = None  # of squared log-partitions over them, with z_loss
+    added_sums: Mapping[str, torch.Tensor] = field(default_factory=dict)  # over them, of what the run adds to the loss
 
 
 class Loss(NamedTuple):
@@ -51,7 +52,7 @@ class Loss(NamedTuple):
 
     mean: float
     own_seconds: list[float]  # by rank
-    z_mean: float | None = None  # of squared log-partitions, with z_loss
+    added: Mapping[str, float] = MappingProxyType({})  # means of what the run adds to the loss, by its key
 
 
 class StepReports:
@@ -121,11 +122,10 @@ class StepReports:
         # Everybody's seconds ride along: a vector with one place for each process costs less than a second collective.
         own = [0.0] * self._world.world_size
         own[self._world.rank] = self.clock.own_seconds()
-        if step.z_sum is not None:
-            own.append(float(step.z_sum))
-        loss_sum, *seconds = self._world.sum([float(step.loss_sum), *own])
-        z_mean = None if step.z_sum is None else _mean(step, seconds.pop())
-        return Loss(_mean(step, loss_sum), seconds, z_mean)
+        added = [float(value) for value in step.added_sums.values()]
+        loss_sum, *rest = self._world.sum([float(step.loss_sum), *added, *own])
+        means = {name: _mean(step, value) for name, value in zip(step.added_sums, rest, strict=False)}
+        return Loss(_mean(step, loss_sum), rest[len(added) :], means)
 
     def log(self, step: StepRecord, loss: Loss, state: TrainState) -> None:
         """Write the numbers of a step; under fp16 also of one skipped only to find the loss scale."""
@@ -155,8 +155,7 @@ class StepReports:
             "seconds": state.seconds,
             **self._epochs(step.tokens),
         }
-        if loss.z_mean is not None:
-            values["z_loss"] = self._config.z_loss * loss.z_mean  # what training adds to the loss
+        values |= {name: mean * getattr(self._config, name) for name, mean in loss.added.items()}
         if self._config.precision == "fp16":
             values["loss_scale"] = step.result.loss_scale
         self._telemetry.write("train", **values)

@@ -88,8 +88,9 @@ def plain_loop(config: str, skip: list[int] | None = None) -> dict[str, Any]:
     model = build_model(run.model.model_copy(update={"vocab_size": data.shards.vocab_size}))
     optimizers = reference_optimizers(model, run.optimizer)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    decay, losses, z_losses, norms = run.optimizer.ema_decay or 0.0, [], [], []
-    model.z_loss = run.z_loss > 0  # what it is then, test_z_loss.py compares with the logits
+    decay, losses, z_losses, document_losses, norms = run.optimizer.ema_decay or 0.0, [], [], [], []
+    # What they are, test_z_loss.py and test_document_loss.py compare with the logits.
+    model.z_loss, model.document_loss = run.z_loss > 0, run.document_loss > 0
     masking = run.data.masking.build()
     for number, batch in enumerate(
         TrainLoader(data, plan, objective=run.model.objective, seed=run.seed, masking=masking), 1
@@ -101,8 +102,10 @@ def plain_loop(config: str, skip: list[int] | None = None) -> dict[str, Any]:
         out = model(batch.input_ids, labels=batch.labels, layout=layout)
         loss = out.loss_sum / out.num_targets
         z_loss = 0.0 if out.z_sum is None else run.z_loss * out.z_sum / out.num_targets
-        (loss + z_loss).backward()
+        document = 0.0 if out.document_sum is None else run.document_loss * out.document_sum / out.num_targets
+        (loss + z_loss + document).backward()
         z_losses.append(float(z_loss))
+        document_losses.append(float(document))
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.grad_clip)))
         losses.append(float(loss))
         if number in (skip or []):
@@ -117,6 +120,7 @@ def plain_loop(config: str, skip: list[int] | None = None) -> dict[str, Any]:
     return {
         "losses": losses,
         "z_losses": z_losses,
+        "document_losses": document_losses,
         "norms": norms,
         "weights": weights,
         "average": {k: v.numpy() for k, v in average.items()},
