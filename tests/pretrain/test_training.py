@@ -86,6 +86,7 @@ def test_packed_documents_of_a_mixture_equal_a_plain_loop(
         zero_stage=zero_stage,
         data={"train": sources, "packing": packing, "max_padding": 0.1},
         curriculum=[first, {**second, "weights": {"train": 1, "valid": 3}}],
+        document_loss=0.5,
     )
     path = write_config(tmp_path / "run.yaml", config)
     (expected,) = values(run_ranks(plain_loop, 1, config=path))
@@ -93,6 +94,7 @@ def test_packed_documents_of_a_mixture_equal_a_plain_loop(
     assert values(ended) == [0, 0]
     assert_same_run(tmp_path / "run", expected)
     last = metrics(tmp_path / "run")[-1]
+    assert last["document_loss"] == pytest.approx(expected["document_losses"][-1], rel=2e-6)
     assert last["epoch/valid"] > last["epoch/train"] > 0  # the smaller one, and more often
     assert "2 sources in 8 steps of 256" in ended[0].output
     assert ("whole documents" in ended[0].output) == (packing == "documents")
