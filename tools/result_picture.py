@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,15 @@ MODELS = (("masked", "demo-mlm", "masked_loss", MASKED, "s"), ("causal", "demo-c
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 SIZE = (8.0, 3.3)
 """Inches of 100 units: on GitHub the picture is some 800 pixels wide."""
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "result", "font.family": "DejaVu Sans", "font.size": 9.5,
+    "text.color": INK, "axes.edgecolor": GRID, "axes.facecolor": PAPER, "figure.facecolor": PAPER,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "axes.titlelocation": "left",
+    "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": INK,
+    "axes.axisbelow": True,
+}  # fmt: skip
+"""For matplotlib."""
+SAID = "Loss of both models while they train, and accuracies of classification with intervals beside baselines"
 
 
 def metrics_of(run: Path, suite: str) -> dict[str, Any]:
@@ -108,28 +117,34 @@ def draw_accuracies(axes: Axes, runs: Path) -> None:
 
 def draw(runs: Path) -> str:
     """The SVG of the runs ``demo-mlm`` and ``demo-clm`` in a folder."""
+    return svg_of(
+        [((0.05, 0.10, 0.35, 0.77), draw_losses), ((0.645, 0.10, 0.19, 0.77), draw_accuracies)], runs, SIZE, SAID
+    )
+
+
+def svg_of(
+    panels: Sequence[tuple[tuple[float, float, float, float], Callable[[Axes, Path], None]]],
+    what: Path,
+    size: tuple[float, float],
+    said: str,
+) -> str:
+    """Panels in a picture of ``size``, each at (left, bottom, width, height) and drawn from the files ``what``.
+    ``said`` is for who cannot see it."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": "result", "font.family": "DejaVu Sans", "font.size": 9.5,
-        "text.color": INK, "axes.edgecolor": GRID, "axes.facecolor": PAPER, "figure.facecolor": PAPER,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "axes.titlelocation": "left",
-        "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": INK,
-        "axes.axisbelow": True,
-    }  # fmt: skip
-    with mpl.rc_context(style):
-        figure = Figure(figsize=SIZE, dpi=100)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=100)
         canvas = FigureCanvasSVG(figure)
-        draw_losses(figure.add_axes((0.05, 0.10, 0.35, 0.77)), runs)
-        draw_accuracies(figure.add_axes((0.645, 0.10, 0.19, 0.77)), runs)
+        for place, panel in panels:
+            panel(figure.add_axes(place), what)
         file = io.StringIO()
         canvas.print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return for_both_grounds(file.getvalue())
+    return for_both_grounds(file.getvalue(), said)
 
 
-def for_both_grounds(svg: str) -> str:
+def for_both_grounds(svg: str, said: str) -> str:
     """The drawing without its prolog, in the reader's font, its colours by the ground that the reader prefers."""
     opening, rest = svg[svg.index("<svg") :].split(">", 1)
     opening = re.sub(r'\s(?:width|height|version)="[^"]*"', "", opening)
@@ -143,7 +158,6 @@ def for_both_grounds(svg: str) -> str:
         f"<style>svg {{ {light}; font-family: {FONT} }}\n"
         f"@media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}</style>"
     )
-    said = "Loss of both models while they train, and accuracies of classification with intervals beside baselines"
     return f'{opening} width="800" role="img" aria-label="{said}">\n{style}{rest}'
 
 

@@ -1,4 +1,4 @@
-"""The picture of README.md shows the numbers of the runs that it is drawn from."""
+"""The pictures of README.md and docs/imdb.md show the numbers of the results that they are drawn from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from tools import result_picture
+from tools import labels_picture, result_picture
 
 
 def write_run(folder: Path, metric: str, losses: list[float], accuracy: float) -> None:
@@ -35,3 +35,19 @@ def test_it_says_what_the_runs_say_in_colours_for_both_grounds(tmp_path: Path) -
     assert {"masked 4.12", "causal 3.38", "0.62 [0.53, 0.72]", "0.50 [0.40, 0.60]", "TF-IDF"} <= texts
     assert not [drawn for drawn in result_picture.COLOURS if drawn in out.read_text()]
     assert "prefers-color-scheme: dark" in out.read_text()
+
+
+def test_accuracies_by_labels_are_those_of_the_result(tmp_path: Path) -> None:
+    metrics = {
+        f"{prefix}accuracy_at_{labels}": {"value": value, "low": value - 0.02, "high": value + 0.02}
+        for prefix, value in (("", 0.875), ("scratch_", 0.75), ("tfidf_", 0.8125))
+        for labels in (2000, 500)
+    }
+    (tmp_path / "classify.json").write_text(json.dumps({"metrics": metrics}))
+    out = tmp_path / "imdb.svg"
+    labels_picture.main([str(tmp_path / "classify.json"), "--out", str(out)])
+    drawn = ET.fromstring(out.read_text())
+    texts = {(text.text or "").strip() for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"pretrained 0.875", "TF-IDF 0.812", "random weights 0.750", "500", "2,000"} <= texts
+    assert "number of labelled reviews" in out.read_text()
+    assert not [drawn for drawn in result_picture.COLOURS if drawn in out.read_text()]
