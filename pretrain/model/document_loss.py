@@ -42,9 +42,9 @@ def document_loss_sum(
     number of all targets the sum is a mean over documents, over whatever micro-batches and processes they are spread.
 
     ``states``: (B, N, h), the last hidden states. ``tokens``: (B, N) int64, the text before masking. ``is_target``:
-    (B, N) bool. ``decoder``: (D, h) to logits (D, ``vocab_size``). Documents are the sequences of ``layout``; where rows
-    are cut from a stream these are whole rows. Logits of about ``chunk_elements`` values are held at a time at most, and
-    computed again in the backward pass if there are more.
+    (B, N) bool. ``decoder``: (D, h) to logits (D, ``vocab_size``). Documents are the sequences of ``layout``; where
+    rows are cut from a stream these are whole rows. Logits of about ``chunk_elements`` values are held at a time at
+    most, and computed again in the backward pass if there are more.
     """
     index, sizes = _documents(layout, states.device)
     count, index = len(sizes), index.flatten()
