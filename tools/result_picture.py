@@ -34,7 +34,7 @@ MODELS = (("masked", "demo-mlm", "masked_loss", MASKED, "s"), ("causal", "demo-c
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 SIZE = (8.0, 3.3)
 """Inches of 100 units: on GitHub the picture is some 800 pixels wide."""
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "result", "font.family": "DejaVu Sans", "font.size": 9.5,
     "text.color": INK, "axes.edgecolor": GRID, "axes.facecolor": PAPER, "figure.facecolor": PAPER,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "axes.titlelocation": "left",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -64,18 +65,26 @@ def train_steps(
 
 
 class Best:
-    """The weights that did best on the development split: the highest accuracy, of equal ones the lowest loss."""
+    """The weights that did best on the development split: the highest accuracy, of equal ones the lowest loss.
+
+    Equal is what is at most ``margin`` below the highest.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._score: tuple[float, float] | None = None
+        self._kept: tuple[float, float] | None = None
+        self._highest = -math.inf
         self._weights: dict[str, Tensor] = {}
 
-    def keep(self, accuracy: float, loss: float) -> bool:
+    def keep(self, accuracy: float, loss: float, margin: float = 0.0) -> bool:
         """Keep a copy of the present weights if they are the best so far; returns whether they are."""
-        if self._score is not None and not (accuracy, -loss) > self._score:  # a loss of NaN is no better
-            return False
-        self._score, self._weights = (accuracy, -loss), copy.deepcopy(self._model.state_dict())
+        self._highest = max(self._highest, accuracy)
+        enough = self._highest - margin
+        if self._kept is not None and self._kept[0] >= enough:
+            lower = loss < self._kept[1] or (math.isnan(self._kept[1]) and not math.isnan(loss))
+            if not (lower and accuracy >= enough):
+                return False
+        self._kept, self._weights = (accuracy, loss), copy.deepcopy(self._model.state_dict())
         return True
 
     def restore(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -102,15 +103,21 @@ class Goal:
     """What a head is trained for. ``loss``: of outputs (n, outputs) and targets (n,), summed over the examples.
 
     ``measure``: the figure by which the weights are chosen, the higher the better, and the mean loss. ``figure``: its
-    name.
+    name. ``error``: the standard error of a figure over so many examples.
     """
 
     figure: str
     loss: Callable[[Tensor, Tensor], Tensor]
     measure: Callable[[Tensor, Tensor], tuple[float, float]]
+    error: Callable[[float, int], float]
 
 
-CLASSES = Goal("accuracy", partial(nn.functional.cross_entropy, reduction="sum"), accuracy_and_loss)
+def accuracy_error(accuracy: float, count: int) -> float:
+    """Standard error of a proportion."""
+    return math.sqrt(accuracy * (1 - accuracy) / count)
+
+
+CLASSES = Goal("accuracy", partial(nn.functional.cross_entropy, reduction="sum"), accuracy_and_loss, accuracy_error)
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,8 @@ def fit(
     on_batch: Callable[[int], None] = lambda texts: None,
     on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> Fitted:
-    """Train on the indices ``train``, keep the weights with the goal's best figure on ``dev`` (ties: the lower loss).
+    """Train on the indices ``train``, keep the weights with the lowest loss on ``dev`` among those whose figure is at
+    most a standard error below the best: few records can't tell such figures apart, but a loss can.
 
     A pure function of its arguments: it seeds torch's random state itself. ``on_batch`` is called after each step with
     the number of its texts, ``on_evaluation`` after each look at the development split.
@@ -181,7 +189,7 @@ def fit(
             continue
         curve.append(Evaluation(round(step / each, 3), *goal.measure(*predict(model, examples, dev, **how))))
         on_evaluation(curve[-1])
-        if best.keep(curve[-1].figure, curve[-1].loss):
+        if best.keep(curve[-1].figure, curve[-1].loss, goal.error(max(one.figure for one in curve), len(dev))):
             chosen = len(curve) - 1
         elif recipe.patience and len(curve) - 1 - chosen >= recipe.patience:
             break

@@ -2,8 +2,10 @@
 
 Each network, the pretrained one and the one from scratch, gets the same trials on the same records. Where there are
 more than ``search_keep`` of them, all are first trained for a third of the steps, with a schedule of that length, and
-the best ``search_keep`` again to the end: one round of successive halving (Jamieson and Talwalkar 2016). The highest
-figure wins, of equal ones the lowest loss.
+the best ``search_keep`` again to the end: one round of successive halving (Jamieson and Talwalkar 2016). Figures that
+are at most a standard error below the highest count as equal (Breiman et al. 1984, section 3.4.3); of these the lowest
+loss wins. On 167 of 500 film reviews 1e-3 had an accuracy of 0.862 and 1e-4 of 0.838, with losses of 0.407 and 0.364;
+1e-3 then overfitted.
 
 What a trial is judged on: the one held-out split of seed 0 where that has 150 records or more. Fewer say too little,
 so the records are then cut into 3 folds, by class, and as many of them are judged as make 150 records. From 450 records
@@ -77,11 +79,6 @@ class Judged:
     texts: int
     seconds: float
 
-    @property
-    def rank(self) -> tuple[float, float]:
-        """The higher the better; a loss that is not a number is the worst."""
-        return self.figure, -self.loss if np.isfinite(self.loss) else -np.inf
-
 
 @dataclass(frozen=True)
 class Found:
@@ -118,20 +115,34 @@ def search(fits: Sequence[Fits], parts: Parts) -> list[Found]:
         asked = []
         for number, row in product(range(len(fits)), rows):
             mine = [judged for n, judged in done if n == number and judged.row == row]
-            asked += [(number, row, judged.trial) for judged in _best(mine)[: settings.search_keep]]
+            asked += [(number, row, judged.trial) for judged in _best(mine, fits[number])[: settings.search_keep]]
     last = _round(fits, asked, 1.0, parts)
     found = []
     for number, one in enumerate(fits):
         _, folds = one.folds()
-        chosen = {row: _best([j for n, j in last if n == number and j.row == row])[0] for row in rows}
+        chosen = {row: _best([j for n, j in last if n == number and j.row == row], one)[0] for row in rows}
         trials_of = [judged for n, judged in [*done, *last] if n == number]
         found.append(Found(len(one.data.train), trials_of, chosen, sum(len(dev) for _, dev in folds), len(folds)))
     return found
 
 
-def _best(judged: Sequence[Judged]) -> list[Judged]:
+def _best(judged: Sequence[Judged], fits: Fits) -> list[Judged]:
     """Best first; of equal ones in the order of the grid."""
-    return sorted(judged, key=lambda one: one.rank, reverse=True)
+    return [judged[place] for place in best_first([(j.figure, j.loss) for j in judged], fits)]
+
+
+def best_first(found: Sequence[tuple[float, float]], fits: Fits) -> list[int]:
+    """The places of (figure, loss) in ``found``, judged on what ``fits`` holds out.
+
+    Those at most a standard error below the highest figure come first, by loss, then the others by figure. A loss that
+    is not a number is the highest.
+    """
+    highest = max(figure for figure, _ in found)
+    enough = highest - fits.goal.error(highest, sum(len(dev) for _, dev in fits.folds()[1]))
+    losses = [loss if np.isfinite(loss) else np.inf for _, loss in found]
+    near = sorted((at for at, (figure, _) in enumerate(found) if figure >= enough), key=lambda at: losses[at])
+    far = [at for at, (figure, _) in enumerate(found) if figure < enough]
+    return near + sorted(far, key=lambda at: (-found[at][0], losses[at]))
 
 
 def _round(
@@ -186,7 +197,7 @@ def _try(fits: Fits, row: str, trial: Trial, share: float) -> dict[str, Any]:
             (round(_mean([p.figure for p in place], sizes), 6), _mean([p.loss for p in place], sizes), place[0].epoch)
             for place in zip(*curves, strict=False)
         ]
-        figure, loss, epoch = max(means, key=lambda mean: (mean[0], -mean[1] if np.isfinite(mean[1]) else -np.inf))
+        figure, loss, epoch = means[best_first([mean[:2] for mean in means], fits)[0]]
         after = len(fits.share) - fits.share.index(name) - 1 if name in fits.share else 0
         more = f"; {after} more, {about(after * progress.whole())}" if after else ""
         progress.say(f"{fits.goal.figure} {figure:.3f}, loss {loss:.3f}{more}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -95,10 +96,15 @@ def spearman_and_loss(outputs: Tensor, scores: Tensor) -> tuple[float, float]:
     return found if np.isfinite(found) else -1.0, float(squared_error(outputs, scores)) / len(scores)
 
 
+def correlation_error(found: float, count: int) -> float:
+    """About the standard error of a correlation, (1 - r^2) / sqrt(n - 1)."""
+    return (1 - found * found) / math.sqrt(max(count - 1, 1))
+
+
 class RegressFits(Fits):
     """Predictions are in the units of the scores."""
 
-    goal: ClassVar[Goal] = Goal("Spearman", squared_error, spearman_and_loss)
+    goal: ClassVar[Goal] = Goal("Spearman", squared_error, spearman_and_loss, correlation_error)
     tfidf_rows: ClassVar[tuple[str, str]] = (TFIDF_ROW, TFIDF_CUT_ROW)
     data: RegressData
 
