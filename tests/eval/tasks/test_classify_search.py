@@ -17,6 +17,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.shards.shardset import ShardSet
 from eval.results.parts import Parts
 from eval.results.statistics import bootstrap
+from eval.shared.training import Best
 from eval.suites.load import load_suites
 from eval.tasks.classification import MODEL_ROW, SCRATCH_ROW, TFIDF_ROW, ClassifySettings
 from eval.tasks.classification import search as searching
@@ -207,6 +208,35 @@ def test_the_search_takes_what_the_held_out_records_prefer(
     assert searching.said_of(found) == (
         f"Chosen by the search on 90 records: {MODEL_ROW}, lr 0.001, batch 16; {SCRATCH_ROW}, lr 0.01, batch 8."
     )
+
+
+@pytest.mark.parametrize(
+    ("margin", "seen", "kept"),
+    [
+        (0.0, [(0.8, 0.5), (0.8, 0.4), (0.79, 0.1), (0.8, math.nan)], 1),
+        (0.05, [(0.80, 0.5), (0.84, 0.6), (0.81, 0.4), (0.78, 0.1)], 2),  # 0.84 is no better, 0.78 too low
+        (0.05, [(0.80, 0.5), (0.90, 0.9), (0.91, 0.8)], 2),  # the first is too low as soon as 0.90 is seen
+        (0.05, [(0.80, math.nan), (0.80, 0.9), (0.82, math.nan)], 1),
+    ],
+)
+def test_of_accuracies_that_cannot_be_told_apart_the_lowest_loss_is_kept(
+    margin: float, seen: list[tuple[float, float]], kept: int
+) -> None:
+    network = torch.nn.Linear(1, 1, bias=False)
+    best = Best(network)
+    for place, (accuracy, loss) in enumerate(seen):
+        network.weight.data.fill_(place)
+        best.keep(accuracy, loss, margin)
+    best.restore()
+    assert float(network.weight.detach()) == kept
+
+
+def test_the_search_prefers_the_lower_loss_within_a_standard_error(
+    causal: Path, shards: ShardSet, labelled: tuple[Path, Path]
+) -> None:
+    fits = fits_of(subject_of(causal, shards), settings_of(labelled))  # 90 records are judged: 0.042 at 0.8
+    found = [(0.75, 0.1), (0.8, 0.5), (0.77, 0.4), (0.79, math.nan), (0.7, 0.2), (0.75, 0.05)]
+    assert searching.best_first(found, fits) == [2, 1, 3, 5, 0, 4]
 
 
 def test_smaller_draws_are_part_of_larger_ones() -> None:
