@@ -22,7 +22,7 @@ from pretrain.config import OptimizerConfig, ScheduleConfig
 from pretrain.model.config import ModelConfig
 from pretrain.model.initial import ResidualLinear, initial_std
 from pretrain.model.transformer import NystromformerLM, build_model
-from pretrain.optim.optimizer import parameter_groups
+from pretrain.optim.optimizer import build_optimizer
 from pretrain.optim.schedule import learning_rate
 
 UNTIMED_STEPS = 3
@@ -34,7 +34,7 @@ LOGIT_ELEMENTS = 2**25
 
 @dataclass(frozen=True)
 class Recipe:
-    """How all forms are trained: AdamW, linear warm-up and decay to zero by tokens."""
+    """How all forms are trained: one optimizer, linear warm-up and decay to zero by tokens."""
 
     tokens: int
     batch_tokens: int
@@ -47,6 +47,8 @@ class Recipe:
     grad_clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
     z_loss: float = 0.0
+    optimizer: str = "adamw"
+    """A kind of ``pretrain/optim/kinds``, with that kind's own defaults for what is not named here."""
 
     @property
     def step_tokens(self) -> int:
@@ -94,11 +96,8 @@ class TrainStep:
     def __init__(self, model: NystromformerLM, recipe: Recipe) -> None:
         self.model, self.recipe = model.to(recipe.device).train(), recipe
         model.z_loss = recipe.z_loss > 0
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, OptimizerConfig(weight_decay=recipe.weight_decay, betas=recipe.betas)),
-            lr=recipe.lr,
-            fused=True,
-        )
+        decays = {"weight_decay": recipe.weight_decay, "betas": recipe.betas}
+        self.optimizer = build_optimizer(model, OptimizerConfig(kind=recipe.optimizer, lr=recipe.lr, **decays))
 
     def loss(self, batch: Examples) -> Tensor:
         """What is minimised: the mean over the batch's targets, in nats, and the recipe's z-loss."""

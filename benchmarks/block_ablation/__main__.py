@@ -22,6 +22,7 @@ from benchmarks.block_ablation.report import explain, table
 from benchmarks.common import check_positive, chosen, listed, run
 from data_pipeline.errors import UserError
 from eval.subject import choose_device
+from pretrain.optim.kind import KINDS
 
 DESCRIPTION = """Train the same small model with each change of its blocks, on the same text in the same order, and
 compare held-out losses at equal tokens and at equal time. A slower block gets fewer steps in the same time."""
@@ -59,6 +60,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--seconds", type=float, metavar="X", help=f"of training at equal time (default: what {BASELINE} takes)"
     )
     parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help=f"of that time for all blocks but {BASELINE}: 0.75 asks which reach its loss in that (default 1)",
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the model, for all; repeatable"
     )
     parser.add_argument("--seeds", default="0", metavar="0,1,2", help="of initial weights and of the order of training")
@@ -70,6 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{says} (default {default})")
     parser.add_argument("--lr", type=float, default=1e-3, metavar="X", help="peak learning rate (default 1e-3)")
+    parser.add_argument(
+        "--optimizer", default="adamw", metavar="KIND", help=f"{', '.join(KINDS.names())} (default adamw)"
+    )
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="bf16 autocast")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: PyTorch's)")
@@ -82,7 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(arguments)
     check_positive(
-        args, "tokens", "seq_len", "batch_tokens", "held_out_tokens", "threads", "lr", "timing_rounds", "seconds"
+        args,
+        "tokens",
+        "seq_len",
+        "batch_tokens",
+        "held_out_tokens",
+        "threads",
+        "lr",
+        "timing_rounds",
+        "seconds",
+        "share",
     )
     seeds = listed("--seeds", args.seeds)
     if not all(seed.isdecimal() for seed in seeds):
@@ -92,7 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = choose_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    recipe = Recipe(args.tokens, args.batch_tokens, args.seq_len, args.lr, args.bf16, str(device))
+    if args.optimizer not in KINDS.names():
+        raise UserError(f"--optimizer {args.optimizer}: there are {', '.join(KINDS.names())}")
+    recipe = Recipe(
+        args.tokens, args.batch_tokens, args.seq_len, args.lr, args.bf16, str(device), optimizer=args.optimizer
+    )
     made_by = common.provenance("block_ablation", arguments, device)
     names = None if args.blocks is None else listed("--blocks", args.blocks)
     results = Results(args.out)
@@ -103,7 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{recipe.step_tokens:,} tokens, rows of {recipe.seq_len}; results in {args.out}",
             flush=True,
         )
-        print("\n" + compare(study, list(map(int, seeds)), equal, args.seconds, args.timing_rounds) + "\n", flush=True)
+        print(
+            "\n" + compare(study, list(map(int, seeds)), equal, args.seconds, args.timing_rounds, args.share) + "\n",
+            flush=True,
+        )
     return 0
 
 
@@ -130,8 +157,11 @@ def _study(
     return Study(base, books, recipe, select(names, base), results, made_by, BASELINE)
 
 
-def compare(study: Study, seeds: Sequence[int], equal: Sequence[str], seconds: float | None, rounds: int) -> str:
-    """Run what is missing of one objective; the table and its explanation."""
+def compare(
+    study: Study, seeds: Sequence[int], equal: Sequence[str], seconds: float | None, rounds: int, share: float = 1.0
+) -> str:
+    """Run what is missing of one objective; the table and its explanation. ``share``: of the time, for all blocks but
+    the baseline."""
     by_tokens: dict[str, dict[int, Record]] = {variant.name: {} for variant in study.variants}
     by_time: dict[str, dict[int, Record]] = {variant.name: {} for variant in study.variants}
     timing, steps = None, dict[str, int]()
@@ -139,14 +169,16 @@ def compare(study: Study, seeds: Sequence[int], equal: Sequence[str], seconds: f
         timing = study.time(rounds)
         if seconds is None:
             seconds = study.recipe.steps * timing["forms"][BASELINE]["seconds"]
-        steps = {v.name: steps_within(seconds, timing["forms"][v.name]["seconds"]) for v in study.variants}
+        for name in by_time:
+            given = seconds * (1.0 if name == BASELINE else share)
+            steps[name] = steps_within(given, timing["forms"][name]["seconds"])
     for seed in seeds:
         for variant in study.variants:
             if "tokens" in equal:
                 by_tokens[variant.name][seed] = study.run(variant, seed)
             if "time" in equal:
                 by_time[variant.name][seed] = _of_steps(study, steps[variant.name]).run(variant, seed)
-    return f"{table(study.variants, by_tokens, by_time, timing, steps)}\n\n{explain(seeds, timing, seconds)}"
+    return f"{table(study.variants, by_tokens, by_time, timing, steps)}\n\n{explain(seeds, timing, seconds, share)}"
 
 
 def steps_within(seconds: float, of_a_step: float) -> int:

@@ -37,8 +37,8 @@ def _cells(name: str, runs: Runs) -> list[str]:
     return compared(runs.get(name, {}), runs.get(BASELINE, {}), "loss", overall("loss"))
 
 
-def explain(seeds: Sequence[int], timing: Record | None, seconds: float | None) -> str:
-    """What the figures mean."""
+def explain(seeds: Sequence[int], timing: Record | None, seconds: float | None, share: float = 1.0) -> str:
+    """What the figures mean. ``share``: of the seconds, for all blocks but the baseline."""
     lines = [f"Held-out cross entropy in nats, without z-loss. 'against {BASELINE}' is relative, seed by seed."]
     if len(seeds) > 1:
         lines.append(f"Means over seeds {', '.join(map(str, seeds))}, in brackets largest minus smallest.")
@@ -46,5 +46,6 @@ def explain(seeds: Sequence[int], timing: Record | None, seconds: float | None) 
         lines.append(
             f"Times: medians of {timing['rounds']} interleaved rounds of one training step each. At equal time each "
             f"block gets the steps that fit into {seconds:.1f} s by them, and its learning rate falls to 0 there."
+            + (f" All but {BASELINE} have {share:g} of that time." if share != 1 else "")
         )
     return " ".join(lines)

@@ -18,11 +18,12 @@ from pretrain.model.compute import at_least_float32
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) times a learned gain, over the last dimension (Zhang and Sennrich 2019, arXiv
-    1910.07467, equation 4). Sums are at least float32, whatever the model's precision."""
+    1910.07467, equation 4). Sums are at least float32, whatever the model's precision. On a CPU it returns the dtype of
+    x, also under autocast, where x is half precision and the gain is not."""
 
     def forward(self, x: Tensor) -> Tensor:
         # The device itself and not the one that is assumed: on tensors without values this keeps what a GPU's own does.
-        if x.device.type != "cpu" or x.dtype != self.weight.dtype or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or x.dtype.itemsize > self.weight.dtype.itemsize or torch.compiler.is_compiling():
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
 

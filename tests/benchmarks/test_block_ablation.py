@@ -124,6 +124,13 @@ def test_both_tables(
         assert f"| {run['score']['loss']:.4f} |" in line
         assert f"| {times[run['form']]['ratio']:.2f} | {round(0.5 / seconds[run['form']])} |" in line
     assert "the steps that fit into 0.5 s by them" in printed
+    share = ["--share", "0.5", "--equal", "time", "--objectives", "clm", "--optimizer", "muon"]
+    assert cli.main([*arguments, *SMALL, *SETS, *share]) == 0
+    printed = capsys.readouterr().out
+    assert "All but published have 0.5 of that time." in printed
+    added = list(json.loads(out.read_text())["runs"].values())[len(runs) :]
+    assert {run["form"]: run["recipe"]["tokens"] for run in added} == {"published": 256, "swiglu": 128, "modern": 256}
+    assert {run["recipe"]["optimizer"] for run in added} == {"muon"}
 
 
 @pytest.mark.parametrize(
@@ -134,6 +141,8 @@ def test_both_tables(
         (["--objectives", "rlhf"], "--objectives: no 'rlhf'; there are mlm, clm"),
         (["--equal", "money"], "--equal: no 'money'; there are tokens, time"),
         (["--seconds", "0"], "--seconds 0.0: must be a positive number"),
+        (["--share", "0"], "--share 0.0: must be a positive number"),
+        (["--optimizer", "sgd"], "--optimizer sgd: there are adamw, lion, muon"),
         (["--seeds", "a"], "write whole numbers"),
         (["--set", "vocab_size=9"], "--objectives and the shards say that"),
         (["--set", "num_heads"], "write it as key=value"),

@@ -53,10 +53,16 @@ def test_sixteen_bits_round_once(dtype: torch.dtype) -> None:
         assert (low.double() - high).abs().max() <= torch.finfo(dtype).eps * high.abs().max()
 
 
-def test_under_autocast_the_weight_s_precision_decides() -> None:
-    ours, theirs = norms(8, torch.float32)
-    x = torch.randn(3, 8, dtype=torch.bfloat16)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+def test_half_precision_with_a_wide_gain_as_under_autocast() -> None:
+    """Rounded once more than what PyTorch returns there, which is as wide as the gain."""
+    torch.manual_seed(0)
+    ours, theirs = norms(64, torch.float32)
+    x, grad = (torch.randn(32, 64, dtype=torch.bfloat16) for _ in range(2))
+    got, d_x, d_weight = results(ours, x, grad)
+    expected = results(theirs, x.float(), grad.float())
+    assert (got.dtype, d_x.dtype, d_weight.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    for low, high in zip((got, d_x, d_weight), expected, strict=True):
+        assert (low.float() - high).abs().max() <= torch.finfo(torch.bfloat16).eps * high.abs().max()
 
 
 def test_it_keeps_its_input_and_a_number_for_each_row() -> None:
