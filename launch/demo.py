@@ -215,7 +215,7 @@ def demo_steps(folder: Path, nproc: int) -> list[Step]:
                 _words(
                     *("launch", "local", "--nproc", nproc, "--", "eval", *SUITES, "--checkpoint", run),
                     *("--train", labelled[0], "--test", labelled[1], "--set", "lm.max_tokens=65_536"),
-                    *("--max-length", 128, "--epochs", 4, "--batch-size", 8, "--lr", 2e-3, "--scratch-seeds", 1),
+                    *("--labels", 64, "--max-length", 128, "--batch-size", 8, "--epochs", 10),
                 ),
                 _All([run / "eval" / f"{suite}.json" for suite in SUITES]),
                 EVALUATING[word],

@@ -1,4 +1,4 @@
-"""Draws the picture of docs/imdb.md from a result of ``classify --labels``: ``python -m tools.labels_picture FILE``.
+"""Draws the picture of docs/imdb.md from results of ``classify --labels``: ``python -m tools.labels_picture FILE ...``.
 
 Accuracy by number of labels, with 95% intervals: pretrained, from random weights, TF-IDF.
 """
@@ -9,7 +9,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tools.result_picture import CAUSAL, CHECKOUT, GRID, MASKED, MUTED, svg_of
 
@@ -26,9 +26,12 @@ SIZE = (8.0, 3.4)
 SAID = "Accuracy by number of labelled reviews: pretrained, TF-IDF, and the same network from random weights"
 
 
-def draw_accuracies(axes: Axes, file: Path) -> None:
-    """A line for each predictor, over a logarithmic axis; the last accuracy at its end."""
-    metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"]
+def draw_accuracies(axes: Axes, files: Sequence[Path]) -> None:
+    """A line for each predictor, over a logarithmic axis; the last accuracy at its end. Of a number of labels that
+    several files have, the last file's figures."""
+    metrics: dict[str, Any] = {}
+    for file in files:
+        metrics |= json.loads(file.read_text(encoding="utf-8"))["metrics"]
     labels = sorted(int(name.rpartition("_")[2]) for name in metrics if name.startswith("accuracy_at_"))
     for name, prefix, colour, marker in ROWS:
         points = [metrics[f"{prefix}accuracy_at_{count}"] for count in labels]
@@ -48,10 +51,12 @@ def draw_accuracies(axes: Axes, file: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the picture; raises ``OSError`` for a result that is not there."""
     parser = argparse.ArgumentParser(prog="tools.labels_picture", description="Draw the picture of docs/imdb.md.")
-    parser.add_argument("result", type=Path, help="a result of `nystrom eval classify --labels`, a JSON file")
+    parser.add_argument(
+        "results", type=Path, nargs="+", metavar="FILE", help="results of `nystrom eval classify --labels`"
+    )
     parser.add_argument("--out", type=Path, default=CHECKOUT / "docs" / "imdb.svg")
     args = parser.parse_args(argv)
-    picture = svg_of([((0.06, 0.10, 0.72, 0.78), draw_accuracies)], args.result, SIZE, SAID)
+    picture = svg_of([((0.06, 0.10, 0.72, 0.78), draw_accuracies)], args.results, SIZE, SAID)
     args.out.write_text(picture, encoding="utf-8")
 
 

@@ -13,11 +13,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+What = TypeVar("What")
 CHECKOUT = Path(__file__).resolve().parent.parent
 # What matplotlib draws -> what the picture has: on light ground, and on dark. Okabe and Ito's hues, at least 3:1.
 COLOURS = {
@@ -123,8 +124,8 @@ def draw(runs: Path) -> str:
 
 
 def svg_of(
-    panels: Sequence[tuple[tuple[float, float, float, float], Callable[[Axes, Path], None]]],
-    what: Path,
+    panels: Sequence[tuple[tuple[float, float, float, float], Callable[[Axes, What], None]]],
+    what: What,
     size: tuple[float, float],
     said: str,
 ) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.model.attention.layout import Layout
+from pretrain.model.attention.layout import Layout, offsets_within
 from pretrain.model.compute import at_least_float32
 
 MIN_TOKENS = 8
@@ -80,7 +80,6 @@ def _documents(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
     long_enough = lengths >= MIN_TOKENS
     starts, lengths = starts[long_enough], lengths[long_enough]
     index = np.full(layout.batch * layout.length, len(starts), dtype=np.int64)
-    for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        index[start : start + length] = number
+    index[np.repeat(starts, lengths) + offsets_within(lengths)] = np.repeat(np.arange(len(starts)), lengths)
     numbers = torch.from_numpy(index).view(layout.batch, layout.length)
     return numbers.to(device, non_blocking=True), torch.from_numpy(lengths).to(device, non_blocking=True)

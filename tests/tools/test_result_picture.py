@@ -43,9 +43,11 @@ def test_accuracies_by_labels_are_those_of_the_result(tmp_path: Path) -> None:
         for prefix, value in (("", 0.875), ("scratch_", 0.75), ("tfidf_", 0.8125))
         for labels in (2000, 500)
     }
-    (tmp_path / "classify.json").write_text(json.dumps({"metrics": metrics}))
+    for labels in (500, 2000):
+        own = {name: metric for name, metric in metrics.items() if name.endswith(f"_{labels}")}
+        (tmp_path / f"at-{labels}.json").write_text(json.dumps({"metrics": own}))
     out = tmp_path / "imdb.svg"
-    labels_picture.main([str(tmp_path / "classify.json"), "--out", str(out)])
+    labels_picture.main([str(tmp_path / "at-2000.json"), str(tmp_path / "at-500.json"), "--out", str(out)])
     drawn = ET.fromstring(out.read_text())
     texts = {(text.text or "").strip() for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
     assert {"pretrained 0.875", "TF-IDF 0.812", "random weights 0.750", "500", "2,000"} <= texts

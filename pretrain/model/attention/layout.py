@@ -173,7 +173,7 @@ class Layout:
         key = ("positions", device)
         if key not in self._cache:
             positions = np.zeros(self.batch * self.length, dtype=np.int64)
-            offsets = _within(self.lengths)
+            offsets = offsets_within(self.lengths)
             positions[np.repeat(self.starts, self.lengths) + offsets] = offsets
             self._cache[key] = torch.from_numpy(positions).view(self.batch, self.length).to(device)
         return self._cache[key]
@@ -211,7 +211,7 @@ class Layout:
             columns = np.arange(width)
             index = first[:, None] + np.where(columns < sizes[:, None], columns, 0)
             row = np.repeat(np.arange(len(sizes)), sizes)
-            offsets = _within(sizes)
+            offsets = offsets_within(sizes)
             slots[np.repeat(first, sizes) + offsets] = used + row * width + offsets
             used += index.size
             at = torch.from_numpy(index).to(device)
@@ -220,8 +220,8 @@ class Layout:
         return Partition(tuple(rectangles), torch.from_numpy(slots).to(device))
 
 
-def _within(lengths: np.ndarray) -> np.ndarray:
-    """[3, 2] -> [0, 1, 2, 0, 1]."""
+def offsets_within(lengths: np.ndarray) -> np.ndarray:
+    """The place of every token in its sequence, from the sequences' lengths: [3, 2] -> [0, 1, 2, 0, 1]."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
