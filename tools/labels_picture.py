@@ -23,6 +23,8 @@ ROWS = (
 )
 """Name, prefix of its metrics, colour, marker."""
 SIZE = (8.0, 3.4)
+LINE = 0.06
+"""Height of a line of words, as a share of the axis."""
 SAID = "Accuracy by number of labelled reviews: pretrained, TF-IDF, and the same network from random weights"
 
 
@@ -33,14 +35,20 @@ def draw_accuracies(axes: Axes, files: Sequence[Path]) -> None:
     for file in files:
         metrics |= json.loads(file.read_text(encoding="utf-8"))["metrics"]
     labels = sorted(int(name.rpartition("_")[2]) for name in metrics if name.startswith("accuracy_at_"))
+    ends: list[tuple[float, str, str]] = []
     for name, prefix, colour, marker in ROWS:
         points = [metrics[f"{prefix}accuracy_at_{count}"] for count in labels]
         values = [point["value"] for point in points]
         axes.plot(labels, values, color=colour, marker=marker, markersize=5, linewidth=1.8)
         axes.vlines(labels, [p["low"] for p in points], [p["high"] for p in points], color=colour, linewidth=2.2)
-        axes.annotate(
-            f"{name} {values[-1]:.3f}", (labels[-1], values[-1]), (9, -3), textcoords="offset points", color=colour
-        )
+        ends.append((values[-1], f"{name} {values[-1]:.3f}", colour))
+    low, high = axes.get_ylim()
+    place = low
+    for value, words, colour in sorted(ends):
+        place = max(value, place)  # above the one below, where two lines end close together
+        at = ("offset points", "data")
+        axes.annotate(words, (labels[-1], value), (9, place), textcoords=at, color=colour, verticalalignment="center")
+        place += LINE * (high - low)
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.set_xticks(labels, [f"{count:,}" for count in labels])
