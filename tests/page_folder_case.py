@@ -73,9 +73,10 @@ def write_inputs(folder: Path) -> None:
     for path, part in (("reviews/train.csv", rows), ("reviews/test.csv", half[1])):
         _write_rows(folder / path, part)
     demo = folder / "demo" / "corpus"
+    modules = [{"text": text, "label": label} for text, label, _ in _labelled(84)]
     for path, part in (
-        (demo / "classify-train.jsonl", half[0]),
-        (demo / "classify-test.jsonl", half[1]),
+        (demo / "classify-train.jsonl", modules[:64]),  # the demo asks with 64 labels
+        (demo / "classify-test.jsonl", modules[64:]),
         (folder / "ratings.jsonl", half[0]),
         (folder / "ratings-test.jsonl", half[1]),
         (folder / "notes.jsonl", rows),
