@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from data_pipeline.command_line import Example, Parser
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_atomic
+from pretrain.heap import use_huge_pages
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,8 @@ def build_parser(
 
 
 def run(main: Callable[[Sequence[str] | None], int], name: str) -> NoReturn:
-    """What each ``__main__`` ends with: run the benchmark and exit with its status."""
+    """What each ``__main__`` ends with: run the benchmark, under the heap of a run, and exit with its status."""
+    use_huge_pages()
     sys.exit(run_cli(main, f"benchmarks.{name}"))
 
 

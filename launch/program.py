@@ -109,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nystrom: error: no command '{command}'{suggestion(command)}\n\n{usage()}", file=sys.stderr)
         return 2
     from data_pipeline.errors import run_cli
+    from pretrain.heap import use_huge_pages
 
+    use_huge_pages()
     note = shadowing.foreign_libraries()
     if note is not None:
         print(f"nystrom: warning: {note}", file=sys.stderr)

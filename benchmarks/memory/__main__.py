@@ -14,11 +14,12 @@ from typing import Any
 from benchmarks import common
 from benchmarks.common import check_file, chosen, markdown, run
 from data_pipeline.processes import child_command
+from pretrain.heap import HUGE_PAGES
 
 GOAL = 0.15
 """The prediction may be off by so much of the measurement."""
 
-STEPS = {"allocated": 3, "resident": 20, "kept": 20, "returned": 20}
+STEPS = {"allocated": 3, "resident": 20, "kept": 20, "returned": 20, "huge": 20}
 """Of a measurement. The optimizer's state is made in the first. What is resident grows for some more: with 0.53 GiB in
 use and freed blocks returned 0.61 GiB after 2 steps, 0.62 after 6, 0.64 after 20."""
 
@@ -97,7 +98,8 @@ def _measure(case: Any, *, on_gpu: bool) -> list[dict[str, Any]]:
 def run_case(case: Any, way: str, steps: int | None = None) -> dict[str, Any]:
     """What the first of the case's processes measured: ``bytes``, and ``processor_seconds`` of its last step.
 
-    way: ``allocated``; ``resident``, of a run as it is; ``kept`` or ``returned``, with this done to freed blocks.
+    way: ``allocated``; ``resident``, of a run as it is; ``kept`` or ``returned``, with this done to freed blocks and
+    without huge pages; ``huge``, kept and with them.
     steps: by default as many as :data:`STEPS` says.
     """
     with socket.socket() as probe:
@@ -105,9 +107,10 @@ def run_case(case: Any, way: str, steps: int | None = None) -> dict[str, Any]:
         port = str(probe.getsockname()[1])
     world = {"WORLD_SIZE": str(case.processes), "LOCAL_SIZE": str(case.processes), "MASTER_PORT": port}
     command = child_command("benchmarks.memory.worker", case.name, way, str(steps or STEPS[way]))
+    pages = {} if way in ("allocated", "resident") else {HUGE_PAGES: str(int(way == "huge"))}
     started = []
     for rank in range(case.processes):
-        env = {**os.environ, **world, "MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env = {**os.environ, **world, **pages, "MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
         started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     try:
         ended = [process.communicate() for process in started]

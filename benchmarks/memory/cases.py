@@ -60,6 +60,7 @@ SMALL = _model("clm", hidden_size=64, num_layers=2, vocab_size=2000)
 WIDE = _model("clm", hidden_size=384, num_heads=6)
 SMALLER_BUCKET = {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 50_000}}}
 FOUR = _model("clm", hidden_size=384, num_layers=4, num_heads=6, vocab_size=8192)
+REVIEWS = _model("clm", hidden_size=192, num_layers=3, num_heads=3, vocab_size=16384, conv_kernel=17)
 AGAIN = {"activation_checkpointing": True}
 
 CASES = (
@@ -84,4 +85,5 @@ CASES = (
     Case("clm-four-fp32-checkpointing", FOUR, 4, 1024, "fp32", 0, micro_batches=1, resident=True, more=AGAIN),
     Case("clm-wide-fp32-checkpointing", WIDE, 4, 1024, "fp32", 0, micro_batches=1, resident=True, more=AGAIN),
     Case("mlm-base-fp32", _base("mlm"), 4, 512, "fp32", 0, micro_batches=1, resident=True),
+    Case("clm-reviews", REVIEWS, 16, 512, micro_batches=1, resident=True),
 )

@@ -1,5 +1,5 @@
-"""One process of one case: ``python -m benchmarks.memory.worker NAME {allocated,resident,kept,returned} STEPS``, its
-rank from the environment; prints a JSON line."""
+"""One process of one case: ``python -m benchmarks.memory.worker NAME WAY STEPS``, its rank from the environment; prints
+a JSON line. WAY is ``allocated``, ``resident``, ``kept``, ``returned`` or ``huge``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 from benchmarks.memory.cases import CASES, Case
 from data_pipeline.batches import IGNORE
 from pretrain.distributed.world import World, quiet_libraries, read_rank
-from pretrain.engine.heap import VARIABLE, return_freed_blocks
 from pretrain.engine.training import TrainingEngine
+from pretrain.heap import VARIABLE, return_freed_blocks
 from pretrain.planning.memory import typical_documents
 
 
@@ -34,7 +34,7 @@ def main() -> None:
         took = train(case, world, int(steps))
         found = torch.cuda.max_memory_allocated(world.device)
     elif what != "allocated":
-        if what == "kept":
+        if what in ("kept", "huge"):
             os.environ[VARIABLE] = (
                 "131072"  # a run leaves the heap alone then; the C library reads it at its start only
             )

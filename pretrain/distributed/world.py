@@ -15,6 +15,7 @@ from data_pipeline.processes import available_cores
 from pretrain.distributed.rendezvous import rendezvous
 from pretrain.distributed.signals import StopFlag
 from pretrain.distributed.watchdog import Watchdog, group_timeout
+from pretrain.heap import use_huge_pages
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +101,7 @@ class World:
         import torch
         import torch.distributed as dist
 
+        use_huge_pages()
         self.rank, self.world_size, self.local_rank = rank.rank, rank.world_size, rank.local_rank
         self.is_first = rank.is_first
         if not os.environ.get("OMP_NUM_THREADS"):

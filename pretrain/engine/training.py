@@ -25,7 +25,6 @@ from pretrain.curriculum.stages import stage_model
 from pretrain.distributed import randomness
 from pretrain.distributed.world import World
 from pretrain.engine.deepspeed_config import build_deepspeed_config, check_device
-from pretrain.engine.heap import return_freed_blocks
 from pretrain.engine.layers import layer_runner
 from pretrain.engine.positions import extend_positions
 from pretrain.engine.repairs import (
@@ -38,6 +37,7 @@ from pretrain.engine.state.fragments import MASTER, full_shape, places, set_full
 from pretrain.engine.state.reshard import group_names, restore, zero_layout
 from pretrain.engine.state.saved import GROUPS, SavedStates
 from pretrain.engine.state.writing import Writes
+from pretrain.heap import return_freed_blocks
 from pretrain.model.attention.layout import Layout
 from pretrain.optim.kind import CutByZero, Piece
 from pretrain.optim.optimizer import apply_hyperparameters, build_optimizer, most_values_kept, set_learning_rate

@@ -14,6 +14,7 @@ from pretrain.model.feed_forward import feed_forward_kind
 from pretrain.model.initial import ResidualLinear, initial_std
 from pretrain.model.norms import build_norm
 from pretrain.model.positions import POSITION_OFFSET, learned_rows
+from pretrain.model.token_loss import Decoder, cross_entropy_sum
 
 
 class Embeddings(nn.Module):
@@ -100,12 +101,17 @@ class Head(nn.Module):
         masked = config.objective == "mlm"
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias) if masked else None
         self.norm = build_norm(config) if masked else None
-        self.decoder = nn.Linear(config.hidden_size, vocab_size, bias=masked)
+        self.decoder = Decoder(config.hidden_size, vocab_size, bias=masked)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or with ``targets`` the sum of their cross entropy; shapes as :class:`Decoder`."""
         if self.dense is not None and self.norm is not None:
             x = self.norm(F.gelu(self.dense(x), approximate="tanh"))
-        return self.decoder(x)
+        if targets is None:
+            return self.decoder(x)
+        if isinstance(self.decoder, Decoder):
+            return self.decoder(x, targets)
+        return cross_entropy_sum(self.decoder(x), targets)  # replaced: an adapter, a layer of integers, a resized one
 
 
 def reset_module(module: nn.Module, config: ModelConfig) -> None:

@@ -24,7 +24,8 @@ from pretrain.model.layers import Block, Embeddings, Head, reset_module
 from pretrain.model.norms import build_norm
 
 LOSS_CHUNK_ELEMENTS = 2**26
-"""Logits held at a time in the loss: 256 MiB in float32. More are computed in chunks and again in the backward pass."""
+"""Logits held at a time where the loss has a z-loss or is a document's: 256 MiB in float32. More are computed in chunks
+and again in the backward pass."""
 
 
 LayerRunner = Callable[[nn.Module, Tensor, AttentionContext], Tensor]
@@ -173,19 +174,16 @@ class NystromformerLM(nn.Module):
         else:
             chosen = labels != IGNORE
             states, targets = x[chosen], labels[chosen]
-        chunk_loss = self._chunk_z_loss if self.z_loss and self.training else self._chunk_loss
+        if not (self.z_loss and self.training):
+            return self.head(states, targets)
         # From the batch's shape and not from the targets: ZeRO-3 must gather the head equally often on every rank.
         chunks = -(-labels.numel() * self.head.decoder.out_features // LOSS_CHUNK_ELEMENTS)
         if chunks <= 1:
-            return chunk_loss(states, targets)
+            return self._chunk_z_loss(states, targets)
         total = states.new_zeros((), dtype=at_least_float32(states.dtype))
         for part, target in zip(states.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
-            total = total + checkpoint(chunk_loss, part, target, use_reentrant=False)
+            total = total + checkpoint(self._chunk_z_loss, part, target, use_reentrant=False)
         return total
-
-    def _chunk_loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        logits = self.head(states)
-        return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets, ignore_index=IGNORE, reduction="sum")
 
     def _chunk_z_loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """The log-partition of a target is its cross entropy plus its logit: no second pass over the vocabulary, and

@@ -75,7 +75,7 @@ class StageMemory:
 def resident_bytes(config: RunConfig, stage: StageMemory) -> int:
     """Bytes of memory that a process on CPUs takes from its machine in this stage.
 
-    With ``activation_checkpointing`` the engine has freed blocks returned (:mod:`pretrain.engine.heap`).
+    With ``activation_checkpointing`` the engine has freed blocks returned (:mod:`pretrain.heap`).
     """
     return LIBRARIES + stage.state.lasting + int(_for_each(config) * (stage.peak - stage.state.lasting_on_device))
 

@@ -49,7 +49,7 @@ def test_resident_memory_on_a_cpu_is_what_was_planned() -> None:
 def test_the_table_of_freed_blocks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = {"allocated": 2 << 30, "kept": 4 << 30, "returned": 3 << 30}
+    found = {"allocated": 2 << 30, "kept": 4 << 30, "returned": 3 << 30, "huge": 5 << 30}
     monkeypatch.setattr(
         heap, "run_case", lambda case, way: {"bytes": found[way], "processor_seconds": 4.0 + (way == "returned")}
     )
@@ -63,8 +63,10 @@ def test_the_table_of_freed_blocks(
         "kept_processor_seconds": 4.0,
         "returned_bytes": 3 << 30,
         "returned_processor_seconds": 5.0,
+        "huge_bytes": 5 << 30,
+        "huge_processor_seconds": 4.0,
     }
-    assert "| clm-four-fp32 | 2.00 | 4.00 | 3.00 | 4.0 s, 5.0 s |" in capsys.readouterr().out
+    assert "| clm-four-fp32 | 2.00 | 4.00 | 3.00 | 5.00 | 4.0 s, 5.0 s, 4.0 s |" in capsys.readouterr().out
 
 
 def test_mistakes_are_refused(tmp_path: Path) -> None:

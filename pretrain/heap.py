@@ -1,4 +1,4 @@
-"""What the C library does with freed memory, on CPUs."""
+"""How the memory of tensors comes from the system and goes back to it, on CPUs."""
 
 from __future__ import annotations
 
@@ -29,3 +29,18 @@ def return_freed_blocks() -> bool:
     with contextlib.suppress(AttributeError, OSError):
         return ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD) == 1
     return False
+
+
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""PyTorch's own switch: tensors of 2 MiB and more ask Linux for pages of 2 MiB in place of 4 KiB."""
+
+
+def use_huge_pages() -> None:
+    """Have PyTorch ask for huge pages, unless the environment says otherwise. It reads this at its first tensor.
+
+    glibc maps blocks above 32 MiB anew each time, and the logits of a step are such blocks. Linux clears them page by
+    page as they are touched: 262,000 faults in a step of configs/imdb-clm.yaml, a quarter of its time, and 17,000 with
+    huge pages. Many distributions give these to programs that ask for them (``madvise``). ``python -m
+    benchmarks.memory.heap`` compares time and memory; docs/training.md has the numbers.
+    """
+    os.environ.setdefault(HUGE_PAGES, "1")

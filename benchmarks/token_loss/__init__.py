@@ -1,0 +1,1 @@
+"""The loss over a vocabulary, three ways."""
