@@ -11,8 +11,8 @@ MMAP_THRESHOLD = 4 << 20
 """Bytes from which a block is returned to the system as soon as it is freed.
 
 By default glibc raises this to 32 MiB, and smaller holes stay resident unless what comes next fits them. Causal, 4
-layers of 384, fp32, 4 rows of 1,024 tokens, ``activation_checkpointing``: 1.02 GiB over the libraries by default, 0.67
-with this, where 0.53 are in use (``python -m benchmarks.memory.heap``). A step takes 4.5 s and 5.6 s of processor time
+layers of 384, fp32, 4 rows of 1,024 tokens, ``activation_checkpointing``: 0.70 GiB over the libraries by default, 0.41
+with this, where 0.32 are in use (``python -m benchmarks.memory.heap``). A step takes 3.7 s and 4.5 s of processor time
 then: returned pages have to be cleared anew. 1 MiB gives the same as 4; 8 MiB holds on to half of what 32 does.
 """
 _M_MMAP_THRESHOLD = -3

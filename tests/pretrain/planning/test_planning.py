@@ -98,7 +98,10 @@ def test_a_deep_model_is_extended_from_three_layers_exactly(
 def measured_activations(
     config: ModelConfig, layout: Layout, checkpointing: bool, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """Bytes of the storages that autograd keeps of a real forward pass; and the peak of the allocator in both."""
+    """Bytes of the storages that autograd keeps of a real forward pass; and the peak of the allocator in both.
+
+    Without oneDNN, whose bfloat16 products have memory of their own (0.27 MB here) that is none of the model's.
+    """
     torch.manual_seed(0)
     model = build_model(config).to(dtype)
     model.run_layer = layer_runner(checkpointing, compiled=False)
@@ -121,7 +124,8 @@ def measured_activations(
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     del loss
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with torch.backends.mkldnn.flags(enabled=False), profiler as profile:
         model(ids, labels=labels, layout=layout).loss_sum.backward()
     return saved, allocated_peak(profile)
 
@@ -137,6 +141,7 @@ def allocated_peak(profile: Any) -> int:
     return max(found)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of switching oneDNN off
 @pytest.mark.parametrize(("objective", "attention"), KINDS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -150,18 +155,17 @@ def test_activations_are_those_of_a_real_pass(
     saved, allocated = measured_activations(config, layout, False, precision)
     # What is saved is nearly all that lives; the rest is the output of the last module and masks that layers share.
     assert saved == pytest.approx(sum(trace.kept.values()), rel=0.04)
-    # Masked landmarks in bfloat16 allocate 0.25 MB for a moment, which no trace sees; all else agrees to 24 bytes.
-    unseen = objective == "mlm" and attention != "softmax" and precision == torch.bfloat16
-    assert allocated == pytest.approx(trace.peak, rel=0.08 if unseen else 0.05)
+    assert allocated == pytest.approx(trace.peak, rel=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of switching oneDNN off
 def test_checkpointed_activations_are_those_of_a_real_pass() -> None:
     config = ModelConfig.model_validate(SMALL | {"objective": "clm", "segment_length": 16, "num_layers": 5})
     layout = Layout.full(2, 320)
     options: dict[str, Any] = {"targets": 640, "dtype": torch.float32, "on_gpu": False}
     trace = trace_micro_batch(config, layout, **options, checkpointing=True)
     _, allocated = measured_activations(config, layout, True, torch.float32)
-    assert allocated == pytest.approx(trace.peak, rel=0.05)
+    assert allocated == pytest.approx(trace.peak, rel=0.02)
     assert trace.peak < 0.6 * trace_micro_batch(config, layout, **options).peak
 
 
