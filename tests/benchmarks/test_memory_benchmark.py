@@ -29,9 +29,9 @@ def test_predictions_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [row["case"] for row in result["rows"]] == ["mlm-fp32-checkpointing", "clm-small-zero2-2"]
     alone, together = (row["ratio"] for row in result["rows"])
     assert abs(alone - 1) < 0.05
-    # What gloo is still sending lives on: 17.5 to 17.9 MB of 17.3, most where the other process was late. So small a
-    # case because bf16 without its instructions (AVX2 alone) is 50 times slower: clm-zero2-2 took 8 minutes there.
-    assert 1 - GOAL < together < 1.05
+    # So small a case because bf16 without its instructions (AVX2 alone) is 50 times slower: clm-zero2-2 took 8 minutes
+    # there.
+    assert abs(together - 1) < 0.05
     assert result["provenance"]["command"].startswith("python -m benchmarks.memory --cases")
     assert "| clm-small-zero2-2 |" in capsys.readouterr().out
 
