@@ -37,19 +37,33 @@ def test_it_says_what_the_runs_say_in_colours_for_both_grounds(tmp_path: Path) -
     assert "prefers-color-scheme: dark" in out.read_text()
 
 
-def test_accuracies_by_labels_are_those_of_the_result(tmp_path: Path) -> None:
+def write_labels(file: Path, objective: str, values: tuple[float, float, float], labels: int) -> str:
     metrics = {
         f"{prefix}accuracy_at_{labels}": {"value": value, "low": value - 0.02, "high": value + 0.02}
-        for prefix, value in (("", 0.875), ("scratch_", 0.75), ("tfidf_", 0.8125))
-        for labels in (2000, 500)
+        for prefix, value in zip(("", "scratch_", "tfidf_"), values, strict=True)
     }
-    for labels in (500, 2000):
-        own = {name: metric for name, metric in metrics.items() if name.endswith(f"_{labels}")}
-        (tmp_path / f"at-{labels}.json").write_text(json.dumps({"metrics": own}))
+    file.write_text(json.dumps({"model": {"objective": objective}, "metrics": metrics}))
+    return str(file)
+
+
+def test_accuracies_by_labels_are_those_of_the_results(tmp_path: Path) -> None:
+    files = [
+        write_labels(tmp_path / "causal.json", "clm", (0.8125, 0.625, 0.6875), 1000),
+        write_labels(tmp_path / "more.json", "mlm", (0.875, 0.75, 0.8125), 2000),
+        write_labels(tmp_path / "fewer.json", "mlm", (0.5, 0.5, 0.5), 500),
+        write_labels(tmp_path / "again.json", "mlm", (0.625, 0.5, 0.5), 500),
+    ]
     out = tmp_path / "imdb.svg"
-    labels_picture.main([str(tmp_path / "at-2000.json"), str(tmp_path / "at-500.json"), "--out", str(out)])
+    labels_picture.main([*files, "--out", str(out)])
     drawn = ET.fromstring(out.read_text())
-    texts = {(text.text or "").strip() for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"pretrained 0.875", "TF-IDF 0.812", "random weights 0.750", "500", "2,000"} <= texts
+    texts = [(text.text or "").strip() for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"pretrained 0.875", "TF-IDF 0.812", "random weights 0.750", "500", "2,000"} <= set(texts)
+    assert {"pretrained 0.812", "TF-IDF 0.688", "random weights 0.625", "1,000"} <= set(texts)
+    titles = [text.partition(":")[0] for text in texts if "model:" in text]
+    assert titles == ["masked model", "causal model"]
     assert "number of labelled reviews" in out.read_text()
     assert not [drawn for drawn in result_picture.COLOURS if drawn in out.read_text()]
+
+    labels_picture.main([files[1], files[2], "--out", str(out)])
+    assert "causal model" not in out.read_text()
+    assert "pretrained 0.875" in out.read_text()
