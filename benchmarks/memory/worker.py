@@ -104,7 +104,6 @@ def released(all_reduce: Any) -> Any:
     Where that thread is late, the tensor is freed there, which PyTorch's profiler does not see: the 26 MiB that all
     gradients of ``mlm-fp32-checkpointing`` are reduced in were counted to the end in 1 of 12 runs on one core.
     """
-
     uses = operator.methodcaller("_use_count")
 
     def run(tensor: torch.Tensor, *more: Any, **named: Any) -> Any:
