@@ -69,6 +69,7 @@ class Validated:
     longest_loss: float | None  # at the curriculum's longest length, if the stage is shorter
     texts: tuple[str, ...]  # that a causal model wrote; on the first process, at ZeRO-3 on all
     seconds: float  # that it took
+    document_loss: float | None = None  # of a run with one, its weight included
 
 
 @dataclass(frozen=True)

@@ -230,10 +230,11 @@ class Trainer:
         took = time.monotonic() - began
         self.telemetry.write("valid", step=state.step, tokens=state.tokens, stage=index, took=took, **result, **longest)
         accuracy = f", masked accuracy {result['accuracy']:.1%}" if "accuracy" in result else ""
+        documents = f", document loss {result['document_loss']:.4f}" if "document_loss" in result else ""
         beyond = f"; at length {longest['longest_seq_len']}: {longest['longest_loss']:.4f}" if longest else ""
         self.telemetry.say(
             f"step {state.step}, {state.tokens:,} tokens: held-out loss {result['loss']:.4f}, perplexity "
-            f"{result['perplexity']:.2f}{accuracy} (length {stage.seq_len}, {result['targets']:,} targets, "
+            f"{result['perplexity']:.2f}{accuracy}{documents} (length {stage.seq_len}, {result['targets']:,} targets, "
             f"{took:.1f} s){beyond}"
         )
         texts: list[str] = []
@@ -259,6 +260,7 @@ class Trainer:
                 longest_loss=longest.get("longest_loss"),
                 texts=tuple(texts),
                 seconds=took,
+                document_loss=result.get("document_loss"),
             ),
         )
         return True

@@ -38,13 +38,15 @@ def validate(
 ) -> dict[str, Any] | None:
     """Mean loss (nats) over the held-out targets, and for masked models the share of targets that are predicted right.
 
+    Beside them, of a run with ``document_loss``, what it would add to the loss here, its weight included.
+
     Rows and noise are the same every time: masked tokens are those of ``data.masking.rate`` in every stage, whatever
     share the stage trains on, so that its numbers compare with those of other stages. Documents are packed where those
     of training are, with the default padding, so that the rows do not change with ``max_padding``. Returns None on all
     processes as soon as ``stop`` is true on one. The generators of training are left as they were.
     """
     masked = config.model.objective == "mlm"
-    totals = [0.0, 0.0, 0.0]  # loss, targets, right
+    totals = [0.0, 0.0, 0.0, 0.0]  # loss, targets, right, document loss
     batches = validation_batches(
         shards,
         objective=config.model.objective,
@@ -65,10 +67,14 @@ def validate(
             if stopped:
                 return None
             totals = [total + value for total, value in zip(totals, sums, strict=True)]
-    loss_sum, targets, right = totals
+    loss_sum, targets, right, document_sum = totals
     loss = loss_sum / targets if targets else math.nan  # 0 would look like a perfect one
     result = {"loss": loss, "perplexity": perplexity(loss), "targets": int(targets), "seq_len": seq_len}
-    return {**result, "accuracy": right / targets if targets else math.nan} if masked else result
+    if masked:
+        result["accuracy"] = right / targets if targets else math.nan
+    if config.document_loss:
+        result["document_loss"] = config.document_loss * document_sum / targets if targets else math.nan
+    return result
 
 
 def validate_longest(
@@ -94,23 +100,25 @@ def validate_longest(
     return None if result is None else {f"longest_{name}": value for name, value in result.items()}
 
 
+@torch.no_grad()
 def _evaluate(engine: TrainingEngine, batch: Batch, device: torch.device, masked: bool) -> list[float]:
-    """[loss sum, targets, right predictions] of this process's rows."""
+    """[loss sum, targets, right predictions, document loss sum] of this process's rows."""
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
-    layout = None if batch.document_ids is None else Layout.from_documents(batch.document_ids)
+    documents = batch.document_ids
+    layout = Layout.full(*input_ids.shape) if documents is None else Layout.from_documents(documents)
     targets = labels != IGNORE
-    if not masked:
-        loss_sum = engine.evaluate(input_ids, labels, layout=layout).loss_sum
-        assert loss_sum is not None
-        return [float(loss_sum), float(targets.sum()), 0.0]
-    # With labels the model computes no logits; asking for the hidden states and applying the head to the targets gives
-    # loss and predictions from one pass.
-    hidden = engine.evaluate(input_ids, layout=layout, hidden=True).hidden
-    assert hidden is not None
-    with torch.no_grad():
-        logits = engine.model.head(hidden[targets]).float()
-        loss = torch.nn.functional.cross_entropy(logits, labels[targets], reduction="sum")
-    return [float(loss), float(targets.sum()), float((logits.argmax(-1) == labels[targets]).sum())]
+    # With labels the model computes no logits. A masked one is asked for the hidden states, and its head applied to the
+    # targets here: loss and predictions come from one pass.
+    out = engine.evaluate(input_ids, None if masked else labels, layout=layout, hidden=True)
+    assert out.hidden is not None
+    loss_sum, right = out.loss_sum, 0.0
+    if masked:
+        logits = engine.model.head(out.hidden[targets]).float()
+        loss_sum = torch.nn.functional.cross_entropy(logits, labels[targets], reduction="sum")
+        right = float((logits.argmax(-1) == labels[targets]).sum())
+    assert loss_sum is not None
+    document_sum = engine.model.document_sum(out.hidden, input_ids, labels, layout)
+    return [float(loss_sum), float(targets.sum()), right, 0.0 if document_sum is None else float(document_sum)]
 
 
 def write_samples(

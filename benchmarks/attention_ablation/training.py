@@ -190,7 +190,7 @@ def evaluate(model: NystromformerLM, task: Task, recipe: Recipe) -> Scores:
         with recipe.autocast():
             states = model(batch.input_ids.to(recipe.device), hidden=True).hidden[chosen.to(recipe.device)]
             nats, right = _predict(model, states, labels[chosen].to(recipe.device))
-        bins = [torch.from_numpy(np.ascontiguousarray(batch.groups[name]))[chosen] for name in names]
+        bins = [torch.tensor(batch.groups[name])[chosen] for name in names]
         parts.append(torch.stack([nats, right, *(b.double() for b in bins)]).numpy())
     model.train()
     nats_all, right_all, *bins_all = np.concatenate(parts, axis=1)

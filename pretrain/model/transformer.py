@@ -69,7 +69,7 @@ class NystromformerLM(nn.Module):
         self.z_loss = False
         """Whether a forward pass with labels in training mode also returns ``z_sum``; whoever trains may set it."""
         self.document_loss = False
-        """Whether it also returns ``document_sum``."""
+        """Whether it also returns ``document_sum``, which :meth:`document_sum` gives in evaluation too."""
         self.embeddings = Embeddings(config, config.vocab_size)
         self.layers = nn.ModuleList(Block(config.of_layer(number)) for number in range(config.num_layers))
         self.norm = build_norm(config) if config.norm == "pre" else None
@@ -145,19 +145,19 @@ class NystromformerLM(nn.Module):
         return LMOutput(
             loss_sum=loss_sum,
             z_sum=z_sum,
-            document_sum=self._document_sum(x, input_ids, labels, known, layout),
+            document_sum=self.document_sum(x, input_ids, labels, layout) if self.training else None,
             num_targets=known.sum(),
             hidden=states,
         )
 
-    def _document_sum(
-        self, x: Tensor, input_ids: Tensor, labels: Tensor, known: Tensor, layout: Layout
-    ) -> Tensor | None:
-        if not (self.document_loss and self.training):
+    def document_sum(self, states: Tensor, input_ids: Tensor, labels: Tensor, layout: Layout) -> Tensor | None:
+        """:attr:`LMOutput.document_sum` of a pass whose ``hidden`` is ``states``; None without the flag."""
+        if not self.document_loss:
             return None
+        known = labels != IGNORE
         masked = self.config.objective == "mlm"  # whose labels have what was masked; causal ones are the next tokens
         return document_loss_sum(
-            x,
+            states,
             torch.where(known, labels, input_ids) if masked else input_ids,
             known,
             layout,

@@ -84,7 +84,7 @@ def test_packed_documents_of_a_mixture_equal_a_plain_loop(
         tmp_path,
         model={"objective": objective},
         zero_stage=zero_stage,
-        data={"train": sources, "packing": packing, "max_padding": 0.1},
+        data={"train": sources, "valid": str(corpus / "valid"), "packing": packing, "max_padding": 0.1},
         curriculum=[first, {**second, "weights": {"train": 1, "valid": 3}}],
         document_loss=0.5,
     )
@@ -95,6 +95,8 @@ def test_packed_documents_of_a_mixture_equal_a_plain_loop(
     assert_same_run(tmp_path / "run", expected)
     last = metrics(tmp_path / "run")[-1]
     assert last["document_loss"] == pytest.approx(expected["document_losses"][-1], rel=2e-6)
+    held_out = metrics(tmp_path / "run", "valid")[-1]  # the text that most of the last rows are of
+    assert held_out["document_loss"] == pytest.approx(last["document_loss"], rel=0.1)
     assert last["epoch/valid"] > last["epoch/train"] > 0  # the smaller one, and more often
     assert "2 sources in 8 steps of 256" in ended[0].output
     assert ("whole documents" in ended[0].output) == (packing == "documents")
