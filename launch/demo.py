@@ -36,8 +36,8 @@ SHOWN = 6
 
 # By model, of steps timed on two cores with nothing beside them: the table at the demo's end compares.
 PREPARING = Cost(starts=0.4, tokens=0)
-TRAINING = {"masked": Cost(2.5, 1_100_000), "causal": Cost(2.5, 1_250_000)}
-EVALUATING = {"masked": Cost(2.0, 950_000), "causal": Cost(2.0, 950_000)}
+TRAINING = {"masked": Cost(2.5, 1_450_000), "causal": Cost(2.5, 1_500_000)}
+EVALUATING = {"masked": Cost(2.0, 1_300_000), "causal": Cost(2.0, 1_550_000)}
 
 
 @dataclass(frozen=True)
