@@ -2,7 +2,7 @@
 
 Run as a program it measures and prints one line of JSON; :func:`measure` does that in a process of its own, so that the
 demo itself stays free of torch. What a step takes is modelled as starting programs (imports, which the measurement
-times) and training tokens (of the demo's causal model, which it trains for a moment).
+times), training tokens (of the demo's causal model, which it trains for a moment), and what no measurement scales.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Cost:
     """Times that the imports of training are waited for."""
     tokens: int
     """Work, in tokens of training the causal model by all processes together."""
+    seconds: float = 0.0
+    """Everything else, where it was timed: optimizers, many small passes, files."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Speed:
     def seconds(self, cost: Cost, processes: int) -> float:
         """How long a step of this cost takes on so many processes."""
         together = self.tokens_per_second * min(processes, available_cores())
-        return cost.starts * self.import_seconds + cost.tokens / together
+        return cost.starts * self.import_seconds + cost.seconds + cost.tokens / together
 
 
 def duration(seconds: float) -> str:

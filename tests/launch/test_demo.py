@@ -184,7 +184,7 @@ def test_a_step_s_own_status_is_the_demo_s(tmp_path: Path, mode: str, status: in
 def test_the_expected_time_follows_from_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_estimate, "available_cores", lambda: 2)
     assert SPEED.seconds(Cost(starts=2.0, tokens=100_000), 2) == 2 * 4.0 + 100_000 / 10_000
-    assert SPEED.seconds(Cost(starts=0.0, tokens=100_000), 4) == 10  # four processes share two cores
+    assert SPEED.seconds(Cost(starts=0.0, tokens=100_000, seconds=3.0), 4) == 3 + 10  # four processes share two cores
     assert [duration(seconds) for seconds in (3, 44, 119, 200, 401)] == [
         *("10 seconds", "40 seconds", "120 seconds", "3.5 minutes", "6.5 minutes")
     ]
