@@ -84,9 +84,15 @@ class Results:
         self._write()
 
     def _write(self) -> None:
-        content = {"schema": SCHEMA, "runs": self.runs, "timings": self.timings}
+        parts = {"runs": self.runs, "timings": self.timings}
+        text = ", ".join(f'"{name}": {{\n{_by_line(records)}\n}}' for name, records in parts.items())
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+        write_atomic(self.path, f'{{"schema": {SCHEMA}, {text}}}\n'.encode())
+
+
+def _by_line(records: dict[str, Record]) -> str:
+    """The members of a JSON object, one a line: what a run adds to a kept file is a line of its difference."""
+    return ",\n".join(f"{json.dumps(key)}: {json.dumps(record, allow_nan=False)}" for key, record in records.items())
 
 
 def _finite(value: Any) -> Any:
